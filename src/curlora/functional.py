@@ -1,0 +1,109 @@
+"""The adapter's forward and backward as pure torch: a gather, two skinny products and an add.
+
+For a frozen linear map ``y0 = x Wᵀ + b`` the product with the selected rows of ``W`` is already
+in its output, ``x W[rows]ᵀ = (y0 - b)[..., rows]``, so CURLoRA's update (eq. 8 of
+https://arxiv.org/abs/2408.14572) needs neither the layer's input nor a matrix of its size::
+
+    z  = (y0 - b)[..., rows]                    gather, r numbers per token
+    y  = y0 + (z Uᵀ) Cᵀ                         forward
+
+    g  = dy C                                   backward, r numbers per token
+    dU = gᵀ z                                   summed over tokens
+    dy0 = dy, plus g U added at ``rows``        duplicates accumulate
+
+Only ``z`` is saved for backward.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+__all__ = ["gather_update"]
+
+
+def gather_update(
+    output: Tensor,
+    mixing: Tensor,
+    factor: Tensor,
+    index: Tensor,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """Add a CUR update to the output of a frozen linear layer.
+
+    Computes ``output + (z mixingᵀ) factorᵀ`` with ``z = output[..., index] - offset``. With
+    ``mixing = alpha * U``, ``factor = C`` and ``index = rows`` this is the layer with weight
+    ``W + alpha C U R``.
+
+    Args:
+        output: output of the base layer, bias included, shape ``(..., m)``.
+        mixing: the trained matrix, shape ``(r, r)``; its products are taken in its own dtype.
+        factor: shape ``(m, r)``; used in the dtype of ``output``. Taken as a constant.
+        index: integer positions on the last axis of ``output``, shape ``(r,)``; may repeat.
+        offset: the layer's bias at ``index``, shape ``(r,)``, or ``None`` for a layer without.
+
+    Returns:
+        A new tensor of ``output``'s shape and dtype. ``output`` is left alone.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    r = index.shape[0]
+    if mixing.shape != (r, r) or factor.shape != (output.shape[-1], r):
+        raise ValueError(
+            f"gather_update: an output of shape {tuple(output.shape)} and an index of length {r} need "
+            f"mixing of shape {(r, r)} and factor of shape {(output.shape[-1], r)}, but got "
+            f"{tuple(mixing.shape)} and {tuple(factor.shape)}"
+        )
+    # The dtypes are chosen here, product by product; autocast must not choose again.
+    with _autocast_off(output.device.type):
+        result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset)
+    return result
+
+
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class _GatherUpdate(torch.autograd.Function):
+    """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right."""
+
+    @staticmethod
+    def forward(ctx, output, mixing, factor, index, offset):
+        z = output.index_select(-1, index)
+        if offset is not None:
+            z = z - offset.to(z.dtype)
+        z = z.reshape(-1, z.shape[-1])
+        mixed = (z.to(mixing.dtype) @ mixing.T).to(output.dtype)
+        flat = output.reshape(-1, output.shape[-1])
+        # addmm adds while it multiplies: the update itself never exists as a tensor.
+        result = torch.addmm(flat, mixed, factor.to(output.dtype).T).view(output.shape)
+
+        ctx.shape = output.shape
+        ctx.offset_dtype = None if offset is None else offset.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, mixing, factor, index)
+        return result, z
+
+    @staticmethod
+    def backward(ctx, grad, grad_z):
+        z, mixing, factor, index = ctx.saved_tensors
+        need_output, need_mixing, _, _, need_offset = ctx.needs_input_grad
+        if grad is None:  # in second derivatives z may be used where the result is not
+            grad = grad_z.new_zeros(ctx.shape)
+
+        g = (grad.reshape(-1, grad.shape[-1]) @ factor.to(grad.dtype)).to(mixing.dtype)
+        grad_output = grad_mixing = grad_offset = None
+        if need_mixing:
+            grad_mixing = g.T @ z.to(mixing.dtype)
+        if need_output or need_offset:
+            through = (g @ mixing).to(grad.dtype)
+            if grad_z is not None:
+                through = through + grad_z
+            if need_output:
+                grad_output = grad.index_add(-1, index, through.view(*grad.shape[:-1], -1))
+            if need_offset:
+                grad_offset = -through.sum(0).to(ctx.offset_dtype)
+        return grad_output, grad_mixing, None, None, grad_offset

@@ -1,0 +1,155 @@
+"""Which columns and rows of a weight become ``C`` and ``R`` (section 4.2 of the paper).
+
+Pure torch, no global state: a draw is a function of the weight, the seed and the layer's name,
+so it is the same on every device and rank and in whatever order layers are visited. Norms,
+probabilities and draws are float64 on the CPU.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["SAMPLINGS", "draw", "probabilities", "select", "squared_norms"]
+
+# What a squared norm share p (eq. 3) is turned into before normalizing.
+_TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "inverse": lambda p: p[p > 0].min() / p,  # eq. 4, 1/p, scaled so that it cannot overflow
+    "uniform": torch.ones_like,
+    "norm": lambda p: p,  # eq. 3, classical CUR
+    "reference": lambda p: 1 / (p + 0.001),  # the author's code; nearly uniform on wide matrices
+}
+
+SAMPLINGS = tuple(_TRANSFORMS)
+
+_CHUNK_ELEMENTS = 1 << 22  # float64 working memory per chunk: 32 MiB
+
+
+def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared Euclidean norms of the columns and of the rows, in one pass and bounded memory.
+
+    Args:
+        weight: floating-point matrix, shape ``(m, n)``.
+
+    Returns:
+        ``(columns, rows)``: float64 on the CPU, shapes ``(n,)`` and ``(m,)``.
+    """
+    columns = torch.zeros(weight.shape[1], dtype=torch.float64)
+    rows = []
+    for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))):
+        # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15)
+        square = chunk.to(device="cpu", dtype=torch.float64).square_()
+        columns += square.sum(0)
+        rows.append(square.sum(1))
+    return columns, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+
+
+def probabilities(squared_norms: Tensor, sampling: str = "inverse") -> Tensor:
+    """Sampling probabilities from squared norms (eq. 3 and 4).
+
+    A zero column or row carries nothing (its ``1/p`` would be infinite): it is never drawn,
+    except under ``"reference"``, whose formula is defined there.
+
+    Args:
+        squared_norms: shape ``(n,)``.
+        sampling: one of :data:`SAMPLINGS`.
+
+    Returns:
+        float64 probabilities, shape ``(n,)``, summing to one.
+
+    Raises:
+        ValueError: on an unknown ``sampling``, on non-finite norms, or if every norm is zero.
+    """
+    if sampling not in _TRANSFORMS:
+        raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
+    norms = squared_norms.to(torch.float64)
+    total = norms.sum()
+    if not torch.isfinite(total):
+        raise ValueError("the weight contains NaN or infinite values")
+    if total == 0:
+        raise ValueError("the weight is all zeros, so there is nothing to draw from")
+    p = norms / total
+    scores = _TRANSFORMS[sampling](p)
+    if sampling != "reference":
+        scores = torch.where(p > 0, scores, 0.0)
+    return scores / scores.sum()
+
+
+def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement: bool = False) -> Tensor:
+    """Draw ``r`` positions.
+
+    Without replacement the draws are successive: each takes a remaining position with probability
+    proportional to its share (Efraimidis and Spirakis 2006, exponential races). With replacement
+    they are independent, as in the author's code, and positions may repeat.
+
+    Args:
+        probabilities: shape ``(n,)``, as from :func:`probabilities`.
+        r: number of draws.
+        generator: a CPU generator.
+        replacement: whether a position may be drawn more than once.
+
+    Returns:
+        int64 positions on the CPU, shape ``(r,)``, in drawing order.
+
+    Raises:
+        ValueError: if fewer than ``r`` positions can be drawn without replacement.
+    """
+    p = probabilities.to(device="cpu", dtype=torch.float64)
+    if replacement:
+        uniform = torch.rand(r, dtype=torch.float64, generator=generator)
+        cumulative = p.cumsum(0)
+        # right=True steps over entries of probability zero; rounding must not step past the last one.
+        last = int(p.nonzero().max())
+        return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp_(max=last)
+    available = int((p > 0).sum())
+    if r > available:
+        raise ValueError(f"cannot draw {r} different ones: only {available} of {len(p)} are non-zero")
+    arrival = -torch.log1p(-torch.rand(len(p), dtype=torch.float64, generator=generator)) / p
+    return arrival.nan_to_num(nan=torch.inf).topk(r, largest=False, sorted=True).indices
+
+
+def select(
+    weight: Tensor,
+    r: int,
+    *,
+    sampling: str = "inverse",
+    replacement: bool = False,
+    seed: int = 0,
+    name: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Draw the columns of ``C = W[:, columns]`` and the rows of ``R = W[rows, :]`` (eq. 5 and 6).
+
+    Args:
+        weight: floating-point matrix, shape ``(m, n)``, in the layout the layer stores.
+        r: rank, ``1 <= r <= min(m, n)``.
+        sampling: one of :data:`SAMPLINGS`.
+        replacement: whether a column or row may be drawn more than once.
+        seed: the adapter's seed.
+        name: the layer's name; layers draw independently of each other.
+
+    Returns:
+        ``(columns, rows)``: int32, CPU, shape ``(r,)`` each.
+
+    Raises:
+        ValueError: naming the layer, if ``r`` does not fit or the weight cannot be drawn from.
+    """
+    where = f"layer {name!r} with weight of shape {tuple(weight.shape)}: " if name else ""
+    if not 1 <= r <= min(weight.shape):
+        raise ValueError(
+            f"{where}rank r={r} is not between 1 and {min(weight.shape)}. Choose a smaller r, give this "
+            "layer its own in rank_pattern, or leave it out with exclude_modules"
+        )
+    drawn = []
+    for axis, norms in zip(("columns", "rows"), squared_norms(weight), strict=True):
+        try:
+            p = probabilities(norms, sampling)
+            drawn.append(draw(p, r, _generator(seed, name, axis), replacement).to(torch.int32))
+        except ValueError as error:
+            raise ValueError(f"{where}{axis}: {error}") from None
+    return drawn[0], drawn[1]
+
+
+def _generator(seed: int, name: str, axis: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{axis}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))

@@ -1,0 +1,68 @@
+"""A few bytes per layer that tell whether an adapter meets the base weights it was made on.
+
+An adapter file holds indices into the base weights, not the columns themselves, so on another base
+it would load and give nonsense. The fingerprint is a handful of random signed sums of the selected
+columns: equal on the same weights, close on the same weights in another precision or quantization,
+and unrelated on any other.
+"""
+
+import torch
+from torch import Tensor
+
+_SUMS = 7
+# The dtype of the weights decides how close is close enough. 0 stands for everything else
+# (quantized layers). Saved in files: never renumber.
+_DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+
+LENGTH = 1 + _SUMS
+
+# ||difference|| / ||sums||. Rounding to bfloat16 gives 0.002, 8-bit quantization 0.01, 4-bit 0.1;
+# two unrelated matrices fall below 0.35 about once in two thousand layers.
+_SAME = 1e-5
+_SAME_BASE = 0.35
+
+
+def fingerprint(factor: Tensor) -> Tensor:
+    """Fingerprint of the selected columns of a base weight.
+
+    Args:
+        factor: shape ``(m, r)``.
+
+    Returns:
+        int32, CPU, shape ``(8,)``: a code of the dtype, then the bits of seven float32 sums
+        ``a @ factor @ b`` over fixed vectors of signs. Integers, so that ``model.half()`` and the
+        like cannot round them.
+    """
+    exact = factor.detach().to(device="cpu", dtype=torch.float64)
+    left = _signs(_SUMS, exact.shape[0], salt=1)
+    right = _signs(_SUMS, exact.shape[1], salt=2)
+    sums = ((left @ exact) * right).sum(1).to(torch.float32)
+    code = torch.tensor([_DTYPE_CODES.get(factor.dtype, 0)], dtype=torch.int32)
+    return torch.cat([code, sums.view(torch.int32)])
+
+
+def compare(saved: Tensor, current: Tensor) -> str:
+    """Compare two fingerprints.
+
+    Returns:
+        ``"same"``; ``"precision"`` for what another precision or quantization of the same weights
+        explains; or ``"other"``.
+    """
+    saved, current = saved.cpu(), current.cpu()
+    a, b = (f[1:].contiguous().view(torch.float32).double() for f in (saved, current))
+    scale = torch.maximum(a.norm(), b.norm())
+    difference = float((a - b).norm() / scale) if scale > 0 else 0.0
+    if difference <= _SAME:
+        return "same"
+    same_exact_dtype = saved[0] == current[0] != 0
+    if difference <= _SAME_BASE and not same_exact_dtype:
+        return "precision"
+    return "other"
+
+
+def _signs(rows: int, columns: int, salt: int) -> Tensor:
+    """A fixed ``(rows, columns)`` matrix of +-1: a hash of the position, the same in every torch version."""
+    x = torch.arange(rows * columns, dtype=torch.int64) * 16 + salt
+    for _ in range(3):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return (1 - 2 * ((x >> 16) & 1)).to(torch.float64).view(rows, columns)

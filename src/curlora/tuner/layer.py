@@ -1,0 +1,244 @@
+"""One adapted layer: a frozen linear layer, and per adapter a trained ``U`` with its indices."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from curlora import sampling
+from curlora.functional import gather_update
+from curlora.tuner.config import CurloraConfig
+from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
+
+
+class CurloraLayer(nn.Module, BaseTunerLayer):
+    """A frozen ``nn.Linear`` or transformers ``Conv1D`` with CURLoRA adapters.
+
+    With ``W`` the weight as the layer stores it, an adapter makes the layer act as if it were
+    ``W + alpha * W[:, columns] @ U @ W[rows, :]``. An ``nn.Linear`` stores ``(m, n)`` for ``n``
+    inputs and ``m`` outputs, a ``Conv1D`` stores ``(n, m)``: so in the first the rows, and in the
+    second the columns, are gathered from the output, and the other side is kept as ``factor``.
+
+    Args:
+        base_layer: the layer to adapt.
+        name: the layer's name in the model; draws depend on it and errors print it.
+
+    Raises:
+        TypeError: if ``base_layer`` is of a type that cannot be adapted.
+    """
+
+    adapter_layer_names = ("curlora_U",)
+    other_param_names = ("curlora_indices", "curlora_fingerprint", "curlora_factor")
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        weight = self.get_base_layer().weight
+        check_adaptable(self.get_base_layer(), name)
+        self.stores_outputs_last = isinstance(self.get_base_layer(), Conv1D)
+        self.out_features, self.in_features = weight.T.shape if self.stores_outputs_last else weight.shape
+
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        # Saved: U; the indices, columns above rows, int32 (2, r); the fingerprint of the factor.
+        self.curlora_U = nn.ParameterDict()
+        self.curlora_indices = BufferDict(persistent=True)
+        self.curlora_fingerprint = BufferDict(persistent=True)
+        # Rebuilt from the base: W[:, columns], or W[rows, :].T in a Conv1D; (out_features, r).
+        self.curlora_factor = BufferDict(persistent=False)
+
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # What each merged adapter added, as two factors: the weight they came from is gone.
+        self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.register_load_state_dict_post_hook(_rebuild_after_load)
+
+    def update_layer(self, adapter_name: str, config: CurloraConfig) -> None:
+        """Add an adapter, or draw an existing one anew: indices from the weight, ``U`` zero.
+
+        Raises:
+            RuntimeError: if an adapter is merged into the weight that would be drawn from.
+            ValueError: if the rank does not fit the weight, or it cannot be drawn from.
+        """
+        if self.merged:
+            raise RuntimeError(
+                f"layer {self.name!r}: cannot add adapter {adapter_name!r} while {self.merged_adapters} "
+                "is merged into the weight, whose columns and rows it would be drawn from. Unmerge first."
+            )
+        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), self.name), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), self.name), config.alpha)
+        weight = self.get_base_layer().weight
+        if weight.device.type == "meta":  # shapes only; real indices come with a saved adapter
+            indices = torch.zeros(2, r, dtype=torch.int32, device="meta")
+        else:
+            columns, rows = sampling.select(
+                weight, r, sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name
+            )
+            indices = torch.stack([columns, rows]).to(weight.device)
+
+        self.r[adapter_name] = r
+        self.alpha[adapter_name] = alpha
+        self.curlora_U[adapter_name] = nn.Parameter(torch.zeros(r, r, dtype=weight.dtype, device=weight.device))
+        self.curlora_indices[adapter_name] = indices
+        self._rebuild(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factor_at(self, indices: Tensor) -> Tensor:
+        """The selected side that is kept: ``W[:, columns]``, or ``W[rows, :].T`` in a ``Conv1D``.
+
+        Args:
+            indices: shape ``(2, r)``, columns above rows.
+
+        Returns:
+            Shape ``(out_features, r)``, contiguous, in the weight's dtype.
+        """
+        weight = self.get_base_layer().weight.detach()
+        columns, rows = indices.to(weight.device)
+        if self.stores_outputs_last:
+            return weight.index_select(0, rows).T.contiguous()
+        return weight.index_select(1, columns).contiguous()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight."""
+        left, right = self._merged_factors.get(adapter_name) or self._delta_factors(adapter_name)
+        weight = self.get_base_layer().weight
+        return (left.to(weight.device) @ right.to(weight.device)).to(weight.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight.
+
+        Args:
+            safe_merge: refuse to merge if the merged weight would not be finite.
+            adapter_names: the adapters; all active ones if ``None``.
+
+        Raises:
+            ValueError: with ``safe_merge``, naming the adapter that makes the weight non-finite.
+        """
+        adding = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.curlora_U]
+        if not adding:
+            return
+        # C and R belong to the base weight: compute every update before any is added.
+        together = [*self.merged_adapters, *adding]
+        if self.merged:
+            self.unmerge()
+        factors = {adapter: self._delta_factors(adapter) for adapter in together}
+        base = self.get_base_layer()
+        merged = base.weight.data.clone() if safe_merge else base.weight.data
+        for adapter, (left, right) in factors.items():
+            merged += (left @ right).to(merged.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {self.name!r})"
+                )
+        base.weight.data = merged
+        self._merged_factors = factors
+        self.merged_adapters = together
+
+    def unmerge(self) -> None:
+        """Subtract what was merged. Exact up to rounding in the weight's dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight
+        for adapter in reversed(self.merged_adapters):
+            weight.data -= self.get_delta_weight(adapter)
+        self.merged_adapters = []
+        self._merged_factors = {}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.r.pop(adapter_name, None)
+        self.alpha.pop(adapter_name, None)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
+        if not adapters:
+            return output
+
+        # Every adapter reads the base layer's output: several act as one of the summed rank.
+        index = _single_or(torch.cat, [self._gathered(a) for a in adapters])
+        factor = _single_or(lambda parts: torch.cat(parts, dim=1), [self.curlora_factor[a] for a in adapters])
+        mixing = _single_or(lambda parts: torch.block_diag(*parts), [self._mixing(a) for a in adapters])
+        bias = self.get_base_layer().bias
+        offset = None if bias is None else bias.index_select(0, index)
+        return gather_update(output, mixing, factor, index, offset)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
+
+    def _gathered(self, adapter_name: str) -> Tensor:
+        columns, rows = self.curlora_indices[adapter_name]
+        return columns if self.stores_outputs_last else rows
+
+    def _mixing(self, adapter_name: str) -> Tensor:
+        U = self.curlora_U[adapter_name]
+        U = U.T if self.stores_outputs_last else U
+        return U if self.alpha[adapter_name] == 1 else U * self.alpha[adapter_name]
+
+    def _delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """``alpha * C @ U`` and ``R``, at least float32, from the unmerged base weight."""
+        weight = self.get_base_layer().weight.detach()
+        columns, rows = self.curlora_indices[adapter_name].to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        U = self.curlora_U[adapter_name].detach().to(device=weight.device, dtype=dtype)
+        left = self.alpha[adapter_name] * (weight.index_select(1, columns).to(dtype) @ U)
+        return left, weight.index_select(0, rows).to(dtype)
+
+    def _rebuild(self, adapter_name: str) -> None:
+        """Take the factor and its fingerprint from the base weight, at the adapter's indices."""
+        factor = self.factor_at(self.curlora_indices[adapter_name])
+        if factor.device.type == "meta":
+            current = torch.zeros(LENGTH, dtype=torch.int32, device="meta")
+        else:
+            current = fingerprint(factor).to(factor.device)
+        self.curlora_factor[adapter_name] = factor
+        self.curlora_fingerprint[adapter_name] = current
+
+
+def check_adaptable(layer: nn.Module, name: str) -> None:
+    """Raise ``TypeError`` with a sentence if ``layer`` cannot carry a CURLoRA adapter."""
+    if not isinstance(layer, (nn.Linear, Conv1D)):
+        raise TypeError(
+            f"Target module {name!r} is a {type(layer).__name__}, which is not supported. CURLoRA adapts "
+            "torch.nn.Linear and transformers.pytorch_utils.Conv1D layers; narrow target_modules to those."
+        )
+    weight = layer.weight
+    if weight.ndim != 2 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise TypeError(
+            f"Target module {name!r} is a {type(layer).__name__} whose weight is stored as {weight.dtype} of shape "
+            f"{tuple(weight.shape)}. CURLoRA does not read quantized weights yet: load the base model in "
+            "float32, bfloat16 or float16."
+        )
+
+
+def _single_or(combine: Any, parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else combine(parts)
+
+
+def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
+    """After any ``load_state_dict`` the factor follows the indices and the base weight now present."""
+    if layer.merged or layer.get_base_layer().weight.device.type == "meta":
+        return
+    for adapter, saved in list(layer.curlora_fingerprint.items()):
+        if saved.device.type == "meta" or layer.curlora_indices[adapter].device.type == "meta":
+            continue
+        layer._rebuild(adapter)
+        if compare(saved, layer.curlora_fingerprint[adapter]) == "other":
+            raise ValueError(
+                f"layer {layer.name!r}: the loaded adapter {adapter!r} was made on another base model, or on "
+                "this one before its weights changed. Load it onto the model it was trained on."
+            )

@@ -1,0 +1,179 @@
+"""The tuner: puts CURLoRA layers into a model and checks what is loaded into them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from curlora.tuner.config import CurloraConfig
+from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
+from curlora.tuner.layer import CurloraLayer, check_adaptable
+
+
+def _with_keys(targets: list[str] | str) -> list[str] | str:
+    """PEFT's default targets, with the key projection that the paper adapts beside query and value."""
+    key_of = {"q_proj": "k_proj", "query": "key", "query_proj": "key_proj", "q": "k"}
+    if isinstance(targets, str):
+        return targets.replace("(q_proj|v_proj)", "(q_proj|k_proj|v_proj)")
+    return [*targets, *(k for q, k in key_of.items() if q in targets and k not in targets)]
+
+
+class CurloraModel(BaseTuner):
+    """A model with CURLoRA adapters; made by :func:`peft.get_peft_model` from a :class:`CurloraConfig`.
+
+    Args:
+        model: the base model.
+        config: the adapter's configuration.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: create ``U`` on the meta device, for loading into.
+    """
+
+    prefix = "curlora_"
+    tuner_layer_cls = CurloraLayer
+    target_module_mapping = {
+        model_type: _with_keys(targets)
+        for model_type, targets in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
+    }
+
+    def _create_and_replace(
+        self,
+        peft_config: CurloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, CurloraLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        check_adaptable(target, current_key)
+        layer = CurloraLayer(target, current_key)
+        layer.set_adapter(adapter_name)
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to every targeted layer, or to none: on an error the model is left as it was."""
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+            present = ", ".join(sorted(names)) or "none"
+            raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {present}.") from None
+        except BaseException:
+            self._withdraw(model, adapter_name)
+            raise
+
+    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
+        for name, layer in list(model.named_modules()):
+            if not isinstance(layer, CurloraLayer) or adapter_name not in layer.curlora_U:
+                continue
+            if len(layer.curlora_U) > 1:
+                layer.delete_adapter(adapter_name)
+            else:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Train ``U`` in float32 on a half-precision base. The factor stays the base's own numbers."""
+        if not autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, CurloraLayer) and adapter_name in layer.curlora_U:
+                U = layer.curlora_U[adapter_name]
+                if U.dtype in (torch.float16, torch.bfloat16):
+                    layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_adapter(model, adapter_name, remapped)
+        return remapped
+
+
+def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse, before anything is loaded, what does not fit the model.
+
+    Raises:
+        ValueError: naming the layers and what is wrong with them.
+    """
+    layers = {
+        name.removeprefix("_fsdp_wrapped_module."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, CurloraLayer) and adapter_name in layer.curlora_U
+    }
+    problems: list[str] = []
+    other_base: list[str] = []
+    other_precision: list[str] = []
+    expected = set()
+    for name, layer in layers.items():
+        keys = [f"{name}.{part}.{adapter_name}" for part in ("curlora_U", "curlora_indices", "curlora_fingerprint")]
+        expected.update(keys)
+        missing = [key for key in keys if key not in state_dict]
+        if missing:
+            problems.append(f"{missing[0]} is missing")
+            continue
+        U, indices, saved = (state_dict[key] for key in keys)
+        problem = _find_problem(layer, layer.r[adapter_name], U, indices, saved)
+        if problem:
+            problems.append(f"{name}: {problem}")
+        elif not layer.merged and layer.get_base_layer().weight.device.type != "meta":
+            verdict = compare(saved, fingerprint(layer.factor_at(indices)))
+            if verdict != "same":
+                (other_base if verdict == "other" else other_precision).append(name)
+    ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")
+    problems += [f"{key} belongs to no adapted layer" for key in state_dict if ours.search(key) and key not in expected]
+
+    if problems:
+        raise ValueError(f"The adapter does not fit this model and was not loaded: {_first_few(problems)}.")
+    if other_base:
+        raise ValueError(
+            f"The adapter was made on another base model, or on this one before its weights changed, and was not "
+            f"loaded: the columns it refers to differ in {len(other_base)} of {len(layers)} layers "
+            f"({_first_few(other_base)}). Load it onto the model it was trained on."
+        )
+    if other_precision:
+        warnings.warn(
+            f"The adapter was trained on another precision or quantization of this base model "
+            f"({len(other_precision)} of {len(layers)} layers differ by rounding). It is loaded; its outputs will "
+            "differ a little.",
+            stacklevel=2,
+        )
+
+
+def _find_problem(layer: CurloraLayer, r: int, U: Tensor, indices: Tensor, saved: Tensor) -> str | None:
+    if U.shape != (r, r):
+        return f"U has shape {tuple(U.shape)}, but the configuration says r={r}"
+    if indices.shape != (2, r) or indices.dtype != torch.int32:
+        return f"the indices are {indices.dtype} of shape {tuple(indices.shape)} instead of int32 of shape (2, {r})"
+    if saved.shape != (LENGTH,) or saved.dtype != torch.int32:
+        return "the fingerprint of the base is damaged"
+    if any(t.device.type == "meta" for t in (U, indices, saved)):
+        return "its tensors hold no values (they are on the meta device)"
+    if not torch.isfinite(U).all():
+        return "U contains NaN or infinite values"
+    height, width = layer.get_base_layer().weight.shape
+    for axis, index, size in (("column", indices[0], width), ("row", indices[1], height)):
+        if index.min() < 0 or index.max() >= size:
+            return f"{axis} index {int(index.min() if index.min() < 0 else index.max())} is outside 0..{size - 1}"
+    return None
+
+
+def _first_few(items: list[str], count: int = 3) -> str:
+    rest = len(items) - count
+    return "; ".join(items[:count]) + (f"; and {rest} more" if rest > 0 else "")
