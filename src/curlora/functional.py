@@ -89,6 +89,8 @@ class _GatherUpdate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_z):
+        if grad is None and grad_z is None:
+            return None, None, None, None, None
         z, mixing, factor, index = ctx.saved_tensors
         need_output, need_mixing, _, _, need_offset = ctx.needs_input_grad
         if grad is None:  # in second derivatives z may be used where the result is not

@@ -39,7 +39,7 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     rows = []
     for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))):
         # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15)
-        square = chunk.to(device="cpu", dtype=torch.float64).square_()
+        square = chunk.to(device="cpu", dtype=torch.float64).square()
         columns += square.sum(0)
         rows.append(square.sum(1))
     return columns, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)

@@ -1,0 +1,270 @@
+"""An adapted layer against the dense formula, in every mode a layer can be in."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from curlora import CurloraConfig, CurloraLayer
+
+
+def make_base(kind="linear", bias=True, inputs=12, outputs=9, dtype=torch.float32):
+    torch.manual_seed(0)
+    if kind == "linear":
+        base = nn.Linear(inputs, outputs, bias=bias)
+    else:
+        base = Conv1D(outputs, inputs)
+        nn.init.normal_(base.weight)
+        nn.init.normal_(base.bias)
+    return base.to(dtype).requires_grad_(False)
+
+
+def make_layer(base, adapters=("default",), **config):
+    layer = CurloraLayer(base, "layer")
+    layer.set_adapter(list(adapters))
+    for i, adapter in enumerate(adapters):
+        layer.update_layer(adapter, CurloraConfig(**{"r": 4, "seed": i, **config}))
+        nn.init.normal_(layer.curlora_U[adapter], std=0.5)
+    layer.set_adapter(list(adapters))
+    return layer
+
+
+def dense(layer, adapters=("default",), dtype=torch.float64):
+    """The base layer with weight ``W + sum of alpha W[:, columns] U W[rows, :]``, in float64."""
+    base = copy.deepcopy(layer.get_base_layer()).to(dtype)
+    W = base.weight.data.clone()
+    for adapter in adapters:
+        columns, rows = layer.curlora_indices[adapter].long()
+        U = layer.curlora_U[adapter].detach().to(dtype)
+        base.weight.data += layer.alpha[adapter] * W[:, columns] @ U @ W[rows, :]
+    return base
+
+
+KINDS = [("linear", True), ("linear", False), ("conv1d", True)]
+
+
+@pytest.mark.parametrize(("kind", "bias"), KINDS)
+@pytest.mark.parametrize("lead", [(5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize("config", [{}, {"alpha": 2.5}, {"replacement": True, "r": 9}, {"sampling": "reference"}])
+def test_layer_is_the_dense_formula(kind, bias, lead, config):
+    layer = make_layer(make_base(kind, bias), **config)
+    if config.get("replacement"):
+        assert any(len(set(index.tolist())) < 9 for index in layer.curlora_indices["default"])  # duplicates occur
+    x = torch.randn(*lead, 12)
+    expected = dense(layer)(x.double())
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "bias"), KINDS)
+def test_gradients_are_those_of_the_dense_formula(kind, bias):
+    layer = make_layer(make_base(kind, bias, dtype=torch.float64), replacement=True, alpha=1.5)
+    columns, rows = layer.curlora_indices["default"].long()
+    base, W = layer.get_base_layer(), layer.get_base_layer().weight
+    x = torch.randn(6, 12, dtype=torch.float64, requires_grad=True)
+    U = layer.curlora_U["default"]
+    weights = torch.randn(6, 9, dtype=torch.float64)
+    got = torch.autograd.grad((layer(x) * weights).sum(), [x, U])
+
+    changed = W + 1.5 * W[:, columns] @ U @ W[rows, :]
+    out = x @ changed if kind == "conv1d" else x @ changed.T
+    out = out if base.bias is None else out + base.bias
+    expected = torch.autograd.grad((out * weights).sum(), [x, U])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_gradcheck_through_the_layer(kind):
+    layer = make_layer(make_base(kind, dtype=torch.float64), r=3)
+    x = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+
+    def f(x, U):
+        return torch.func.functional_call(layer, {"curlora_U.default": U}, (x,))
+
+    assert torch.autograd.gradcheck(f, (x, layer.curlora_U["default"].detach().requires_grad_()))
+
+
+def test_a_trained_bias_gets_its_full_gradient():
+    layer = make_layer(make_base(dtype=torch.float64))
+    bias = layer.get_base_layer().bias.requires_grad_()
+    x = torch.randn(6, 12, dtype=torch.float64)
+    (got,) = torch.autograd.grad(layer(x).square().sum(), bias)
+    reference = dense(layer)
+    reference.bias.requires_grad_()
+    (expected,) = torch.autograd.grad(reference(x).square().sum(), reference.bias)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_several_active_adapters_add_up(kind):
+    layer = make_layer(make_base(kind, dtype=torch.float64), adapters=("a", "b", "c"), alpha=0.7)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), dense(layer, ("a", "b", "c"))(x))
+    layer.set_adapter(["b"])
+    torch.testing.assert_close(layer(x), dense(layer, ("b",))(x))
+    layer.set_adapter([])
+    torch.testing.assert_close(layer(x), layer.get_base_layer()(x))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_merge_and_unmerge(kind, safe):
+    layer = make_layer(make_base(kind), adapters=("a", "b"))
+    original = layer.get_base_layer().weight.clone()
+    x = torch.randn(5, 12)
+    active = layer(x)
+    layer.merge(safe_merge=safe)
+    assert layer.merged_adapters == ["a", "b"]
+    torch.testing.assert_close(layer.get_base_layer().weight, dense_from(original, layer).float())
+    torch.testing.assert_close(layer(x), active, rtol=1e-4, atol=1e-5)
+    layer.unmerge()
+    torch.testing.assert_close(layer.get_base_layer().weight, original)
+    torch.testing.assert_close(layer(x), active, rtol=1e-4, atol=1e-5)
+
+
+def dense_from(weight, layer):
+    W = weight.double()
+    total = W.clone()
+    for adapter in layer.merged_adapters:
+        columns, rows = layer.curlora_indices[adapter].long()
+        total += layer.alpha[adapter] * W[:, columns] @ layer.curlora_U[adapter].detach().double() @ W[rows, :]
+    return total
+
+
+def test_adapters_merged_one_by_one_use_the_original_weight():
+    layer = make_layer(make_base(), adapters=("a", "b"))
+    original = layer.get_base_layer().weight.clone()
+    layer.merge(adapter_names=["a"])
+    with pytest.warns(UserWarning, match="additionally merging b"):
+        layer.merge(adapter_names=["b"])
+    torch.testing.assert_close(layer.get_base_layer().weight, dense_from(original, layer).float())
+
+
+def test_unmerging_after_U_changed_restores_the_base():
+    layer = make_layer(make_base())
+    original = layer.get_base_layer().weight.clone()
+    layer.merge()
+    layer.curlora_U["default"].data.zero_()
+    layer.unmerge()
+    torch.testing.assert_close(layer.get_base_layer().weight, original)
+
+
+def test_safe_merge_refuses_nan_and_changes_nothing():
+    layer = make_layer(make_base())
+    original = layer.get_base_layer().weight.clone()
+    layer.curlora_U["default"].data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected.*default.*'layer'"):
+        layer.merge(safe_merge=True)
+    assert not layer.merged
+    assert torch.equal(layer.get_base_layer().weight, original)
+
+
+def test_disabled_and_merged_layers_are_the_base():
+    layer = make_layer(make_base())
+    x = torch.randn(5, 12)
+    expected = layer.get_base_layer()(x)
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), expected)
+    layer.enable_adapters(True)
+    layer.merge()
+    layer.enable_adapters(False)
+    torch.testing.assert_close(layer(x), expected)
+    assert not layer.merged
+
+
+def test_no_adapter_is_drawn_from_a_merged_weight():
+    layer = make_layer(make_base())
+    layer.merge()
+    with pytest.raises(RuntimeError, match=r"cannot add adapter 'b' while \['default'\] is merged.*Unmerge first"):
+        layer.update_layer("b", CurloraConfig(r=2))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_bfloat16_base_with_float32_U(kind):
+    layer = make_layer(make_base(kind, inputs=64, outputs=48, dtype=torch.bfloat16))
+    layer.curlora_U["default"] = nn.Parameter(layer.curlora_U["default"].detach().float())
+    x = torch.randn(32, 64, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = dense(layer)(x.detach().double())
+    assert (y.double() - expected).norm() / expected.norm() < 1e-2
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16
+    assert layer.curlora_U["default"].grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_autocast_follows_the_base_layer(kind):
+    layer = make_layer(make_base(kind, inputs=64, outputs=48))
+    x = torch.randn(32, 64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = dense(layer)(x.detach().double())
+    assert (y.double() - expected).norm() / expected.norm() < 1e-2
+    y.float().sum().backward()
+    U = layer.curlora_U["default"]
+    assert U.grad.dtype == torch.float32
+    (reference,) = torch.autograd.grad(layer(x).sum(), U)
+    assert (U.grad - reference).norm() / reference.norm() < 2e-2
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant):
+    layer = make_layer(make_base())
+    x = torch.randn(5, 12, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, layer.curlora_U["default"]])
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    y.square().sum().backward()
+    assert torch.equal(x.grad, plain[0])
+    assert torch.equal(layer.curlora_U["default"].grad, plain[1])
+
+
+def test_a_training_step_saves_z_and_neither_input_nor_output():
+    tokens, r = 200, 4
+    layer = make_layer(make_base(inputs=60, outputs=50), r=r)
+    x = torch.randn(tokens, 60, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    with_tokens = [tuple(t.shape) for t in saved if tokens in t.shape]
+    assert with_tokens == [(tokens, r)]
+    weights = {layer.get_base_layer().weight.data_ptr()}
+    assert all(t.numel() <= 50 * r for t in saved if t.data_ptr() not in weights and tokens not in t.shape)
+
+
+def test_compiles_without_a_graph_break():
+    layer = make_layer(make_base())
+    x = torch.randn(5, 12, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    torch.testing.assert_close(y, layer(x))
+    got = torch.autograd.grad(y.square().sum(), [x, layer.curlora_U["default"]])
+    expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.curlora_U["default"]])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_deepcopy_is_independent():
+    layer = make_layer(make_base())
+    twin = copy.deepcopy(layer)
+    x = torch.randn(5, 12)
+    assert torch.equal(twin(x), layer(x))
+    twin.curlora_U["default"].data.zero_()
+    assert not torch.equal(twin(x), layer(x))
+
+
+@pytest.mark.parametrize("module", [nn.Embedding(5, 4), nn.Conv2d(2, 2, 1), nn.LayerNorm(4)])
+def test_unsupported_layers_are_named(module):
+    with pytest.raises(TypeError, match=f"'wte' is a {type(module).__name__}, which is not supported"):
+        CurloraLayer(module, "wte")
+
+
+def test_quantized_weights_are_refused_clearly():
+    base = nn.Linear(8, 8)
+    base.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"'q_proj'.*torch\.uint8.*float32, bfloat16 or float16"):
+        CurloraLayer(base, "q_proj")

@@ -1,0 +1,202 @@
+"""Saved adapters: what is in them, that they come back, and what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from tests.models import BASES, curlora, layers, llama, tokens
+
+both = pytest.mark.parametrize("base", BASES)
+
+
+@both
+def test_a_fresh_process_gives_the_same_logits(base, tmp_path):
+    model = curlora(BASES[base](), alpha=0.5)
+    model.save_pretrained(tmp_path)
+    torch.save(model(tokens()).logits, tmp_path / "logits.pt")
+    code = f"""
+import torch, curlora
+from peft import PeftModel
+from tests.models import {base}, tokens
+model = PeftModel.from_pretrained({base}(), r"{tmp_path}").eval()
+assert torch.equal(model(tokens()).logits, torch.load(r"{tmp_path}/logits.pt"))
+print("equal")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+def test_the_file_holds_U_the_indices_and_a_fingerprint_and_nothing_else(tmp_path):
+    model = curlora(llama())
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(tensors) == 3 * len(layers(model))
+    for key, tensor in tensors.items():
+        part = key.rpartition(".")[2]
+        shape, dtype = {
+            "curlora_U": ((4, 4), torch.float32),
+            "curlora_indices": ((2, 4), torch.int32),
+            "curlora_fingerprint": ((8,), torch.int32),
+        }[part]
+        assert (tuple(tensor.shape), tensor.dtype) == (shape, dtype)
+
+
+def test_indices_come_from_the_file_not_from_the_seed(tmp_path):
+    model = curlora(llama(), seed=1)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["seed"] = 999
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_low_cpu_mem_usage(low_memory, tmp_path):
+    model = curlora(llama())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_memory).eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert all(p.device.type == "cpu" for p in loaded.parameters())
+
+
+def test_load_a_second_adapter_beside_the_first(tmp_path):
+    model = curlora(llama(), seed=3)
+    model.save_pretrained(tmp_path)
+    expected = model(tokens()).logits
+    other = curlora(llama(), seed=4, r=3)
+    own = other(tokens()).logits
+    other.load_adapter(tmp_path, "loaded")
+    assert torch.equal(other(tokens()).logits, own)
+    other.set_adapter("loaded")
+    assert torch.equal(other(tokens()).logits, expected)
+
+
+def test_state_dict_round_trip():
+    source, target = curlora(llama(), seed=1), curlora(llama(), seed=2)
+    assert not torch.equal(source(tokens()).logits, target(tokens()).logits)
+    result = set_peft_model_state_dict(target, get_peft_model_state_dict(source))
+    assert not result.unexpected_keys
+    assert torch.equal(source(tokens()).logits, target(tokens()).logits)
+
+
+def test_plain_load_state_dict_rebuilds_C():
+    source, target = curlora(llama(), seed=1), curlora(llama(), seed=2)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source(tokens()).logits, target(tokens()).logits)
+
+
+def test_loaded_adapters_can_be_trained_on(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
+    ids = tokens()
+    loaded(ids, labels=ids).loss.backward()
+    assert all(layer.curlora_U["default"].grad.abs().sum() > 0 for layer in layers(loaded))
+
+
+def test_another_base_is_refused_with_a_sentence(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"made on another base model.*6 of 6 layers.*Load it onto the model"):
+        PeftModel.from_pretrained(llama(seed=1), tmp_path)
+
+
+def test_a_changed_base_is_refused(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    changed = llama()
+    changed.model.layers[1].self_attn.v_proj.weight.data *= 1.01
+    with pytest.raises(ValueError, match=r"1 of 6 layers \(.*layers\.1\.self_attn\.v_proj"):
+        PeftModel.from_pretrained(changed, tmp_path)
+
+
+def test_a_changed_base_is_refused_by_plain_load_state_dict_too():
+    state = curlora(llama()).state_dict()
+    target = curlora(llama(seed=1))
+    adapter_only = {k: v for k, v in state.items() if "curlora_" in k}
+    with pytest.raises(ValueError, match="made on another base model"):
+        target.load_state_dict(adapter_only, strict=False)
+
+
+def test_another_precision_is_loaded_with_a_warning(tmp_path):
+    model = curlora(llama())
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="another precision or quantization"):
+        loaded = PeftModel.from_pretrained(llama().to(torch.bfloat16), tmp_path).eval()
+    expected = model(tokens()).logits
+    assert (loaded(tokens()).logits.float() - expected).norm() / expected.norm() < 0.05
+
+
+def damage(path, **replacements):
+    tensors = load_file(path / "adapter_model.safetensors")
+    for part, change in replacements.items():
+        key = next(k for k in tensors if k.endswith(part))
+        value = change(tensors.pop(key))
+        if value is not None:
+            tensors[key] = value
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def set_first(value):
+    def change(tensor):
+        tensor[..., 0] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("curlora_U", lambda t: None, "curlora_U.default is missing"),
+        ("curlora_indices", lambda t: None, "curlora_indices.default is missing"),
+        ("curlora_U", set_first(float("nan")), "U contains NaN"),
+        ("curlora_U", lambda t: t[:2, :2].clone(), r"U has shape \(2, 2\), but the configuration says r=4"),
+        ("curlora_indices", set_first(-1), r"column index -1 is outside 0\.\.31"),
+        ("curlora_indices", set_first(10_000), r"column index 10000 is outside 0\.\.31"),
+        ("curlora_indices", lambda t: t.float(), "the indices are torch.float32"),
+        ("curlora_fingerprint", lambda t: t[:3].clone(), "fingerprint of the base is damaged"),
+    ],
+)
+def test_damaged_adapters_are_refused(part, change, message, tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    damage(tmp_path, **{part: change})
+    with pytest.raises(ValueError, match=f"does not fit this model and was not loaded.*{message}"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_extra_layers_are_refused(tmp_path):
+    curlora(llama(), target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="o_proj.* belongs to no adapted layer"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 200, -10])
+def test_truncated_files_are_refused_before_the_model_is_touched(keep, tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    base = llama()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read .*incomplete or damaged"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert not layers(base)
+
+
+def test_pickles_are_never_opened(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "exploded"), "w")
+
+    torch.save({"x": Bomb()}, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+    assert not (tmp_path / "exploded").exists()
