@@ -1,0 +1,154 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from curlora.continual.results import RunResults
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+errors = Console(stderr=True)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """CURLoRA: fine-tune a language model again and again, and see what it forgets."""
+    if version:
+        from curlora import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path | None, typer.Option(help="Run directory to make; runs/demo-<time> if not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of under a minute; its figures mean nothing.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+) -> None:
+    """Fine-tune a small language model on three real tasks, one after another, by three methods."""
+    out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    with _errors_for_people(), _quiet_libraries():
+        console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
+        from curlora.demo import run_demo
+
+        bars = Progress(
+            TextColumn("{task.description}", table_column=None),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        with bars:
+            results = run_demo(out, quick=quick, seed=seed, progress=lambda total: _Bar(bars, total))
+    print_results(results)
+    console.print(f"\nReport: {out / 'report.html'}\nFigures and adapters: {out}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the ``curlora`` command."""
+    app()
+
+
+def print_results(results: RunResults) -> None:
+    """Print a run as two tables."""
+    from curlora.report import format_size, format_time
+
+    matrix = Table(title=f"{results.title}: accuracy", title_justify="left")
+    matrix.add_column("method")
+    matrix.add_column("after")
+    for task in results.tasks:
+        matrix.add_column(task.name, justify="right")
+    matrix.add_row("majority class", "", *(f"{task.majority_rate:.3f}" for task in results.tasks), end_section=True)
+    for method in results.methods:
+        for i, row in enumerate(method.accuracy):
+            cells = [f"{value:.3f}" for value in row] + [""] * (len(results.tasks) - len(row))
+            matrix.add_row(
+                method.label if i == 0 else "", results.tasks[i].name, *cells, end_section=i == len(method.accuracy) - 1
+            )
+    console.print(matrix)
+
+    summary = Table(title="Summary", title_justify="left")
+    summary.add_column("method")
+    headings = ["average accuracy", "forgetting", "perplexity", "trained numbers", "adapter file", "time"]
+    for heading in headings:
+        summary.add_column(heading, justify="right")
+    for method in results.methods:
+        summary.add_row(
+            method.label,
+            f"{method.average_accuracy:.3f}",
+            "-" if method.forgetting is None else f"{method.forgetting:+.3f}",
+            f"{method.perplexity[0]:.2f} -> {method.perplexity[-1]:.2f} ({100 * method.perplexity_rise:+.1f} %)",
+            f"{method.trainable_parameters:,}",
+            format_size(method.adapter_bytes),
+            format_time(method.seconds),
+        )
+    console.print(summary)
+    console.print(
+        f"Perplexity of {results.heldout}. Trained numbers and file without the heads.", style="dim", highlight=False
+    )
+
+
+class _Bar:
+    """Shows a run's progress as one bar."""
+
+    def __init__(self, bars: Progress, total: float) -> None:
+        self.bars = bars
+        self.task = bars.add_task("", total=total)
+
+    def stage(self, text: str) -> None:
+        self.bars.update(self.task, description=text.ljust(42))
+
+    def advance(self, units: float) -> None:
+        self.bars.advance(self.task, units)
+
+
+@contextlib.contextmanager
+def _errors_for_people() -> Iterator[None]:
+    """Turn what a user can mend into one message and a non-zero exit; let real faults keep their trace."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        errors.print("Interrupted. Nothing was written to the run directory.", highlight=False)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        from curlora.demo.assets import AssetError
+
+        if not isinstance(error, (AssetError, OSError)):
+            raise
+        errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' bars and notices off the screen."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Run the demo: fetch, fine-tune three times over three tasks, write a run directory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from curlora.continual.methods import Method
+from curlora.continual.perplexity import perplexity
+from curlora.continual.results import MethodResult, RunResults, TaskInfo, environment
+from curlora.continual.sequence import HeldOut, Progress, Settings, run_method, work_of
+from curlora.continual.tasks import Task
+from curlora.demo import assets, texts
+from curlora.report import write_report
+from curlora.tuner import CurloraConfig
+
+__all__ = ["run_demo"]
+
+_TARGETS = ["q_proj", "k_proj", "v_proj"]
+_RANK = 16
+
+METHODS = [
+    Method("frozen", "Frozen, heads only"),
+    Method("lora", "LoRA", lambda: LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_TARGETS), 1e-3),
+    Method("curlora", "CURLoRA", lambda: CurloraConfig(r=_RANK, target_modules=_TARGETS), 5e-3),
+]
+
+
+def run_demo(out: Path, *, quick: bool = False, seed: int = 0, progress: Callable[[float], Progress]) -> RunResults:
+    """Fine-tune a frozen model with heads, LoRA and CURLoRA over three real tasks.
+
+    Args:
+        out: the run directory to make. It appears when the run is complete, and not before.
+        quick: a smoke run of under a minute, whose figures mean nothing.
+        seed: of the choice of examples, their order and LoRA's start.
+        progress: given the whole amount of work, gives what hears about it.
+
+    Returns:
+        The measurements, as saved in ``out / "results.json"``.
+
+    Raises:
+        FileExistsError: if ``out`` exists.
+        curlora.demo.assets.AssetError: if the model or the texts cannot be had.
+    """
+    out = out.absolute()
+    if out.exists():
+        raise FileExistsError(f"{out} exists. Choose another folder with --out, or remove it.")
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        results = _run(partial, quick, seed, progress)
+        results.save(partial / "results.json")
+        write_report(results, partial / "report.html")
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return results
+
+
+def _run(directory: Path, quick: bool, seed: int, progress: Callable[[float], Progress]) -> RunResults:
+    examples, scored, windows = (24, 24, 1) if quick else (400, 200, 4)
+    settings = Settings(batch_size=8 if quick else 4, max_length=24 if quick else 40, window=128 if quick else 512, seed=seed)
+
+    folder = assets.language_model()
+    texts_folder = assets.fetch(assets.TEXTS) / Path(assets.TEXTS.files[0]).parent
+    reviews = assets.fetch(assets.REVIEWS) / assets.REVIEWS.files[0]
+    stream = texts.tasks(texts_folder, reviews, examples, scored, seed)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokens = torch.tensor(tokenizer(texts.held_out_text(texts_folder))["input_ids"])[: windows * settings.window]
+    heldout = HeldOut("tales of the brothers Grimm", tokens)
+
+    def base() -> nn.Module:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    listener = progress(sum(work_of(method, stream, heldout, settings) for method in METHODS))
+    listener.stage("Base model: perplexity")
+    model = base()
+    before = perplexity(model, tokens, window=settings.window)
+    parameters = sum(p.numel() for p in model.parameters())
+    measured: list[MethodResult] = []
+    for method in METHODS:
+        measured.append(
+            run_method(
+                method,
+                base(),
+                tokenizer,
+                stream,
+                heldout,
+                settings,
+                base_perplexity=before,
+                directory=directory / method.name,
+                progress=listener,
+            )
+        )
+    return RunResults(
+        title="Three tasks, one after another" + (" (quick smoke run: the figures mean nothing)" if quick else ""),
+        created=time.strftime("%Y-%m-%d %H:%M"),
+        base_model="SmolLM2-135M-Instruct",
+        base_parameters=parameters,
+        heldout=f"{heldout.name} ({len(tokens):,} tokens)",
+        seed=seed,
+        settings={k: v for k, v in asdict(settings).items() if k != "seed"} | {"rank": _RANK, "targets": ", ".join(_TARGETS)},
+        environment=environment(),
+        tasks=[_describe(task) for task in stream],
+        methods=measured,
+    )
+
+
+def _describe(task: Task) -> TaskInfo:
+    return TaskInfo(
+        name=task.name,
+        description=task.description,
+        labels=list(task.labels),
+        train_examples=len(task.train),
+        evaluation_examples=len(task.evaluation),
+        majority_rate=task.majority_rate,
+    )
