@@ -19,7 +19,8 @@ def make_problem(m=7, n=5, r=3, lead=(4,), bias=True, duplicates=True, dtype=tor
     columns = torch.randint(0, n, (r,), generator=rng)
     if duplicates and r > 1:
         rows[1], columns[1] = rows[0], columns[0]
-    return dict(W=normal(m, n), b=normal(m) if bias else None, U=normal(r, r), x=normal(*lead, n), rows=rows, columns=columns)
+    W, b, U, x = normal(m, n), normal(m) if bias else None, normal(r, r), normal(*lead, n)
+    return dict(W=W, b=b, U=U, x=x, rows=rows, columns=columns)
 
 
 def dense(W, b, U, x, rows, columns, alpha=1.0):

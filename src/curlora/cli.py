@@ -8,10 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -28,16 +30,14 @@ errors = Console(stderr=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     """CURLoRA: fine-tune a language model again and again, and see what it forgets."""
     if version:
-        from curlora import __version__
-
-        print(__version__)
+        print(metadata.version("curlora"))
         raise typer.Exit
 
 
 @app.command()
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run directory to make; runs/demo-<time> if not given.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run of under a minute; its figures mean nothing.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run; its figures mean nothing.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
 ) -> None:
     """Fine-tune a small language model on three real tasks, one after another, by three methods."""
@@ -69,39 +69,46 @@ def print_results(results: RunResults) -> None:
     """Print a run as two tables."""
     from curlora.report import format_size, format_time
 
-    matrix = Table(title=f"{results.title}: accuracy", title_justify="left")
-    matrix.add_column("method")
-    matrix.add_column("after")
+    matrix = Table(title=f"{results.title}: accuracy", title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("method", "after"):
+        matrix.add_column(heading)
     for task in results.tasks:
         matrix.add_column(task.name, justify="right")
     matrix.add_row("majority class", "", *(f"{task.majority_rate:.3f}" for task in results.tasks), end_section=True)
     for method in results.methods:
         for i, row in enumerate(method.accuracy):
             cells = [f"{value:.3f}" for value in row] + [""] * (len(results.tasks) - len(row))
-            matrix.add_row(
-                method.label if i == 0 else "", results.tasks[i].name, *cells, end_section=i == len(method.accuracy) - 1
-            )
+            last = i == len(method.accuracy) - 1
+            matrix.add_row(method.label if i == 0 else "", results.tasks[i].name, *cells, end_section=last)
     console.print(matrix)
 
-    summary = Table(title="Summary", title_justify="left")
+    summary = Table(title="After the last task", title_justify="left", box=SIMPLE_HEAD)
     summary.add_column("method")
-    headings = ["average accuracy", "forgetting", "perplexity", "trained numbers", "adapter file", "time"]
-    for heading in headings:
-        summary.add_column(heading, justify="right")
+    for heading in (
+        "average\naccuracy",
+        "for-\ngetting",
+        "perplexity",
+        "rise",
+        "trained\nnumbers",
+        "adapter\nfile",
+        "time",
+    ):
+        summary.add_column(heading, justify="right", no_wrap=True)
+    summary.add_row("base model", "", "", f"{results.methods[0].perplexity[0]:.2f}", end_section=True)
     for method in results.methods:
         summary.add_row(
             method.label,
             f"{method.average_accuracy:.3f}",
             "-" if method.forgetting is None else f"{method.forgetting:+.3f}",
-            f"{method.perplexity[0]:.2f} -> {method.perplexity[-1]:.2f} ({100 * method.perplexity_rise:+.1f} %)",
+            f"{method.perplexity[-1]:.2f}",
+            f"{100 * method.perplexity_rise:+.1f} %",
             f"{method.trainable_parameters:,}",
             format_size(method.adapter_bytes),
             format_time(method.seconds),
         )
     console.print(summary)
-    console.print(
-        f"Perplexity of {results.heldout}. Trained numbers and file without the heads.", style="dim", highlight=False
-    )
+    note = f"Perplexity of {results.heldout}. Trained numbers and file without the heads."
+    console.print(note, style="dim", highlight=False)
 
 
 class _Bar:

@@ -15,6 +15,7 @@ Only ``z`` is saved for backward.
 """
 
 import contextlib
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,9 @@ class _GatherUpdate(torch.autograd.Function):
     """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right."""
 
     @staticmethod
-    def forward(ctx, output, mixing, factor, index, offset):
+    def forward(
+        ctx: Any, output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         z = output.index_select(-1, index)
         if offset is not None:
             z = z - offset.to(z.dtype)
@@ -88,12 +91,12 @@ class _GatherUpdate(torch.autograd.Function):
         return result, z
 
     @staticmethod
-    def backward(ctx, grad, grad_z):
-        if grad is None and grad_z is None:
-            return None, None, None, None, None
+    def backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         z, mixing, factor, index = ctx.saved_tensors
         need_output, need_mixing, _, _, need_offset = ctx.needs_input_grad
         if grad is None:  # in second derivatives z may be used where the result is not
+            if grad_z is None:
+                return None, None, None, None, None
             grad = grad_z.new_zeros(ctx.shape)
 
         g = (grad.reshape(-1, grad.shape[-1]) @ factor.to(grad.dtype)).to(mixing.dtype)

@@ -53,7 +53,11 @@ def render(results: RunResults) -> str:
             "Trained numbers, heads not counted, on a logarithmic scale.",
             _plot(results, _trainable),
         ),
-        ("Training", "Training loss over the stream, smoothed; each task starts with a fresh head.", _plot(results, _losses)),
+        (
+            "Training",
+            "Training loss over the stream, smoothed; each task starts with a fresh head.",
+            _plot(results, _losses),
+        ),
     ]
     return template.render(results=results, plots=plots, colours=_COLOURS, time=format_time, size=format_size)
 

@@ -198,7 +198,9 @@ def test_the_model_moves_between_dtypes_with_its_adapter():
 
 def test_unknown_targets_say_what_there_is():
     base = llama()
-    with pytest.raises(NoMatchingPeftModuleError, match=r"query_proj.*not found.*down_proj, gate_proj, k_proj, lm_head"):
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=r"query_proj.*not found.*down_proj, gate_proj, k_proj, lm_head"
+    ):
         get_peft_model(base, CurloraConfig(target_modules=["query_proj"]))
     assert not layers(base)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class TaskClassifier(nn.Module):
         self.task = task
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
@@ -72,7 +74,7 @@ class TaskClassifier(nn.Module):
         hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         pooled = last_token(hidden, attention_mask)
         head = self.heads[self.task]
-        logits = head(pooled.to(head.weight.dtype))
+        logits = head(pooled.to(dtype=next(head.parameters()).dtype))
         if labels is None:
             return {"logits": logits}
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}

@@ -44,4 +44,5 @@ def forgetting(accuracy: AccuracyMatrix) -> float | None:
 
 def _check(accuracy: AccuracyMatrix) -> None:
     if not accuracy or any(len(row) != i + 1 for i, row in enumerate(accuracy)):
-        raise ValueError(f"the accuracy matrix must be lower triangular, got rows of {[len(r) for r in accuracy]} entries")
+        lengths = [len(row) for row in accuracy]
+        raise ValueError(f"the accuracy matrix must be lower triangular, got rows of {lengths} entries")

@@ -134,7 +134,8 @@ def language_model(cache: Path | None = None) -> Path:
         with _made_in_one_piece(final, megabytes=600) as partial:
             # transformers does not save a model that it read from GGUF: rebuild it from a clean config.
             read = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
-            clean = {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+            drop = ("quantization_config", "_name_or_path")
+            clean = {key: value for key, value in read.config.to_dict().items() if key not in drop}
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**clean), dtype=torch.float32)
             model.load_state_dict(read.state_dict())
             model.generation_config = read.generation_config

@@ -29,7 +29,7 @@ _TARGETS = ["q_proj", "k_proj", "v_proj"]
 _RANK = 16
 
 METHODS = [
-    Method("frozen", "Frozen, heads only"),
+    Method("frozen", "Heads only"),
     Method("lora", "LoRA", lambda: LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_TARGETS), 1e-3),
     Method("curlora", "CURLoRA", lambda: CurloraConfig(r=_RANK, target_modules=_TARGETS), 5e-3),
 ]
@@ -67,8 +67,11 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, progress: Callabl
 
 
 def _run(directory: Path, quick: bool, seed: int, progress: Callable[[float], Progress]) -> RunResults:
-    examples, scored, windows = (24, 24, 1) if quick else (400, 200, 4)
-    settings = Settings(batch_size=8 if quick else 4, max_length=24 if quick else 40, window=128 if quick else 512, seed=seed)
+    examples, scored, windows = (24, 24, 1) if quick else (320, 160, 4)
+    if quick:
+        settings = Settings(batch_size=8, max_length=24, window=128, seed=seed)
+    else:
+        settings = Settings(batch_size=4, max_length=32, window=512, seed=seed)
 
     folder = assets.language_model()
     texts_folder = assets.fetch(assets.TEXTS) / Path(assets.TEXTS.files[0]).parent
@@ -108,7 +111,7 @@ def _run(directory: Path, quick: bool, seed: int, progress: Callable[[float], Pr
         base_parameters=parameters,
         heldout=f"{heldout.name} ({len(tokens):,} tokens)",
         seed=seed,
-        settings={k: v for k, v in asdict(settings).items() if k != "seed"} | {"rank": _RANK, "targets": ", ".join(_TARGETS)},
+        settings={**asdict(settings), "rank": _RANK, "targets": ", ".join(_TARGETS)},
         environment=environment(),
         tasks=[_describe(task) for task in stream],
         methods=measured,

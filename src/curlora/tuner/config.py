@@ -45,10 +45,10 @@ class CurloraConfig(PeftConfig):
 
     r: int = field(default=16, metadata={"help": "Rank; r * r numbers are trained per layer."})
     alpha: float = field(default=1.0, metadata={"help": "Factor on the update C U R."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to adapt: names, a regular expression or 'all-linear'."}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave out: names or a regular expression."}
     )
     sampling: str = field(default="inverse", metadata={"help": f"One of {', '.join(SAMPLINGS)}."})
@@ -73,11 +73,11 @@ class CurloraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.CURLORA  # type: ignore[attr-defined]
+        self.peft_type = PeftType.CURLORA
         if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+            self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+            self.exclude_modules = set(self.exclude_modules)
         for label, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"{label} must be a positive integer, got {r!r}")

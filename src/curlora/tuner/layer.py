@@ -136,7 +136,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             merged += (left @ right).to(merged.dtype)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {self.name!r})"
+                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
+                    f"(layer {self.name!r})"
                 )
         base.weight.data = merged
         self._merged_factors = factors
@@ -181,8 +182,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
 
     def _gathered(self, adapter_name: str) -> Tensor:
-        columns, rows = self.curlora_indices[adapter_name]
-        return columns if self.stores_outputs_last else rows
+        return self.curlora_indices[adapter_name][0 if self.stores_outputs_last else 1]
 
     def _mixing(self, adapter_name: str) -> Tensor:
         U = self.curlora_U[adapter_name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -39,7 +39,7 @@ class CurloraModel(BaseTuner):
 
     prefix = "curlora_"
     tuner_layer_cls = CurloraLayer
-    target_module_mapping = {
+    target_module_mapping: ClassVar[dict[str, Any]] = {
         model_type: _with_keys(targets)
         for model_type, targets in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
     }

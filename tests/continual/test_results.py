@@ -1,0 +1,33 @@
+import json
+
+import pytest
+
+from curlora.continual.results import SCHEMA_VERSION, RunResults, environment
+from tests.results import make_results
+
+
+def test_round_trip(tmp_path):
+    results = make_results()
+    results.save(tmp_path / "results.json")
+    assert RunResults.load(tmp_path / "results.json") == results
+    assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == SCHEMA_VERSION
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_derived_figures():
+    method = make_results().methods[1]
+    assert method.average_accuracy == pytest.approx((0.79 + 0.805 + 0.88) / 3)
+    assert method.forgetting == pytest.approx((0.035 - 0.015) / 2)
+    assert method.perplexity_rise == pytest.approx(21.4 / 20.2 - 1)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 1, "unknown": 2}'])
+def test_other_files_are_refused_by_name(text, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"results\.json does not hold the results of a run"):
+        RunResults.load(path)
+
+
+def test_environment_names_what_results_depend_on():
+    assert {"python", "torch", "transformers", "peft", "curlora", "device", "threads"} <= set(environment())

