@@ -66,7 +66,7 @@ def _plot(results: RunResults, draw: Callable[[RunResults, list[Axes]], None], c
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.4 * columns if columns > 1 else 7.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(max(9.6, 3.2 * columns), 3.8), layout="constrained")  # one width: one size of text
         FigureCanvasSVG(figure)
         grid = figure.subplots(1, columns, squeeze=False, sharey=columns > 1)
         axes = list(grid[0])
@@ -96,7 +96,8 @@ def _accuracy_over_stream(results: RunResults, axes: list[Axes]) -> None:
         axis.set_xticks(list(stages), [f"after\n{t.name}" for t in results.tasks], fontsize=9)
         axis.set_xlim(-0.3, len(results.tasks) - 0.7)
     axes[0].set_ylabel("accuracy")
-    axes[0].legend(frameon=False, fontsize=9)
+    figure = axes[0].figure
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6, frameon=False)
 
 
 def _learning_against_forgetting(results: RunResults, axes: list[Axes]) -> None:
@@ -115,7 +116,7 @@ def _trainable(results: RunResults, axes: list[Axes]) -> None:
     (axis,) = axes
     trained = [(m, method) for m, method in enumerate(results.methods) if method.trainable_parameters]
     for row, (m, method) in enumerate(trained):
-        axis.barh(row, method.trainable_parameters, color=_COLOURS[m % len(_COLOURS)])
+        axis.barh(row, method.trainable_parameters, height=0.5, color=_COLOURS[m % len(_COLOURS)])
         axis.annotate(
             f"{method.trainable_parameters:,}",
             (method.trainable_parameters, row),

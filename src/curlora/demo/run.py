@@ -28,10 +28,11 @@ __all__ = ["run_demo"]
 _TARGETS = ["q_proj", "k_proj", "v_proj"]
 _RANK = 16
 
+# Learning rates: the best final average accuracy of a sweep on this stream (see the README).
 METHODS = [
     Method("frozen", "Heads only"),
     Method("lora", "LoRA", lambda: LoraConfig(r=_RANK, lora_alpha=_RANK, target_modules=_TARGETS), 1e-3),
-    Method("curlora", "CURLoRA", lambda: CurloraConfig(r=_RANK, target_modules=_TARGETS), 5e-3),
+    Method("curlora", "CURLoRA", lambda: CurloraConfig(r=_RANK, target_modules=_TARGETS), 2e-3),
 ]
 
 

@@ -38,6 +38,8 @@ class CurloraConfig(PeftConfig):
         layers_pattern: name of the model's list of layers, with ``layers_to_transform``.
         rank_pattern: ranks for layers whose names match a regular expression.
         alpha_pattern: alphas for layers whose names match a regular expression.
+        init_weights: start ``U`` at zero, so that the model is unchanged at first. ``False`` starts it
+            at random, which is for tests only.
 
     Raises:
         ValueError: if an option is not one of the above.
@@ -70,6 +72,8 @@ class CurloraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Alphas for layers that match a regular expression."}
     )
+
+    init_weights: bool = field(default=True, metadata={"help": "Start U at zero; at random if False, for tests."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

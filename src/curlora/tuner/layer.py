@@ -86,7 +86,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
         self.r[adapter_name] = r
         self.alpha[adapter_name] = alpha
-        self.curlora_U[adapter_name] = nn.Parameter(torch.zeros(r, r, dtype=weight.dtype, device=weight.device))
+        U = torch.zeros(r, r, dtype=weight.dtype, device=weight.device)
+        self.curlora_U[adapter_name] = nn.Parameter(U if config.init_weights else nn.init.normal_(U))
         self.curlora_indices[adapter_name] = indices
         self._rebuild(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
