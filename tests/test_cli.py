@@ -34,7 +34,7 @@ def run(*arguments, timeout=300, **environment):
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "COLUMNS": "160", **environment},
+        env={**os.environ, "COLUMNS": "80", **environment},
     )
 
 
@@ -63,7 +63,8 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
         assert [len(row) for row in method.accuracy] == [1, 2, 3]
         assert len(method.perplexity) == 4
         assert method.perplexity[0] == results.methods[0].perplexity[0]
-        assert f"{method.average_accuracy:.3f}" in done.stdout
+        line = rf"^\W*{method.label} +{method.average_accuracy:.3f} .* {method.perplexity[-1]:.2f} "
+        assert re.search(line, done.stdout, re.MULTILINE), done.stdout
     assert results.methods[2].perplexity[-1] != results.methods[2].perplexity[0]  # CURLoRA moved
     assert f"{results.tasks[0].majority_rate:.3f}" in done.stdout
     assert str(out / "report.html") in done.stdout.replace("\n", "")

@@ -82,8 +82,8 @@ def print_results(results: RunResults) -> None:
             matrix.add_row(method.label if i == 0 else "", results.tasks[i].name, *cells, end_section=last)
     console.print(matrix)
 
-    summary = Table(title="After the last task", title_justify="left", box=SIMPLE_HEAD)
-    summary.add_column("method")
+    summary = Table(title="After the last task", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    summary.add_column("method", no_wrap=True)
     for heading in (
         "average\naccuracy",
         "for-\ngetting",
@@ -94,7 +94,7 @@ def print_results(results: RunResults) -> None:
         "time",
     ):
         summary.add_column(heading, justify="right", no_wrap=True)
-    summary.add_row("base model", "", "", f"{results.methods[0].perplexity[0]:.2f}", end_section=True)
+    summary.add_row("base model", "", "", f"{results.methods[0].perplexity[0]:.2f}")
     for method in results.methods:
         summary.add_row(
             method.label,
@@ -146,7 +146,6 @@ def _errors_for_people() -> Iterator[None]:
 def _quiet_libraries() -> Iterator[None]:
     """Keep the libraries' bars and notices off the screen."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
