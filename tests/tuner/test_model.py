@@ -165,6 +165,14 @@ def test_patterns_and_modules_to_save():
     assert any("modules_to_save" in n and p.requires_grad for n, p in model.named_parameters())
 
 
+def test_init_weights_false_starts_somewhere_else():
+    base = llama()
+    ids = tokens()
+    before = base(ids).logits
+    model = get_peft_model(base, CurloraConfig(r=4, init_weights=False, target_modules="all-linear")).eval()
+    assert not torch.equal(model(ids).logits, before)
+
+
 def test_half_precision_bases_train_U_in_float32():
     model = get_peft_model(llama().to(torch.bfloat16), CurloraConfig(r=4))
     layer = layers(model)[0]
