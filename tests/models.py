@@ -2,11 +2,14 @@
 
 import torch
 from peft import get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from curlora import CurloraConfig, CurloraLayer
 
 VOCABULARY = 100
+WORDS = [f"w{i}" for i in range(VOCABULARY - 2)]
 
 
 def llama(seed=0, **kwargs):
@@ -63,3 +66,27 @@ def randomize(model, adapter_name="default", seed=7):
 
 def layers(model):
     return [module for module in model.modules() if isinstance(module, CurloraLayer)]
+
+
+def word_tokenizer():
+    """One token per word of ``WORDS``."""
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def word_examples(seed, train=30, evaluation=21):
+    """A task that can be learned: which of two words a sentence of two to seven words ends in."""
+    rng = torch.Generator().manual_seed(seed)
+    signs = [WORDS[seed], WORDS[seed + 1]]
+
+    def examples(count):
+        rows = []
+        for i in range(count):
+            words = [WORDS[j] for j in torch.randint(20, 90, (i % 6 + 1,), generator=rng)]
+            label = int(torch.randint(0, 2, (), generator=rng))
+            rows.append((" ".join([*words, signs[label]]), label))
+        return rows
+
+    return examples(train), examples(evaluation)

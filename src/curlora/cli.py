@@ -17,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from curlora.continual.results import RunResults
@@ -42,22 +43,47 @@ def demo(
 ) -> None:
     """Fine-tune a small language model on three real tasks, one after another, by three methods."""
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    with _errors_for_people(), _quiet_libraries():
+    with _errors_for_people("Nothing was written to the run directory."), _quiet_libraries():
         console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
         from curlora.demo import run_demo
 
-        bars = Progress(
-            TextColumn("{task.description}", table_column=None),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        with bars:
+        with _progress_bars() as bars:
             results = run_demo(out, quick=quick, seed=seed, progress=lambda total: _Bar(bars, total))
-    print_results(results)
-    console.print(f"\nReport: {out / 'report.html'}\nFigures and adapters: {out}", highlight=False, soft_wrap=True)
+    _conclude(results, out)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/<name of the recipe> if not given.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="key.key=value: change an entry of the recipe. May be repeated.")
+    ] = None,
+) -> None:
+    """Run a recipe: a stream of tasks by several methods. On a directory that holds part of it, go on."""
+    out = out or Path("runs") / recipe.stem
+    with _errors_for_people("The same command goes on with the method it was at."), _quiet_libraries():
+        console.print("Loading ...")
+        from curlora.continual.recipe import load_recipe, run_recipe
+        from curlora.report import write_report
+
+        loaded = load_recipe(recipe, changes or [])
+        with _progress_bars() as bars:
+            results = run_recipe(loaded, out, progress=lambda total: _Bar(bars, total))
+        write_report(results, out / "report.html")
+    _conclude(results, out)
+
+
+@app.command()
+def report(directory: Annotated[Path, typer.Argument(help="A run directory, with its results.json.")]) -> None:
+    """Print a run again and write its report.html anew."""
+    with _errors_for_people():
+        from curlora.continual.results import RunResults
+        from curlora.report import write_report
+
+        results = RunResults.load(directory / "results.json")
+        write_report(results, directory / "report.html")
+    _conclude(results, directory)
 
 
 def main() -> None:
@@ -125,20 +151,40 @@ class _Bar:
         self.bars.advance(self.task, units)
 
 
+def _progress_bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def _conclude(results: RunResults, directory: Path) -> None:
+    print_results(results)
+    text = f"\nReport: {directory / 'report.html'}\nFigures and adapters: {directory}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
 @contextlib.contextmanager
-def _errors_for_people() -> Iterator[None]:
+def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
     """Turn what a user can mend into one message and a non-zero exit; let real faults keep their trace."""
     try:
         yield
     except KeyboardInterrupt:
-        errors.print("Interrupted. Nothing was written to the run directory.", highlight=False)
+        errors.print(f"Interrupted. {after_interrupt}", highlight=False)
         raise typer.Exit(130) from None
     except Exception as error:
+        from curlora.continual.recipe import RecipeError
+        from curlora.continual.results import ResultsError
+        from curlora.continual.run import RunDirectoryError
         from curlora.demo.assets import AssetError
 
-        if not isinstance(error, (AssetError, OSError)):
+        if not isinstance(error, (AssetError, RecipeError, ResultsError, RunDirectoryError, OSError)):
             raise
-        errors.print(f"[bold red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        errors.print("[bold red]Error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from curlora.continual.results import RunResults
+from curlora.continual.results import RunResults, write_whole
 
 __all__ = ["format_size", "format_time", "render", "write_report"]
 
@@ -26,9 +25,7 @@ _STYLE = {"font.size": 11, "svg.fonttype": "none", "svg.hashsalt": "curlora", "f
 
 def write_report(results: RunResults, path: Path) -> None:
     """Write the page; the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(render(results), encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, render(results))
 
 
 def render(results: RunResults) -> str:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from curlora.continual.results import SCHEMA_VERSION, RunResults, environment
+from curlora.continual.results import SCHEMA_VERSION, ResultsError, RunResults, environment
 from tests.results import make_results
 
 
@@ -25,7 +25,7 @@ def test_derived_figures():
 def test_other_files_are_refused_by_name(text, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"results\.json does not hold the results of a run"):
+    with pytest.raises(ResultsError, match=r"results\.json does not hold the results of a run"):
         RunResults.load(path)
 
 

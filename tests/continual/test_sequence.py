@@ -6,8 +6,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from curlora import CurloraConfig
 from curlora.continual.classifier import TaskClassifier
@@ -15,9 +13,8 @@ from curlora.continual.methods import Method
 from curlora.continual.perplexity import perplexity
 from curlora.continual.sequence import HeldOut, Settings, run_method, work_of
 from curlora.continual.tasks import Task
-from tests.models import VOCABULARY, llama
+from tests.models import VOCABULARY, llama, word_examples, word_tokenizer
 
-WORDS = [f"w{i}" for i in range(VOCABULARY - 2)]
 SETTINGS = Settings(batch_size=4, evaluation_batch_size=8, window=16, epochs=3, head_learning_rate=0.05)
 CURLORA = Method("curlora", "CURLoRA", lambda: CurloraConfig(r=4), 0.3)
 LORA = Method("lora", "LoRA", lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), 1e-2)
@@ -26,29 +23,10 @@ FROZEN = Method("frozen", "Frozen")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    model = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
+    return word_tokenizer()
 
 
-def make_task(name, seed):
-    """Which of two words a sentence of two to seven words holds."""
-    rng = torch.Generator().manual_seed(seed)
-    signs = [WORDS[seed], WORDS[seed + 1]]
-
-    def examples(count):
-        rows = []
-        for i in range(count):
-            words = [WORDS[j] for j in torch.randint(20, 90, (i % 6 + 1,), generator=rng)]
-            label = int(torch.randint(0, 2, (), generator=rng))
-            rows.append((" ".join([*words, signs[label]]), label))
-        return rows
-
-    return Task(name, ["a", "b"], examples(30), examples(21))
-
-
-TASKS = [make_task("first", 2), make_task("second", 8)]
+TASKS = [Task(name, ["a", "b"], *word_examples(seed)) for name, seed in (("first", 2), ("second", 8))]
 HELDOUT = HeldOut("noise", torch.randint(0, VOCABULARY, (50,), generator=torch.Generator().manual_seed(0)))
 
 

@@ -12,9 +12,13 @@ from pydantic import BaseModel, ConfigDict
 
 from curlora.continual import metrics
 
-__all__ = ["SCHEMA_VERSION", "MethodResult", "RunResults", "TaskInfo", "environment"]
+__all__ = ["SCHEMA_VERSION", "MethodResult", "ResultsError", "RunResults", "TaskInfo", "environment", "write_whole"]
 
 SCHEMA_VERSION = 1
+
+
+class ResultsError(ValueError):
+    """A file does not hold the results of a run."""
 
 
 class _Record(BaseModel):
@@ -83,21 +87,29 @@ class RunResults(_Record):
 
     def save(self, path: Path) -> None:
         """Write JSON; the file appears whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> RunResults:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: if the file is not a run's results, naming the file and the field.
+            ResultsError: if the file is not a run's results, naming the file and the field.
         """
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} does not hold the results of a run: {error}") from error
+            raise ResultsError(f"{path} does not hold the results of a run: {error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str]:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from curlora.continual.methods import Method
-from curlora.continual.perplexity import perplexity
-from curlora.continual.results import MethodResult, RunResults, TaskInfo, environment
-from curlora.continual.sequence import HeldOut, Progress, Settings, run_method, work_of
-from curlora.continual.tasks import Task
+from curlora.continual.results import RunResults
+from curlora.continual.run import Stream, run_stream
+from curlora.continual.sequence import HeldOut, Progress, Settings
 from curlora.demo import assets, texts
 from curlora.report import write_report
 from curlora.tuner import CurloraConfig
@@ -59,7 +55,6 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, progress: Callabl
     partial.mkdir(parents=True)
     try:
         results = _run(partial, quick, seed, progress)
-        results.save(partial / "results.json")
         write_report(results, partial / "report.html")
         os.replace(partial, out)
     finally:
@@ -77,54 +72,18 @@ def _run(directory: Path, quick: bool, seed: int, progress: Callable[[float], Pr
     folder = assets.language_model()
     texts_folder = assets.fetch(assets.TEXTS) / Path(assets.TEXTS.files[0]).parent
     reviews = assets.fetch(assets.REVIEWS) / assets.REVIEWS.files[0]
-    stream = texts.tasks(texts_folder, reviews, examples, scored, seed)
+    tasks = texts.tasks(texts_folder, reviews, examples, scored, seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokens = torch.tensor(tokenizer(texts.held_out_text(texts_folder))["input_ids"])[: windows * settings.window]
-    heldout = HeldOut("tales of the brothers Grimm", tokens)
-
-    def base() -> nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-    listener = progress(sum(work_of(method, stream, heldout, settings) for method in METHODS))
-    listener.stage("Base model: perplexity")
-    model = base()
-    before = perplexity(model, tokens, window=settings.window)
-    parameters = sum(p.numel() for p in model.parameters())
-    measured: list[MethodResult] = []
-    for method in METHODS:
-        measured.append(
-            run_method(
-                method,
-                base(),
-                tokenizer,
-                stream,
-                heldout,
-                settings,
-                base_perplexity=before,
-                directory=directory / method.name,
-                progress=listener,
-            )
-        )
-    return RunResults(
+    stream = Stream(
         title="Three tasks, one after another" + (" (quick smoke run: the figures mean nothing)" if quick else ""),
-        created=time.strftime("%Y-%m-%d %H:%M"),
         base_model="SmolLM2-135M-Instruct",
-        base_parameters=parameters,
-        heldout=f"{heldout.name} ({len(tokens):,} tokens)",
-        seed=seed,
-        settings={**asdict(settings), "rank": _RANK, "targets": ", ".join(_TARGETS)},
-        environment=environment(),
-        tasks=[_describe(task) for task in stream],
-        methods=measured,
+        load_model=lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        tokenizer=tokenizer,
+        tasks=tasks,
+        methods=METHODS,
+        heldout=HeldOut("tales of the brothers Grimm", tokens),
+        settings=settings,
+        notes={"rank": _RANK, "targets": ", ".join(_TARGETS)},
     )
-
-
-def _describe(task: Task) -> TaskInfo:
-    return TaskInfo(
-        name=task.name,
-        description=task.description,
-        labels=list(task.labels),
-        train_examples=len(task.train),
-        evaluation_examples=len(task.evaluation),
-        majority_rate=task.majority_rate,
-    )
+    return run_stream(stream, directory, progress)
