@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import curlora
 from curlora.continual.results import RunResults
 from curlora.demo import assets
+from tests.results import make_results
 
 COMMAND = [sys.executable, "-m", "curlora.cli"]
 
@@ -80,6 +81,37 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     assert done.returncode == 1
     assert re.search(r"Error: .*run exists\. Choose another folder with --out", done.stderr)
     assert (tmp_path / "run" / "precious").read_text() == "mine"
+
+
+def test_report_prints_a_run_again(tmp_path):
+    folder = tmp_path / "run[v2]"  # rich would take this for markup
+    folder.mkdir()
+    make_results().save(folder / "results.json")
+    done = run("report", folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "report.html").exists()
+    assert str(folder / "report.html") in done.stdout
+    assert re.search(r"LoRA +0\.825", done.stdout)
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("{}", "does not hold the results of a run")])
+def test_report_of_something_else(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    done = run("report", tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_recipe_is_one_message(tmp_path):
+    (tmp_path / "r.yaml").write_text("title: x\nmodle: y\n")
+    done = run("run", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert "modle: Extra inputs are not permitted" in done.stderr
+    assert "tasks: Field required" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path):

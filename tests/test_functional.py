@@ -120,6 +120,14 @@ def test_saves_nothing_of_the_tokens_when_only_the_input_needs_a_gradient():
     assert all(t.shape[0] != 100 for t in saved)
 
 
+def test_the_result_can_be_changed_in_place():
+    problem = make_problem()
+    U = problem["U"].requires_grad_()
+    expected = torch.autograd.grad(dense(**problem).relu().sum(), U)[0]
+    got = torch.autograd.grad(nn.functional.relu(fast(**problem), inplace=True).sum(), U)[0]
+    torch.testing.assert_close(got, expected)
+
+
 def test_an_empty_batch():
     problem = make_problem(lead=(0,))
     assert fast(**problem).shape == (0, 7)

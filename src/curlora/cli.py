@@ -165,7 +165,7 @@ def _progress_bars() -> Progress:
 def _conclude(results: RunResults, directory: Path) -> None:
     print_results(results)
     text = f"\nReport: {directory / 'report.html'}\nFigures and adapters: {directory}"
-    console.print(text, highlight=False, soft_wrap=True)
+    console.print(Text(text), soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -58,8 +58,9 @@ def gather_update(
         )
     # The dtypes are chosen here, product by product; autocast must not choose again.
     with _autocast_off(output.device.type):
-        result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset)
-    return result
+        # Reshaped out here: an output of the Function that is a view could not be changed in place.
+        result, _ = _GatherUpdate.apply(output.reshape(-1, output.shape[-1]), mixing, factor, index, offset)
+    return result.view(output.shape)
 
 
 def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -69,7 +70,10 @@ def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]
 
 
 class _GatherUpdate(torch.autograd.Function):
-    """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right."""
+    """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right.
+
+    ``output`` has shape ``(tokens, m)``.
+    """
 
     @staticmethod
     def forward(
@@ -78,11 +82,9 @@ class _GatherUpdate(torch.autograd.Function):
         z = output.index_select(-1, index)
         if offset is not None:
             z = z - offset.to(z.dtype)
-        z = z.reshape(-1, z.shape[-1])
         mixed = (z.to(mixing.dtype) @ mixing.T).to(output.dtype)
-        flat = output.reshape(-1, output.shape[-1])
         # addmm adds while it multiplies: the update itself never exists as a tensor.
-        result = torch.addmm(flat, mixed, factor.to(output.dtype).T).view(output.shape)
+        result = torch.addmm(output, mixed, factor.to(output.dtype).T)
 
         ctx.shape = output.shape
         ctx.offset_dtype = None if offset is None else offset.dtype
@@ -99,7 +101,7 @@ class _GatherUpdate(torch.autograd.Function):
                 return None, None, None, None, None
             grad = grad_z.new_zeros(ctx.shape)
 
-        g = (grad.reshape(-1, grad.shape[-1]) @ factor.to(grad.dtype)).to(mixing.dtype)
+        g = (grad @ factor.to(grad.dtype)).to(mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
             grad_mixing = g.T @ z.to(mixing.dtype)
@@ -108,7 +110,7 @@ class _GatherUpdate(torch.autograd.Function):
             if grad_z is not None:
                 through = through + grad_z
             if need_output:
-                grad_output = grad.index_add(-1, index, through.view(*grad.shape[:-1], -1))
+                grad_output = grad.index_add(-1, index, through)
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
         return grad_output, grad_mixing, None, None, grad_offset

@@ -42,12 +42,19 @@ def test_heads_are_fresh_seeded_kept_and_frozen_when_the_next_comes():
     state = torch.random.get_rng_state()
     classifier.add_head("a", 2)
     assert torch.equal(state, torch.random.get_rng_state())
-    first = classifier.heads["a"].weight.clone()
+    first = classifier.head("a").weight.clone()
     classifier.add_head("b", 2)
-    assert torch.equal(classifier.heads["a"].weight, first)
-    assert torch.equal(classifier.heads["b"].weight, first)  # the paper's seed, every time
-    assert not classifier.heads["a"].weight.requires_grad
-    assert classifier.heads["b"].weight.requires_grad
+    assert torch.equal(classifier.head("a").weight, first)
+    assert torch.equal(classifier.head("b").weight, first)  # the paper's seed, every time
+    assert not classifier.head("a").weight.requires_grad
+    assert classifier.head("b").weight.requires_grad
+
+
+@pytest.mark.parametrize("name", ["type", "train", "values", "first-task"])
+def test_any_task_name_can_have_a_head(name):
+    classifier = TaskClassifier(llama())
+    classifier.add_head(name, 2)
+    assert classifier.head(name).out_features == 2
 
 
 def test_the_adapter_is_active_in_the_classifier():

@@ -43,6 +43,12 @@ def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity():
     assert perplexity(model, tokens, window=16) == pytest.approx(VOCABULARY, rel=1e-5)
 
 
+def test_a_model_that_diverged_has_infinite_perplexity():
+    model = llama()
+    model.lm_head.weight.data *= 1e6
+    assert perplexity(model, torch.randint(0, VOCABULARY, (64,)), window=16) == math.inf
+
+
 def test_progress_is_told_every_window_and_training_mode_comes_back():
     model = llama().train()
     seen = []

@@ -1,8 +1,10 @@
 import json
+import math
 
 import pytest
 
 from curlora.continual.results import SCHEMA_VERSION, ResultsError, RunResults, environment
+from curlora.report import render
 from tests.results import make_results
 
 
@@ -12,6 +14,19 @@ def test_round_trip(tmp_path):
     assert RunResults.load(tmp_path / "results.json") == results
     assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == SCHEMA_VERSION
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_a_run_that_diverged_can_be_read_again(tmp_path):
+    results = make_results()
+    broken = results.methods[1].model_copy(
+        update={"losses": [(5, float("nan"))], "perplexity": [20.0, float("inf"), float("inf"), float("inf")]}
+    )
+    results = results.model_copy(update={"methods": [results.methods[0], broken]})
+    results.save(tmp_path / "results.json")
+    again = RunResults.load(tmp_path / "results.json")
+    assert again.methods[1].perplexity == broken.perplexity
+    assert math.isnan(again.methods[1].losses[0][1])
+    assert "inf" in render(again)
 
 
 def test_derived_figures():

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tarfile
 import zipfile
 
 import pytest
@@ -54,6 +55,18 @@ def test_a_corrupt_download_is_refused_and_not_kept(package, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_source_archive_runs_nothing_before_its_hash_is_checked(wheelhouse, tmp_path):
+    marker = tmp_path / "ran"
+    setup = f"open({str(marker)!r}, 'w')\nfrom setuptools import setup\nsetup(name='tiny-source', version='1.0')\n"
+    (tmp_path / "setup.py").write_text(setup)
+    with tarfile.open(wheelhouse / "tiny-source-1.0.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "setup.py", "tiny-source-1.0/setup.py")
+    other = Package("tiny-source", "1.0", "0" * 64, (FILE,), 1, source=True)
+    with pytest.raises(AssetError, match="corrupt"):
+        fetch(other, tmp_path / "cache")
+    assert not marker.exists()
+
+
 def test_a_failed_download_says_what_pip_said(wheelhouse, tmp_path):
     missing = Package("tiny-asset", "2.0", "0" * 64, (FILE,), 1)
     with pytest.raises(
@@ -85,7 +98,7 @@ def test_ctrl_c_leaves_nothing(package, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_check", interrupted)
+    monkeypatch.setattr(assets, "_extract", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch(package, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -162,6 +162,25 @@ def test_safe_merge_refuses_nan_and_changes_nothing():
     assert torch.equal(layer.get_base_layer().weight, original)
 
 
+def test_a_refused_second_merge_keeps_the_first():
+    layer = make_layer(make_base(), adapters=("a", "b"))
+    layer.merge(adapter_names=["a"])
+    merged = layer.get_base_layer().weight.clone()
+    layer.curlora_U["b"].data.fill_(torch.nan)
+    with (
+        pytest.warns(UserWarning, match="additionally"),
+        pytest.raises(ValueError, match="adapter b seems to be broken"),
+    ):
+        layer.merge(safe_merge=True, adapter_names=["b"])
+    assert layer.merged_adapters == ["a"]
+    assert torch.equal(layer.get_base_layer().weight, merged)
+
+
+def test_the_projection_inside_multihead_attention_is_refused():
+    with pytest.raises(TypeError, match="'out_proj' is the output projection of a torch.nn.MultiheadAttention"):
+        CurloraLayer(nn.MultiheadAttention(8, 2).out_proj, "out_proj")
+
+
 def test_disabled_and_merged_layers_are_the_base():
     layer = make_layer(make_base())
     x = torch.randn(5, 12)

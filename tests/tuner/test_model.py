@@ -238,6 +238,15 @@ def test_a_failed_injection_leaves_the_model_as_it_was(config, error, message):
     assert all(set(layer.r) == {"default"} for layer in layers(model))
 
 
+def test_a_failed_injection_keeps_what_was_trainable():
+    model = get_peft_model(llama(), CurloraConfig(r=4, target_modules=["q_proj"], bias="all"))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert any(name.endswith("v_proj.bias") and trained for name, trained in before.items())
+    with pytest.raises(ValueError, match="r=20"):
+        model.add_adapter("bad", CurloraConfig(r=20, target_modules=["q_proj", "v_proj"]))
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+
+
 def test_non_finite_base_weights_name_the_layer():
     base = llama()
     base.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan

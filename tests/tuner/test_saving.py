@@ -130,6 +130,40 @@ def test_another_precision_is_loaded_with_a_warning(tmp_path):
     assert (loaded(tokens()).logits.float() - expected).norm() / expected.norm() < 0.05
 
 
+def test_nothing_is_loaded_into_a_merged_model(tmp_path):
+    curlora(llama(), seed=1).save_pretrained(tmp_path)
+    model = curlora(llama(), seed=2)
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"cannot be loaded while adapters are merged.*Unmerge first"):
+        model.load_adapter(tmp_path, "default")
+    other = curlora(llama(), seed=3)
+    for layer in layers(other):
+        layer.curlora_indices["default"].copy_(layer.curlora_indices["default"].flip(1))
+    with pytest.raises(RuntimeError, match=r"other indices were loaded.*Unmerge, then load again"):
+        model.load_state_dict({k: v for k, v in other.state_dict().items() if "curlora_" in k}, strict=False)
+
+
+def test_a_refused_load_in_low_memory_leaves_the_base_as_it_was(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    base = llama(seed=1)
+    expected = base(tokens()).logits
+    with pytest.raises(ValueError, match=r"made on another base model.*The model is as it was\."):
+        PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=True)
+    assert not layers(base)
+    assert torch.equal(base(tokens()).logits, expected)
+
+
+def test_a_refused_load_says_that_the_name_is_taken(tmp_path):
+    curlora(llama(), r=3).save_pretrained(tmp_path)
+    damage(tmp_path, curlora_U=set_first(float("nan")))
+    model = curlora(llama())
+    with pytest.raises(ValueError, match=r"delete_adapter\('new'\) removes it"):
+        model.load_adapter(tmp_path, "new")
+    model.delete_adapter("new")
+    curlora(llama(), seed=5).save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "new")
+
+
 def damage(path, **replacements):
     tensors = load_file(path / "adapter_model.safetensors")
     for part, change in replacements.items():

@@ -57,8 +57,13 @@ class TaskClassifier(nn.Module):
             head = nn.Linear(self.language_model.config.hidden_size, classes)
         reference = next(self.model.parameters())
         self.heads.requires_grad_(False)
-        self.heads[task] = head.to(reference.device)
+        # Prefixed: a ModuleDict takes no key that it has an attribute of, such as "type" or "train".
+        self.heads[f"head_{task}"] = head.to(reference.device)
         self.task = task
+
+    def head(self, task: str) -> nn.Module:
+        """The head of a task."""
+        return self.heads[f"head_{task}"]
 
     @property
     def language_model(self) -> Any:
@@ -73,7 +78,7 @@ class TaskClassifier(nn.Module):
         backbone = self.language_model.base_model
         hidden = backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         pooled = last_token(hidden, attention_mask)
-        head = self.heads[self.task]
+        head = self.head(self.task)
         logits = head(pooled.to(dtype=next(head.parameters()).dtype))
         if labels is None:
             return {"logits": logits}

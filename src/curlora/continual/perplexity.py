@@ -34,6 +34,9 @@ def perplexity(
             scores the start of each window with little context.
         on_window: called after each window, for progress.
 
+    Returns:
+        The perplexity; infinite where it is too large for a float.
+
     Raises:
         ValueError: on fewer than two tokens, or a stride outside ``1..window``.
     """
@@ -59,7 +62,10 @@ def perplexity(
                 on_window()
     finally:
         model.train(training)
-    return math.exp(total / scored)
+    try:
+        return math.exp(total / scored)
+    except OverflowError:  # a model that diverged
+        return math.inf
 
 
 def window_count(length: int, window: int, stride: int | None = None) -> int:

@@ -212,7 +212,7 @@ def _make_trainer(
         label_names=["labels"],
     )
     groups: list[dict[str, Any]] = [
-        {"params": list(classifier.heads[classifier.task].parameters()), "lr": settings.head_learning_rate}
+        {"params": list(classifier.head(classifier.task).parameters()), "lr": settings.head_learning_rate}
     ]
     adapter = [p for p in classifier.model.parameters() if p.requires_grad]
     if adapter:

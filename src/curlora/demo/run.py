@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,14 +52,19 @@ def run_demo(out: Path, *, quick: bool = False, seed: int = 0, progress: Callabl
     out = out.absolute()
     if out.exists():
         raise FileExistsError(f"{out} exists. Choose another folder with --out, or remove it.")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    partial.chmod(0o755)
     try:
         results = _run(partial, quick, seed, progress)
         write_report(results, partial / "report.html")
-        os.replace(partial, out)
-    finally:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        os.replace(partial, out)
+    except OSError as error:  # somebody else made it meanwhile: the results are not thrown away
+        raise FileExistsError(f"{out} cannot be made ({error.strerror}); the finished run is in {partial}.") from error
     return results
 
 

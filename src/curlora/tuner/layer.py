@@ -10,6 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
@@ -57,6 +58,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        # The indices that each factor was taken at.
+        self._taken_at: dict[str, Tensor] = {}
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.register_load_state_dict_post_hook(_rebuild_after_load)
@@ -128,19 +131,20 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             return
         # C and R belong to the base weight: compute every update before any is added.
         together = [*self.merged_adapters, *adding]
+        base = self.get_base_layer()
+        before = (base.weight.data.clone() if safe_merge else None, self._merged_factors, self.merged_adapters)
         if self.merged:
             self.unmerge()
         factors = {adapter: self._delta_factors(adapter) for adapter in together}
-        base = self.get_base_layer()
-        merged = base.weight.data.clone() if safe_merge else base.weight.data
+        merged = base.weight.data
         for adapter, (left, right) in factors.items():
             merged += (left @ right).to(merged.dtype)
             if safe_merge and not torch.isfinite(merged).all():
+                base.weight.data, self._merged_factors, self.merged_adapters = before
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
                     f"(layer {self.name!r})"
                 )
-        base.weight.data = merged
         self._merged_factors = factors
         self.merged_adapters = together
 
@@ -159,6 +163,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.r.pop(adapter_name, None)
         self.alpha.pop(adapter_name, None)
+        self._taken_at.pop(adapter_name, None)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``."""
@@ -206,6 +211,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             current = torch.zeros(LENGTH, dtype=torch.int32, device="meta")
         else:
             current = fingerprint(factor).to(factor.device)
+        self._taken_at[adapter_name] = self.curlora_indices[adapter_name].detach().clone()
         self.curlora_factor[adapter_name] = factor
         self.curlora_fingerprint[adapter_name] = current
 
@@ -216,6 +222,11 @@ def check_adaptable(layer: nn.Module, name: str) -> None:
         raise TypeError(
             f"Target module {name!r} is a {type(layer).__name__}, which is not supported. CURLoRA adapts "
             "torch.nn.Linear and transformers.pytorch_utils.Conv1D layers; narrow target_modules to those."
+        )
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"Target module {name!r} is the output projection of a torch.nn.MultiheadAttention, which reads its weight "
+            "and never calls it: an adapter there would do nothing. Narrow target_modules to other layers."
         )
     weight = layer.weight
     if weight.ndim != 2 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
@@ -232,7 +243,15 @@ def _single_or(combine: Any, parts: list[Tensor]) -> Tensor:
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
     """After any ``load_state_dict`` the factor follows the indices and the base weight now present."""
-    if layer.merged or layer.get_base_layer().weight.device.type == "meta":
+    if layer.get_base_layer().weight.device.type == "meta":
+        return
+    if layer.merged:
+        moved = [a for a, at in layer._taken_at.items() if not torch.equal(at, layer.curlora_indices[a].to(at.device))]
+        if moved:
+            raise RuntimeError(
+                f"layer {layer.name!r}: other indices were loaded into adapter {moved[0]!r} while "
+                f"{layer.merged_adapters} is merged into the weight that they point into. Unmerge, then load again."
+            )
         return
     for adapter, saved in list(layer.curlora_fingerprint.items()):
         if saved.device.type == "meta" or layer.curlora_indices[adapter].device.type == "meta":
@@ -241,5 +260,5 @@ def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
         if compare(saved, layer.curlora_fingerprint[adapter]) == "other":
             raise ValueError(
                 f"layer {layer.name!r}: the loaded adapter {adapter!r} was made on another base model, or on "
-                "this one before its weights changed. Load it onto the model it was trained on."
+                "this one before its weights changed or were rounded. Load it onto the model it was trained on."
             )

@@ -67,6 +67,7 @@ class CurloraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted layer, or to none: on an error the model is left as it was."""
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -74,18 +75,10 @@ class CurloraModel(BaseTuner):
             present = ", ".join(sorted(names)) or "none"
             raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {present}.") from None
         except BaseException:
-            self._withdraw(model, adapter_name)
+            _withdraw(model, adapter_name)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad_(requires_grad)
             raise
-
-    def _withdraw(self, model: nn.Module, adapter_name: str) -> None:
-        for name, layer in list(model.named_modules()):
-            if not isinstance(layer, CurloraLayer) or adapter_name not in layer.curlora_U:
-                continue
-            if len(layer.curlora_U) > 1:
-                layer.delete_adapter(adapter_name)
-            else:
-                parent, _, child = name.rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Train ``U`` in float32 on a half-precision base. The factor stays the base's own numbers."""
@@ -102,8 +95,40 @@ class CurloraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        _check_adapter(model, adapter_name, remapped)
+        try:
+            _check_adapter(model, adapter_name, remapped)
+        except Exception:
+            # With low_cpu_mem_usage the adapter is there for this load alone, and has no numbers without it.
+            if _has_no_numbers(model, adapter_name):
+                _withdraw(model, adapter_name)
+                model.peft_config.pop(adapter_name, None)
+            raise
         return remapped
+
+
+def _has_no_numbers(model: nn.Module, adapter_name: str) -> bool:
+    return any(layer.curlora_U[adapter_name].device.type == "meta" for layer in _adapted(model, adapter_name).values())
+
+
+def _adapted(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
+    """The layers that hold an adapter, by the names that a state dict calls them."""
+    return {
+        name.removeprefix("_fsdp_wrapped_module."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, CurloraLayer) and adapter_name in layer.curlora_U
+    }
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter off a model; a layer without another becomes what it was."""
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, CurloraLayer) or adapter_name not in layer.curlora_U:
+            continue
+        if len(layer.curlora_U) > 1:
+            layer.delete_adapter(adapter_name)
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
 
 
 def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
@@ -112,11 +137,13 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
     Raises:
         ValueError: naming the layers and what is wrong with them.
     """
-    layers = {
-        name.removeprefix("_fsdp_wrapped_module."): layer
-        for name, layer in model.named_modules()
-        if isinstance(layer, CurloraLayer) and adapter_name in layer.curlora_U
-    }
+    layers = _adapted(model, adapter_name)
+    merged = [name for name, layer in layers.items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"Adapter {adapter_name!r} cannot be loaded while adapters are merged into the weights that it refers to "
+            f"({_first_few(merged)}). Unmerge first."
+        )
     problems: list[str] = []
     other_base: list[str] = []
     other_precision: list[str] = []
@@ -132,20 +159,23 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         problem = _find_problem(layer, layer.r[adapter_name], U, indices, saved)
         if problem:
             problems.append(f"{name}: {problem}")
-        elif not layer.merged and layer.get_base_layer().weight.device.type != "meta":
+        elif layer.get_base_layer().weight.device.type != "meta":
             verdict = compare(saved, fingerprint(layer.factor_at(indices)))
             if verdict != "same":
                 (other_base if verdict == "other" else other_precision).append(name)
     ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")
     problems += [f"{key} belongs to no adapted layer" for key in state_dict if ours.search(key) and key not in expected]
 
+    left = f"{adapter_name!r} is on the model as it was before the load; delete_adapter({adapter_name!r}) removes it."
+    if _has_no_numbers(model, adapter_name):
+        left = "The model is as it was."
     if problems:
-        raise ValueError(f"The adapter does not fit this model and was not loaded: {_first_few(problems)}.")
+        raise ValueError(f"The adapter does not fit this model and was not loaded: {_first_few(problems)}. {left}")
     if other_base:
         raise ValueError(
-            f"The adapter was made on another base model, or on this one before its weights changed, and was not "
-            f"loaded: the columns it refers to differ in {len(other_base)} of {len(layers)} layers "
-            f"({_first_few(other_base)}). Load it onto the model it was trained on."
+            "The adapter was made on another base model, or on this one before its weights changed or were rounded, "
+            f"and was not loaded: the columns it refers to differ in {len(other_base)} of {len(layers)} layers "
+            f"({_first_few(other_base)}). Load it onto the model it was trained on. {left}"
         )
     if other_precision:
         warnings.warn(
