@@ -42,8 +42,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        _check_adaptable(self.get_base_layer(), name)
         weight = self.get_base_layer().weight
-        check_adaptable(self.get_base_layer(), name)
         self.stores_outputs_last = isinstance(self.get_base_layer(), Conv1D)
         self.out_features, self.in_features = weight.T.shape if self.stores_outputs_last else weight.shape
 
@@ -176,10 +176,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         if not adapters:
             return output
 
-        # Every adapter reads the base layer's output: several act as one of the summed rank.
-        index = _single_or(torch.cat, [self._gathered(a) for a in adapters])
-        factor = _single_or(lambda parts: torch.cat(parts, dim=1), [self.curlora_factor[a] for a in adapters])
-        mixing = _single_or(lambda parts: torch.block_diag(*parts), [self._mixing(a) for a in adapters])
+        index, factor, mixing = self._combined(adapters)
         bias = self.get_base_layer().bias
         offset = None if bias is None else bias.index_select(0, index)
         return gather_update(output, mixing, factor, index, offset)
@@ -187,13 +184,18 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
     def extra_repr(self) -> str:
         return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
 
-    def _gathered(self, adapter_name: str) -> Tensor:
-        return self.curlora_indices[adapter_name][0 if self.stores_outputs_last else 1]
-
-    def _mixing(self, adapter_name: str) -> Tensor:
-        U = self.curlora_U[adapter_name]
-        U = U.T if self.stores_outputs_last else U
-        return U if self.alpha[adapter_name] == 1 else U * self.alpha[adapter_name]
+    def _combined(self, adapters: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Index, factor and mixing for ``gather_update``. Several adapters act as one of the summed rank."""
+        parts = []
+        for adapter in adapters:
+            columns_or_rows = 0 if self.stores_outputs_last else 1
+            U = self.curlora_U[adapter].T if self.stores_outputs_last else self.curlora_U[adapter]
+            mixing = U if self.alpha[adapter] == 1 else U * self.alpha[adapter]
+            parts.append((self.curlora_indices[adapter][columns_or_rows], self.curlora_factor[adapter], mixing))
+        if len(parts) == 1:
+            return parts[0]
+        index, factor, mixings = zip(*parts, strict=True)
+        return torch.cat(index), torch.cat(factor, dim=1), torch.block_diag(*mixings)
 
     def _delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """``alpha * C @ U`` and ``R``, at least float32, from the unmerged base weight."""
@@ -216,7 +218,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.curlora_fingerprint[adapter_name] = current
 
 
-def check_adaptable(layer: nn.Module, name: str) -> None:
+def _check_adaptable(layer: nn.Module, name: str) -> None:
     """Raise ``TypeError`` with a sentence if ``layer`` cannot carry a CURLoRA adapter."""
     if not isinstance(layer, (nn.Linear, Conv1D)):
         raise TypeError(
@@ -235,10 +237,6 @@ def check_adaptable(layer: nn.Module, name: str) -> None:
             f"{tuple(weight.shape)}. CURLoRA does not read quantized weights yet: load the base model in "
             "float32, bfloat16 or float16."
         )
-
-
-def _single_or(combine: Any, parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else combine(parts)
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

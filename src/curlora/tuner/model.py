@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
-from curlora.tuner.layer import CurloraLayer, check_adaptable
+from curlora.tuner.layer import CurloraLayer
 
 
 def _with_keys(targets: list[str] | str) -> list[str] | str:
@@ -57,7 +57,6 @@ class CurloraModel(BaseTuner):
         if isinstance(target, CurloraLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        check_adaptable(target, current_key)
         layer = CurloraLayer(target, current_key)
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config)
