@@ -1,0 +1,63 @@
+"""What a training step costs over the frozen model, in bytes kept for backward and in FLOPs.
+
+Both counts are exact and the same on every machine. SmolLM2-135M's shapes with random weights, all linear
+layers, rank 16, batch 4 x 128. The floor is the frozen model with gradients flowing to its first layer; an
+adapter's step is a training step as it is, where nothing before the first adapter needs a gradient.
+"""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from curlora import CurloraConfig
+
+SMOLLM2 = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+
+
+def cost_of_a_step(adapter):
+    """Bytes saved for backward outside parameters and buffers, and FLOPs, of one step."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(SMOLLM2).requires_grad_(False)
+    if adapter is not None:
+        model = get_peft_model(model, adapter).get_base_model()
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embedded = model.get_input_embeddings()(torch.arange(512).view(4, 128)).requires_grad_(adapter is None)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    return sum(kept.values()), counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def costs():
+    adapters = {
+        "floor": None,
+        "curlora": CurloraConfig(r=16, target_modules="all-linear"),
+        "lora": LoraConfig(r=16, target_modules="all-linear"),
+    }
+    return {name: cost_of_a_step(adapter) for name, adapter in adapters.items()}
+
+
+@pytest.mark.parametrize(("count", "share"), [(0, 0.04), (1, 1 / 3)], ids=["bytes", "flops"])
+def test_overhead_over_the_floor_against_lora(costs, count, share):
+    floor, curlora, lora = (costs[name][count] for name in ("floor", "curlora", "lora"))
+    assert 0 < curlora - floor <= share * (lora - floor), f"{curlora - floor} against LoRA's {lora - floor}"
