@@ -132,6 +132,12 @@ def test_kill_minus_nine_and_the_same_command_goes_on(recipe_path, tmp_path):
     assert "CURLoRA" in after.stdout
 
 
+def test_label_names_by_number_are_no_change(recipe_path, tmp_path):
+    recipe = load_recipe(recipe_path, ["tasks.0.train.label_names={0: a, 1: b}", "methods=[{name: frozen}]"])
+    first = run_recipe(recipe, tmp_path / "run", silent)
+    assert same_figures(run_recipe(recipe, tmp_path / "run", silent), first)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [("training.epochs=1", "training"), ("heldout.tokens=40", "heldout"), ("methods.1.options.r=2", "method 'lora'")],

@@ -252,7 +252,9 @@ def run_recipe(recipe: Recipe, directory: Path, progress: Callable[[float], Prog
     """
     saved = directory / "recipe.json"
     if saved.exists():
-        changed = _changes(Recipe.model_validate_json(saved.read_text(encoding="utf-8")), recipe, directory)
+        before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
+        # Both through JSON, which knows no keys but strings.
+        changed = _changes(before, Recipe.model_validate_json(recipe.model_dump_json()), directory)
         if changed:
             raise RunDirectoryError(
                 f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, or "

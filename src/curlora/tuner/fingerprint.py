@@ -6,6 +6,8 @@ columns: equal on the same weights, close on the same weights in another precisi
 and unrelated on any other.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,7 @@ def compare(saved: Tensor, current: Tensor) -> str:
     return "other"
 
 
+@functools.lru_cache(maxsize=32)  # a model has few shapes and many layers
 def _signs(rows: int, columns: int, salt: int) -> Tensor:
     """A fixed ``(rows, columns)`` matrix of +-1: a hash of the position, the same in every torch version."""
     x = torch.arange(rows * columns, dtype=torch.int64) * 16 + salt

@@ -83,11 +83,10 @@ class CurloraModel(BaseTuner):
         """Train ``U`` in float32 on a half-precision base. The factor stays the base's own numbers."""
         if not autocast_adapter_dtype:
             return
-        for layer in self.model.modules():
-            if isinstance(layer, CurloraLayer) and adapter_name in layer.curlora_U:
-                U = layer.curlora_U[adapter_name]
-                if U.dtype in (torch.float16, torch.bfloat16):
-                    layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
+        for layer in _adapted(self.model, adapter_name).values():
+            U = layer.curlora_U[adapter_name]
+            if U.dtype in (torch.float16, torch.bfloat16):
+                layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -110,9 +109,9 @@ def _has_no_numbers(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _adapted(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
-    """The layers that hold an adapter, by the names that a state dict calls them."""
+    """The layers that hold an adapter, by name."""
     return {
-        name.removeprefix("_fsdp_wrapped_module."): layer
+        name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, CurloraLayer) and adapter_name in layer.curlora_U
     }
@@ -120,9 +119,7 @@ def _adapted(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter off a model; a layer without another becomes what it was."""
-    for name, layer in list(model.named_modules()):
-        if not isinstance(layer, CurloraLayer) or adapter_name not in layer.curlora_U:
-            continue
+    for name, layer in _adapted(model, adapter_name).items():
         if len(layer.curlora_U) > 1:
             layer.delete_adapter(adapter_name)
         else:
@@ -136,7 +133,8 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
     Raises:
         ValueError: naming the layers and what is wrong with them.
     """
-    layers = _adapted(model, adapter_name)
+    # A state dict does not have the prefix that FSDP puts into the names of modules.
+    layers = {k.removeprefix("_fsdp_wrapped_module."): v for k, v in _adapted(model, adapter_name).items()}
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(
