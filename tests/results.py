@@ -1,48 +1,31 @@
-"""Results of an imagined run, for tests of what is done with results."""
+"""Results of imagined runs, for tests of what is done with results."""
 
-from curlora.continual.results import MethodResult, RunResults, TaskInfo
+from curlora.continual.results import MethodResult, RunResults, Score, SeedResult, TaskInfo, TextScore
+
+TEXT = "a text"
 
 
-def make_results(**changes):
-    tasks = [
-        TaskInfo(
-            name=name,
-            description=f"about {name}",
-            labels=["a", "b"],
-            train_examples=400,
-            evaluation_examples=200,
-            majority_rate=0.5,
-        )
-        for name in ("reviews", "reuters", "tweets")
-    ]
-
-    def method(name, label, accuracy, perplexity, trained, size):
-        return MethodResult(
-            name=name,
-            label=label,
-            learning_rate=1e-3,
-            trainable_parameters=trained,
-            adapter_bytes=size,
-            accuracy=accuracy,
-            perplexity=perplexity,
-            losses=[(5, 1.2), (10, 0.8), (15, 0.5)],
-            train_tokens=10_000,
-            train_seconds=30.0,
-            seconds=40.0,
-        )
-
+def make_results(seeds=(0,), **changes):
+    """A run of three tasks by three methods; later seeds score a little higher."""
     methods = [
-        method("frozen", "Frozen <heads>", [[0.74], [0.74, 0.77], [0.74, 0.77, 0.89]], [20.2] * 4, 0, 0),
-        method(
+        make_method("frozen", "Frozen <heads>", [[0.74], [0.74, 0.77], [0.74, 0.77, 0.89]], [20.2] * 4, 0, 0, seeds),
+        make_method(
             "lora",
             "LoRA",
             [[0.825], [0.815, 0.79], [0.79, 0.805, 0.88]],
             [20.2, 20.6, 21.3, 21.4],
             1_290_240,
             5_180_000,
+            seeds,
         ),
-        method(
-            "curlora", "CURLoRA", [[0.77], [0.77, 0.8], [0.76, 0.79, 0.89]], [20.2, 20.4, 20.5, 20.6], 23_040, 140_900
+        make_method(
+            "curlora",
+            "CURLoRA",
+            [[0.77], [0.77, 0.8], [0.76, 0.79, 0.89]],
+            [20.2, 20.4, 20.5, 20.6],
+            23_040,
+            140_900,
+            seeds,
         ),
     ]
     fields = dict(
@@ -50,11 +33,60 @@ def make_results(**changes):
         created="2026-01-01 00:00",
         base_model="SmolLM2-135M-Instruct",
         base_parameters=134_515_008,
-        heldout="a text",
-        seed=0,
+        heldout={TEXT: f"{TEXT} (2,048 tokens, windows of 512, stride 512)"},
+        protocol={},
         settings={"epochs": 1, "batch_size": 8},
-        environment={"torch": "2"},
-        tasks=tasks,
+        recipe=None,
+        environment={"torch": "2", "device": "CPU (x86_64)"},
+        tasks=[make_task(name) for name in ("reviews", "reuters", "tweets")],
         methods=methods,
     )
     return RunResults(**{**fields, **changes})
+
+
+def make_task(name, **changes):
+    fields = dict(
+        name=name,
+        kind="classification",
+        metric="accuracy",
+        description=f"about {name}",
+        labels=["a", "b"],
+        train_examples=400,
+        evaluation_examples=200,
+        majority_rate=0.5,
+    )
+    return TaskInfo(**{**fields, **changes})
+
+
+def make_method(name, label, accuracy, perplexity, trained=0, size=0, seeds=(0,), **changes):
+    """A method; its seed number ``n`` has every accuracy ``0.01 n`` and every later perplexity ``0.1 n`` higher."""
+    fields = dict(
+        name=name,
+        label=label,
+        method=name,
+        options={"r": 16} if trained else {},
+        plugins=[],
+        learning_rate=1e-3 if trained else 0.0,
+        trainable_parameters=trained,
+        adapter_bytes=size,
+        seeds=[make_seed(seed, accuracy, perplexity, n) for n, seed in enumerate(seeds)],
+    )
+    return MethodResult(**{**fields, **changes})
+
+
+def make_seed(seed, accuracy, perplexity, number=0, **changes):
+    before, *later = perplexity
+    after = [TextScore(perplexity=p + 0.1 * number, drift=abs(p - before) / 50) for p in later]
+    fields = dict(
+        seed=seed,
+        scores=[[Score(accuracy=a + 0.01 * number, loss=1 - a) for a in row] for row in accuracy],
+        before=[],
+        base=[],
+        heldout={TEXT: [TextScore(perplexity=before, drift=0.0), *after]},
+        losses=[(5, 1.2 + 0.1 * number), (10, 0.8), (15, 0.5)],
+        steps=15,
+        train_tokens=10_000,
+        train_seconds=30.0,
+        seconds=40.0,
+    )
+    return SeedResult(**{**fields, **changes})

@@ -54,23 +54,26 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
     done = run("demo", "--quick", "--out", out)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    assert sorted(p.name for p in out.iterdir()) == ["curlora", "frozen", "lora", "report.html", "results.json"]
+    files = ["base.json", "curlora", "frozen", "lora", "recipe.json", "report.html", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == files
 
     results = RunResults.load(out / "results.json")
     assert [task.name for task in results.tasks] == ["reviews", "reuters", "tweets"]
     trained = {m.name: m.trainable_parameters for m in results.methods}
     assert trained == {"frozen": 0, "lora": 1_290_240, "curlora": 23_040}  # the prototype's counts, paper.md
     for method in results.methods:
-        assert [len(row) for row in method.accuracy] == [1, 2, 3]
-        assert len(method.perplexity) == 4
-        assert method.perplexity[0] == results.methods[0].perplexity[0]
-        line = rf"^\W*{method.label} +{method.average_accuracy:.3f} .* {method.perplexity[-1]:.2f} "
+        (seed,) = method.seeds
+        assert [len(row) for row in seed.scores] == [1, 2, 3]
+        assert len(seed.text()) == 4
+        assert seed.text()[0] == results.methods[0].seeds[0].text()[0]
+        line = rf"^\W*{method.label} +{seed.average_accuracy:.3f} .* {seed.text()[-1].perplexity:.2f} "
         assert re.search(line, done.stdout, re.MULTILINE), done.stdout
-    assert results.methods[2].perplexity[-1] != results.methods[2].perplexity[0]  # CURLoRA moved
+    assert results.methods[2].drift.mean > 0  # CURLoRA moved
     assert f"{results.tasks[0].majority_rate:.3f}" in done.stdout
     assert str(out / "report.html") in done.stdout.replace("\n", "")
 
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), out / "curlora" / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = PeftModel.from_pretrained(base, out / "curlora" / "seed-0" / "adapter")
     assert all(torch.isfinite(p).all() for p in adapted.parameters())
 
 
@@ -79,7 +82,7 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
     (tmp_path / "run" / "precious").write_text("mine")
     done = run("demo", "--quick", "--out", tmp_path / "run")
     assert done.returncode == 1
-    assert re.search(r"Error: .*run exists\. Choose another folder with --out", done.stderr)
+    assert re.search(r"Error: .*run holds files, but no run\. Choose another folder\.", done.stderr)
     assert (tmp_path / "run" / "precious").read_text() == "mine"
 
 
@@ -129,22 +132,26 @@ def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "index"]
 
 
-def test_ctrl_c_in_the_middle_leaves_no_run_behind(model_folder, tmp_path):
+def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
+    out = tmp_path / "run"
     process = subprocess.Popen(
-        [*COMMAND, "demo", "--quick", "--out", str(tmp_path / "run")],
+        [*COMMAND, "demo", "--quick", "--out", str(out)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )
     deadline = time.monotonic() + 240
-    while not list(tmp_path.glob(".run.partial-*/frozen/*")):  # the first method is done
+    while not list(out.glob("frozen/*/result.json")):  # the first method is done
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Interrupted" in stderr
+    assert re.search(r"Interrupted\. The same command with --out .*run goes on", stderr)
     assert "Traceback" not in stderr
-    assert list(tmp_path.iterdir()) == []
+    stamp = (out / "frozen" / "seed-0" / "result.json").stat().st_mtime_ns
+    assert run("demo", "--quick", "--out", out).returncode == 0
+    assert (out / "frozen" / "seed-0" / "result.json").stat().st_mtime_ns == stamp
+    assert (out / "report.html").exists()

@@ -13,18 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from curlora.continual.recipe import Recipe
     from curlora.continual.results import RunResults
 
+# Under torchrun or accelerate launch one process speaks for all.
+_FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
-errors = Console(stderr=True)
+console = Console(quiet=not _FIRST_PROCESS)
+errors = Console(stderr=True, quiet=not _FIRST_PROCESS)
 
 
 @app.callback(invoke_without_command=True)
@@ -37,53 +39,97 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Run directory to make; runs/demo-<time> if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/demo-<time> if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run; its figures mean nothing.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the run.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
 ) -> None:
     """Fine-tune a small language model on three real tasks, one after another, by three methods."""
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    with _errors_for_people("Nothing was written to the run directory."), _quiet_libraries():
+    with _errors_for_people(f"The same command with --out {out} goes on."), _quiet_libraries():
         console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
-        from curlora.demo import run_demo
+        from curlora.demo import demo_recipe
 
-        with _progress_bars() as bars:
-            results = run_demo(out, quick=quick, seed=seed, progress=lambda total: _Bar(bars, total))
-    _conclude(results, out)
+        _run(demo_recipe(quick, seed), out)
 
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/<name of the recipe> if not given.")] = None,
+    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, or the name of one that comes with curlora.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Run directory; the recipe's output, or runs/<its name>, if not given.")
+    ] = None,
     changes: Annotated[
         list[str] | None, typer.Option("--set", help="key.key=value: change an entry of the recipe. May be repeated.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print the plan, no more.")] = False,
 ) -> None:
     """Run a recipe: a stream of tasks by several methods. On a directory that holds part of it, go on."""
-    out = out or Path("runs") / recipe.stem
-    with _errors_for_people("The same command goes on with the method it was at."), _quiet_libraries():
+    with _errors_for_people("The same command goes on from the last checkpoint."), _quiet_libraries():
         console.print("Loading ...")
-        from curlora.continual.recipe import load_recipe, run_recipe
-        from curlora.report import write_report
+        from curlora.continual.recipe import load_recipe
 
         loaded = load_recipe(recipe, changes or [])
-        with _progress_bars() as bars:
-            results = run_recipe(loaded, out, progress=lambda total: _Bar(bars, total))
-        write_report(results, out / "report.html")
-    _conclude(results, out)
+        if dry_run:
+            _print_plan(loaded)
+        else:
+            _run(loaded, out or loaded.output or Path("runs") / recipe.stem)
 
 
 @app.command()
-def report(directory: Annotated[Path, typer.Argument(help="A run directory, with its results.json.")]) -> None:
-    """Print a run again and write its report.html anew."""
+def report(
+    directories: Annotated[list[Path], typer.Argument(help="Run directories, each with its results.json.")],
+    out: Annotated[
+        Path | None, typer.Option(help="The page; report.html in the directory, or here for several, if not given.")
+    ] = None,
+) -> None:
+    """Write one or several runs as one page, and print them."""
     with _errors_for_people():
         from curlora.continual.results import RunResults
         from curlora.report import write_report
 
-        results = RunResults.load(directory / "results.json")
-        write_report(results, directory / "report.html")
-    _conclude(results, directory)
+        runs = [RunResults.load(directory / "results.json") for directory in directories]
+        page = out or (directories[0] / "report.html" if len(directories) == 1 else Path("report.html"))
+        write_report(runs, page)
+        for results in runs:
+            print_results(results)
+    console.print(Text(f"\nReport: {page}"), soft_wrap=True)
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(help="Two or more run directories, each with its results.json.")],
+) -> None:
+    """Print runs side by side: a row for each method, and what keeps the runs from being compared."""
+    if len(directories) < 2:
+        raise typer.BadParameter("two or more run directories are compared", param_hint="DIRECTORIES")
+    with _errors_for_people():
+        from curlora.continual.results import RunResults
+        from curlora.tables import comparison
+
+        runs = [RunResults.load(directory / "results.json") for directory in directories]
+        console.print(comparison(runs, [str(directory) for directory in directories]))
+
+
+def _run(recipe: Recipe, directory: Path) -> None:
+    from curlora.continual.recipe import run_recipe
+    from curlora.report import write_report
+
+    with _progress_bars() as bars:
+        results = run_recipe(recipe, directory, progress=lambda total: _Bar(bars, total))
+    if not _FIRST_PROCESS:
+        return
+    page = directory / "report.html"
+    write_report([results], page)
+    print_results(results)
+    console.print(Text(f"\nReport: {page}\nFigures and adapters: {directory}"), soft_wrap=True)
+
+
+def _print_plan(recipe: Recipe) -> None:
+    from curlora.continual.plan import make_plan
+    from curlora.plan_tables import plan_tables
+
+    for part in plan_tables(make_plan(recipe)):
+        console.print(part)
 
 
 def main() -> None:
@@ -92,49 +138,11 @@ def main() -> None:
 
 
 def print_results(results: RunResults) -> None:
-    """Print a run as two tables."""
-    from curlora.report import format_size, format_time
+    """Print a run as tables."""
+    from curlora.tables import results_tables
 
-    matrix = Table(title=f"{results.title}: accuracy", title_justify="left", box=SIMPLE_HEAD)
-    for heading in ("method", "after"):
-        matrix.add_column(heading)
-    for task in results.tasks:
-        matrix.add_column(task.name, justify="right")
-    matrix.add_row("majority class", "", *(f"{task.majority_rate:.3f}" for task in results.tasks), end_section=True)
-    for method in results.methods:
-        for i, row in enumerate(method.accuracy):
-            cells = [f"{value:.3f}" for value in row] + [""] * (len(results.tasks) - len(row))
-            last = i == len(method.accuracy) - 1
-            matrix.add_row(method.label if i == 0 else "", results.tasks[i].name, *cells, end_section=last)
-    console.print(matrix)
-
-    summary = Table(title="After the last task", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    summary.add_column("method", no_wrap=True)
-    for heading in (
-        "average\naccuracy",
-        "for-\ngetting",
-        "perplexity",
-        "rise",
-        "trained\nnumbers",
-        "adapter\nfile",
-        "time",
-    ):
-        summary.add_column(heading, justify="right", no_wrap=True)
-    summary.add_row("base model", "", "", f"{results.methods[0].perplexity[0]:.2f}")
-    for method in results.methods:
-        summary.add_row(
-            method.label,
-            f"{method.average_accuracy:.3f}",
-            "-" if method.forgetting is None else f"{method.forgetting:+.3f}",
-            f"{method.perplexity[-1]:.2f}",
-            f"{100 * method.perplexity_rise:+.1f} %",
-            f"{method.trainable_parameters:,}",
-            format_size(method.adapter_bytes),
-            format_time(method.seconds),
-        )
-    console.print(summary)
-    note = f"Perplexity of {results.heldout}. Trained numbers and file without the heads."
-    console.print(note, style="dim", highlight=False)
+    for part in results_tables(results):
+        console.print(part)
 
 
 class _Bar:
@@ -162,27 +170,23 @@ def _progress_bars() -> Progress:
     )
 
 
-def _conclude(results: RunResults, directory: Path) -> None:
-    print_results(results)
-    text = f"\nReport: {directory / 'report.html'}\nFigures and adapters: {directory}"
-    console.print(Text(text), soft_wrap=True)
-
-
 @contextlib.contextmanager
 def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
     """Turn what a user can mend into one message and a non-zero exit; let real faults keep their trace."""
     try:
         yield
     except KeyboardInterrupt:
-        errors.print(f"Interrupted. {after_interrupt}", highlight=False)
+        errors.print(f"Interrupted. {after_interrupt}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except Exception as error:
         from curlora.continual.recipe import RecipeError
         from curlora.continual.results import ResultsError
-        from curlora.continual.run import RunDirectoryError
+        from curlora.continual.run import RunError
+        from curlora.continual.sequence import StateError
+        from curlora.continual.tasks import TaskError
         from curlora.demo.assets import AssetError
 
-        if not isinstance(error, (AssetError, RecipeError, ResultsError, RunDirectoryError, OSError)):
+        if not isinstance(error, (AssetError, RecipeError, ResultsError, RunError, StateError, TaskError, OSError)):
             raise
         errors.print("[bold red]Error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -1,77 +1,15 @@
 """Recipes: what is read is what the files say, and what is wrong is said before a model is loaded."""
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import filelock
 import pytest
 import yaml
 
-from curlora.continual.recipe import RecipeError, Source, TaskPart, build, load_recipe, read_task, run_recipe
-from curlora.continual.run import RunDirectoryError
-from tests.models import WORDS, llama, word_examples, word_tokenizer
-
-
-class Silent:
-    def stage(self, text):
-        pass
-
-    def advance(self, units):
-        pass
-
-
-def silent(total):
-    return Silent()
-
-
-@pytest.fixture
-def recipe_path(tmp_path):
-    """A recipe on a small local model, with a data file of each local kind."""
-    llama().save_pretrained(tmp_path / "model")
-    word_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(" ".join(WORDS[i % 90] for i in range(60)))
-    train, evaluation = word_examples(2)
-    lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in train)]
-    (tmp_path / "train.tsv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
-    (tmp_path / "eval.csv").write_text("\n".join(["label,text", *(f"{y},{x}" for x, y in evaluation)]) + "\n")
-    for name, rows in zip(("train", "eval"), word_examples(8), strict=True):
-        with (tmp_path / f"second-{name}.jsonl").open("w") as stream:
-            for text, label in rows:
-                stream.write(json.dumps({"sentence": text, "sign": ["no", "yes"][label]}) + "\n")
-    content = {
-        "title": "Two small tasks",
-        "model": {"name": "model"},
-        "tasks": [
-            {
-                "name": "first",
-                "labels": ["a", "b"],
-                "train": {"path": "train.tsv", "text": "text", "label": "label"},
-                "evaluation": {"path": "eval.csv", "text": "text", "label": "label"},
-            },
-            {
-                "name": "second",
-                "labels": ["yes", "no"],
-                "train": {"path": "second-train.jsonl", "text": "sentence", "label": "sign"},
-                "evaluation": {"path": "second-eval.jsonl", "text": "sentence", "label": "sign"},
-            },
-        ],
-        "methods": [
-            {"name": "frozen"},
-            {"name": "lora", "label": "LoRA", "peft_type": "lora", "learning_rate": 0.01,
-             "options": {"r": 4, "target_modules": ["q_proj"]}},
-            {"name": "cur", "label": "CURLoRA", "peft_type": "curlora", "learning_rate": 0.3, "options": {"r": 4}},
-        ],
-        "heldout": {"name": "words", "path": "text.txt", "tokens": 50},
-        "training": {"epochs": 3, "batch_size": 4, "window": 16, "head_learning_rate": 0.05},
-    }  # fmt: skip
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+from curlora.continual.recipe import RecipeError, build, load_recipe, packaged_recipes, run_recipe
+from curlora.continual.run import RunError
+from tests.continual.streams import figures
+from tests.models import word_examples
 
 
 def test_what_is_read_is_what_the_files_say(recipe_path):
@@ -79,7 +17,7 @@ def test_what_is_read_is_what_the_files_say(recipe_path):
     assert (stream.tasks[0].train, stream.tasks[0].evaluation) == word_examples(2)
     expected = [[(text, 1 - label) for text, label in rows] for rows in word_examples(8)]  # "yes" comes first there
     assert [stream.tasks[1].train, stream.tasks[1].evaluation] == expected
-    assert len(stream.heldout.tokens) == 50
+    assert len(stream.heldout[0].tokens) == 50
     assert [method.name for method in stream.methods] == ["frozen", "lora", "cur"]
 
 
@@ -87,55 +25,22 @@ def test_a_run_and_going_on_with_one_more_method(recipe_path, tmp_path):
     out = tmp_path / "run"
     without = load_recipe(recipe_path)
     without = without.model_copy(update={"methods": without.methods[:2]})
-    first = run_recipe(without, out, silent)
+    first = run_recipe(without, out)
     assert [m.name for m in first.methods] == ["frozen", "lora"]
-    stamp = (out / "lora" / "result.json").stat().st_mtime_ns
-    full = run_recipe(load_recipe(recipe_path), out, silent)
+    stamp = (out / "lora" / "seed-0" / "result.json").stat().st_mtime_ns
+    full = run_recipe(load_recipe(recipe_path), out)
     assert full.methods[:2] == first.methods
-    assert (out / "lora" / "result.json").stat().st_mtime_ns == stamp  # not run again
+    assert (out / "lora" / "seed-0" / "result.json").stat().st_mtime_ns == stamp  # not run again
     assert full.methods[2].trainable_parameters == 6 * 16
-    assert full.methods[2].accuracy[0][0] > full.tasks[0].majority_rate
-
-
-def same_figures(a, b):
-    """Equal in everything but times."""
-
-    def strip(results):
-        return [m.model_dump(exclude={"seconds", "train_seconds"}) for m in results.methods]
-
-    return strip(a) == strip(b)
-
-
-def test_kill_minus_nine_and_the_same_command_goes_on(recipe_path, tmp_path):
-    whole = run_recipe(load_recipe(recipe_path), tmp_path / "whole", silent)
-    out = tmp_path / "killed"
-    command = [sys.executable, "-m", "curlora.cli", "run", str(recipe_path), "--out", str(out)]
-    for done in ("frozen", "lora"):  # killed twice, each time within the method after this one
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 120
-        while not (out / done / "result.json").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (out / "results.json").exists()
-    finished = {p: p.stat().st_mtime_ns for p in out.glob("*/result.json")}
-    assert len(finished) >= 2
-    after = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-    assert after.returncode == 0, after.stderr
-    from curlora.continual.results import RunResults
-
-    assert same_figures(RunResults.load(out / "results.json"), whole)
-    assert all(p.stat().st_mtime_ns == stamp for p, stamp in finished.items())
-    assert (out / "report.html").exists()
-    assert "CURLoRA" in after.stdout
+    assert full.methods[2].accuracy(0, 0).mean > full.tasks[0].majority_rate
 
 
 def test_label_names_by_number_are_no_change(recipe_path, tmp_path):
-    recipe = load_recipe(recipe_path, ["tasks.0.train.label_names={0: a, 1: b}", "methods=[{name: frozen}]"])
-    first = run_recipe(recipe, tmp_path / "run", silent)
-    assert same_figures(run_recipe(recipe, tmp_path / "run", silent), first)
+    recipe = load_recipe(
+        recipe_path, ["tasks.0.train.label_names={0: a, 1: b}", "methods=[{name: frozen, method: frozen}]"]
+    )
+    first = run_recipe(recipe, tmp_path / "run")
+    assert figures(run_recipe(recipe, tmp_path / "run")) == figures(first)
 
 
 @pytest.mark.parametrize(
@@ -145,45 +50,68 @@ def test_label_names_by_number_are_no_change(recipe_path, tmp_path):
 def test_a_changed_recipe_does_not_go_on(recipe_path, tmp_path, change, named):
     out = tmp_path / "run"
     recipe = load_recipe(recipe_path)
-    first = run_recipe(recipe.model_copy(update={"methods": recipe.methods[:2]}), out, silent)
-    with pytest.raises(RunDirectoryError, match=f"holds a run of another recipe: {named} changed"):
-        run_recipe(load_recipe(recipe_path, [change]), out, silent)
-    assert same_figures(run_recipe(recipe.model_copy(update={"methods": recipe.methods[:2]}), out, silent), first)
+    first = run_recipe(recipe.model_copy(update={"methods": recipe.methods[:2]}), out)
+    with pytest.raises(RunError, match=f"holds a run of another recipe: {named} changed"):
+        run_recipe(load_recipe(recipe_path, [change]), out)
+    again = run_recipe(recipe.model_copy(update={"methods": recipe.methods[:2]}), out)
+    assert figures(again) == figures(first)
 
 
 def test_two_runs_in_one_directory(recipe_path, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    with filelock.FileLock(out / ".lock"), pytest.raises(RunDirectoryError, match="in use by another run"):
-        run_recipe(load_recipe(recipe_path), out, silent)
+    with filelock.FileLock(out / ".lock"), pytest.raises(RunError, match="in use by another run"):
+        run_recipe(load_recipe(recipe_path), out)
 
 
 def test_a_damaged_result_is_named(recipe_path, tmp_path):
     out = tmp_path / "run"
-    (out / "frozen").mkdir(parents=True)
-    (out / "frozen" / "result.json").write_text("{")
-    with pytest.raises(RunDirectoryError, match=r"frozen/result\.json does not hold.*Remove the folder"):
-        run_recipe(load_recipe(recipe_path), out, silent)
+    run_recipe(load_recipe(recipe_path, ["methods=[{name: frozen, method: frozen}]"]), out)
+    (out / "frozen" / "seed-0" / "result.json").write_text("{")
+    with pytest.raises(RunError, match=r"seed-0/result\.json does not hold.*Remove the folder"):
+        run_recipe(load_recipe(recipe_path), out)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("titel=x", "titel: Extra inputs are not permitted"),
-        ("methods.1.peft_type=lorra", "methods.1: peft_type 'lorra' is not one of .*curlora.*lora"),
+        ("methods.1.method=lorra", "methods.1: 'lorra' is not one of frozen, full, .*curlora.*lora"),
         ("methods.2.options.rank=4", "methods.2: CurloraConfig has no option 'rank'"),
         ("methods.2.options.r=0", "methods.2: r must be a positive integer, got 0"),
         ("methods.2.learning_rate=null", "methods.2: learning_rate is missing"),
-        ("methods.0.learning_rate=0.1", "methods.0: without peft_type only the heads"),
-        ("methods.0.name=cur", "two methods are called 'cur'"),
-        ("tasks.1.name=first", "two tasks are called 'first'"),
+        ("methods.0.learning_rate=0.1", "methods.0: frozen trains the heads alone"),
+        ("methods.0.name=cur", "methods: 'cur' is there twice"),
+        ("tasks.1.name=first", "tasks: 'first' is there twice"),
         ("tasks.0.train.hub=glue", "tasks.0.train: give either path"),
+        ("model.quantization={load_in_4bit: true}", "model.quantization: quant_method is missing"),
         ("model.dtype=float33", "model.dtype: 'float33' is not a dtype"),
         ("training.epochs=0", "training.epochs: Input should be greater than 0"),
         ("tasks.0.labels=[a]", "tasks.0.labels: List should have at least 2"),
         ("tasks.1.labels=[yes, no]", "tasks.1.labels.0: Input should be a valid string"),  # YAML reads booleans
         ("methods.0.name=../x", "methods.0.name: String should match pattern"),
         ("methods=[]", "methods: List should have at least 1"),
+        ("methods.1.plugins=[{name: ewk}]", "methods.1: 'ewk' is not a plug-in: ewc, replay"),
+        ("methods.1.plugins=[{name: ewc}]", "methods.1: ewc: .*missing.*'strength'"),
+        ("methods.1.plugins=[{name: replay, examples: 0}]", "methods.1: replay needs examples of at least 1, got 0"),
+        ("seeds=[1, 1]", "seeds: 1 is there twice"),
+        ("training.trainer={output_dir: x}", "training.trainer: 'output_dir' is set by the run itself"),
+        ("training.trainer={bf61: true}", "training.trainer: transformers' TrainingArguments have no 'bf61'"),
+        ("training.schedule=cosinus", "training.schedule: 'cosinus' is not a schedule"),
+        ("training.checkpoint_steps=7", "must be a multiple of logging_steps"),
+        ("training.readout=last_position", "training: readout is a switch of the protocol"),
+        ("switches={readout: first}", "switch readout: Input should be 'last_token' or 'last_position'"),
+        ("switches={read: first}", "'read' is not a switch of the protocol: readout"),
+        ("protocol=papers", "protocol: Input should be 'honest' or 'paper'"),
+        ("tasks.0.training={epoch: 1}", "task 'first': training.epoch: Extra inputs"),
+        ("tasks.0.reference={training: {epoch: 1}}", "task 'first': training.epoch: Extra inputs"),
+        ("tasks.0.reference={train: {path: x.csv, text: text}}", "tasks.0: reference: train: .*needs label"),
+        ("reference.epoch=5", "reference.epoch: Extra inputs"),
+        ("tasks.0.kind=completion", "a task of completion has no labels"),
+        ("tasks.0.train.label=null", "train: a task of classification needs label"),
+        ("heldout.stride=17", "stride 17 is longer than window 16"),
+        ("model.name=./gone", "model.name: there is no folder"),
+        ("heldout.path=${NO_SUCH_VARIABLE}/x", "the environment variable NO_SUCH_VARIABLE is not set"),
         ("tasks.9.name=x", "'tasks.9.name=x' names no place in the recipe"),
         ("nonsense", "'nonsense' is not a change"),
     ],
@@ -207,7 +135,8 @@ def test_every_bad_entry_is_named_at_once(recipe_path):
         ("tasks.1.labels=[nay, maybe]", "row 0 has label 'no', which is neither one of"),
         ("tasks.0.evaluation.path=text.txt", ".txt is not among the file types"),
         ("tasks.0.train.label_names={0: a}", "row .* has label 1, which label_names does not name"),
-        ("heldout.path=gone.txt", "heldout: .*gone.txt cannot be read"),
+        ("tasks.0.train={hub: ./nowhere, split: train, text: text, label: label}", "first.*cannot be had from the hub"),
+        ("heldout.path=gone.txt", "heldout 'words' .*gone.txt.* cannot be read"),
     ],
 )
 def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message):
@@ -230,25 +159,122 @@ def test_a_recipe_that_is_not_there(tmp_path):
         load_recipe(tmp_path / "r.yaml")
 
 
-DATA = os.environ.get("CURLORA_DATA_DIR")
+def test_a_frozen_method_is_added_where_there_is_none(recipe_path):
+    recipe = load_recipe(recipe_path, ["methods=[{name: l, method: lora, learning_rate: 0.1}]"])
+    assert [part.name for part in recipe.methods] == ["frozen", "l"]
 
 
-@pytest.mark.skipif(not DATA, reason="CURLORA_DATA_DIR is not set: the real data sets are not here")
-@pytest.mark.parametrize(
-    ("train", "evaluation", "rows", "majority"),
-    [
-        (
-            dict(path="mrpc/train.tsv", text=["#1 String", "#2 String"], label="Quality"),
-            "mrpc/dev.tsv",
-            3667,
-            279 / 408,
-        ),
-        (dict(path="sst2/train.tsv", text="sentence", label="label"), "sst2/dev.tsv", 67_349, 444 / 872),
-    ],
-)
-def test_real_data_is_read_whole(train, evaluation, rows, majority):
-    source = Source(**{**train, "path": Path(DATA) / train["path"]}, quoted=False)
-    scored = source.model_copy(update={"path": Path(DATA) / evaluation})
-    task = read_task(TaskPart(name="t", labels=["no", "yes"], train=source, evaluation=scored))
-    assert len(task.train) == rows
-    assert task.majority_rate == pytest.approx(majority)
+def test_seeds_can_be_added(recipe_path, tmp_path):
+    changes = ["methods=[{name: lora, method: lora, learning_rate: 0.01, options: {r: 4, target_modules: [q_proj]}}]"]
+    one = run_recipe(load_recipe(recipe_path, changes), tmp_path / "run")
+    two = run_recipe(load_recipe(recipe_path, [*changes, "seeds=[0, 5]"]), tmp_path / "run")
+    assert two.seeds == [0, 5]
+    assert [method.seeds[0] for method in two.methods] == [method.seeds[0] for method in one.methods]
+    assert two.methods[1].seeds[1].losses != two.methods[1].seeds[0].losses
+
+
+def test_the_protocol_changes_settings_data_and_held_out_text(recipe_path):
+    reference = (
+        "tasks.0.reference={labels: [a, b, never], evaluation: {path: eval.csv, text: text, label: label, limit: 3}}"
+    )
+    changes = [reference, "heldout.chunk=30", "reference={warmup: 500}"]
+    honest = build(load_recipe(recipe_path, changes))
+    paper = build(load_recipe(recipe_path, [*changes, "protocol=paper"]))
+    mixed = build(
+        load_recipe(recipe_path, [*changes, "protocol=paper", "switches={data: corrected, perplexity: windows}"])
+    )
+    assert (honest.settings.readout, honest.settings.warmup) == ("last_token", 0.1)
+    assert (paper.settings.readout, paper.settings.warmup) == ("last_position", 500)
+    assert [len(s.tasks[0].labels) for s in (honest, paper, mixed)] == [2, 3, 2]
+    assert [len(s.tasks[0].evaluation) for s in (honest, paper, mixed)] == [21, 3, 21]
+    assert [s.heldout[0].windows for s in (honest, paper, mixed)] == [4, 1, 4]
+    assert len(paper.heldout[0].tokens) == 30
+    assert honest.protocol == {}
+    assert set(mixed.protocol) == set(paper.protocol) - {"data", "perplexity"}
+    curlora = [stream.methods[2].configuration(0) for stream in (honest, paper)]
+    assert [(c.sampling, c.replacement) for c in curlora] == [("inverse", False), ("reference", True)]
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("protocol", ["honest", "paper"])
+def test_the_recipes_that_come_with_it_are_right(name, protocol, monkeypatch):
+    monkeypatch.setenv("CURLORA_DATA_DIR", "/data")
+    recipe = load_recipe(Path(name), [f"protocol={protocol}"])
+    assert recipe.protocol == protocol
+
+
+def test_an_unknown_name_lists_those_that_come_with_it():
+    with pytest.raises(RecipeError, match="nothing cannot be read: No such file.*demo, paper-"):
+        load_recipe(Path("nothing"))
+
+
+def test_a_folder_of_something_else_is_left_alone(recipe_path, tmp_path):
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    with pytest.raises(RunError, match="holds files, but no run"):
+        run_recipe(load_recipe(recipe_path), out)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_a_file_in_the_place_of_the_folder(recipe_path, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RunError, match="cannot be used as a run directory"):
+        run_recipe(load_recipe(recipe_path), tmp_path / "file")
+
+
+def test_a_damaged_recipe_of_a_run_is_named(recipe_path, tmp_path):
+    out = tmp_path / "run"
+    recipe = load_recipe(recipe_path, ["methods=[{name: frozen, method: frozen}]"])
+    run_recipe(recipe, out)
+    (out / "recipe.json").write_text("{")
+    with pytest.raises(RunError, match=r"recipe\.json cannot be read"):
+        run_recipe(recipe, out)
+
+
+def test_arguments_that_the_trainer_refuses_are_one_message(recipe_path, tmp_path):
+    recipe = load_recipe(recipe_path, ["training.trainer={fp16: true, bf16: true}"])
+    with pytest.raises(RunError, match=r"training\.trainer: At most one of fp16 and bf16"):
+        run_recipe(recipe, tmp_path / "run")
+
+
+def test_quantization_is_passed_on(recipe_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "curlora.continual.recipe.AutoModelForCausalLM.from_pretrained", lambda *_, **options: seen.update(options)
+    )
+    recipe = load_recipe(recipe_path, ["model.quantization={quant_method: bitsandbytes, load_in_4bit: true}"])
+    recipe.model.load()
+    assert seen["quantization_config"].load_in_4bit
+    assert type(seen["quantization_config"]).__name__ == "BitsAndBytesConfig"
+
+
+def test_a_run_can_be_moved_with_its_data(recipe_path, tmp_path, monkeypatch):
+    """It is known by what is run, not by where the files lie."""
+    content = yaml.safe_load(recipe_path.read_text())
+    content["heldout"]["path"] = "${TEXTS}/text.txt"
+    recipe_path.write_text(yaml.safe_dump(content))
+    monkeypatch.setenv("TEXTS", str(tmp_path))
+    frozen = ["methods=[{name: frozen, method: frozen}]"]
+    first = run_recipe(load_recipe(recipe_path, frozen), tmp_path / "run")
+    assert str(tmp_path) not in (tmp_path / "run" / "results.json").read_text()
+    assert first.recipe["tasks"][0]["train"]["path"] == "train.tsv"
+    assert first.recipe["heldout"][0]["path"] == "${TEXTS}/text.txt"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in list(tmp_path.iterdir()):
+        if path != elsewhere:
+            path.rename(elsewhere / path.name)
+    monkeypatch.setenv("TEXTS", str(elsewhere))
+    again = run_recipe(load_recipe(elsewhere / "recipe.yaml", frozen), elsewhere / "run")
+    assert again.methods == first.methods
+
+
+def test_changed_data_do_not_go_on(recipe_path, tmp_path):
+    out = tmp_path / "run"
+    frozen = load_recipe(recipe_path, ["methods=[{name: frozen, method: frozen}]"])
+    run_recipe(frozen, out)
+    lines = (tmp_path / "train.tsv").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "train.tsv").write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
+    with pytest.raises(RunError, match="data or the tokenizer have changed"):
+        run_recipe(load_recipe(recipe_path), out)

@@ -1,27 +1,41 @@
-"""A run as a YAML file: the model, the stream of tasks, the methods, the held-out text."""
+"""A run as a YAML file: the model, the stream of tasks, the methods, the seeds, the held-out texts."""
 
 from __future__ import annotations
 
-import csv
-import inspect
+import os
+import re
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoQuantizationConfig
 
-from curlora.continual.methods import Method
-from curlora.continual.results import RunResults, write_whole
-from curlora.continual.run import RunDirectoryError, Stream, run_stream
-from curlora.continual.sequence import HeldOut, Progress, Settings
-from curlora.continual.tasks import Task
+from curlora.continual.data import DataError, HeldOutPart, TaskPart, read_task, read_text
+from curlora.continual.heldout import HeldOut
+from curlora.continual.methods import Method, make_method
+from curlora.continual.plugins import make_plugin
+from curlora.continual.protocol import SWITCHES, Protocol
+from curlora.continual.results import RunResults
+from curlora.continual.run import RunError, Stream, run_stream
+from curlora.continual.sequence import Progress, Silent
+from curlora.continual.settings import Settings
+from curlora.continual.storage import write_whole
 
-__all__ = ["Recipe", "RecipeError", "build", "load_recipe", "read_task", "run_recipe"]
+__all__ = ["Recipe", "RecipeError", "build", "load_recipe", "packaged_recipes", "run_recipe"]
 
 
 class RecipeError(ValueError):
@@ -32,16 +46,18 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-# Names of folders of a run, and of heads.
-_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
-
-
 class ModelPart(_Part):
-    """The base model: a folder or a hub id, and a GGUF file in it where there is one."""
+    """The base model: a folder or a hub id, and a GGUF file in it where there is one.
+
+    ``quantization`` is a ``quantization_config`` of transformers, such as
+    ``{quant_method: bitsandbytes, load_in_4bit: true}``.
+    """
 
     name: str
+    revision: str | None = None
     gguf_file: str | None = None
     dtype: str = "float32"
+    quantization: dict[str, Any] | None = None
 
     @field_validator("dtype")
     @classmethod
@@ -50,141 +66,197 @@ class ModelPart(_Part):
             raise ValueError(f"{value!r} is not a dtype of torch, such as float32 or bfloat16")
         return value
 
+    @field_validator("quantization")
+    @classmethod
+    def _known_quantization(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and "quant_method" not in value:
+            raise ValueError("quant_method is missing, such as bitsandbytes, torchao or hqq")
+        return value
 
-class Source(_Part):
-    """Labelled texts: a local ``.tsv``, ``.csv``, ``.jsonl`` or ``.parquet`` file, or a data set of the hub.
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, which can pad."""
+        tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
-    ``text`` is a column, or several that are joined by line breaks. ``quoted`` says whether a TSV or CSV
-    file uses quotation marks to enclose fields (GLUE's do not). ``label_names`` maps values of the label column to
-    names in the task's ``labels``; without it they are names, or positions.
-    """
-
-    path: Path | None = None
-    hub: str | None = None
-    subset: str | None = None
-    split: str | None = None
-    text: str | list[str]
-    label: str
-    label_names: dict[str | int, str] | None = None
-    quoted: bool = True
-    limit: Annotated[int, Field(gt=0)] | None = None
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give either path (a local file) or hub (a data set's id)")
-        if self.hub is not None and self.split is None:
-            raise ValueError("a data set of the hub needs split")
-        return self
-
-
-class TaskPart(_Part):
-    """A classification task."""
-
-    name: _Name
-    labels: Annotated[list[str], Field(min_length=2)]
-    train: Source
-    evaluation: Source
-    description: str = ""
+    def load(self) -> torch.nn.Module:
+        """A fresh model."""
+        quantization = None if self.quantization is None else AutoQuantizationConfig.from_dict(dict(self.quantization))
+        return AutoModelForCausalLM.from_pretrained(
+            self.name,
+            revision=self.revision,
+            gguf_file=self.gguf_file,
+            dtype=getattr(torch, self.dtype),
+            quantization_config=quantization,
+        )
 
 
 class MethodPart(_Part):
-    """A method: ``frozen``, or any method of PEFT by its ``peft_type`` with its configuration's options."""
+    """A method: ``frozen``, ``full``, or an adapter of PEFT with its configuration's options; and plug-ins."""
 
-    name: _Name
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    method: str
     label: str | None = None
-    peft_type: str | None = None
     options: dict[str, Any] = {}
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    plugins: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
     def _complete(self) -> MethodPart:
-        if self.peft_type is None:
-            if self.options or self.learning_rate is not None:
-                raise ValueError("without peft_type only the heads are trained: leave out options and learning_rate")
-            return self
-        if self.learning_rate is None:
-            raise ValueError("learning_rate is missing")
-        self.configuration()
+        self.make(Protocol())
         return self
 
-    def configuration(self) -> PeftConfig:
-        """The PEFT configuration.
+    def make(self, protocol: Protocol) -> Method:
+        """The method under a protocol.
 
         Raises:
-            ValueError: if the method or one of its options is unknown, or an option is not allowed.
+            ValueError: if the method, a plug-in or one of their options is unknown, missing or not allowed.
         """
-        known = {str(member.value): cls for member, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-        config_class = known.get(str(self.peft_type).upper())
-        if config_class is None:
-            raise ValueError(f"peft_type {self.peft_type!r} is not one of {', '.join(sorted(known)).lower()}")
-        allowed = set(inspect.signature(config_class).parameters)
-        unknown = sorted(set(self.options) - allowed)
-        if unknown:
-            raise ValueError(f"{config_class.__name__} has no option {unknown[0]!r}")
-        try:
-            return config_class(**self.options)
-        except TypeError as error:
-            raise ValueError(f"{config_class.__name__}: {error}") from error
+        options = {**(protocol.curlora_options if self.method == "curlora" else {}), **self.options}
+        makers = []
+        for plugin in self.plugins:
+            if "name" not in plugin:
+                raise ValueError(f"a plug-in needs a name: {plugin}")
+            rest = {key: value for key, value in plugin.items() if key != "name"}
+            make_plugin(plugin["name"], rest)
+            makers.append(lambda name=plugin["name"], rest=rest: make_plugin(name, rest))
+        return make_method(
+            self.method,
+            self.name,
+            self.label or self.name,
+            self.learning_rate or 0.0,
+            options,
+            makers,
+            lora_start=protocol.lora_start,
+        )
 
 
-class HeldOutPart(_Part):
-    """A UTF-8 text file, of which the first ``tokens`` are scored."""
-
-    name: str
-    path: Path
-    tokens: Annotated[int, Field(ge=2)] = 8192
-
-
-class TrainingPart(_Part):
-    """See :class:`curlora.continual.sequence.Settings`."""
-
-    epochs: Annotated[int, Field(gt=0)] = Settings.epochs
-    batch_size: Annotated[int, Field(gt=0)] = Settings.batch_size
-    evaluation_batch_size: Annotated[int, Field(gt=0)] = Settings.evaluation_batch_size
-    max_length: Annotated[int, Field(gt=0)] = Settings.max_length
-    head_learning_rate: Annotated[float, Field(gt=0)] = Settings.head_learning_rate
-    schedule: str = Settings.schedule
-    warmup: Annotated[float, Field(ge=0)] = Settings.warmup
-    window: Annotated[int, Field(ge=2)] = Settings.window
-    seed: int = Settings.seed
+def _distinct(values: list[Any]) -> list[Any]:
+    names = [getattr(value, "name", value) for value in values]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return values
 
 
 class Recipe(_Part):
-    """A run. Paths in it are relative to the recipe's own folder."""
+    """A run. Paths in it are relative to the recipe's own folder, and may hold ``${VARIABLES}`` of the environment.
+
+    A method ``frozen`` (heads only) is added where there is none: no accuracy is shown without the frozen model's.
+    ``switches`` set some switches of the ``protocol`` otherwise; ``reference`` holds what is different in ``training``
+    where the protocol is the paper's.
+    """
 
     title: str
     model: ModelPart
-    tasks: Annotated[list[TaskPart], Field(min_length=1)]
-    methods: Annotated[list[MethodPart], Field(min_length=1)]
-    heldout: HeldOutPart
-    training: TrainingPart = TrainingPart()
+    tasks: Annotated[list[TaskPart], Field(min_length=1), AfterValidator(_distinct)]
+    methods: Annotated[list[MethodPart], Field(min_length=1), AfterValidator(_distinct)]
+    heldout: Annotated[list[HeldOutPart], Field(min_length=1), AfterValidator(_distinct)]
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
+    training: Settings = Settings()
+    protocol: Literal["honest", "paper"] = "honest"
+    switches: dict[str, str] = {}
+    reference: dict[str, Any] = {}
+    output: Path | None = None
+
+    # Paths as they are used, and as they were written.
+    _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("methods")
+    @classmethod
+    def _with_frozen(cls, methods: list[MethodPart]) -> list[MethodPart]:
+        if any(part.method == "frozen" for part in methods):
+            return methods
+        if any(part.name == "frozen" for part in methods):
+            raise ValueError("the name 'frozen' is for the method that trains the heads alone")
+        return [MethodPart(name="frozen", method="frozen", label="Heads only"), *methods]
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @field_validator("training", mode="before")
+    @classmethod
+    def _no_switches(cls, value: Any) -> Any:
+        given = value if isinstance(value, dict) else {}
+        misplaced = [name for name, (honest, _, _) in SWITCHES.items() if given.get(name, honest) != honest]
+        if misplaced:
+            raise ValueError(f"{misplaced[0]} is a switch of the protocol: put it under switches")
+        return value
 
     @model_validator(mode="after")
-    def _distinct(self) -> Recipe:
-        for kind in ("tasks", "methods"):
-            names = [part.name for part in getattr(self, kind)]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"two {kind} are called {twice[0]!r}")
+    def _switches_fit(self) -> Recipe:
+        self.switched()
+        try:
+            self.training.changed(self.reference)
+        except ValidationError as error:
+            raise ValueError(f"reference.{_first(error)}") from error
+        for task in self.tasks:
+            if task.kind != "classification" and self.switched().readout == "last_position":
+                raise ValueError(f"readout: last_position is about classes, and task {task.name!r} is of text")
+            for variant in (task, task.variant(reference=True)):
+                try:
+                    self.settings().changed(variant.training)
+                except ValidationError as error:
+                    raise ValueError(f"task {task.name!r}: training.{_first(error)}") from error
         return self
 
+    def portable(self) -> Recipe:
+        """The recipe with its paths as they were written, and a model's folder by its name alone.
 
-def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
+        It says what is run and not where the files lie, and is what a run is known by.
+        """
+        content = _replaced(self.model_dump(mode="json"), self._written)
+        if Path(content["model"]["name"]).is_absolute():
+            content["model"]["name"] = Path(content["model"]["name"]).name
+        return Recipe.model_validate(content)
+
+    def settings(self) -> Settings:
+        """The settings under the protocol."""
+        changes = self.reference if self.protocol == "paper" else {}
+        return self.training.changed({**changes, **self.switched().settings})
+
+    def switched(self) -> Protocol:
+        """The protocol with its switches."""
+        for name in self.switches:
+            if name not in SWITCHES:
+                raise ValueError(f"{name!r} is not a switch of the protocol: {', '.join(SWITCHES)}")
+        try:
+            return Protocol.named(self.protocol, **self.switches)
+        except ValidationError as error:
+            raise ValueError(f"switch {_first(error)}") from error
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with curlora, by name."""
+    folder = Path(str(resources.files("curlora").joinpath("recipes")))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one that comes with curlora.
         changes: ``key.key=value`` each, a number in the place of a key for an entry of a list; the value is YAML.
+        folder: what paths in the recipe are relative to; the recipe's own if ``None``.
 
     Raises:
         RecipeError: if the file is not there, is not YAML, or an entry is missing, unknown or not allowed: with
             every such entry named.
     """
+    path = Path(path)
+    if not path.exists() and str(path) in packaged_recipes():
+        path = packaged_recipes()[str(path)]
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path} cannot be read: {error.strerror}") from error
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}. It is neither a file nor one of the recipes that come with "
+            f"curlora: {', '.join(packaged_recipes())}"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
@@ -193,167 +265,121 @@ def load_recipe(path: Path, changes: Sequence[str] = ()) -> Recipe:
         )
     for change in changes:
         _apply(content, change)
+    folder = folder or path.absolute().parent
+    written: dict[str, str] = {}
+    content = _with_paths(content, folder, written)
+    model = content.get("model")
+    if isinstance(model, dict) and isinstance(model.get("name"), str):
+        local = folder / Path(os.path.expandvars(model["name"])).expanduser()
+        if local.is_dir():
+            written[str(local)] = model["name"]
+            model["name"] = str(local)
+        elif model["name"].startswith(("/", ".", "~")):
+            raise RecipeError(f"model.name: there is no folder {local}")
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         entries = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {_message(e)}" for e in error.errors()]
         raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(entries)) from error
-    return _with_absolute_paths(recipe, path.absolute().parent)
+    recipe._written.update(written)
+    return recipe
 
 
 def build(recipe: Recipe) -> Stream:
-    """Read the data of a recipe, then its model.
+    """Read the data of a recipe, then its tokenizer; the model is loaded when the run begins.
 
     Raises:
         RecipeError: naming the task or file, if a file is missing, a column is not there, a label is unknown, a
-            split is empty or the held-out text is too short: all of that before the model is loaded.
+            split is empty or a held-out text is too short: all of that before the model is loaded.
     """
-    tasks = [read_task(part) for part in recipe.tasks]
-    text = _read_text(recipe.heldout)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name, gguf_file=recipe.model.gguf_file)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokens = torch.tensor(tokenizer(text)["input_ids"][: recipe.heldout.tokens])
-    if len(tokens) < 2:
-        raise RecipeError(f"heldout: {recipe.heldout.path} becomes {len(tokens)} tokens; perplexity needs at least 2")
-
-    def load_model() -> torch.nn.Module:
-        dtype = getattr(torch, recipe.model.dtype)
-        return AutoModelForCausalLM.from_pretrained(recipe.model.name, gguf_file=recipe.model.gguf_file, dtype=dtype)
-
+    protocol = recipe.switched()
+    try:
+        tasks = [read_task(part, reference=protocol.data == "reference") for part in recipe.tasks]
+        texts = [read_text(part) for part in recipe.heldout]
+    except DataError as error:
+        raise RecipeError(str(error)) from error
+    tokenizer = recipe.model.load_tokenizer()
     return Stream(
         title=recipe.title,
-        base_model=recipe.model.name,
-        load_model=load_model,
+        base_model=recipe.model.name if not Path(recipe.model.name).is_dir() else Path(recipe.model.name).name,
+        load_model=recipe.model.load,
         tokenizer=tokenizer,
         tasks=tasks,
-        methods=[_method(part) for part in recipe.methods],
-        heldout=HeldOut(recipe.heldout.name, tokens),
-        settings=Settings(**recipe.training.model_dump()),
+        methods=[part.make(protocol) for part in recipe.methods],
+        heldout=[_held_out(part, text, tokenizer, protocol) for part, text in zip(recipe.heldout, texts, strict=True)],
+        settings=recipe.settings(),
+        seeds=recipe.seeds,
+        protocol=protocol.describe(),
+        recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
     )
 
 
-def run_recipe(recipe: Recipe, directory: Path, progress: Callable[[float], Progress]) -> RunResults:
+def run_recipe(
+    recipe: Recipe, directory: Path | str, progress: Callable[[float], Progress] = lambda _: Silent()
+) -> RunResults:
     """Run a recipe, or go on with it where ``directory`` holds part of it.
 
-    Methods may have been added to the recipe since; anything else must be as it was.
+    Methods and seeds may have been added to the recipe since; anything else must be as it was.
 
     Args:
         recipe: what to run.
         directory: the run directory; made if missing.
-        progress: given the whole amount of work, gives what hears about it.
+        progress: given the whole amount of work, gives what hears about it; nobody if not given.
 
     Returns:
         The measurements, also in ``directory / "results.json"``.
 
     Raises:
         RecipeError: as :func:`build`.
-        RunDirectoryError: if ``directory`` holds a run of another recipe, or another process is at it.
+        RunError: if ``directory`` holds a run of another recipe, and as :func:`curlora.continual.run.run_stream`.
     """
-    saved = directory / "recipe.json"
+    directory = Path(directory)
+    stream = build(recipe)
+    return run_stream(stream, directory, progress, begin=lambda: _claim(recipe, directory))
+
+
+_SAVED = "recipe.json"
+
+
+def _claim(recipe: Recipe, directory: Path) -> None:
+    """Check that the directory is of this recipe, and write it down."""
+    saved = directory / _SAVED
+    recipe = recipe.portable()
     if saved.exists():
-        before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
-        # Both through JSON, which knows no keys but strings.
-        changed = _changes(before, Recipe.model_validate_json(recipe.model_dump_json()), directory)
+        try:
+            before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise RunError(
+                f"{saved} cannot be read, so whether {directory} is of this recipe cannot be told. Choose another "
+                f"folder, or remove {saved} if you are sure. ({error.errors()[0]['msg']})"
+            ) from error
+        changed = _changes(before, recipe, directory)
         if changed:
-            raise RunDirectoryError(
+            raise RunError(
                 f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, or "
                 "undo the change."
             )
-    stream = build(recipe)
-    directory.mkdir(parents=True, exist_ok=True)
+    elif any(path.name != ".lock" for path in directory.iterdir()):
+        raise RunError(f"{directory} holds files, but no run. Choose another folder.")
     write_whole(saved, recipe.model_dump_json(indent=2))
-    return run_stream(stream, directory, progress)
 
 
 def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
-    changed = [
-        part for part in ("model", "tasks", "heldout", "training") if getattr(before, part) != getattr(now, part)
-    ]
+    parts = ("model", "tasks", "heldout", "training", "protocol", "switches", "reference")
+    changed = [part for part in parts if getattr(before, part) != getattr(now, part)]
     methods = {method.name: method for method in now.methods}
     begun = [method for method in before.methods if (directory / method.name).exists()]
     return changed + [f"method {method.name!r}" for method in begun if methods.get(method.name) != method]
 
 
-def _method(part: MethodPart) -> Method:
-    adapter = None if part.peft_type is None else part.configuration
-    return Method(part.name, part.label or part.name, adapter, part.learning_rate or 0.0)
-
-
-def read_task(part: TaskPart) -> Task:
-    """Read a task's data.
-
-    Raises:
-        RecipeError: as :func:`build`.
-    """
-    splits = {split: _examples(part, split, getattr(part, split)) for split in ("train", "evaluation")}
-    try:
-        return Task(name=part.name, labels=part.labels, description=part.description, **splits)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-
-
-def _examples(task: TaskPart, split: str, source: Source) -> list[tuple[str, int]]:
-    where = f"task {task.name!r}, {split} ({source.path or source.hub})"
-    table = _table(source, where)
-    columns = [source.text] if isinstance(source.text, str) else source.text
-    for column in (*columns, source.label):
-        if column not in table.column_names:
-            raise RecipeError(f"{where}: there is no column {column!r} among {', '.join(table.column_names)}")
-    if source.limit is not None:
-        table = table.select(range(min(source.limit, len(table))))
-    examples = []
-    for number, row in enumerate(table):
-        texts = [row[column] for column in columns]
-        if any(not isinstance(text, str) for text in texts):
-            raise RecipeError(f"{where}: row {number} has no text: {texts!r}")
-        examples.append(("\n".join(texts), _label(row[source.label], source, task.labels, f"{where}: row {number}")))
-    return examples
-
-
-def _label(value: Any, source: Source, labels: list[str], where: str) -> int:
-    if source.label_names is not None:
-        if value not in source.label_names:
-            raise RecipeError(f"{where} has label {value!r}, which label_names does not name")
-        value = source.label_names[value]
-    if value in labels:
-        return labels.index(value)
-    if isinstance(value, int) and 0 <= value < len(labels):
-        return value
-    raise RecipeError(f"{where} has label {value!r}, which is neither one of {labels} nor a position among them")
-
-
-def _table(source: Source, where: str) -> Any:
-    import datasets
-
-    if source.hub is not None:
-        return datasets.load_dataset(source.hub, source.subset, split=source.split)
-    assert source.path is not None
-    if not source.path.is_file():
-        raise RecipeError(f"{where}: there is no such file")
-    suffix = source.path.suffix.lower()
-    options: dict[str, Any] = {}
-    if suffix in (".tsv", ".csv"):
-        options["delimiter"] = "\t" if suffix == ".tsv" else ","
-        options["encoding"] = "utf-8-sig"  # with or without a byte-order mark
-        if not source.quoted:
-            options["quoting"] = csv.QUOTE_NONE
-    kinds = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if suffix not in kinds:
-        raise RecipeError(f"{where}: {suffix or 'no'} is not among the file types that are read: {', '.join(kinds)}")
-    if source.path.stat().st_size == 0:
-        raise RecipeError(f"{where}: the file is empty")
-    try:
-        return datasets.load_dataset(kinds[suffix], data_files=str(source.path), split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise RecipeError(f"{where}: cannot be read as {suffix[1:]}: {error.__cause__ or error}") from error
-
-
-def _read_text(part: HeldOutPart) -> str:
-    try:
-        return part.path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"heldout: {part.path} cannot be read as UTF-8 text: {error}") from error
+def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
+    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    if len(tokens) < 2:
+        raise RecipeError(f"heldout {part.name!r} becomes {len(tokens)} tokens; perplexity needs at least 2")
+    if protocol.perplexity == "first_chunk":
+        chunk = min(part.chunk or part.window, len(tokens))
+        return HeldOut(part.name, tokens[:chunk], window=max(2, chunk))
+    return HeldOut(part.name, tokens[: part.tokens], part.window, part.stride)
 
 
 def _apply(content: Any, change: str) -> None:
@@ -373,19 +399,34 @@ def _apply(content: Any, change: str) -> None:
         raise RecipeError(f"{change!r} names no place in the recipe: {error}") from error
 
 
+def _first(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), _message(first)])
+
+
 def _message(error: Any) -> str:
     return str(error["msg"]).removeprefix("Value error, ")
 
 
-def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
-    def source(part: Source) -> Source:
-        return part if part.path is None else part.model_copy(update={"path": folder / part.path.expanduser()})
+def _replaced(content: Any, strings: dict[str, str]) -> Any:
+    if isinstance(content, dict):
+        return {key: _replaced(value, strings) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_replaced(value, strings) for value in content]
+    return strings.get(content, content) if isinstance(content, str) else content
 
-    tasks = [
-        part.model_copy(update={"train": source(part.train), "evaluation": source(part.evaluation)})
-        for part in recipe.tasks
-    ]
-    heldout = recipe.heldout.model_copy(update={"path": folder / recipe.heldout.path.expanduser()})
-    local = folder / recipe.model.name
-    model = recipe.model.model_copy(update={"name": str(local)}) if local.is_dir() else recipe.model
-    return recipe.model_copy(update={"tasks": tasks, "heldout": heldout, "model": model})
+
+def _with_paths(content: Any, folder: Path, written: dict[str, str], key: str = "") -> Any:
+    """The recipe with its paths made absolute; ``written`` gets how they were."""
+    if isinstance(content, dict):
+        return {name: _with_paths(value, folder, written, str(name)) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_with_paths(value, folder, written, key) for value in content]
+    if key == "path" and isinstance(content, str):
+        path = Path(os.path.expandvars(content)).expanduser()
+        missing = re.findall(r"\$\{?(\w+)", str(path))
+        if missing:
+            raise RecipeError(f"{content}: the environment variable {missing[0]} is not set")
+        written[str(folder / path)] = content
+        return str(folder / path)
+    return content

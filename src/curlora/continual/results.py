@@ -1,20 +1,35 @@
-"""What a run leaves behind in ``results.json``."""
+"""What a run leaves behind in ``results.json``. The fields are described in ``docs/results.md``."""
 
 from __future__ import annotations
 
-import os
+import json
+import math
 import platform
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from curlora.continual import metrics
+from curlora.continual.storage import write_whole
 
-__all__ = ["SCHEMA_VERSION", "MethodResult", "ResultsError", "RunResults", "TaskInfo", "environment", "write_whole"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "MethodResult",
+    "ResultsError",
+    "RunResults",
+    "Score",
+    "SeedResult",
+    "Statistic",
+    "TaskInfo",
+    "TextScore",
+    "environment",
+]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class ResultsError(ValueError):
@@ -29,6 +44,8 @@ class TaskInfo(_Record):
     """A task of the stream, without its texts."""
 
     name: str
+    kind: str
+    metric: str
     description: str
     labels: list[str]
     train_examples: int
@@ -36,54 +53,184 @@ class TaskInfo(_Record):
     majority_rate: float
 
 
-class MethodResult(_Record):
-    """What one method did over the stream.
+class Score(_Record):
+    """Of one task: ``accuracy`` between 0 and 1, and the mean ``loss`` per label in nats."""
 
-    ``accuracy[i][j]`` is the accuracy on task ``j`` after task ``i``; ``perplexity[0]`` is the base
-    model's, ``perplexity[i + 1]`` the one after task ``i``. ``losses`` are ``(step, loss)`` over the
-    whole stream. Sizes in bytes, times in seconds.
+    accuracy: float
+    loss: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(loss)``: of the completions, for tasks that have any."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
+
+
+class TextScore(_Record):
+    """Of a held-out text: perplexity, and drift from the base model in nats per token."""
+
+    perplexity: float
+    drift: float
+
+
+class SeedResult(_Record):
+    """What one method did over the stream with one seed.
+
+    ``scores[i][j]`` is of task ``j`` after task ``i``. ``before[i]`` is of task ``i`` just before it was learned, and
+    ``base[i]`` of the base model, where that was asked for. ``heldout[name][0]`` is the base model's,
+    ``heldout[name][i + 1]`` the one after task ``i``. ``losses`` are ``(step, loss)`` over the whole stream. Times in
+    seconds.
     """
 
-    name: str
-    label: str
-    learning_rate: float
-    trainable_parameters: int
-    adapter_bytes: int
-    accuracy: list[list[float]]
-    perplexity: list[float]
+    seed: int
+    scores: list[list[Score]]
+    before: list[Score]
+    base: list[Score]
+    heldout: dict[str, list[TextScore]]
     losses: list[tuple[int, float]]
+    steps: int
     train_tokens: int
     train_seconds: float
     seconds: float
+
+    @property
+    def accuracy(self) -> list[list[float]]:
+        return [[score.accuracy for score in row] for row in self.scores]
 
     @property
     def average_accuracy(self) -> float:
         return metrics.average_accuracy(self.accuracy)
 
     @property
+    def learning_accuracy(self) -> float:
+        return metrics.learning_accuracy(self.accuracy)
+
+    @property
     def forgetting(self) -> float | None:
         return metrics.forgetting(self.accuracy)
 
     @property
+    def backward_transfer(self) -> float | None:
+        return metrics.backward_transfer(self.accuracy)
+
+    @property
+    def forward_transfer(self) -> float | None:
+        return metrics.forward_transfer([s.accuracy for s in self.before], [s.accuracy for s in self.base])
+
+    def text(self, name: str | None = None) -> list[TextScore]:
+        """Scores of a held-out text, of the first one if no name is given."""
+        return next(iter(self.heldout.values())) if name is None else self.heldout[name]
+
+    @property
     def perplexity_rise(self) -> float:
-        """Relative rise of the perplexity over the whole stream; 0.01 is one per cent."""
-        return self.perplexity[-1] / self.perplexity[0] - 1
+        """Relative rise of the first text's perplexity over the whole stream; 0.01 is one per cent."""
+        return self.text()[-1].perplexity / self.text()[0].perplexity - 1
+
+
+class Statistic(_Record):
+    """A figure over seeds: mean, and sample standard deviation where there are several."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Statistic:
+        """Of one figure for each seed."""
+        mean, deviation = metrics.mean_and_deviation(values)
+        return cls(mean=mean, deviation=deviation)
+
+
+class MethodResult(_Record):
+    """One method, with every seed."""
+
+    name: str
+    label: str
+    method: str
+    options: dict[str, Any]
+    plugins: list[dict[str, Any]]
+    learning_rate: float
+    trainable_parameters: int
+    adapter_bytes: int
+    seeds: list[SeedResult]
+
+    def over_seeds(self, figure: Callable[[SeedResult], float | None]) -> Statistic | None:
+        """A figure over seeds; ``None`` where a seed has none."""
+        values = [figure(seed) for seed in self.seeds]
+        known = [value for value in values if value is not None]
+        return Statistic.of(known) if len(known) == len(values) else None
+
+    def accuracy(self, i: int, j: int) -> Statistic:
+        """Accuracy on task ``j`` after task ``i``."""
+        return Statistic.of([seed.scores[i][j].accuracy for seed in self.seeds])
+
+    @property
+    def average_accuracy(self) -> Statistic:
+        return Statistic.of([seed.average_accuracy for seed in self.seeds])
+
+    @property
+    def learning_accuracy(self) -> Statistic:
+        return Statistic.of([seed.learning_accuracy for seed in self.seeds])
+
+    @property
+    def forgetting(self) -> Statistic | None:
+        return self.over_seeds(lambda seed: seed.forgetting)
+
+    @property
+    def backward_transfer(self) -> Statistic | None:
+        return self.over_seeds(lambda seed: seed.backward_transfer)
+
+    @property
+    def forward_transfer(self) -> Statistic | None:
+        return self.over_seeds(lambda seed: seed.forward_transfer)
+
+    @property
+    def perplexity(self) -> Statistic:
+        """Of the first held-out text, after the last task."""
+        return Statistic.of([seed.text()[-1].perplexity for seed in self.seeds])
+
+    @property
+    def drift(self) -> Statistic:
+        """On the first held-out text, after the last task."""
+        return Statistic.of([seed.text()[-1].drift for seed in self.seeds])
+
+    @property
+    def perplexity_rise(self) -> Statistic:
+        return Statistic.of([seed.perplexity_rise for seed in self.seeds])
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Trained on, over all seeds."""
+        seconds = sum(seed.train_seconds for seed in self.seeds)
+        return sum(seed.train_tokens for seed in self.seeds) / seconds if seconds else None
+
+    @property
+    def seconds(self) -> float:
+        """Mean time of one seed."""
+        return Statistic.of([seed.seconds for seed in self.seeds]).mean
 
 
 class RunResults(_Record):
-    """A whole run: one stream, several methods."""
+    """A whole run: one stream, several methods, one or more seeds."""
 
     schema_version: int = SCHEMA_VERSION
     title: str
     created: str
     base_model: str
     base_parameters: int
-    heldout: str
-    seed: int
-    settings: dict[str, float | int | str]
+    heldout: dict[str, str]
+    protocol: dict[str, str]
+    settings: dict[str, Any]
+    recipe: dict[str, Any] | None
     environment: dict[str, str]
     tasks: list[TaskInfo]
     methods: list[MethodResult]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that any method was run with."""
+        return sorted({seed.seed for method in self.methods for seed in method.seeds})
 
     def save(self, path: Path) -> None:
         """Write JSON; the file appears whole or not at all."""
@@ -96,20 +243,20 @@ class RunResults(_Record):
         Raises:
             ResultsError: if the file is not a run's results, naming the file and the field.
         """
+        text = path.read_text(encoding="utf-8")
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            found = json.loads(text).get("schema_version")
+        except (ValueError, AttributeError):
+            found = None
+        if isinstance(found, int) and found != SCHEMA_VERSION:
+            raise ResultsError(
+                f"{path} is of version {found} of the schema, where this program reads version {SCHEMA_VERSION}. Run "
+                "the recipe again, or read it with the version of curlora that wrote it."
+            )
+        try:
+            return cls.model_validate_json(text)
         except ValueError as error:
             raise ResultsError(f"{path} does not hold the results of a run: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def environment() -> dict[str, str]:

@@ -1,29 +1,48 @@
-"""A whole run: every method over one stream, into one directory that can be gone on with."""
+"""A whole run: every method with every seed over one stream, into one directory that can be gone on with."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
-from pydantic import ValidationError
+from accelerate.utils import broadcast_object_list
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
-from curlora.continual.perplexity import perplexity
-from curlora.continual.results import MethodResult, RunResults, TaskInfo, environment, write_whole
-from curlora.continual.sequence import HeldOut, Progress, Settings, run_method, work_of
-from curlora.continual.tasks import Task
+from curlora.continual.processes import process_state, use_cpu
+from curlora.continual.results import (
+    MethodResult,
+    RunResults,
+    Score,
+    SeedResult,
+    TaskInfo,
+    TextScore,
+    environment,
+)
+from curlora.continual.sequence import BaseScores, Encoded, Progress, Silent, encode, forget_state, run_method, work_of
+from curlora.continual.settings import Settings
+from curlora.continual.storage import write_whole
+from curlora.continual.task_model import TaskModel
+from curlora.continual.tasks import ClassificationTask, Task
+from curlora.continual.trainer import TaskTrainer
 
-__all__ = ["RunDirectoryError", "Stream", "run_stream"]
+__all__ = ["RunError", "Stream", "run_stream"]
 
 
-class RunDirectoryError(RuntimeError):
-    """A run directory cannot be used; says why and what to do."""
+class RunError(RuntimeError):
+    """A run cannot begin or go on; says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +56,11 @@ class Stream:
         tokenizer: the model's tokenizer.
         tasks: in order.
         methods: each starts from a fresh model; their names differ.
-        heldout: the text whose perplexity is followed.
-        settings: how to train.
-        notes: further facts for the report.
+        heldout: texts whose perplexity is followed; the first is the one that summaries show.
+        settings: how to train and score.
+        seeds: each method is run once with each.
+        protocol: further facts for the report: the switches of the protocol.
+        recipe: the recipe, for the report.
     """
 
     title: str
@@ -48,107 +69,265 @@ class Stream:
     tokenizer: PreTrainedTokenizerBase
     tasks: Sequence[Task]
     methods: Sequence[Method]
-    heldout: HeldOut
-    settings: Settings
-    notes: dict[str, Any] = field(default_factory=dict)
+    heldout: Sequence[HeldOut]
+    settings: Settings = field(default_factory=Settings)
+    seeds: Sequence[int] = (0,)
+    protocol: Mapping[str, str] = field(default_factory=dict)
+    recipe: dict[str, Any] | None = None
 
 
-def run_stream(stream: Stream, directory: Path, progress: Callable[[float], Progress]) -> RunResults:
-    """Run every method that ``directory`` does not hold already.
+def run_stream(
+    stream: Stream,
+    directory: Path,
+    progress: Callable[[float], Progress] = lambda _: Silent(),
+    begin: Callable[[], None] = lambda: None,
+) -> RunResults:
+    """Run every method and seed that ``directory`` does not hold already.
 
-    A method's folder gets its ``result.json`` last, so a run that was cut off at any moment goes on with the
-    method it was at, from the start of that method.
+    A finished method and seed is never run again; one that was cut off goes on from its last task or checkpoint.
+    Under ``accelerate launch`` or ``torchrun`` all processes call this together, and one of them writes.
 
     Args:
         stream: what to run.
         directory: the run directory; made if missing.
         progress: given the whole amount of work, gives what hears about it.
+        begin: called by the first process once it alone has the directory, before anything is done in it.
 
     Returns:
         The measurements, also in ``directory / "results.json"``.
 
     Raises:
-        RunDirectoryError: if another process runs in ``directory``, or a result in it cannot be read.
+        RunError: if another process runs in ``directory``, a result in it cannot be read, the disk is full, or the
+            batch size cannot be shared out over the processes, or the Trainer refuses an argument.
+        curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(directory / ".lock")
+    encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     try:
-        with lock.acquire(timeout=0):
-            results = _run(stream, directory, progress)
-            Path(lock.lock_file).unlink(missing_ok=True)
-            return results
-    except filelock.Timeout:
-        raise RunDirectoryError(
-            f"{directory} is in use by another run. Wait for it, or choose another folder."
-        ) from None
+        TrainingArguments(output_dir=str(directory), use_cpu=use_cpu(), **stream.settings.trainer)
+    except (ValueError, TypeError, ImportError) as error:
+        raise RunError(f"training.trainer: {error}") from error
+    processes = process_state().num_processes
+    for part in encoded:
+        if part.settings.batch_size % processes:
+            raise RunError(
+                f"A batch_size of {part.settings.batch_size} cannot be shared out over {processes} processes evenly."
+            )
+    with _locked(directory, begin), _disk_errors(directory):
+        return _run(stream, encoded, directory, progress)
 
 
-def _run(stream: Stream, directory: Path, progress: Callable[[float], Progress]) -> RunResults:
-    finished = {method.name: _finished(directory / method.name) for method in stream.methods}
-    todo = [method for method in stream.methods if finished[method.name] is None]
-    listener = progress(sum(work_of(method, stream.tasks, stream.heldout, stream.settings) for method in todo))
+def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Callable[[float], Progress]) -> RunResults:
+    pairs = [(method, seed) for method in stream.methods for seed in stream.seeds]
+    finished = {(method.name, seed): _finished(directory, method.name, seed) for method, seed in pairs}
+    todo = [(method, seed) for method, seed in pairs if finished[method.name, seed] is None]
+    if process_state().is_main_process:
+        for method, seed in pairs:
+            if (method, seed) not in todo:  # cut off just before this was done
+                forget_state(_folder(directory, method.name, seed))
+    listener = progress(sum(work_of(method, encoded, stream.heldout) for method, _ in todo))
 
-    listener.stage("Base model: perplexity")
-    model = stream.load_model()
-    parameters = sum(p.numel() for p in model.parameters())
-    before = perplexity(model, stream.heldout.tokens, window=stream.settings.window) if todo else 0.0
-    del model
-    for method in todo:
-        folder = directory / method.name
-        result = run_method(
+    listener.stage("Base model")
+    base = _base(stream, encoded, directory)
+    for method, seed in todo:
+        folder = _folder(directory, method.name, seed)
+        result, trainable, size = run_method(
             method,
-            stream.load_model(),
+            stream.load_model,
             stream.tokenizer,
-            stream.tasks,
+            encoded,
             stream.heldout,
-            stream.settings,
-            base_perplexity=before,
+            seed=seed,
+            base=BaseScores(base.heldout, base.tasks),
             directory=folder,
             progress=listener,
         )
-        write_whole(folder / _RESULT, result.model_dump_json(indent=2))
-        finished[method.name] = result
+        record = _Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)
+        finished[method.name, seed] = record
+        if process_state().is_main_process:
+            write_whole(folder / _RESULT, record.model_dump_json(indent=2))
+            forget_state(folder)
 
-    settings = asdict(stream.settings)
-    seed = settings.pop("seed")
     results = RunResults(
         title=stream.title,
         created=time.strftime("%Y-%m-%d %H:%M"),
         base_model=stream.base_model,
-        base_parameters=parameters,
-        heldout=f"{stream.heldout.name} ({len(stream.heldout.tokens):,} tokens)",
-        seed=seed,
-        settings={**settings, **stream.notes},
-        environment=environment(),
+        base_parameters=base.parameters,
+        heldout={text.name: text.describe() for text in stream.heldout},
+        protocol=dict(stream.protocol),
+        settings=stream.settings.model_dump(),
+        recipe=stream.recipe,
+        environment={**environment(), "processes": str(process_state().num_processes)},
         tasks=[_describe(task) for task in stream.tasks],
-        methods=[result for result in finished.values() if result is not None],
+        methods=[_gather(method, [finished[method.name, seed] for seed in stream.seeds]) for method in stream.methods],
     )
-    results.save(directory / "results.json")
+    if process_state().is_main_process:
+        results.save(directory / "results.json")
+    process_state().wait_for_everyone()
     return results
 
 
-_RESULT = "result.json"
+_RESULT, _BASE = "result.json", "base.json"
 
 
-def _finished(folder: Path) -> MethodResult | None:
-    path = folder / _RESULT
+class _Base(BaseModel):
+    """What is known of the base model, so that going on does not measure it again."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    digest: str
+    parameters: int
+    heldout: dict[str, TextScore]
+    tasks: list[Score]
+
+
+class _Finished(BaseModel):
+    """A method that went through the whole stream with one seed."""
+
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+    result: SeedResult
+    trainable_parameters: int
+    adapter_bytes: int
+
+
+def _folder(directory: Path, method: str, seed: int) -> Path:
+    return directory / method / f"seed-{seed}"
+
+
+def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
+    path = directory / _BASE
+    digest = _digest(encoded, stream.heldout)
+    if path.exists():
+        try:
+            known = _Base.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValidationError as error:
+            raise RunError(f"{path} cannot be read. Remove it, and the base model is measured again.") from error
+        if known.digest != digest:
+            raise RunError(
+                f"The data or the tokenizer have changed since the run in {directory} began, so what it measured "
+                "cannot be compared with what comes. Choose another folder, or undo the change."
+            )
+        return known
+    wanted = [part for part in encoded if part.settings.forward_transfer]
+    language_model = stream.load_model().to(process_state().device).requires_grad_(False)
+    model = TaskModel(language_model)
+    scores = []
+    for part in wanted:
+        model.begin(part.number, part.task.classes)
+        trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / "base")
+        scores.append(trainer.score(part.evaluation))
+    if process_state().is_main_process:
+        shutil.rmtree(directory / "base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
+    base = _Base(
+        digest=digest,
+        parameters=sum(p.numel() for p in language_model.parameters()),
+        heldout={text.name: measure(language_model, text) for text in stream.heldout},
+        tasks=scores,
+    )
+    if process_state().is_main_process:
+        write_whole(path, base.model_dump_json(indent=2))
+    return base
+
+
+def _digest(encoded: Sequence[Encoded], heldout: Sequence[HeldOut]) -> str:
+    """Of everything that is trained on and scored, as tokens."""
+    digest = hashlib.sha256()
+    for part in encoded:
+        digest.update(json.dumps([part.task.name, part.train, part.evaluation]).encode())
+    for text in heldout:
+        digest.update(json.dumps([text.name, text.window, text.stride, text.tokens.tolist()]).encode())
+    return digest.hexdigest()
+
+
+def _finished(directory: Path, method: str, seed: int) -> _Finished | None:
+    path = _folder(directory, method, seed) / _RESULT
     if not path.exists():
         return None
     try:
-        return MethodResult.model_validate_json(path.read_text(encoding="utf-8"))
+        return _Finished.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise RunDirectoryError(
+        raise RunError(
             f"{path} does not hold the result of a method, or of another version of this program. Remove the folder "
-            f"{folder} to run that method again. ({error.errors()[0]['msg']})"
+            f"{path.parent} to run that method again. ({error.errors()[0]['msg']})"
         ) from error
+
+
+def _gather(method: Method, finished: Sequence[_Finished | None]) -> MethodResult:
+    records = [record for record in finished if record is not None]
+    return MethodResult(
+        name=method.name,
+        label=method.label,
+        method=method.kind,
+        options=method.options,
+        plugins=[make().describe() for make in method.plugins],
+        learning_rate=method.learning_rate,
+        trainable_parameters=records[0].trainable_parameters,
+        adapter_bytes=records[0].adapter_bytes,
+        seeds=[record.result for record in records],
+    )
 
 
 def _describe(task: Task) -> TaskInfo:
     return TaskInfo(
         name=task.name,
+        kind=task.kind,
+        metric=task.metric,
         description=task.description,
-        labels=list(task.labels),
+        labels=list(task.labels) if isinstance(task, ClassificationTask) else [],
         train_examples=len(task.train),
         evaluation_examples=len(task.evaluation),
         majority_rate=task.majority_rate,
     )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, begin: Callable[[], None]) -> Iterator[None]:
+    """One run at a time in a directory; the first process holds the lock for all of its own."""
+    state = process_state()
+    refusal: list[str | None] = [None]
+    lock = filelock.FileLock(directory / ".lock")
+    if state.is_main_process:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+            begin()
+        except RunError as error:
+            refusal = [str(error)]
+        except filelock.Timeout:
+            refusal = [f"{directory} is in use by another run. Wait for it, or choose another folder."]
+        except OSError as error:
+            unusable = f"{directory} cannot be used as a run directory: {error.strerror}. Choose another folder."
+            refusal = [_disk_full(directory) if error.errno in _FULL else unusable]
+    if state.num_processes > 1:
+        broadcast_object_list(refusal)
+    try:
+        if refusal[0] is not None:
+            raise RunError(refusal[0])
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _disk_full(directory: Path) -> str:
+    return (
+        f"The disk that holds {directory} is full. Nothing that was finished is lost: free some space, and the same "
+        "command goes on."
+    )
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: Path) -> Iterator[None]:
+    """Say it plainly when the disk is full; safetensors and torch have errors of their own for that."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in _FULL
+        if not full and "No space left" not in str(error) and shutil.disk_usage(directory).free > 1 << 20:
+            raise
+        raise RunError(_disk_full(directory)) from error

@@ -1,35 +1,45 @@
-"""Fine-tune on one task after another, and measure everything met so far after each."""
+"""Fine-tune on one task after another with one method and one seed, and measure everything met so far after each."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from peft import PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_callback import PrinterCallback
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from curlora.continual.classifier import TaskClassifier
+from curlora.continual.batches import Collator
+from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
-from curlora.continual.perplexity import perplexity, window_count
-from curlora.continual.results import MethodResult
-from curlora.continual.tasks import Example, Task
+from curlora.continual.plugins import Plugin, TaskContext
+from curlora.continual.processes import process_state
+from curlora.continual.results import Score, SeedResult, TextScore
+from curlora.continual.settings import Settings
+from curlora.continual.storage import put_folder, write_whole
+from curlora.continual.task_model import TaskModel
+from curlora.continual.tasks import Row, Task
+from curlora.continual.trainer import TaskTrainer, load_trained_state, steps_of, trained_state
 
-__all__ = ["HeldOut", "Progress", "Settings", "run_method", "work_of"]
+__all__ = [
+    "BaseScores",
+    "Encoded",
+    "Progress",
+    "Silent",
+    "StateError",
+    "encode",
+    "forget_state",
+    "run_method",
+    "work_of",
+]
 
 
 class Progress(Protocol):
@@ -42,224 +52,338 @@ class Progress(Protocol):
         """That much of :func:`work_of` is done."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How every method of a run is trained. The head has its own learning rate, the same for all."""
+class Silent:
+    """A progress that nobody hears of."""
 
-    epochs: int = 1
-    batch_size: int = 8
-    evaluation_batch_size: int = 16
-    max_length: int = 128
-    head_learning_rate: float = 5e-3
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    """Share of a task's steps in which the learning rate rises from zero."""
-    window: int = 512
-    seed: int = 0
+    def stage(self, text: str) -> None: ...
+
+    def advance(self, units: float) -> None: ...
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """A text that no method sees, whose perplexity tells what the model lost."""
+class BaseScores:
+    """What is known of the base model before any method begins: each held-out text, and where wanted each task."""
 
-    name: str
-    tokens: Tensor = field(repr=False)
+    heldout: Mapping[str, TextScore]
+    tasks: Sequence[Score] = ()
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A task as rows, ready for training and scoring, with its settings."""
+
+    task: Task
+    number: int
+    train: Sequence[Row]
+    evaluation: Sequence[Row]
+    settings: Settings
+
+
+def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Encoded]:
+    """Tokenize a stream, once for all methods and seeds.
+
+    Raises:
+        ValueError: if an example becomes nothing that can be learned or scored.
+    """
+    encoded = []
+    for number, task in enumerate(tasks):
+        own = settings.changed(dict(task.training))
+        splits = {split: task.encode(split, tokenizer, own.max_length) for split in ("train", "evaluation")}
+        for rows in splits.values():
+            for row in rows:
+                row["task"] = number
+        if own.order == "shuffled":  # in order of length, so that batches hold little padding
+            splits["evaluation"].sort(key=lambda row: len(row["input_ids"]))
+        encoded.append(Encoded(task, number, splits["train"], splits["evaluation"], own))
+    return encoded
 
 
 # Units of progress, about equal in time: a training batch runs a backward too.
 _TRAIN_UNITS, _WINDOW_UNITS = 3.0, 8.0
 
 
-def work_of(method: Method, tasks: Sequence[Task], heldout: HeldOut, settings: Settings) -> float:
+def work_of(method: Method, stream: Sequence[Encoded], heldout: Sequence[HeldOut]) -> float:
     """Units of progress that :func:`run_method` will report."""
-    per_step = 1.0 if method.adapter is None else _TRAIN_UNITS
-    steps = sum(-(-len(task.train) // settings.batch_size) * settings.epochs for task in tasks) * per_step
-    windows = window_count(len(heldout.tokens), settings.window) * _WINDOW_UNITS
-    batches = [-(-len(task.evaluation) // settings.evaluation_batch_size) for task in tasks]
-    if method.adapter is None:
-        return steps + sum(batches)
-    return steps + sum(sum(batches[: i + 1]) + windows for i in range(len(tasks)))
+    plugins = [make() for make in method.plugins]
+    numbers = range(len(stream))
+    return sum(_learning_work(method, plugins, stream[i]) + _scoring_work(method, stream, i, heldout) for i in numbers)
+
+
+def _learning_work(method: Method, plugins: Sequence[Plugin], part: Encoded) -> float:
+    work = float(_batches(part)) if part.settings.forward_transfer and part.number > 0 else 0.0
+    if method.trains_backbone or part.task.classes is not None:
+        rows = len(part.train) + sum(plugin.added_rows(part.number) for plugin in plugins)
+        work += steps_of(rows, part.settings) * (_TRAIN_UNITS if method.trains_backbone else 1.0)
+    return work
+
+
+def _scoring_work(method: Method, stream: Sequence[Encoded], number: int, heldout: Sequence[HeldOut]) -> float:
+    if not method.trains_backbone:
+        return _batches(stream[number])
+    return sum(map(_batches, stream[: number + 1])) + sum(text.windows for text in heldout) * _WINDOW_UNITS
+
+
+def _batches(part: Encoded) -> int:
+    size = 1 if part.settings.evaluation == "one_by_one" else part.settings.evaluation_batch_size
+    return -(-len(part.evaluation) // size)
 
 
 def run_method(
     method: Method,
-    model: nn.Module,
+    load_model: Callable[[], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    heldout: HeldOut,
-    settings: Settings,
+    stream: Sequence[Encoded],
+    heldout: Sequence[HeldOut],
     *,
-    base_perplexity: float,
+    seed: int,
+    base: BaseScores,
     directory: Path,
     progress: Progress,
-) -> MethodResult:
-    """Run one method over a stream.
+) -> tuple[SeedResult, int, int]:
+    """Run one method over a stream with one seed, or go on with it.
+
+    After each task what was learned and what was measured is saved in ``directory``, and in the course of a task the
+    Trainer's checkpoints; a run that was cut off goes on from there, and gives what it would have given.
 
     Args:
         method: the method.
-        model: a fresh causal language model; it is changed.
+        load_model: gives a fresh causal language model.
         tokenizer: its tokenizer.
-        tasks: the stream, in order.
-        heldout: the text whose perplexity is followed.
-        settings: how to train.
-        base_perplexity: of ``model`` on ``heldout``, before anything.
+        stream: the tasks in order, from :func:`encode`.
+        heldout: the texts that are followed.
+        seed: of the method's start, of the order of examples, of dropout.
+        base: what is known of the base model.
         directory: where the adapter and the heads are saved; made if missing.
         progress: hears what happens.
 
     Returns:
-        The measurements.
+        The measurements, how many numbers were trained (heads not counted), and the size in bytes of what was saved
+        (heads not counted).
     """
-    started = time.monotonic()
-    set_seed(settings.seed)
-    classifier = TaskClassifier(method.apply(model))
-    trainable = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    encoded = {task.name: _encode(task, tokenizer, settings.max_length) for task in tasks}
+    return _Sequence(method, load_model, tokenizer, stream, heldout, seed, base, directory, progress).run()
 
-    accuracy: list[list[float]] = []
-    perplexities = [base_perplexity]
-    losses: list[tuple[int, float]] = []
-    train_seconds, train_tokens, steps = 0.0, 0, 0
-    directory.mkdir(parents=True, exist_ok=True)
-    for i, task in enumerate(tasks):
-        progress.stage(f"{method.label}: learning {task.name}")
-        train, evaluation = encoded[task.name]
-        classifier.add_head(task.name, len(task.labels))
-        trainer = _make_trainer(classifier, method, tokenizer, train, settings, directory, progress)
+
+class _Sequence:
+    def __init__(
+        self,
+        method: Method,
+        load_model: Callable[[], nn.Module],
+        tokenizer: PreTrainedTokenizerBase,
+        stream: Sequence[Encoded],
+        heldout: Sequence[HeldOut],
+        seed: int,
+        base: BaseScores,
+        directory: Path,
+        progress: Progress,
+    ) -> None:
+        self.method, self.stream, self.heldout, self.seed = method, stream, heldout, seed
+        self.tokenizer, self.directory, self.progress = tokenizer, directory, progress
+        set_seed(seed)
+        self.model = TaskModel(method.apply(load_model(), seed).to(process_state().device))
+        self.trainable = sum(p.numel() for p in self.model.backbone_parameters())
+        self._left = 0.0
+        self.plugins: list[Plugin] = [make() for make in method.plugins]
+        self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
+        self.result = SeedResult(
+            seed=seed,
+            scores=[],
+            before=list(base.tasks[:1]),
+            base=list(base.tasks),
+            heldout={name: [score] for name, score in base.heldout.items()},
+            losses=[],
+            steps=0,
+            train_tokens=0,
+            train_seconds=0.0,
+            seconds=0.0,
+        )
+
+    def run(self) -> tuple[SeedResult, int, int]:
+        label = self.method.label if self.seed == 0 else f"{self.method.label} (seed {self.seed})"
+        learned = self._restore()  # tasks that have been learned; the last of them may not have been scored
+        for part in self.stream:
+            with self._portion(_learning_work(self.method, self.plugins, part)):
+                if part.number >= learned:
+                    self.progress.stage(f"{label}: learning {part.task.name}")
+                    with self._timed():
+                        self._learn(part)
+                    self._store_weights(part.number + 1)
+            with self._portion(_scoring_work(self.method, self.stream, part.number, self.heldout)):
+                if part.number >= len(self.result.scores):
+                    self.progress.stage(f"{label}: scoring after {part.task.name}")
+                    with self._timed():
+                        self._score(part)
+                    self._store_result(part.number + 1)
+        size = self._finish() if process_state().is_main_process else 0
+        process_state().wait_for_everyone()
+        return self.result, self.trainable, size
+
+    def _learn(self, part: Encoded) -> None:
+        self.model.begin(part.number, part.task.classes)
+        if part.settings.forward_transfer and part.number > 0:
+            before = self._trainer(part, []).score(part.evaluation)
+            self._add(before=[*self.result.before, before])
+        if not any(p.requires_grad for p in self.model.parameters()):
+            return
+        collate = Collator(self.tokenizer, part.settings.readout)
+        context = TaskContext(part.number, self.model, part.train, collate, self.seed)
+        rows: Sequence[Row] = part.train
+        for plugin in self.plugins:
+            rows = plugin.training_rows(TaskContext(part.number, self.model, rows, collate, self.seed))
+        if not self.method.trains_backbone and part.settings.readout == "last_token":
+            rows = self._with_states(rows, part.settings, collate)
+        trainer = self._trainer(part, rows)
         began = time.monotonic()
-        trainer.train()
-        train_seconds += time.monotonic() - began
-        train_tokens += settings.epochs * sum(len(row["input_ids"]) for row in train)
-        losses += [(steps + entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        steps += trainer.state.global_step
+        trainer.train_or_go_on()
+        offset = self.result.steps
+        logged = [(offset + log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+        self._add(
+            losses=[*self.result.losses, *logged],
+            steps=offset + trainer.state.global_step,
+            train_tokens=self.result.train_tokens + part.settings.epochs * sum(len(row["input_ids"]) for row in rows),
+            train_seconds=self.result.train_seconds + time.monotonic() - began,
+        )
+        for plugin in self.plugins:
+            plugin.after_task(context)
 
-        progress.stage(f"{method.label}: scoring after {task.name}")
-        if method.adapter is None and accuracy:  # nothing that earlier tasks use has changed
-            row = accuracy[-1] + [_accuracy(trainer, classifier, task.name, evaluation)]
+    def _with_states(self, rows: Sequence[Row], settings: Settings, collate: Collator) -> list[Row]:
+        """The rows with the hidden state that the head answers from: where nothing else is trained it stays the same.
+
+        Computed in one order whatever happens, and so the same to the bit if the run is cut off and goes on.
+        """
+        device = process_state().device
+        states: list[Tensor] = [torch.empty(0)] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        self.model.eval()
+        for begin in range(0, len(rows), settings.evaluation_batch_size):
+            chosen = order[begin : begin + settings.evaluation_batch_size]
+            batch = {key: value.to(device) for key, value in collate([rows[i] for i in chosen]).items()}
+            for i, state in zip(chosen, self.model.states(**batch).float().cpu(), strict=True):
+                states[i] = state
+        return [{**row, "state": state} for row, state in zip(rows, states, strict=True)]
+
+    def _score(self, part: Encoded) -> None:
+        seen = self.stream[: part.number + 1]
+        if not self.method.trains_backbone and self.result.scores:  # nothing that earlier tasks use has changed
+            row = [*self.result.scores[-1], self._trainer(part, []).score(part.evaluation)]
         else:
-            row = [_accuracy(trainer, classifier, seen.name, encoded[seen.name][1]) for seen in tasks[: i + 1]]
-        accuracy.append(row)
-        if method.adapter is None:
-            perplexities.append(base_perplexity)
-        else:
-            language_model = classifier.language_model
-            perplexities.append(
-                perplexity(
-                    language_model,
-                    heldout.tokens,
-                    window=settings.window,
-                    on_window=lambda: progress.advance(_WINDOW_UNITS),
-                )
-            )
+            row = [self._trainer(other, []).score(other.evaluation) for other in seen]
+        scores = {}
+        for text in self.heldout:
+            known = self.result.heldout[text.name]
+            if self.base_logits is None:
+                scores[text.name] = [*known, known[0]]
+            else:
+                new = measure(self.model.language_model, text, self.base_logits, lambda: self._advance(_WINDOW_UNITS))
+                scores[text.name] = [*known, new]
+        self._add(scores=[*self.result.scores, row], heldout=scores)
 
-    return MethodResult(
-        name=method.name,
-        label=method.label,
-        learning_rate=method.learning_rate,
-        trainable_parameters=trainable,
-        adapter_bytes=_save(classifier, directory),
-        accuracy=accuracy,
-        perplexity=perplexities,
-        losses=losses,
-        train_tokens=train_tokens,
-        train_seconds=train_seconds,
-        seconds=time.monotonic() - started,
-    )
+    def _trainer(self, part: Encoded, rows: Sequence[Row]) -> TaskTrainer:
+        units = _TRAIN_UNITS if self.method.trains_backbone else 1.0
+        return TaskTrainer(
+            self.model,
+            self.method.learning_rate,
+            rows,
+            self.tokenizer,
+            part.settings,
+            self.seed,
+            self._checkpoints(part.number),
+            self.directory / "logs" / part.task.name,
+            self.plugins,
+            on_step=lambda: self._advance(units),
+            on_prediction_step=lambda: self._advance(1.0),
+        )
 
+    def _add(self, **changes: object) -> None:
+        self.result = self.result.model_copy(update=changes)
 
-Rows = list[dict[str, Any]]
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._add(seconds=self.result.seconds + time.monotonic() - began)
 
+    @contextlib.contextmanager
+    def _portion(self, work: float) -> Iterator[None]:
+        """What is done inside counts as ``work``, however little of it was left to do."""
+        self._left = work
+        yield
+        self._advance(self._left)
 
-def _encode(task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Rows, Rows]:
-    def rows(split: str, examples: Sequence[Example]) -> Rows:
-        texts = [text for text, _ in examples]
-        ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        for number, row in enumerate(ids):
-            if not row:
-                raise ValueError(f"task {task.name!r}: {split} row {number} has no token: {texts[number]!r}")
-        return [{"input_ids": row, "labels": label} for row, (_, label) in zip(ids, examples, strict=True)]
+    def _advance(self, units: float) -> None:
+        units = min(units, self._left)
+        self._left -= units
+        self.progress.advance(units)
 
-    # Scored in order of length, so that batches hold little padding.
-    evaluation = sorted(rows("evaluation", task.evaluation), key=lambda row: len(row["input_ids"]))
-    return rows("train", task.train), evaluation
+    # What is on the disk: progress.json says how many tasks have been learned and what was measured, weights-<that
+    # number> what was learned. The weights are there before progress.json names them, and older ones go after that;
+    # weights that it does not name may be replaced.
 
+    def _restore(self) -> int:
+        path = self.directory / _PROGRESS
+        if not path.exists():
+            return 0
+        try:
+            saved = _Saved.model_validate_json(path.read_text(encoding="utf-8"))
+            weights = load_file(self.directory / f"{_WEIGHTS}{saved.learned}" / _STATE)
+        except (ValidationError, OSError, SafetensorError) as error:
+            raise StateError(
+                f"{self.directory} holds a run that was cut off and whose state cannot be read. Remove that folder to "
+                f"run this method and seed again. ({error})"
+            ) from error
+        for part in self.stream[: saved.learned]:
+            self.model.begin(part.number, part.task.classes)
+        load_trained_state(self.model, _part(weights, "model."))
+        for number, plugin in enumerate(self.plugins):
+            plugin.load_state_dict(_part(weights, f"plugin{number}."))
+        self.result = saved.result
+        return saved.learned
 
-def _make_trainer(
-    classifier: TaskClassifier,
-    method: Method,
-    tokenizer: PreTrainedTokenizerBase,
-    train: Rows,
-    settings: Settings,
-    directory: Path,
-    progress: Progress,
-) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.evaluation_batch_size,
-        train_sampling_strategy="group_by_length",
-        learning_rate=settings.head_learning_rate,
-        lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        logging_steps=5,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,
-        label_names=["labels"],
-    )
-    groups: list[dict[str, Any]] = [
-        {"params": list(classifier.head(classifier.task).parameters()), "lr": settings.head_learning_rate}
-    ]
-    adapter = [p for p in classifier.model.parameters() if p.requires_grad]
-    if adapter:
-        groups.append({"params": adapter, "lr": method.learning_rate})
-    trainer = Trainer(
-        model=classifier,
-        args=arguments,
-        train_dataset=train,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
-        callbacks=[_Advance(progress, _TRAIN_UNITS if adapter else 1.0)],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    def _store_weights(self, learned: int) -> None:
+        if process_state().is_main_process:
+            state = {f"model.{name}": value for name, value in trained_state(self.model).items()}
+            for number, plugin in enumerate(self.plugins):
+                state.update({f"plugin{number}.{name}": value for name, value in plugin.state_dict().items()})
+            put_folder(self.directory / f"{_WEIGHTS}{learned}", lambda folder: save_file(state, folder / _STATE))
+        self._store_result(learned)
 
+    def _store_result(self, learned: int) -> None:
+        if process_state().is_main_process:
+            write_whole(self.directory / _PROGRESS, _Saved(learned=learned, result=self.result).model_dump_json())
+            for older in self.directory.glob(f"{_WEIGHTS}*"):
+                if older.name != f"{_WEIGHTS}{learned}":
+                    shutil.rmtree(older)
+            shutil.rmtree(self._checkpoints(learned - 1), ignore_errors=True)
+        process_state().wait_for_everyone()
 
-class _Advance(TrainerCallback):
-    def __init__(self, progress: Progress, train_units: float) -> None:
-        self.progress = progress
-        self.train_units = train_units
+    def _checkpoints(self, task: int) -> Path:
+        return self.directory / "checkpoints" / f"task-{task}"
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.progress.advance(self.train_units)
-
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        self.progress.advance(1.0)
+    def _finish(self) -> int:
+        heads = {key: value.contiguous() for key, value in self.model.heads.state_dict().items()}
+        save_file(heads, self.directory / "heads.safetensors")
+        return self.method.save(self.model.model, self.directory)
 
 
-def _accuracy(trainer: Trainer, classifier: TaskClassifier, task: str, rows: Rows) -> float:
-    current = classifier.task
-    classifier.task = task
-    try:
-        output = trainer.predict(rows)
-    finally:
-        classifier.task = current
-    return float((output.predictions.argmax(-1) == output.label_ids).mean())
+_PROGRESS, _WEIGHTS, _STATE = "progress.json", "weights-", "state.safetensors"
 
 
-def _save(classifier: TaskClassifier, directory: Path) -> int:
-    """Save the adapter and the heads; returns the size of the adapter's weights in bytes."""
-    save_file(
-        {key: value.contiguous() for key, value in classifier.heads.state_dict().items()},
-        directory / "heads.safetensors",
-    )
-    if not isinstance(classifier.model, PeftModel):
-        return 0
-    adapter = directory / "adapter"
-    classifier.model.save_pretrained(adapter, save_embedding_layers=False)
-    return (adapter / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+class _Saved(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    learned: int
+    result: SeedResult
+
+
+class StateError(RuntimeError):
+    """The state of a run that was cut off cannot be read."""
+
+
+def forget_state(directory: Path) -> None:
+    """Remove what only a run that goes on would need."""
+    (directory / _PROGRESS).unlink(missing_ok=True)
+    for folder in [*directory.glob(f"{_WEIGHTS}*"), directory / "checkpoints"]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,5 +1,5 @@
-"""The demo: three real tasks, three methods, on a small language model; no hub needed."""
+"""What the demo needs: a small language model and real texts, from packages of the Python index."""
 
-from curlora.demo.run import run_demo
+from curlora.demo.run import demo_recipe
 
-__all__ = ["run_demo"]
+__all__ = ["demo_recipe"]

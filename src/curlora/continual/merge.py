@@ -1,0 +1,114 @@
+"""Which runs measure the same thing, and those runs as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from curlora.continual.results import MethodResult, RunResults
+
+__all__ = ["differing", "merge"]
+
+
+def merge(runs: Sequence[RunResults]) -> list[RunResults]:
+    """Unite runs that differ in nothing but methods and seeds.
+
+    Methods of one name, made and trained alike, become one with the seeds of all; of one seed the first is kept.
+    Methods of one name that were not made or trained alike stay apart: the later ones are numbered. Title and tasks
+    are the first run's; dates and versions that differ are listed.
+
+    Args:
+        runs: in the order in which they count as first.
+
+    Returns:
+        What remains, in order of the first run of each.
+    """
+    groups: list[list[RunResults]] = []
+    for run in runs:
+        group = next((group for group in groups if not differing([group[0], run])), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    return [group[0] if len(group) == 1 else _united(group) for group in groups]
+
+
+def differing(runs: Sequence[RunResults]) -> list[str]:
+    """In which of the things that figures depend on, methods and seeds aside, any of the runs differ, in words."""
+    first, *others = [_conditions(run) for run in runs]
+    return [name for name, value in first.items() if any(other[name] != value for other in others)]
+
+
+def _conditions(run: RunResults) -> dict[str, Any]:
+    recipe = run.recipe or {}
+    model = {key: value for key, value in recipe.get("model", {}).items() if key != "name"}  # the name may be a path
+    own = {task["name"]: task["training"] for task in recipe.get("tasks", []) if "training" in task}
+    return {
+        "base model": (run.base_model, run.base_parameters, model),
+        "tasks": run.tasks,
+        "held-out texts": list(run.heldout.items()),  # the first is the one that summaries show
+        "protocol": sorted(run.protocol),
+        "settings": (run.settings, own),
+    }
+
+
+def _united(runs: Sequence[RunResults]) -> RunResults:
+    return runs[0].model_copy(
+        update={
+            "created": ", ".join(_distinct(run.created for run in runs)),
+            "recipe": _recipe([run.recipe for run in runs]),
+            "environment": {
+                key: "; ".join(_distinct(run.environment[key] for run in runs if key in run.environment))
+                for key in _distinct(key for run in runs for key in run.environment)
+            },
+            "methods": _methods(runs),
+        }
+    )
+
+
+def _methods(runs: Sequence[RunResults]) -> list[MethodResult]:
+    by_name: dict[str, list[MethodResult]] = {}
+    for method in (method for run in runs for method in run.methods):
+        variants = by_name.setdefault(method.name, [])
+        for number, known in enumerate(variants):
+            if _definition(known) == _definition(method):
+                variants[number] = _with_seeds_of(known, method)
+                break
+        else:
+            variants.append(method)
+    return [_numbered(method, n) for variants in by_name.values() for n, method in enumerate(variants, start=1)]
+
+
+def _definition(method: MethodResult) -> Any:
+    return method.method, method.options, method.plugins, method.learning_rate
+
+
+def _with_seeds_of(method: MethodResult, other: MethodResult) -> MethodResult:
+    known = {seed.seed for seed in method.seeds}
+    return method.model_copy(update={"seeds": method.seeds + [s for s in other.seeds if s.seed not in known]})
+
+
+def _numbered(method: MethodResult, number: int) -> MethodResult:
+    if number == 1:
+        return method
+    return method.model_copy(update={key: f"{getattr(method, key)} ({number})" for key in ("name", "label")})
+
+
+def _recipe(recipes: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    first, *others = _distinct(recipes)
+    if not others:
+        return first
+    known = [recipe for recipe in (first, *others) if recipe is not None]
+    if len(known) <= len(others):
+        return None
+    methods = _distinct(method for recipe in known for method in recipe.get("methods", []))
+    seeds = _distinct(seed for recipe in known for seed in recipe.get("seeds", [0]))
+    return {**known[0], "methods": methods, "seeds": seeds}
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found

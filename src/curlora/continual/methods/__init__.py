@@ -1,0 +1,42 @@
+"""The methods a stream is run with. To add one: a file with a subclass of ``Method``, and a line in ``make_method``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from curlora.continual.methods.base import Method
+from curlora.continual.methods.frozen import Frozen
+from curlora.continual.methods.full import Full
+from curlora.continual.methods.peft import Peft, peft_types
+from curlora.continual.plugins import Plugin
+
+__all__ = ["Frozen", "Full", "Method", "Peft", "make_method"]
+
+
+def make_method(
+    method: str,
+    name: str,
+    label: str,
+    learning_rate: float = 0.0,
+    options: dict[str, Any] | None = None,
+    plugins: Sequence[Callable[[], Plugin]] = (),
+    lora_start: str = "peft",
+) -> Method:
+    """A method by its name: ``"frozen"``, ``"full"``, or an adapter of PEFT such as ``"lora"`` or ``"curlora"``.
+
+    Raises:
+        ValueError: if it is none of these, or an option is unknown or not allowed.
+    """
+    fields: dict[str, Any] = dict(
+        name=name, label=label, learning_rate=learning_rate, options=options or {}, plugins=plugins
+    )
+    if method == "frozen":
+        return Frozen(**fields)
+    if learning_rate <= 0:
+        raise ValueError("learning_rate is missing")
+    if method == "full":
+        return Full(**fields)
+    if method not in peft_types():
+        raise ValueError(f"{method!r} is not one of frozen, full, {', '.join(sorted(peft_types()))}")
+    return Peft(peft_type=method, lora_start=lora_start, **fields)

@@ -1,0 +1,32 @@
+"""What can be combined with any method. To add one: a file with a subclass of ``Plugin``, and its name below."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.plugins.ewc import EWC
+from curlora.continual.plugins.replay import Replay
+
+__all__ = ["EWC", "PLUGINS", "Plugin", "Replay", "TaskContext", "make_plugin"]
+
+PLUGINS: dict[str, type[Plugin]] = {"ewc": EWC, "replay": Replay}
+
+
+def make_plugin(name: str, options: dict[str, Any]) -> Plugin:
+    """A plug-in by its name.
+
+    Raises:
+        ValueError: if the name or an option is unknown, missing or not allowed.
+    """
+    if name not in PLUGINS:
+        raise ValueError(f"{name!r} is not a plug-in: {', '.join(sorted(PLUGINS))}")
+    known = inspect.signature(PLUGINS[name]).parameters
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}")
+    try:
+        return PLUGINS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,120 @@
+"""Elastic weight consolidation: what mattered to earlier tasks is held where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.task_model import TaskModel
+
+__all__ = ["EWC", "fisher_diagonal"]
+
+
+class EWC(Plugin):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3).
+
+    While task ``k`` is learned, ``strength / 2 * sum_{j<k} sum_i F_j[i] (theta[i] - theta_j[i])**2`` is added to the
+    loss, with ``F_j`` the diagonal of the Fisher information on task ``j``, and ``theta_j`` what was trained then,
+    heads excepted. The sum over tasks is held as one quadratic: two numbers for each trained one, however many tasks.
+
+    Args:
+        strength: the paper's lambda, beside the mean loss of a batch.
+        examples: of each task's training split that the Fisher information is taken from; all where it has fewer.
+
+    Raises:
+        ValueError: if ``strength`` or ``examples`` is not positive.
+    """
+
+    def __init__(self, strength: float, examples: int = 200) -> None:
+        if strength <= 0 or examples < 1:
+            raise ValueError(
+                f"ewc needs a positive strength and at least 1 of examples, got {strength=} and {examples=}"
+            )
+        self.strength = strength
+        self.examples = examples
+        self.curvature: dict[str, Tensor] = {}
+        self.centre: dict[str, Tensor] = {}
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "ewc", "strength": self.strength, "examples": self.examples}
+
+    def penalty(self, model: TaskModel) -> Tensor | None:
+        if not self.curvature:
+            return None
+        terms = [
+            (self.curvature[name].to(p.device) * (p - self.centre[name].to(p.device)) ** 2).sum()
+            for name, p in _trained(model)
+        ]
+        return 0.5 * self.strength * torch.stack(terms).sum()
+
+    def after_task(self, context: TaskContext) -> None:
+        generator = torch.Generator().manual_seed((context.seed * 1_000_003 + context.number) % 2**63)
+        order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
+        batches = (context.collate([context.rows[i]]) for i in order)
+        fisher = fisher_diagonal(context.model, batches, generator)
+        for name, parameter in _trained(context.model):
+            self.merge(name, fisher[name], parameter.detach().clone())
+
+    def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
+        """Add ``fisher * (theta - value)**2`` to what is held, up to a constant."""
+        old = self.curvature.get(name, torch.zeros_like(fisher))
+        total = old + fisher
+        centre = self.centre.get(name, value)
+        # Where nothing has mattered yet, the centre is of no account.
+        self.centre[name] = torch.where(total > 0, (old * centre + fisher * value) / total.clamp(min=1e-38), value)
+        self.curvature[name] = total
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {
+            **{f"curvature.{name}": value for name, value in self.curvature.items()},
+            **{f"centre.{name}": value for name, value in self.centre.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for part, held in (("curvature.", self.curvature), ("centre.", self.centre)):
+            held.clear()
+            held.update({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
+
+
+def fisher_diagonal(
+    model: TaskModel, batches: Iterable[dict[str, Tensor]], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information of what is trained, heads excepted: ``E[(d log p(y) / d theta)**2]``.
+
+    The answers ``y`` are drawn from the model's own predictions, as the definition has it, not taken from the labels
+    (the "empirical Fisher", https://arxiv.org/abs/1905.12558).
+
+    Args:
+        model: the model; its gradients are cleared.
+        batches: one example each.
+        generator: of the draws.
+
+    Returns:
+        By name of parameter, in its shape.
+    """
+    trained = dict(_trained(model))
+    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    device = next(model.parameters()).device
+    training, count = model.training, 0
+    model.eval()
+    for batch in batches:
+        answers = model.answers(**{key: value.to(device) for key, value in batch.items()})
+        losses = []
+        for answer in answers:
+            drawn = torch.multinomial(answer.logits.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            losses.append(nn.functional.cross_entropy(answer.logits.float(), drawn.to(device), reduction="sum"))
+        gradients = torch.autograd.grad(torch.stack(losses).sum(), list(trained.values()), allow_unused=True)
+        for name, gradient in zip(trained, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient**2
+        count += 1
+    model.train(training)
+    return {name: value / count for name, value in total.items()}
+
+
+def _trained(model: TaskModel) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.model.named_parameters() if p.requires_grad]

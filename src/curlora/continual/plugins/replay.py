@@ -1,0 +1,61 @@
+"""Replay: a few examples of earlier tasks are trained on again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.tasks import Row
+
+__all__ = ["Replay"]
+
+
+class Replay(Plugin):
+    """Keeps some examples of each task and mixes them into the training of all later ones.
+
+    Experience replay with a fixed share per task (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486). Heads of
+    earlier tasks answer the replayed examples and are not trained by them.
+
+    Args:
+        examples: kept of each task, chosen at random by the run's seed; all where a task has fewer.
+
+    Raises:
+        ValueError: if ``examples`` is not positive.
+    """
+
+    def __init__(self, examples: int) -> None:
+        if examples < 1:
+            raise ValueError(f"replay needs examples of at least 1, got {examples}")
+        self.examples = examples
+        self.kept: list[Row] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "replay", "examples": self.examples}
+
+    def added_rows(self, task: int) -> int:
+        return self.examples * task
+
+    def training_rows(self, context: TaskContext) -> Sequence[Row]:
+        return [*context.rows, *self.kept]
+
+    def after_task(self, context: TaskContext) -> None:
+        generator = torch.Generator().manual_seed((context.seed * 1_000_003 + context.number) % 2**63)
+        order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
+        self.kept += [context.rows[i] for i in order]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {}
+        for number, row in enumerate(self.kept):
+            state[f"{number}.input_ids"] = torch.tensor(row["input_ids"])
+            state[f"{number}.labels"] = torch.tensor(row["labels"])
+            state[f"{number}.task"] = torch.tensor(row["task"])
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        keys = ("input_ids", "labels", "task")
+        count = len(state) // len(keys)
+        self.kept = [{key: state[f"{number}.{key}"].tolist() for key in keys} for number in range(count)]

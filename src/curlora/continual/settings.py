@@ -1,0 +1,90 @@
+"""How every method of a run is trained and measured."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+__all__ = ["Settings"]
+
+# The arguments of transformers' Trainer that the engine sets itself.
+_OWN_ARGUMENTS = {
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "train_sampling_strategy", "learning_rate", "weight_decay", "max_grad_norm",
+    "lr_scheduler_type", "warmup_steps", "warmup_ratio", "seed", "data_seed", "logging_steps", "logging_strategy",
+    "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "remove_unused_columns", "label_names",
+    "disable_tqdm", "ignore_data_skip", "optim", "load_best_model_at_end", "auto_find_batch_size", "push_to_hub",
+    "use_cpu",
+}  # fmt: skip
+
+
+class Settings(BaseModel):
+    """How every method of a run is trained and measured.
+
+    A head has its own learning rate, the same for all methods. Batch sizes count the examples of one step over all
+    processes together. ``warmup`` is a share of a task's steps if below 1, else a number of steps. ``max_grad_norm`` 0
+    leaves gradients as they are. ``checkpoint_steps`` is what a kill can cost at most. ``forward_transfer`` scores each
+    task also just before it is learned. ``trainer`` holds further arguments of transformers' ``TrainingArguments``,
+    such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
+
+    ``readout``, ``order``, ``schedule_length`` and ``evaluation`` are switches of the protocol; see
+    :mod:`curlora.continual.protocol`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: Annotated[int, Field(gt=0)] = 1
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    evaluation_batch_size: Annotated[int, Field(gt=0)] = 16
+    max_length: Annotated[int, Field(gt=0)] = 128
+    head_learning_rate: Annotated[float, Field(gt=0)] = 5e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    schedule: str = "cosine"
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+    logging_steps: Annotated[int, Field(gt=0)] = 5
+    checkpoint_steps: Annotated[int, Field(gt=0)] = 100
+    forward_transfer: bool = False
+    trainer: dict[str, Any] = {}
+
+    readout: Literal["last_token", "last_position"] = "last_token"
+    order: Literal["shuffled", "as_given"] = "shuffled"
+    schedule_length: Literal["batches", "examples"] = "batches"
+    evaluation: Literal["batched", "one_by_one"] = "batched"
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        known = [kind.value for kind in SchedulerType]
+        if value not in known:
+            raise ValueError(f"{value!r} is not a schedule of transformers: {', '.join(known)}")
+        return value
+
+    @field_validator("trainer")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = set(inspect.signature(TrainingArguments).parameters)
+        for key in value:
+            if key in _OWN_ARGUMENTS:
+                raise ValueError(f"{key!r} is set by the run itself; see the other keys of training")
+            if key not in known:
+                raise ValueError(f"transformers' TrainingArguments have no {key!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _checkpoints_after_logs(self) -> Settings:
+        # A loss is logged as the mean since the last log: going on from between two logs would give another mean.
+        if self.checkpoint_steps % self.logging_steps:
+            raise ValueError(
+                f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of logging_steps ({self.logging_steps})"
+            )
+        return self
+
+    def changed(self, changes: dict[str, Any]) -> Settings:
+        """These settings with some entries changed, checked again."""
+        return Settings.model_validate({**self.model_dump(), **changes})

@@ -1,0 +1,167 @@
+"""A causal language model under a stream of tasks: one backbone, and a head for each task that wants one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from curlora.continual.tasks import IGNORED
+
+__all__ = ["Answers", "TaskModel"]
+
+# The paper's seed of a fresh head (section 5).
+HEAD_SEED = 1311
+
+
+class Answers(NamedTuple):
+    """What the model says at the labelled positions of one task: ``n`` of them, in a batch."""
+
+    rows: Tensor
+    """Row of the batch, shape ``(n,)``."""
+    logits: Tensor
+    """Shape ``(n, classes)``, or ``(n, vocabulary)``."""
+    targets: Tensor
+    """Shape ``(n,)``."""
+
+
+class TaskModel(nn.Module):
+    """Answers each row of a batch by its task: by the task's head, or as the language model that it is.
+
+    As in the paper each classification task gets a fresh linear head in place of ``lm_head``; heads of earlier tasks
+    are kept, untouched, for later evaluation. ``lm_head`` itself stays on ``model`` and answers completion tasks.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+    """
+
+    # The loss is divided by the number of labels of a whole step, whatever devices and accumulation steps it spans.
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.ModuleDict()
+
+    def begin(self, task: int, classes: int | None) -> None:
+        """Begin a task: freeze the heads of others, and add a fresh one unless ``classes`` is ``None``."""
+        self.heads.requires_grad_(False)
+        if classes is None:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(HEAD_SEED)
+            head = nn.Linear(self.language_model.config.hidden_size, classes)
+        self.heads[str(task)] = head.to(next(self.model.parameters()).device)
+
+    @property
+    def language_model(self) -> Any:
+        """The transformers model, with whatever adapters are in it."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def backbone_parameters(self) -> Iterator[nn.Parameter]:
+        """The trained parameters but for the heads."""
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Asked for by the Trainer."""
+        self._checkpoint("activation_checkpointing_enable", options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Asked for by the Trainer of earlier versions of transformers."""
+        self._checkpoint("gradient_checkpointing_enable", options)
+
+    def _checkpoint(self, name: str, options: dict[str, Any]) -> None:
+        getattr(self.language_model, name)(**options)
+        if isinstance(self.model, PeftModel):  # else a checkpoint whose inputs need no gradient would give none
+            self.language_model.enable_input_require_grads()
+
+    @torch.no_grad()
+    def states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task: Tensor) -> Tensor:
+        """The hidden states that heads answer from, shape ``(batch, width)``, for rows with one label each."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return self.language_model.base_model(**inputs).last_hidden_state[labels != IGNORED]
+
+    def answers(
+        self,
+        labels: Tensor,
+        task: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        states: Tensor | None = None,
+    ) -> list[Answers]:
+        """What the model says wherever a label stands; see :class:`curlora.continual.batches.Collator`.
+
+        Args:
+            labels: shape ``(batch, length)``.
+            task: the number of each row's task, shape ``(batch,)``.
+            input_ids, attention_mask: shape ``(batch, length)``.
+            states: in their place what :meth:`states` gave, for rows of one task with a head.
+
+        Returns:
+            One entry for each task in the batch.
+        """
+        if states is not None:
+            head = self.heads[str(int(task[0]))]
+            return [Answers(torch.arange(len(labels), device=labels.device), head(states), labels[:, 0])]
+        assert input_ids is not None
+        assert attention_mask is not None
+        headed = torch.tensor([str(number) in self.heads for number in task.tolist()], device=task.device)
+        found = []
+        for rows in (headed.nonzero()[:, 0], (~headed).nonzero()[:, 0]):
+            if not len(rows):
+                continue
+            inputs = {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "use_cache": False}
+            row, position = (labels[rows] != IGNORED).nonzero(as_tuple=True)
+            targets = labels[rows][row, position]
+            if headed[rows[0]]:
+                states = self.language_model.base_model(**inputs).last_hidden_state[row, position]
+                for number in task[rows].unique().tolist():
+                    chosen = task[rows][row] == number  # none, where a batch was filled up with rows without labels
+                    head = self.heads[str(number)]
+                    logits = head(states[chosen].to(next(head.parameters()).dtype))
+                    found.append(Answers(rows[row[chosen]], logits, targets[chosen]))
+            else:
+                # The vocabulary is large: only from the first labelled position on.
+                kept = input_ids.shape[1] - int(position.min()) if len(position) else 1
+                logits = self.language_model(**inputs, logits_to_keep=kept).logits
+                logits = logits[row, position - (input_ids.shape[1] - kept)]
+                found.append(Answers(rows[row], logits, targets))
+        return found
+
+    def forward(
+        self,
+        labels: Tensor,
+        task: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        states: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> dict[str, Tensor]:
+        """The loss, and in evaluation mode the score of each row.
+
+        Args:
+            labels, task, input_ids, attention_mask, states: as in :meth:`answers`.
+            num_items_in_batch: what the sum of the losses is divided by; the number of labels if ``None``.
+
+        Returns:
+            ``loss``: cross-entropy in nats. ``scores``, shape ``(batch, 3)``: the sum of a row's losses, the number of
+            its labels, and 1 if each of them is the most likely answer, else 0.
+        """
+        answers = self.answers(labels, task, input_ids, attention_mask, states)
+        losses = [
+            nn.functional.cross_entropy(answer.logits.float(), answer.targets, reduction="none") for answer in answers
+        ]
+        count = sum(len(answer.targets) for answer in answers) if num_items_in_batch is None else num_items_in_batch
+        result = {"loss": torch.stack([loss.sum() for loss in losses]).sum() / count}
+        if not self.training:
+            scores = losses[0].new_zeros(len(labels), 3)
+            scores[:, 2] = 1
+            for answer, loss in zip(answers, losses, strict=True):
+                scores[:, 0].index_add_(0, answer.rows, loss.detach())
+                scores[:, 1].index_add_(0, answer.rows, torch.ones_like(loss))
+                scores[answer.rows[answer.logits.argmax(-1) != answer.targets], 2] = 0
+            result["scores"] = scores
+        return result

@@ -1,0 +1,225 @@
+"""transformers' Trainer on one task: which rows in which order, what is checkpointed, how rows are scored."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from curlora.continual.batches import Collator, LengthGrouped
+from curlora.continual.plugins import Plugin
+from curlora.continual.processes import process_state, use_cpu
+from curlora.continual.results import Score
+from curlora.continual.settings import Settings
+from curlora.continual.storage import mark_complete, newest
+from curlora.continual.task_model import TaskModel
+from curlora.continual.tasks import IGNORED, Row
+
+__all__ = ["TaskTrainer", "steps_of"]
+
+_CHECKPOINT = "checkpoint-"
+_WEIGHTS = "model.safetensors"
+
+
+def steps_of(rows: int, settings: Settings) -> int:
+    """Optimizer steps that training on that many rows takes."""
+    batches = -(-rows // settings.batch_size)
+    return -(-batches // settings.gradient_accumulation_steps) * settings.epochs
+
+
+class TaskTrainer(Trainer):
+    """Trains a :class:`TaskModel` on one task and scores rows.
+
+    Args:
+        model: the model; its current head and whatever else requires a gradient is trained.
+        learning_rate: of everything but the head.
+        rows: what is trained on; empty to score only.
+        tokenizer: pads.
+        settings: how to train.
+        seed: of the order of the rows, and of dropout.
+        directory: for checkpoints, each with nothing but what is trained and the state of the training.
+        logs: for what ``report_to`` asks for.
+        plugins: add their penalties, and hear the Trainer's events.
+        on_step, on_prediction_step: called after each.
+
+    Raises:
+        ValueError: if the batch size cannot be shared out over the processes.
+    """
+
+    def __init__(
+        self,
+        model: TaskModel,
+        learning_rate: float,
+        rows: Sequence[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        settings: Settings,
+        seed: int,
+        directory: Path,
+        logs: Path | None = None,
+        plugins: Sequence[Plugin] = (),
+        on_step: Callable[[], None] = lambda: None,
+        on_prediction_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        processes = process_state().num_processes
+        if settings.batch_size % processes:
+            raise ValueError(f"batch_size {settings.batch_size} cannot be shared out over {processes} processes")
+        one_by_one = settings.evaluation == "one_by_one"
+        evaluation_batch_size = 1 if one_by_one else max(1, settings.evaluation_batch_size // processes)
+        reporting = {"report_to": "none", **settings.trainer} if rows else {**settings.trainer, "report_to": "none"}
+        arguments = TrainingArguments(
+            # Integrations log into a folder of this one; checkpoints go where _get_output_dir says.
+            output_dir=str(directory if logs is None or reporting["report_to"] == "none" else logs),
+            num_train_epochs=settings.epochs,
+            per_device_train_batch_size=settings.batch_size // processes,
+            per_device_eval_batch_size=evaluation_batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            learning_rate=settings.head_learning_rate,
+            max_grad_norm=settings.max_grad_norm,
+            lr_scheduler_type=settings.schedule,
+            warmup_steps=settings.warmup,
+            seed=seed,
+            data_seed=seed,
+            logging_steps=settings.logging_steps,
+            save_strategy="steps",
+            save_steps=settings.checkpoint_steps,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            use_cpu=use_cpu(),
+            **{"dataloader_pin_memory": torch.cuda.is_available(), **reporting},
+        )
+        groups: list[dict[str, Any]] = []
+        head = [p for p in model.heads.parameters() if p.requires_grad]
+        if head:
+            groups.append({"params": head, "lr": settings.head_learning_rate})
+        backbone = list(model.backbone_parameters())
+        if backbone:
+            groups.append({"params": backbone, "lr": learning_rate})
+        optimizer = None
+        if groups:
+            betas = (arguments.adam_beta1, arguments.adam_beta2)
+            decay, epsilon = settings.weight_decay, arguments.adam_epsilon
+            optimizer = torch.optim.AdamW(groups, betas=betas, eps=epsilon, weight_decay=decay)
+        super().__init__(
+            # Accelerate marks the module that it prepares, and would not prepare it again for the next Trainer: several
+            # processes would then not share gradients. Let it mark a shallow copy, which holds the same parameters.
+            model=copy.copy(model),
+            args=arguments,
+            train_dataset=[*rows, *_fillers(rows, settings.batch_size, processes)],
+            data_collator=Collator(tokenizer, settings.readout),
+            optimizers=(optimizer, None),
+            callbacks=[_Listener(on_step, on_prediction_step), *plugins],
+        )
+        self.remove_callback(PrinterCallback)
+        self.rows = rows
+        self.settings = settings
+        self.seed = seed
+        self.directory = directory
+        self.plugins = plugins
+
+    def train_or_go_on(self) -> None:
+        """Train, from the newest complete checkpoint in the directory if there is one."""
+        checkpoint = newest(self.directory, _CHECKPOINT)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def score(self, rows: Sequence[Row]) -> Score:
+        """The share of rows that are answered right, and the mean loss per label."""
+        loss, labels, right = torch.from_numpy(self.predict(list(rows)).predictions).double().sum(0).tolist()
+        return Score(accuracy=right / len(rows), loss=loss / labels)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            for plugin in self.plugins:
+                penalty = plugin.penalty(self.model)
+                if penalty is not None:  # in full once a step, however many batches make up the step
+                    loss = loss + penalty / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.settings.schedule_length == "examples":
+            num_training_steps = len(self.rows) * self.settings.epochs
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        if self.settings.order == "as_given":
+            return SequentialSampler(self.train_dataset)
+        lengths = [len(row["input_ids"]) for row in self.rows]
+        step = self.settings.batch_size * self.settings.gradient_accumulation_steps
+        return LengthGrouped(lengths, step, self.seed, fillers=len(self.train_dataset) - len(lengths))
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self.directory)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        assert output_dir is not None
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(trained_state(self.model), Path(output_dir) / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained_state(self.model, load_file(Path(resume_from_checkpoint) / _WEIGHTS))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
+        if not self.is_world_process_zero():
+            return
+        newest_one = self.directory / f"{_CHECKPOINT}{self.state.global_step}"
+        mark_complete(newest_one)
+        for older in self.directory.glob(f"{_CHECKPOINT}*"):
+            if older != newest_one:
+                shutil.rmtree(older)
+
+
+def _fillers(rows: Sequence[Row], batch_size: int, processes: int) -> list[Row]:
+    """Rows that make the last batch whole where processes share it, and that teach nothing.
+
+    Accelerate would fill it up with rows from the beginning, which would then count twice.
+    """
+    if processes == 1 or not rows:
+        return []
+    missing = -len(rows) % batch_size
+    filler = {**rows[0], "labels": IGNORED}
+    if "state" not in filler:
+        filler.update(input_ids=filler["input_ids"][:1], labels=[IGNORED])
+    return [filler] * missing
+
+
+def trained_state(model: TaskModel) -> dict[str, Tensor]:
+    """Everything that training changes, and all heads, by name."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad or name.startswith("heads.")}
+    state = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in trained}
+    return {name: value.detach().contiguous().clone() for name, value in state.items()}
+
+
+def load_trained_state(model: TaskModel, state: dict[str, Tensor]) -> None:
+    """Take over what :func:`trained_state` gave.
+
+    Raises:
+        ValueError: if the names are not those of what is trained here.
+    """
+    expected = set(trained_state(model))
+    if set(state) != expected:
+        raise ValueError(f"the saved state is of another model: {sorted(set(state) ^ expected)[:5]} are not in both")
+    model.load_state_dict(state, strict=False)
+
+
+class _Listener(TrainerCallback):
+    def __init__(self, step: Callable[[], None], prediction_step: Callable[[], None]) -> None:
+        self.step = step
+        self.prediction_step = prediction_step
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.step()
+
+    def on_prediction_step(self, *_: Any, **__: Any) -> None:
+        self.prediction_step()

@@ -1,0 +1,158 @@
+"""Runs as tables of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from string import ascii_uppercase
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from curlora.continual.merge import differing
+from curlora.continual.results import MethodResult, RunResults, Statistic
+from curlora.report import format_percent, format_size, format_statistic, format_time
+
+__all__ = ["comparison", "results_tables"]
+
+
+def results_tables(results: RunResults) -> list[RenderableType]:
+    """A run: accuracy after every stage, what is left after the last, what it cost, and what the figures are."""
+    return [_matrix(results), _summary(results), _cost(results), *_notes(results)]
+
+
+def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
+    """Runs side by side, a row for each method, and below it what keeps their figures from being compared.
+
+    Args:
+        runs: one or several.
+        names: of the runs, for people.
+    """
+    letters = [f"{ascii_uppercase[n % 26]}{n // 26 or ''}" for n in range(len(runs))]
+    table = _plain("Average accuracy, forgetting and rise of perplexity after the last task")
+    headings = (" accu-\nracy", " for-\ngetting", "\nrise")
+    _columns(table, [f"{letter}{heading}" for letter in letters for heading in headings])
+    if len(runs) == 2:
+        _columns(table, ["B - A\naccuracy"])
+    rates = [fmean(task.majority_rate for task in run.tasks) for run in runs]
+    table.add_row("majority class", *(cell for rate in rates for cell in (f"{rate:.3f}", "", "")))
+    for name, label in _labels(runs).items():
+        methods = [next((method for method in run.methods if method.name == name), None) for run in runs]
+        cells = [cell for method in methods for cell in _compared(method)]
+        table.add_row(label, *cells, *([_difference(methods)] if len(runs) == 2 else []))
+    lines = [f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)]
+    reasons = differing(runs)
+    if reasons:
+        lines.append(f"The runs differ in {', '.join(reasons)}: their figures cannot be compared directly.")
+    table.caption, table.caption_justify = Text("\n".join(lines)), "left"
+    return table
+
+
+def _matrix(results: RunResults) -> Table:
+    table = Table(title=Text(f"{results.title}: accuracy"), title_justify="left", box=SIMPLE_HEAD)
+    for heading in ("method", "after"):
+        table.add_column(heading)
+    _columns(table, [task.name for task in results.tasks])
+    table.add_row("majority class", "", *(f"{task.majority_rate:.3f}" for task in results.tasks), end_section=True)
+    last = len(results.tasks) - 1
+    for method in results.methods:
+        for i, task in enumerate(results.tasks):
+            cells = [format_statistic(method.accuracy(i, j)) for j in range(i + 1)] + [""] * (last - i)
+            table.add_row(Text(method.label if i == 0 else ""), task.name, *cells, end_section=i == last)
+    return table
+
+
+def _summary(results: RunResults) -> Table:
+    forward = any(method.forward_transfer is not None for method in results.methods)
+    table = _plain("\nAfter the last task")
+    headings = ["average\naccuracy", "learning\naccuracy", "for-\ngetting", "perplexity", "rise"]
+    _columns(table, [*headings, "drift", *(["forward\ntransfer"] if forward else [])])
+    majority = fmean(task.majority_rate for task in results.tasks)
+    table.add_row("majority class", f"{majority:.3f}")
+    first = results.methods[0].seeds[0].text()[0]
+    table.add_row("base model", "", "", "", format_statistic(Statistic.of([first.perplexity]), digits=2))
+    for method in results.methods:
+        table.add_row(
+            Text(method.label),
+            _stacked(method.average_accuracy),
+            _stacked(method.learning_accuracy),
+            _stacked(method.forgetting, signed=True),
+            _stacked(method.perplexity, digits=2),
+            _below(format_percent(method.perplexity_rise)),
+            _stacked(method.drift, digits=4),
+            *([_stacked(method.forward_transfer, signed=True)] if forward else []),
+        )
+    return table
+
+
+def _cost(results: RunResults) -> Table:
+    table = _plain("\nWhat it took")
+    _columns(table, ["trained\nnumbers", "adapter\nfile", "time of\na seed", "tokens a\nsecond"])
+    for method in results.methods:
+        speed = method.tokens_per_second
+        table.add_row(
+            Text(method.label),
+            f"{method.trainable_parameters:,}",
+            format_size(method.adapter_bytes),
+            format_time(method.seconds),
+            "-" if speed is None else f"{speed:,.0f}",
+        )
+    return table
+
+
+def _notes(results: RunResults) -> list[Text]:
+    text = next(iter(results.heldout.values()))
+    lines = [f"Perplexity and drift (nats per token) of {text}. Trained numbers and file without the heads."]
+    counts = sorted({len(method.seeds) for method in results.methods})
+    if counts != [1]:
+        lines[0] += (
+            f" Mean and standard deviation of {' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds."
+        )
+    if results.protocol:
+        lines.append(f"As the paper's reference code has it: {', '.join(results.protocol)}.")
+    return [Text(line, style="dim") for line in lines]
+
+
+def _plain(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    table.add_column("method", overflow="fold")
+    return table
+
+
+def _columns(table: Table, headings: Iterable[str]) -> None:
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+
+
+def _stacked(statistic: Statistic | None, signed: bool = False, digits: int = 3) -> str:
+    return "-" if statistic is None else _below(format_statistic(statistic, signed, digits))
+
+
+def _below(figure: str) -> str:
+    """The deviation below the mean, so that a row is narrow."""
+    return figure.replace(" ±", "\n±")
+
+
+def _labels(runs: Sequence[RunResults]) -> dict[str, Text]:
+    """By name, every method that is in any run."""
+    labels: dict[str, Text] = {}
+    for method in (method for run in runs for method in run.methods):
+        labels.setdefault(method.name, Text(method.label))
+    return labels
+
+
+def _compared(method: MethodResult | None) -> list[str]:
+    if method is None:
+        return ["", "", ""]
+    return [
+        _stacked(method.average_accuracy),
+        _stacked(method.forgetting, signed=True),
+        _below(format_percent(method.perplexity_rise)),
+    ]
+
+
+def _difference(methods: Sequence[MethodResult | None]) -> str:
+    first, last = methods[0], methods[-1]
+    return "" if first is None or last is None else f"{last.average_accuracy.mean - first.average_accuracy.mean:+.3f}"

@@ -1,0 +1,7 @@
+"""A small recipe on a small local model, for tests of whole runs."""
+
+
+def figures(results):
+    """Everything but times."""
+    hidden = {"seeds": {"__all__": {"seconds", "train_seconds"}}}
+    return [method.model_dump(exclude=hidden) for method in results.methods]

@@ -1,0 +1,89 @@
+"""What measures the same becomes one run; what does not stays apart."""
+
+import pytest
+
+from curlora.continual.merge import differing, merge
+from tests.results import TEXT, make_results, make_task
+
+
+def with_methods(results, *names):
+    return results.model_copy(update={"methods": [m for m in results.methods if m.name in names]})
+
+
+def changed(results, name, **changes):
+    methods = [m.model_copy(update=changes) if m.name == name else m for m in results.methods]
+    return results.model_copy(update={"methods": methods})
+
+
+def seeds(results):
+    return {method.name: [seed.seed for seed in method.seeds] for method in results.methods}
+
+
+def test_methods_and_seeds_are_united():
+    first = with_methods(make_results(), "frozen", "lora")
+    second = with_methods(make_results(seeds=(1, 2)), "lora", "curlora")
+    (merged,) = merge([first, second])
+    assert seeds(merged) == {"frozen": [0], "lora": [0, 1, 2], "curlora": [1, 2]}
+    assert merged.methods[1].seeds == [first.methods[1].seeds[0], *second.methods[0].seeds]
+
+
+def test_of_a_method_with_one_seed_the_first_is_kept():
+    first, second = make_results(), make_results(seeds=(7, 0))  # its seed 0 has other figures
+    (merged,) = merge([first, second])
+    assert seeds(merged) == {"frozen": [0, 7], "lora": [0, 7], "curlora": [0, 7]}
+    assert merged.methods[1].seeds[0] == first.methods[1].seeds[0] != second.methods[1].seeds[1]
+
+
+def test_one_run_is_left_as_it_is():
+    results = make_results()
+    assert merge([results]) == [results]
+    assert merge([results, results]) == [results]
+
+
+def test_one_name_for_different_methods_stays_two():
+    first, second = make_results(), changed(make_results(seeds=(1,)), "lora", learning_rate=5e-4)
+    third = changed(make_results(seeds=(2,)), "lora", learning_rate=5e-4)
+    (merged,) = merge([first, second, third])
+    assert seeds(merged) == {"frozen": [0, 1, 2], "lora": [0], "lora (2)": [1, 2], "curlora": [0, 1, 2]}
+    assert [m.label for m in merged.methods if m.name == "lora (2)"] == ["LoRA (2)"]
+
+
+RECIPE = {"model": {"name": "/a/model"}, "tasks": [{"name": "reviews"}], "methods": [{"name": "lora"}]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"base_model": "another"}, "base model"),
+        ({"recipe": {**RECIPE, "model": {"name": "/a/model", "dtype": "bfloat16"}}}, "base model"),
+        ({"tasks": [make_task(name, majority_rate=0.6) for name in ("reviews", "reuters", "tweets")]}, "tasks"),
+        ({"heldout": {TEXT: "another part of it"}}, "held-out texts"),
+        ({"protocol": {"order": "as it comes"}}, "protocol"),
+        ({"settings": {"epochs": 2, "batch_size": 8}}, "settings"),
+        ({"recipe": {**RECIPE, "tasks": [{"name": "reviews", "training": {"epochs": 3}}]}}, "settings"),
+    ],
+)
+def test_runs_that_measure_something_else_stay_apart(changes, what):
+    first, other = make_results(recipe=RECIPE), make_results(**{"recipe": RECIPE, **changes})
+    assert differing([first, other]) == [what]
+    assert merge([first, other, first, other]) == [first, other]
+
+
+def test_where_a_model_lies_does_not_count():
+    elsewhere = {**RECIPE, "model": {"name": "/b/model"}}
+    assert differing([make_results(recipe=RECIPE), make_results(recipe=elsewhere)]) == []
+
+
+def test_what_differs_between_united_runs_is_listed():
+    first = make_results(recipe=RECIPE, environment={"torch": "2.12", "device": "A"})
+    later = make_results(
+        seeds=(1,),
+        recipe={**RECIPE, "methods": [{"name": "lora"}, {"name": "curlora"}], "seeds": [1]},
+        created="2026-02-02 00:00",
+        environment={"torch": "2.12", "device": "B", "processes": "2"},
+    )
+    (merged,) = merge([first, later])
+    assert merged.environment == {"torch": "2.12", "device": "A; B", "processes": "2"}
+    assert merged.created == "2026-01-01 00:00, 2026-02-02 00:00"
+    assert merged.recipe == {**RECIPE, "methods": [{"name": "lora"}, {"name": "curlora"}], "seeds": [0, 1]}
+    assert merge([first, make_results(seeds=(1,))])[0].recipe is None

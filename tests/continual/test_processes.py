@@ -1,0 +1,53 @@
+"""A whole recipe on two processes gives what one gives."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from curlora.continual.recipe import load_recipe, run_recipe
+from curlora.continual.results import RunResults
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN += ["-m", "curlora.cli", "run"]
+
+
+@pytest.fixture
+def recipe(recipe_path):
+    """30 examples do not go evenly into batches of 4, nor those into two processes."""
+    content = yaml.safe_load(recipe_path.read_text())
+    plugins = [{"name": "ewc", "strength": 1.0, "examples": 5}, {"name": "replay", "examples": 5}]
+    content["methods"][1]["plugins"] = plugins
+    content["training"] = {"epochs": 2, "batch_size": 4, "head_learning_rate": 0.05, "gradient_accumulation_steps": 2}
+    content["training"]["checkpoint_steps"] = 5
+    content["heldout"]["stride"] = 8
+    recipe_path.write_text(yaml.safe_dump(content))
+    return load_recipe(recipe_path)
+
+
+def test_two_processes(recipe, recipe_path, tmp_path):
+    one = run_recipe(recipe, tmp_path / "one")
+    command = [*TORCHRUN, str(recipe_path), "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("After the last task") == 1  # one of them speaks
+    two = RunResults.load(tmp_path / "two" / "results.json")
+    assert two.environment["processes"] == "2"
+    assert (tmp_path / "two" / "report.html").exists()
+    for a, b in zip(one.methods, two.methods, strict=True):
+        (s,), (t,) = a.seeds, b.seeds
+        assert (t.steps, t.train_tokens, b.trainable_parameters) == (s.steps, s.train_tokens, a.trainable_parameters)
+        assert t.losses == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in s.losses]
+        assert t.accuracy == s.accuracy
+        for before, after in zip(s.text(), t.text(), strict=True):
+            assert after.perplexity == pytest.approx(before.perplexity, rel=1e-5)
+            assert after.drift == pytest.approx(before.drift, rel=1e-2, abs=1e-6)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_one_message(recipe_path, tmp_path):
+    command = [*TORCHRUN, str(recipe_path), "--set", "training.batch_size=3", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "A batch_size of 3 cannot be shared out over 2 processes evenly" in done.stderr
+    assert not (tmp_path / "run" / "recipe.json").exists()

@@ -1,0 +1,93 @@
+"""The command line's tables hold the figures, within 80 columns."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from curlora.tables import comparison, results_tables
+from tests.results import make_results
+
+
+def printed(*parts, width=80):
+    console = Console(file=io.StringIO(), width=width)
+    for part in parts:
+        console.print(part)
+    return console.file.getvalue()
+
+
+def rows(text):
+    """Cells of every line, as far as they are apart."""
+    return [line.split() for line in text.splitlines()]
+
+
+def test_a_run():
+    found = rows(printed(*results_tables(make_results())))
+    assert ["majority", "class", "0.500", "0.500", "0.500"] in found
+    assert ["LoRA", "reviews", "0.825"] in found
+    assert ["tweets", "0.790", "0.805", "0.880"] in found
+    assert ["base", "model", "20.20"] in found
+    assert ["LoRA", "0.825", "0.832", "+0.010", "21.40", "+5.9", "%", "0.0240"] in found
+    assert ["LoRA", "1,290,240", "4.94", "MiB", "40", "s", "333"] in found
+
+
+def test_several_seeds_fit_into_80_columns():
+    text = printed(*results_tables(make_results(seeds=(0, 1, 2))))
+    assert "…" not in text
+    assert ["LoRA", "reviews", "0.835", "±", "0.010"] in rows(text)
+    assert ["LoRA", "0.835", "0.842", "+0.010", "21.50", "+6.4", "%", "0.0240"] in rows(text)
+    assert "deviation of 3 seeds" in " ".join(text.split())
+
+
+def test_a_single_task_has_nothing_to_forget():
+    results = make_results()
+    seed = results.methods[2].seeds[0]
+    texts = {name: scores[:2] for name, scores in seed.heldout.items()}
+    seed = seed.model_copy(update={"scores": seed.scores[:1], "heldout": texts})
+    method = results.methods[2].model_copy(update={"seeds": [seed]})
+    found = rows(printed(*results_tables(make_results(tasks=results.tasks[:1], methods=[method]))))
+    assert ["CURLoRA", "0.770", "0.770", "-", "20.40", "+1.0", "%", "0.0040"] in found
+
+
+def test_the_switches_of_the_protocol_are_named():
+    text = printed(*results_tables(make_results(protocol={"order": "as it comes", "indices": "nearly uniform"})))
+    assert "As the paper's reference code has it: order, indices." in text
+
+
+def without(results, name):
+    return results.model_copy(update={"methods": [m for m in results.methods if m.name != name]})
+
+
+def test_two_runs_side_by_side():
+    first, second = without(make_results(), "curlora"), without(make_results(seeds=(0, 1)), "frozen")
+    text = printed(comparison([first, second], ["runs/one", "runs/two"]))
+    found = rows(text)
+    assert ["majority", "class", "0.500", "0.500"] in found
+    assert ["LoRA", "0.825", "+0.010", "+5.9", "%", "0.830", "+0.010", "+6.2", "%", "+0.005"] in found
+    assert ["Frozen", "<heads>", "0.800", "+0.000", "+0.0", "%"] in found
+    line = next(line for line in text.splitlines() if line.startswith("CURLoRA"))
+    assert line.split() == ["CURLoRA", "0.818", "+0.010", "+2.2", "%"]
+    assert line.index("0.818") > 30  # in the second run's columns
+    assert "A: runs/one" in text
+    assert "B: runs/two" in text
+    assert "cannot be compared" not in text
+    assert "…" not in text
+
+
+def test_three_runs_have_no_difference():
+    runs = [make_results()] * 3
+    text = printed(comparison(runs, ["[1]", "[2]", "[3]"]))
+    assert ["LoRA", *(["0.825", "+0.010", "+5.9", "%"] * 3)] in rows(text)
+    assert "C: [3]" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"base_model": "another"}, "base model"),
+        ({"protocol": {"order": "as it comes"}, "heldout": {"a text": "less of it"}}, "held-out texts, protocol"),
+    ],
+)
+def test_runs_that_cannot_be_compared(changes, what):
+    text = printed(comparison([make_results(), make_results(**changes)], ["one", "two"]))
+    assert f"The runs differ in {what}: their figures cannot be compared directly." in " ".join(text.split())
