@@ -97,6 +97,26 @@ def test_report_prints_a_run_again(tmp_path):
     assert re.search(r"LoRA +0\.825", done.stdout)
 
 
+def test_several_runs_on_one_page_and_in_one_table(tmp_path):
+    for name, title in (("a", "One"), ("b", "Other")):
+        (tmp_path / name).mkdir()
+        make_results(title=title, base_model=name).save(tmp_path / name / "results.json")
+    page = tmp_path / "both.html"
+    done = run("report", tmp_path / "a", tmp_path / "b", "--out", page)
+    assert done.returncode == 0, done.stderr
+    assert page.read_text().count("SmolLM2") == 0
+    assert "One" in page.read_text()
+    assert "Other" in page.read_text()
+    assert not (tmp_path / "a" / "report.html").exists()
+    done = run("compare", tmp_path / "a", tmp_path / "b")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"LoRA +0\.825", done.stdout)
+    assert "base model" in done.stdout  # they cannot be compared directly
+    done = run("compare", tmp_path / "a", tmp_path / "gone")
+    assert done.returncode == 1
+    assert "No such file" in done.stderr
+
+
 @pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("{}", "does not hold the results of a run")])
 def test_report_of_something_else(tmp_path, content, message):
     if content is not None:

@@ -209,7 +209,7 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
             )
         return known
     wanted = [part for part in encoded if part.settings.forward_transfer]
-    language_model = stream.load_model().to(process_state().device).requires_grad_(False)
+    language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
     model = TaskModel(language_model)
     scores = []
     for part in wanted:
@@ -220,7 +220,7 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
         shutil.rmtree(directory / "base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
     base = _Base(
         digest=digest,
-        parameters=sum(p.numel() for p in language_model.parameters()),
+        parameters=language_model.num_parameters(),  # also right for weights that are packed
         heldout={text.name: measure(language_model, text) for text in stream.heldout},
         tasks=scores,
     )

@@ -24,7 +24,7 @@ from curlora.continual.plugins import Plugin, TaskContext
 from curlora.continual.processes import process_state
 from curlora.continual.results import Score, SeedResult, TextScore
 from curlora.continual.settings import Settings
-from curlora.continual.storage import put_folder, write_whole
+from curlora.continual.storage import put_folder, sync, write_whole
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row, Task
 from curlora.continual.trainer import TaskTrainer, load_trained_state, steps_of, trained_state
@@ -361,7 +361,9 @@ class _Sequence:
     def _finish(self) -> int:
         heads = {key: value.contiguous() for key, value in self.model.heads.state_dict().items()}
         save_file(heads, self.directory / "heads.safetensors")
-        return self.method.save(self.model.model, self.directory)
+        size = self.method.save(self.model.model, self.directory)
+        sync(self.directory)  # before the result is, which says that they are there
+        return size
 
 
 _PROGRESS, _WEIGHTS, _STATE = "progress.json", "weights-", "state.safetensors"

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["mark_complete", "newest", "put_folder", "write_whole"]
+__all__ = ["mark_complete", "newest", "put_folder", "sync", "write_whole"]
 
 _COMPLETE = "complete"
 
@@ -46,12 +46,18 @@ def put_folder(final: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def mark_complete(folder: Path) -> None:
-    """Say that a folder which grew file by file has all of them, once they are on the disk."""
+def sync(folder: Path) -> None:
+    """Bring every file in a folder to the disk, not only to the system's memory."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
+    _sync_entry(folder)
+
+
+def mark_complete(folder: Path) -> None:
+    """Say that a folder which grew file by file has all of them, once they are on the disk."""
+    sync(folder)
     (folder / _COMPLETE).touch()
     _sync_entry(folder)
 

@@ -1,0 +1,92 @@
+"""Adapters of PEFT, each through a whole small stream: learned, saved, and told from the base."""
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+
+from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.methods import make_method
+from curlora.continual.sequence import BaseScores, Silent, encode, run_method
+from curlora.continual.settings import Settings
+from curlora.continual.tasks import ClassificationTask
+from tests.models import VOCABULARY, gpt2, llama, word_examples, word_tokenizer
+
+LAYERS = {"target_modules": ["q_proj", "v_proj"]}
+ADAPTERS = {
+    "curlora": ("curlora", 0.3, {"r": 4}),
+    "lora": ("lora", 1e-2, {"r": 4, **LAYERS}),
+    "dora": ("lora", 1e-2, {"r": 4, "use_dora": True, **LAYERS}),
+    "pissa": ("lora", 1e-2, {"r": 4, "init_lora_weights": "pissa", **LAYERS}),
+    "osf": ("osf", 1e-3, {"effective_rank": 4, **LAYERS}),
+    "loha": ("loha", 1e-2, {"r": 4, **LAYERS}),
+    "ia3": ("ia3", 1e-2, {"feedforward_modules": [], **LAYERS}),
+    "oft": ("oft", 1e-2, {"oft_block_size": 4, **LAYERS}),
+    "vera": ("vera", 1e-2, {"r": 4, "target_modules": ["q_proj"]}),
+    "lora and the output layer": ("lora", 1e-2, {"r": 4, "modules_to_save": ["lm_head"], **LAYERS}),
+}
+HELDOUT = HeldOut("noise", torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)), window=20)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_whole_stream(name, tmp_path):
+    kind, rate, options = ADAPTERS[name]
+    tokenizer = word_tokenizer()
+    tasks = [ClassificationTask(f"t{seed}", *word_examples(seed), labels=["a", "b"]) for seed in (2, 8)]
+    settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
+    method = make_method(kind, "m", "M", rate, options)
+    result, trainable, size = run_method(
+        method, llama, tokenizer, encode(tasks, tokenizer, settings), [HELDOUT],
+        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=Silent(),
+    )  # fmt: skip
+    assert trainable > 0
+    assert size > 0
+    before, *_, after = result.text()
+    assert after.drift > 0
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(llama(), tmp_path / "adapter").eval()
+    assert measure(again.get_base_model(), HELDOUT).perplexity == pytest.approx(after.perplexity, rel=1e-4)
+    assert before.perplexity != after.perplexity
+
+
+@pytest.mark.parametrize("base", [llama, gpt2])
+def test_the_references_lora_starts_wider(base):
+    """A of variance 1/(3 r) where PEFT's has 1/(3 n)."""
+    targets = {"r": 8, "target_modules": ["q_proj"] if base is llama else ["c_attn"]}
+    deviations = []
+    for start in ("peft", "reference"):
+        model = make_method("lora", "m", "M", 0.1, targets, lora_start=start).apply(base(), seed=0)
+        weights = [m.lora_A["default"].weight for m in model.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
+        deviations.append(torch.cat([w.flatten() for w in weights]).std().item())
+    assert deviations[0] == pytest.approx((3 * 32) ** -0.5, rel=0.1)
+    assert deviations[1] == pytest.approx((3 * 8) ** -0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "xlora", "nonsense"])
+def test_what_is_no_adapter_is_refused(kind):
+    with pytest.raises(ValueError, match=f"'{kind}' is not one of frozen, full, .*lora"):
+        make_method(kind, "m", "M", 0.1)
+
+
+def test_a_method_of_ones_own_is_one_class(tmp_path):
+    """The biases alone, as BitFit trains them (https://arxiv.org/abs/2106.10199)."""
+    from dataclasses import dataclass
+
+    from curlora.continual.methods import Full
+
+    @dataclass(frozen=True)
+    class BitFit(Full):
+        def apply(self, model: nn.Module, seed: int) -> nn.Module:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name.endswith("bias"))
+            return model
+
+    tokenizer = word_tokenizer()
+    tasks = [ClassificationTask("t", *word_examples(2), labels=["a", "b"])]
+    settings = Settings(batch_size=4, head_learning_rate=0.05)
+    result, trainable, _ = run_method(
+        BitFit("bitfit", "BitFit", 1e-2), llama, tokenizer, encode(tasks, tokenizer, settings), [HELDOUT],
+        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=Silent(),
+    )  # fmt: skip
+    assert trainable == sum(p.numel() for name, p in llama().named_parameters() if name.endswith("bias"))
+    assert result.text()[-1].drift > 0
