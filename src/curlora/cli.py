@@ -161,7 +161,7 @@ class _Bar:
 
 def _progress_bars() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
@@ -179,14 +179,13 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         errors.print(f"Interrupted. {after_interrupt}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except Exception as error:
+        from curlora.continual.errors import RunError
         from curlora.continual.recipe import RecipeError
         from curlora.continual.results import ResultsError
-        from curlora.continual.run import RunError
-        from curlora.continual.sequence import StateError
         from curlora.continual.tasks import TaskError
         from curlora.demo.assets import AssetError
 
-        if not isinstance(error, (AssetError, RecipeError, ResultsError, RunError, StateError, TaskError, OSError)):
+        if not isinstance(error, (AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)):
             raise
         errors.print("[bold red]Error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
@@ -196,6 +195,7 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
 def _quiet_libraries() -> Iterator[None]:
     """Keep the libraries' bars and notices off the screen."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -90,6 +90,15 @@ def test_conversations(tmp_path):
         read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
 
 
+@pytest.mark.parametrize("labels", [["1", "0"], ["True", "False"]])
+def test_names_that_look_like_numbers_are_names(labels, tmp_path):
+    """The CSV reader makes numbers and truth values of them."""
+    (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
+    source = dict(path=tmp_path / "data.csv", text="text", label="label")
+    task = read_task(TaskPart(name="t", labels=labels, train=source, evaluation=source))
+    assert [label for _, label in task.train] == [0, 1]
+
+
 def test_the_reference_variant_of_a_task(tmp_path):
     path = write(tmp_path / "data.csv")
     reference = {"labels": ["no", "yes", "never"], "evaluation": dict(path=path, text="text", label="label", limit=1)}

@@ -117,3 +117,12 @@ def test_a_model_that_diverged_has_infinite_perplexity():
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
     assert perplexity(model, text(20), window=8) == math.inf
+
+
+def test_a_model_of_no_numbers_has_no_drift():
+    model = llama()
+    model.lm_head.weight.data.fill_(math.nan)
+    base = llama()
+    got = measure(model, HeldOut("t", text(20), window=8), lambda ids, kept: base(ids, logits_to_keep=kept).logits)
+    assert math.isnan(got.drift)
+    assert math.isnan(got.perplexity)

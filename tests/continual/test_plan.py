@@ -14,9 +14,9 @@ from rich.console import Console
 from transformers import GPT2Config
 
 from curlora.continual import plan
+from curlora.continual.errors import RunError
 from curlora.continual.plan import Memory, make_plan
 from curlora.continual.recipe import RecipeError, load_recipe, run_recipe
-from curlora.continual.run import RunError
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import TaskError
 from curlora.plan_tables import plan_tables
@@ -208,10 +208,8 @@ def test_a_method_that_needs_the_weights_is_unknown_and_the_plan_goes_on(recipe_
 
 def test_what_a_model_lacks_is_said(recipe_path):
     nope = "{name: nope, method: lora, learning_rate: 0.1, options: {target_modules: [nope]}}"
-    assert (
-        "Target modules {'nope'} not found"
-        in make_plan(load_recipe(recipe_path, [f"methods=[{nope}]"])).methods[1].unknown
-    )
+    with pytest.raises(RunError, match="method 'nope' cannot be put on this model: Target modules {'nope'} not found"):
+        make_plan(load_recipe(recipe_path, [f"methods=[{nope}]"]))
 
 
 def test_the_bytes_of_a_quantized_base_are_unknown(recipe_path):
@@ -230,7 +228,8 @@ def test_over_several_processes(recipe_path, monkeypatch):
     assert shared.processes == 2
     assert shared.steps == alone.steps
     assert shared.methods[1].memory.kept < 0.6 * alone.methods[1].memory.kept
-    monkeypatch.setattr(plan, "process_state", lambda: SimpleNamespace(num_processes=3, device=torch.device("cpu")))
+    three = SimpleNamespace(num_processes=3, device=torch.device("cpu"))
+    monkeypatch.setattr("curlora.continual.processes.process_state", lambda: three)
     with pytest.raises(RunError, match="A batch_size of 4 cannot be shared out over 3 processes evenly"):
         make_plan(recipe)
 

@@ -14,10 +14,9 @@ import yaml
 from safetensors.torch import load_file
 
 from curlora.continual import storage
+from curlora.continual.errors import RunError
 from curlora.continual.recipe import load_recipe, run_recipe
 from curlora.continual.results import RunResults
-from curlora.continual.run import RunError
-from curlora.continual.sequence import StateError
 from tests.continual.streams import figures
 
 # Dropout and a plug-in that draws: whatever is random must go on where it was.
@@ -162,7 +161,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(recipe, tmp_path, monkeypa
     (state,) = (tmp_path / "run").glob("frozen/seed-0/weights-1/state.safetensors")
     whole = state.read_bytes()
     state.write_bytes(whole[:20])
-    with pytest.raises(StateError, match=r"frozen/seed-0 holds a run that was cut off.*Remove that folder"):
+    with pytest.raises(RunError, match=r"frozen/seed-0 holds a run that was cut off.*Remove that folder"):
         run_recipe(recipe, tmp_path / "run")
     state.write_bytes(whole)
     run_recipe(recipe, tmp_path / "run")

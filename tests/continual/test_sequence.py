@@ -1,6 +1,7 @@
 """A whole stream on a small model: what is reported is what a fresh load of the files gives."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -246,3 +247,10 @@ def test_training_is_logged_where_it_is_asked_to(tokenizer, tmp_path):
         events = EventAccumulator(str(file.parent)).Reload()
         logged += [event.value for event in events.Scalars("train/loss")]
     assert logged == [pytest.approx(loss, rel=1e-5) for _, loss in result.losses]
+
+
+def test_a_run_that_diverges_says_so(tokenizer, tmp_path):
+    method = make_method("full", "full", "Full", 1e30)
+    result, *_ = run(method, tokenizer, tmp_path, settings=SETTINGS.changed({"logging_steps": 1}))
+    assert math.isnan(result.losses[-1][1])
+    assert not result.text()[-1].drift < 1

@@ -103,3 +103,38 @@ def test_bad_conversations_and_templates_are_refused():
     tokenizer = chat_tokenizer("{% if messages|length > 1 %}w9 {% endif %}" + counting)
     with pytest.raises(TaskError, match="cannot be told from the prompt"):
         task.encode("train", tokenizer, 32)
+
+
+def marked_tokenizer():
+    """Adds a beginning and an end to every text, as some do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token, tokenizer.eos_token = "w0", "[UNK]"
+    ids = tokenizer.convert_tokens_to_ids
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="w0 $A [UNK]", special_tokens=[("w0", ids("w0")), ("[UNK]", ids("[UNK]"))]
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("max_length", "prompt"), [(16, "w0 w1 w2 w3"), (5, "w0 w2 w3")])
+def test_a_prompt_is_not_ended_and_keeps_its_beginning(max_length, prompt):
+    task = CompletionTask("t", [("w1 w2 w3", "w4 w5")], [("w1", "w2")])
+    (row,) = task.encode("train", marked_tokenizer(), max_length)
+    assert words(row["input_ids"]) == f"{prompt} w4 w5"
+    assert words([label for label in row["labels"] if label != IGNORED]) == "w4 w5 [UNK]"
+
+
+def test_an_answer_ends_where_generation_would():
+    """ChatML has a line break behind the end of a turn."""
+    tokenizer = chat_tokenizer(TEMPLATE.replace("[PAD]", "[UNK] w9"))
+    tokenizer.eos_token = "[UNK]"
+    (row,) = ChatTask("t", [conversation("w1", "w4")], [conversation("w1", "w2")]).encode("train", tokenizer, 32)
+    assert words([label for label in row["labels"] if label != IGNORED]) == "w4 [UNK]"
+
+
+@pytest.mark.parametrize(("example", "missing"), [((" ", "w1"), "prompt")])
+def test_an_empty_part_is_named(example, missing):
+    with pytest.raises(TaskError, match=f"no token in its {missing}"):
+        CompletionTask("t", [example], [("w1", "w2")]).encode("train", word_tokenizer(), 8)

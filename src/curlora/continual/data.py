@@ -181,7 +181,10 @@ def read_text(part: HeldOutPart) -> str:
             raise DataError(f"{where} cannot be read as text: {error}") from error
     table = _table(part, where)
     _check_columns(table, [part.text], where)
-    return part.join.join(row for row in table[part.text] if row)
+    rows = [row for row in table[part.text] if row]
+    if any(not isinstance(row, str) for row in rows):
+        raise DataError(f"{where}: the column {part.text!r} does not hold text")
+    return part.join.join(rows)
 
 
 def _examples(task: TaskPart, split: str, source: Source) -> list[Any]:
@@ -221,6 +224,8 @@ def _completed(task: TaskPart, source: Source, table: Any, where: str) -> list[A
             examples.append(tuple(template.format_map(values) for template in templates))
         except KeyError as error:
             raise DataError(f"{where}: row {number} has no {error.args[0]}") from error
+        except (ValueError, AttributeError, IndexError) as error:
+            raise DataError(f"{where}: row {number} does not fit {templates}: {error}") from error
     return examples
 
 
@@ -260,9 +265,9 @@ def _label(value: Any, source: Source, labels: list[str], where: str) -> int:
         if str(value) not in names:
             raise DataError(f"{where} has label {value!r}, which label_names does not name")
         value = names[str(value)]
-    if value in labels:
-        return labels.index(value)
-    if isinstance(value, int) and 0 <= value < len(labels):
+    if str(value) in labels:  # a CSV file's 0 and 1, or True and False, are read as numbers and truth values
+        return labels.index(str(value))
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
         return value
     raise DataError(f"{where} has label {value!r}, which is neither one of {labels} nor a position among them")
 
@@ -299,6 +304,5 @@ def _table(source: Place, where: str) -> Any:
     except datasets.exceptions.DatasetGenerationError as error:
         raise DataError(f"{where}: cannot be read as {suffix[1:]}: {error.__cause__ or error}") from error
     except ValueError as error:
-        if "no data" not in str(error):
-            raise
-        raise DataError(f"{where}: the file has no rows") from error
+        reason = "the file has no rows" if "no data" in str(error) else f"cannot be read as {suffix[1:]}: {error}"
+        raise DataError(f"{where}: {reason}") from error

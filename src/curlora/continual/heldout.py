@@ -118,7 +118,7 @@ def measure(
         sums = reduce(sums.to(state.device), reduction="sum").cpu()
     loss, divergence, tokens = sums.tolist()
     try:
-        return TextScore(perplexity=math.exp(loss / tokens), drift=max(0.0, divergence / tokens))
+        return TextScore(perplexity=math.exp(loss / tokens), drift=_floor(divergence / tokens))
     except OverflowError:  # a model that diverged
         return TextScore(perplexity=math.inf, drift=divergence / tokens)
 
@@ -140,6 +140,11 @@ def _divergence(base: Tensor, logits: Tensor) -> float:
         log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
         total += nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
     return total
+
+
+def _floor(drift: float) -> float:
+    """Not below zero, where rounding may take it; a model that diverged has none."""
+    return drift if math.isnan(drift) else max(0.0, drift)
 
 
 def _windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:

@@ -14,11 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from curlora.continual.batches import Collator
+from curlora.continual.errors import RunError
 from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
-from curlora.continual.processes import process_state
+from curlora.continual.processes import check_shared_out, process_state
 from curlora.continual.recipe import ModelPart, Recipe, build
-from curlora.continual.run import RunError, Stream
+from curlora.continual.run import Stream
 from curlora.continual.sequence import Encoded, encode
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import IGNORED, Row
@@ -144,18 +145,14 @@ def make_plan(recipe: Recipe) -> Plan:
     Raises:
         RecipeError: as :func:`curlora.continual.recipe.build`.
         curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
-        RunError: if the batch size cannot be shared out over the processes.
+        RunError: if a method cannot be put on the model, or the batch size cannot be shared out over the processes.
         OSError: if the model has no tokenizer or configuration.
     """
     stream = build(recipe)
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     state = process_state()
     for part in encoded:
-        if part.settings.batch_size % state.num_processes:
-            raise RunError(
-                f"A batch_size of {part.settings.batch_size} cannot be shared out over {state.num_processes} processes "
-                "evenly."
-            )
+        check_shared_out(part.settings.batch_size)
     config = AutoConfig.from_pretrained(
         recipe.model.name, revision=recipe.model.revision, gguf_file=recipe.model.gguf_file
     )
@@ -231,11 +228,16 @@ def _plan_method(
 
     trained, memory, unknown = None, Memory(), ""
     try:
-        model = method.apply(fresh(), stream.seeds[0])
+        try:
+            model = method.apply(fresh(), stream.seeds[0])
+        except ValueError as error:  # such as modules that are not there: a run would say the same
+            raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
         trained = _numbers(model)
         memory = _resident(method, model, fresh)
         largest = _largest([_shape(part, rows) for part, rows in learned])
         memory = _with_step(memory, model, stream, encoded, largest)
+    except RunError:
+        raise
     except Exception as error:  # whatever PEFT or a model's code says to tensors without numbers
         first = str(error).strip().partition("\n")[0]
         what = "be put on the model" if trained is None else "make a step"

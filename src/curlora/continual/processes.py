@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from accelerate import PartialState
 
-__all__ = ["process_state", "use_cpu"]
+from curlora.continual.errors import RunError
+
+__all__ = ["check_shared_out", "process_state", "use_cpu"]
 
 
 def use_cpu() -> bool:
@@ -19,3 +21,14 @@ def process_state() -> PartialState:
     Accelerate has to be told to join processes on CPUs.
     """
     return PartialState(cpu=True) if use_cpu() else PartialState()
+
+
+def check_shared_out(batch_size: int) -> None:
+    """Check that a batch can be shared out over the processes.
+
+    Raises:
+        RunError: if it cannot be, evenly.
+    """
+    processes = process_state().num_processes
+    if batch_size % processes:
+        raise RunError(f"A batch_size of {batch_size} cannot be shared out over {processes} processes evenly.")

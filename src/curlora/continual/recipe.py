@@ -24,13 +24,14 @@ from pydantic import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from curlora.continual.data import DataError, HeldOutPart, TaskPart, read_task, read_text
+from curlora.continual.data import HeldOutPart, TaskPart, read_task, read_text
+from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method, make_method
 from curlora.continual.plugins import make_plugin
 from curlora.continual.protocol import SWITCHES, Protocol
 from curlora.continual.results import RunResults
-from curlora.continual.run import RunError, Stream, run_stream
+from curlora.continual.run import Stream, run_stream
 from curlora.continual.sequence import Progress, Silent
 from curlora.continual.settings import Settings
 from curlora.continual.storage import write_whole
@@ -62,8 +63,9 @@ class ModelPart(_Part):
     @field_validator("dtype")
     @classmethod
     def _known(cls, value: str) -> str:
-        if not isinstance(getattr(torch, value, None), torch.dtype):
-            raise ValueError(f"{value!r} is not a dtype of torch, such as float32 or bfloat16")
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{value!r} is not a floating-point dtype of torch, such as float32 or bfloat16")
         return value
 
     @field_validator("quantization")
@@ -75,21 +77,27 @@ class ModelPart(_Part):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, which can pad."""
-        tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"model: the tokenizer of {self.name} cannot be had: {error}") from error
+        if tokenizer.pad_token is None:  # any will do: padding is masked
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
     def load(self) -> torch.nn.Module:
         """A fresh model."""
-        quantization = None if self.quantization is None else AutoQuantizationConfig.from_dict(dict(self.quantization))
-        return AutoModelForCausalLM.from_pretrained(
-            self.name,
-            revision=self.revision,
-            gguf_file=self.gguf_file,
-            dtype=getattr(torch, self.dtype),
-            quantization_config=quantization,
-        )
+        given = self.quantization
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                self.name,
+                revision=self.revision,
+                gguf_file=self.gguf_file,
+                dtype=getattr(torch, self.dtype),
+                quantization_config=None if given is None else AutoQuantizationConfig.from_dict(dict(given)),
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"model: {self.name} cannot be loaded: {error}") from error
 
 
 class MethodPart(_Part):
@@ -134,7 +142,9 @@ class MethodPart(_Part):
 
 def _distinct(values: list[Any]) -> list[Any]:
     names = [getattr(value, "name", value) for value in values]
-    twice = [name for name in names if names.count(name) > 1]
+    # Folders are called so, and some systems do not tell A from a there.
+    plain = [name.casefold() if isinstance(name, str) else name for name in names]
+    twice = [name for name, same in zip(names, plain, strict=True) if plain.count(same) > 1]
     if twice:
         raise ValueError(f"{twice[0]!r} is there twice")
     return values
@@ -144,6 +154,7 @@ class Recipe(_Part):
     """A run. Paths in it are relative to the recipe's own folder, and may hold ``${VARIABLES}`` of the environment.
 
     A method ``frozen`` (heads only) is added where there is none: no accuracy is shown without the frozen model's.
+    ``output`` is relative to the working directory.
     ``switches`` set some switches of the ``protocol`` otherwise; ``reference`` holds what is different in ``training``
     where the protocol is the paper's.
     """
@@ -153,7 +164,7 @@ class Recipe(_Part):
     tasks: Annotated[list[TaskPart], Field(min_length=1), AfterValidator(_distinct)]
     methods: Annotated[list[MethodPart], Field(min_length=1), AfterValidator(_distinct)]
     heldout: Annotated[list[HeldOutPart], Field(min_length=1), AfterValidator(_distinct)]
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
     training: Settings = Settings()
     protocol: Literal["honest", "paper"] = "honest"
     switches: dict[str, str] = {}
@@ -196,6 +207,9 @@ class Recipe(_Part):
         for task in self.tasks:
             if task.kind != "classification" and self.switched().readout == "last_position":
                 raise ValueError(f"readout: last_position is about classes, and task {task.name!r} is of text")
+            misplaced = sorted(set(task.training) & {"forward_transfer", *SWITCHES})
+            if misplaced:
+                raise ValueError(f"task {task.name!r}: training: {misplaced[0]} is for all tasks alike")
             for variant in (task, task.variant(reference=True)):
                 try:
                     self.settings().changed(variant.training)
@@ -232,7 +246,8 @@ class Recipe(_Part):
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with curlora, by name."""
     folder = Path(str(resources.files("curlora").joinpath("recipes")))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    # The demo's files have to be fetched first: `curlora demo`.
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem != "demo"}
 
 
 def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | None = None) -> Recipe:
@@ -268,9 +283,11 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
     folder = folder or path.absolute().parent
     written: dict[str, str] = {}
     content = _with_paths(content, folder, written)
+    if isinstance(content.get("output"), str):
+        content["output"] = str(_expanded(content["output"]))
     model = content.get("model")
     if isinstance(model, dict) and isinstance(model.get("name"), str):
-        local = folder / Path(os.path.expandvars(model["name"])).expanduser()
+        local = folder / _expanded(model["name"])
         if local.is_dir():
             written[str(local)] = model["name"]
             model["name"] = str(local)
@@ -294,9 +311,12 @@ def build(recipe: Recipe) -> Stream:
     """
     protocol = recipe.switched()
     try:
+        for part in recipe.tasks:
+            own = part.variant(protocol.data == "reference").training
+            recipe.settings().changed(own).check_trainer()
         tasks = [read_task(part, reference=protocol.data == "reference") for part in recipe.tasks]
         texts = [read_text(part) for part in recipe.heldout]
-    except DataError as error:
+    except ValueError as error:
         raise RecipeError(str(error)) from error
     tokenizer = recipe.model.load_tokenizer()
     return Stream(
@@ -348,16 +368,16 @@ def _claim(recipe: Recipe, directory: Path) -> None:
     if saved.exists():
         try:
             before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
-        except ValidationError as error:
+        except ValueError as error:
             raise RunError(
                 f"{saved} cannot be read, so whether {directory} is of this recipe cannot be told. Choose another "
-                f"folder, or remove {saved} if you are sure. ({error.errors()[0]['msg']})"
+                f"folder, or remove {saved} if you are sure."
             ) from error
         changed = _changes(before, recipe, directory)
-        if changed:
+        if changed and any(directory.glob("*/seed-*")):  # else nothing was done by the other recipe
             raise RunError(
-                f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, or "
-                "undo the change."
+                f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, undo "
+                "the change, or remove the folder."
             )
     elif any(path.name != ".lock" for path in directory.iterdir()):
         raise RunError(f"{directory} holds files, but no run. Choose another folder.")
@@ -365,11 +385,19 @@ def _claim(recipe: Recipe, directory: Path) -> None:
 
 
 def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
-    parts = ("model", "tasks", "heldout", "training", "protocol", "switches", "reference")
-    changed = [part for part in parts if getattr(before, part) != getattr(now, part)]
-    methods = {method.name: method for method in now.methods}
-    begun = [method for method in before.methods if (directory / method.name).exists()]
-    return changed + [f"method {method.name!r}" for method in begun if methods.get(method.name) != method]
+    def known(recipe: Recipe) -> dict[str, Any]:
+        """Without what is for people alone."""
+        tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
+        parts = ("model", "heldout", "training", "protocol", "switches", "reference")
+        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks}
+
+    def methods(recipe: Recipe) -> dict[str, MethodPart]:
+        return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}
+
+    old, new = known(before), known(now)
+    begun = {name: method for name, method in methods(before).items() if (directory / name).exists()}
+    changed = [f"method {name!r}" for name, method in begun.items() if methods(now).get(name) != method]
+    return [part for part in new if old[part] != new[part]] + changed
 
 
 def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
@@ -389,12 +417,15 @@ def _apply(content: Any, change: str) -> None:
     *path, last = keys.split(".")
     place = content
     try:
+        value = yaml.safe_load(value)
         for key in path:
             place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
         if isinstance(place, list):
-            place[int(last)] = yaml.safe_load(value)
+            place[int(last)] = value
         else:
-            place[last] = yaml.safe_load(value)
+            place[last] = value
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{change!r}: what is behind = is not YAML: {error}") from error
     except (ValueError, IndexError, TypeError, AttributeError) as error:
         raise RecipeError(f"{change!r} names no place in the recipe: {error}") from error
 
@@ -416,6 +447,14 @@ def _replaced(content: Any, strings: dict[str, str]) -> Any:
     return strings.get(content, content) if isinstance(content, str) else content
 
 
+def _expanded(path: str) -> Path:
+    expanded = Path(os.path.expandvars(path)).expanduser()
+    missing = re.findall(r"\$\{?(\w+)", str(expanded))
+    if missing:
+        raise RecipeError(f"{path}: the environment variable {missing[0]} is not set")
+    return expanded
+
+
 def _with_paths(content: Any, folder: Path, written: dict[str, str], key: str = "") -> Any:
     """The recipe with its paths made absolute; ``written`` gets how they were."""
     if isinstance(content, dict):
@@ -423,10 +462,7 @@ def _with_paths(content: Any, folder: Path, written: dict[str, str], key: str = 
     if isinstance(content, list):
         return [_with_paths(value, folder, written, key) for value in content]
     if key == "path" and isinstance(content, str):
-        path = Path(os.path.expandvars(content)).expanduser()
-        missing = re.findall(r"\$\{?(\w+)", str(path))
-        if missing:
-            raise RecipeError(f"{content}: the environment variable {missing[0]} is not set")
+        path = _expanded(content)
         written[str(folder / path)] = content
         return str(folder / path)
     return content

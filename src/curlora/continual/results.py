@@ -243,7 +243,7 @@ class RunResults(_Record):
         Raises:
             ResultsError: if the file is not a run's results, naming the file and the field.
         """
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         try:
             found = json.loads(text).get("schema_version")
         except (ValueError, AttributeError):

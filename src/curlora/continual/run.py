@@ -15,13 +15,14 @@ from typing import Any
 
 import filelock
 from accelerate.utils import broadcast_object_list
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
+from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
-from curlora.continual.processes import process_state, use_cpu
+from curlora.continual.processes import check_shared_out, process_state
 from curlora.continual.results import (
     MethodResult,
     RunResults,
@@ -38,11 +39,7 @@ from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, Task
 from curlora.continual.trainer import TaskTrainer
 
-__all__ = ["RunError", "Stream", "run_stream"]
-
-
-class RunError(RuntimeError):
-    """A run cannot begin or go on; says why and what to do."""
+__all__ = ["Stream", "run_stream"]
 
 
 @dataclass(frozen=True)
@@ -98,20 +95,12 @@ def run_stream(
 
     Raises:
         RunError: if another process runs in ``directory``, a result in it cannot be read, the disk is full, or the
-            batch size cannot be shared out over the processes, or the Trainer refuses an argument.
+            batch size cannot be shared out over the processes.
         curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
     """
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
-    try:
-        TrainingArguments(output_dir=str(directory), use_cpu=use_cpu(), **stream.settings.trainer)
-    except (ValueError, TypeError, ImportError) as error:
-        raise RunError(f"training.trainer: {error}") from error
-    processes = process_state().num_processes
     for part in encoded:
-        if part.settings.batch_size % processes:
-            raise RunError(
-                f"A batch_size of {part.settings.batch_size} cannot be shared out over {processes} processes evenly."
-            )
+        check_shared_out(part.settings.batch_size)
     with _locked(directory, begin), _disk_errors(directory):
         return _run(stream, encoded, directory, progress)
 
@@ -132,7 +121,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
         folder = _folder(directory, method.name, seed)
         result, trainable, size = run_method(
             method,
-            stream.load_model,
+            lambda: _same_model(stream.load_model(), base.model, directory),
             stream.tokenizer,
             encoded,
             stream.heldout,
@@ -174,7 +163,8 @@ class _Base(BaseModel):
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
-    digest: str
+    data: str
+    model: str
     parameters: int
     heldout: dict[str, TextScore]
     tasks: list[Score]
@@ -196,30 +186,38 @@ def _folder(directory: Path, method: str, seed: int) -> Path:
 
 def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     path = directory / _BASE
-    digest = _digest(encoded, stream.heldout)
+    data = _data_digest(encoded, stream.heldout)
     if path.exists():
         try:
             known = _Base.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValidationError as error:
+        except ValueError as error:
             raise RunError(f"{path} cannot be read. Remove it, and the base model is measured again.") from error
-        if known.digest != digest:
+        if known.data == data:
+            return known
+        if any(directory.glob("*/seed-*")):  # else nothing was done with other data
             raise RunError(
                 f"The data or the tokenizer have changed since the run in {directory} began, so what it measured "
                 "cannot be compared with what comes. Choose another folder, or undo the change."
             )
-        return known
     wanted = [part for part in encoded if part.settings.forward_transfer]
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
     model = TaskModel(language_model)
+    positions = getattr(language_model.config, "max_position_embeddings", None)
+    for text in stream.heldout:
+        if positions is not None and min(text.window, len(text.tokens)) > positions:
+            raise RunError(
+                f"heldout {text.name!r} has windows of {text.window} tokens, where the model has {positions} positions."
+            )
     scores = []
     for part in wanted:
         model.begin(part.number, part.task.classes)
-        trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / "base")
+        trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / ".base")
         scores.append(trainer.score(part.evaluation))
     if process_state().is_main_process:
-        shutil.rmtree(directory / "base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
+        shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
     base = _Base(
-        digest=digest,
+        data=data,
+        model=_model_digest(language_model),
         parameters=language_model.num_parameters(),  # also right for weights that are packed
         heldout={text.name: measure(language_model, text) for text in stream.heldout},
         tasks=scores,
@@ -229,7 +227,7 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     return base
 
 
-def _digest(encoded: Sequence[Encoded], heldout: Sequence[HeldOut]) -> str:
+def _data_digest(encoded: Sequence[Encoded], heldout: Sequence[HeldOut]) -> str:
     """Of everything that is trained on and scored, as tokens."""
     digest = hashlib.sha256()
     for part in encoded:
@@ -239,16 +237,35 @@ def _digest(encoded: Sequence[Encoded], heldout: Sequence[HeldOut]) -> str:
     return digest.hexdigest()
 
 
+def _model_digest(model: nn.Module) -> str:
+    """Of names and shapes of a model's weights, and of a few numbers of each."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        few = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
+        digest.update(json.dumps(few.double().tolist()).encode())
+    return digest.hexdigest()
+
+
+def _same_model(model: nn.Module, digest: str, directory: Path) -> nn.Module:
+    if _model_digest(model) != digest:
+        raise RunError(
+            f"The base model is not the one that the run in {directory} began with. Choose another folder, or take "
+            "that model."
+        )
+    return model
+
+
 def _finished(directory: Path, method: str, seed: int) -> _Finished | None:
     path = _folder(directory, method, seed) / _RESULT
     if not path.exists():
         return None
     try:
         return _Finished.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
+    except ValueError as error:
         raise RunError(
             f"{path} does not hold the result of a method, or of another version of this program. Remove the folder "
-            f"{path.parent} to run that method again. ({error.errors()[0]['msg']})"
+            f"{path.parent} to run that method again."
         ) from error
 
 

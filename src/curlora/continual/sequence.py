@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from curlora.continual.batches import Collator
+from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
@@ -34,7 +35,6 @@ __all__ = [
     "Encoded",
     "Progress",
     "Silent",
-    "StateError",
     "encode",
     "forget_state",
     "run_method",
@@ -156,6 +156,9 @@ def run_method(
         directory: where the adapter and the heads are saved; made if missing.
         progress: hears what happens.
 
+    Raises:
+        RunError: if the method cannot be put on the model, or the state of a run that was cut off cannot be read.
+
     Returns:
         The measurements, how many numbers were trained (heads not counted), and the size in bytes of what was saved
         (heads not counted).
@@ -179,7 +182,12 @@ class _Sequence:
         self.method, self.stream, self.heldout, self.seed = method, stream, heldout, seed
         self.tokenizer, self.directory, self.progress = tokenizer, directory, progress
         set_seed(seed)
-        self.model = TaskModel(method.apply(load_model(), seed).to(process_state().device))
+        base_model = load_model()
+        try:
+            adapted = method.apply(base_model, seed)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
+        self.model = TaskModel(adapted.to(process_state().device))
         self.trainable = sum(p.numel() for p in self.model.backbone_parameters())
         self._left = 0.0
         self.plugins: list[Plugin] = [make() for make in method.plugins]
@@ -229,10 +237,11 @@ class _Sequence:
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:
             rows = plugin.training_rows(TaskContext(part.number, self.model, rows, collate, self.seed))
+        began = time.monotonic()
         if not self.method.trains_backbone and part.settings.readout == "last_token":
             rows = self._with_states(rows, part.settings, collate)
+        ahead = time.monotonic() - began
         trainer = self._trainer(part, rows)
-        began = time.monotonic()
         trainer.train_or_go_on()
         offset = self.result.steps
         logged = [(offset + log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
@@ -240,7 +249,7 @@ class _Sequence:
             losses=[*self.result.losses, *logged],
             steps=offset + trainer.state.global_step,
             train_tokens=self.result.train_tokens + part.settings.epochs * sum(len(row["input_ids"]) for row in rows),
-            train_seconds=self.result.train_seconds + time.monotonic() - began,
+            train_seconds=self.result.train_seconds + ahead + trainer.seconds,
         )
         for plugin in self.plugins:
             plugin.after_task(context)
@@ -326,7 +335,7 @@ class _Sequence:
             saved = _Saved.model_validate_json(path.read_text(encoding="utf-8"))
             weights = load_file(self.directory / f"{_WEIGHTS}{saved.learned}" / _STATE)
         except (ValidationError, OSError, SafetensorError) as error:
-            raise StateError(
+            raise RunError(
                 f"{self.directory} holds a run that was cut off and whose state cannot be read. Remove that folder to "
                 f"run this method and seed again. ({error})"
             ) from error
@@ -374,10 +383,6 @@ class _Saved(BaseModel):
 
     learned: int
     result: SeedResult
-
-
-class StateError(RuntimeError):
-    """The state of a run that was cut off cannot be read."""
 
 
 def forget_state(directory: Path) -> None:

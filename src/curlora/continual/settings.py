@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import tempfile
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from transformers import TrainingArguments
+from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
+
+from curlora.continual.processes import use_cpu
 
 __all__ = ["Settings"]
 
@@ -18,8 +23,13 @@ _OWN_ARGUMENTS = {
     "lr_scheduler_type", "warmup_steps", "warmup_ratio", "seed", "data_seed", "logging_steps", "logging_strategy",
     "save_strategy", "save_steps", "save_total_limit", "eval_strategy", "remove_unused_columns", "label_names",
     "disable_tqdm", "ignore_data_skip", "optim", "load_best_model_at_end", "auto_find_batch_size", "push_to_hub",
-    "use_cpu",
+    "use_cpu", "dataloader_drop_last", "save_only_model", "logging_nan_inf_filter", "prediction_loss_only",
+    "neftune_noise_alpha", "label_smoothing_factor", "include_for_metrics", "batch_eval_metrics",
 }  # fmt: skip
+
+
+# These follow an evaluation in the course of training.
+_NOT_BY_STEPS = ("reduce_lr_on_plateau", "greedy")
 
 
 class Settings(BaseModel):
@@ -60,9 +70,9 @@ class Settings(BaseModel):
     @field_validator("schedule")
     @classmethod
     def _known_schedule(cls, value: str) -> str:
-        known = [kind.value for kind in SchedulerType]
+        known = [kind.value for kind in SchedulerType if kind.value not in _NOT_BY_STEPS]
         if value not in known:
-            raise ValueError(f"{value!r} is not a schedule of transformers: {', '.join(known)}")
+            raise ValueError(f"{value!r} is not a schedule of transformers that goes by steps: {', '.join(known)}")
         return value
 
     @field_validator("trainer")
@@ -74,7 +84,8 @@ class Settings(BaseModel):
                 raise ValueError(f"{key!r} is set by the run itself; see the other keys of training")
             if key not in known:
                 raise ValueError(f"transformers' TrainingArguments have no {key!r}")
-        return value
+        # YAML takes 1e-6 for a string.
+        return {key: _number(entry) if key.startswith("adam_") else entry for key, entry in value.items()}
 
     @model_validator(mode="after")
     def _checkpoints_after_logs(self) -> Settings:
@@ -85,6 +96,35 @@ class Settings(BaseModel):
             )
         return self
 
+    def check_trainer(self) -> None:
+        """Ask transformers whether it takes the ``trainer`` arguments.
+
+        Raises:
+            ValueError: with its answer.
+        """
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                TrainingArguments(output_dir=folder, use_cpu=use_cpu(), **self.trainer)
+                get_reporting_integration_callbacks(_names(self.trainer.get("report_to", "none")))
+                parameter = torch.nn.Parameter(torch.zeros(1))
+                optimizer = torch.optim.SGD([parameter], lr=1.0)
+                kwargs = self.trainer.get("lr_scheduler_kwargs")
+                get_scheduler(self.schedule, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
+        except (ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
+            raise ValueError(f"training: transformers' Trainer refuses it: {error}") from error
+
     def changed(self, changes: dict[str, Any]) -> Settings:
         """These settings with some entries changed, checked again."""
         return Settings.model_validate({**self.model_dump(), **changes})
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _names(value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else list(value or [])
+    return [name for name in names if name not in ("none", "all")]

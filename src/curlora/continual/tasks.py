@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 __all__ = ["IGNORED", "ChatTask", "ClassificationTask", "CompletionTask", "Row", "Task", "TaskError"]
@@ -144,22 +145,28 @@ class CompletionTask(Task):
         return example[1]
 
     def _rows(self, examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-        prompts = tokenizer([prompt for prompt, _ in examples])["input_ids"]
+        prompts = [_open_ended(ids, tokenizer) for ids in tokenizer([prompt for prompt, _ in examples])["input_ids"]]
         completions = tokenizer([text for _, text in examples], add_special_tokens=False)["input_ids"]
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         pairs = zip(prompts, completions, strict=True)
-        return [self._row(prompt, [*completion, *end], max_length) for prompt, completion in pairs]
+        return [self._row(prompt, [*completion, *end], max_length, tokenizer) for prompt, completion in pairs]
 
-    def _row(self, prompt: list[int], completion: list[int], max_length: int) -> Row:
+    def _row(
+        self, prompt: list[int], completion: list[int], max_length: int, tokenizer: PreTrainedTokenizerBase
+    ) -> Row:
         if not prompt or not completion:
-            return {"input_ids": [], "labels": []}
+            raise TaskError(
+                f"task {self.name!r}: an example has no token in its {'completion' if prompt else 'prompt'}"
+            )
         if len(completion) >= max_length:
             raise TaskError(
                 f"task {self.name!r}: a completion of {len(completion)} tokens leaves no room for its prompt in "
                 f"max_length {max_length}; raise max_length"
             )
         # The last token is nobody's context, and so not an input.
-        ids = [*prompt, *completion][-max_length - 1 :]
+        first = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+        room = max_length + 1 - len(completion) - len(first)
+        ids = [*first, *prompt[len(first) :][-room:], *completion] if room else [*first, *completion]
         targets = [IGNORED] * (len(ids) - len(completion)) + completion
         return {"input_ids": ids[:-1], "labels": targets[1:]}
 
@@ -183,6 +190,8 @@ class ChatTask(CompletionTask):
         super().__post_init__()
         for split in ("train", "evaluation"):
             for row, messages in enumerate(getattr(self, split)):
+                if any(not isinstance(message.get("content"), str) for message in messages):
+                    raise TaskError(f"task {self.name!r}: {split} row {row} has a message whose content is not text")
                 if len(messages) < 2 or messages[-1]["role"] != "assistant":
                     raise TaskError(
                         f"task {self.name!r}: {split} row {row} must be a conversation that ends with the assistant's "
@@ -197,13 +206,28 @@ class ChatTask(CompletionTask):
             raise TaskError(f"task {self.name!r}: the model's tokenizer has no chat template")
         rows = []
         for messages in examples:
-            prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
-            whole = tokenizer.apply_chat_template(messages, return_dict=True)
+            try:
+                prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=True)
+                whole = tokenizer.apply_chat_template(messages, return_dict=True)
+            except jinja2.TemplateError as error:
+                raise TaskError(f"task {self.name!r}: the chat template refuses {messages!r}: {error}") from error
             before, ids = prompt["input_ids"], whole["input_ids"]
             if ids[: len(before)] != before:
                 raise TaskError(
                     f"task {self.name!r}: the chat template lays out the start of a conversation differently once the "
                     "answer follows, so the answer cannot be told from the prompt"
                 )
-            rows.append(self._row(before, ids[len(before) :], max_length))
+            rows.append(self._row(before, _to_the_end(ids[len(before) :], tokenizer), max_length, tokenizer))
         return rows
+
+
+def _open_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Without the end of text that some tokenizers add: a completion follows."""
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    return ids[:-1] if ids and ids[-1] in ends else ids
+
+
+def _to_the_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Up to the end of the answer: templates put a line break behind it, which nobody would wait for."""
+    ends = [position for position, token in enumerate(ids) if token == tokenizer.eos_token_id]
+    return ids[: ends[-1] + 1] if ends else ids

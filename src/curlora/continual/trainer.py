@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ __all__ = ["TaskTrainer", "steps_of"]
 
 _CHECKPOINT = "checkpoint-"
 _WEIGHTS = "model.safetensors"
+_SECONDS = "seconds"
 
 
 def steps_of(rows: int, settings: Settings) -> int:
@@ -50,9 +52,6 @@ class TaskTrainer(Trainer):
         logs: for what ``report_to`` asks for.
         plugins: add their penalties, and hear the Trainer's events.
         on_step, on_prediction_step: called after each.
-
-    Raises:
-        ValueError: if the batch size cannot be shared out over the processes.
     """
 
     def __init__(
@@ -70,8 +69,6 @@ class TaskTrainer(Trainer):
         on_prediction_step: Callable[[], None] = lambda: None,
     ) -> None:
         processes = process_state().num_processes
-        if settings.batch_size % processes:
-            raise ValueError(f"batch_size {settings.batch_size} cannot be shared out over {processes} processes")
         one_by_one = settings.evaluation == "one_by_one"
         evaluation_batch_size = 1 if one_by_one else max(1, settings.evaluation_batch_size // processes)
         reporting = {"report_to": "none", **settings.trainer} if rows else {**settings.trainer, "report_to": "none"}
@@ -91,6 +88,7 @@ class TaskTrainer(Trainer):
             logging_steps=settings.logging_steps,
             save_strategy="steps",
             save_steps=settings.checkpoint_steps,
+            logging_nan_inf_filter=False,  # a loss that is not a number is told as it is
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -125,15 +123,24 @@ class TaskTrainer(Trainer):
         self.seed = seed
         self.directory = directory
         self.plugins = plugins
+        self.seconds = self._began = 0.0
 
     def train_or_go_on(self) -> None:
-        """Train, from the newest complete checkpoint in the directory if there is one."""
+        """Train, from the newest complete checkpoint in the directory if there is one.
+
+        ``seconds`` is then what the training took, before the checkpoint and after.
+        """
         checkpoint = newest(self.directory, _CHECKPOINT)
+        self.seconds = float((checkpoint / _SECONDS).read_text()) if checkpoint else 0.0
+        self._began = time.monotonic()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        self.seconds += time.monotonic() - self._began
 
     def score(self, rows: Sequence[Row]) -> Score:
         """The share of rows that are answered right, and the mean loss per label."""
-        loss, labels, right = torch.from_numpy(self.predict(list(rows)).predictions).double().sum(0).tolist()
+        scores = torch.from_numpy(self.predict(list(rows)).predictions).double()
+        assert len(scores) == len(rows)
+        loss, labels, right = scores.sum(0).tolist()
         return Score(accuracy=right / len(rows), loss=loss / labels)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
@@ -174,6 +181,7 @@ class TaskTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         newest_one = self.directory / f"{_CHECKPOINT}{self.state.global_step}"
+        (newest_one / _SECONDS).write_text(str(self.seconds + time.monotonic() - self._began))
         mark_complete(newest_one)
         for older in self.directory.glob(f"{_CHECKPOINT}*"):
             if older != newest_one:

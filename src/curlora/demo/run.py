@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from curlora.continual.recipe import Recipe, load_recipe, packaged_recipes
+from importlib import resources
+from pathlib import Path
+
+from curlora.continual.recipe import Recipe, load_recipe
 from curlora.demo import assets
 
 __all__ = ["demo_recipe"]
@@ -28,4 +31,6 @@ def demo_recipe(quick: bool = False, seed: int = 0) -> Recipe:
         curlora.demo.assets.AssetError: if the model or the texts cannot be had.
     """
     changes = [f"model.name={assets.language_model()}", f"seeds=[{seed}]", *(_QUICK if quick else [])]
-    return load_recipe(packaged_recipes()["demo"], changes, folder=assets.demo_texts())
+    return load_recipe(
+        Path(str(resources.files("curlora").joinpath("recipes/demo.yaml"))), changes, folder=assets.demo_texts()
+    )

@@ -23,6 +23,8 @@ ADAPTERS = {
     "ia3": ("ia3", 1e-2, {"feedforward_modules": [], **LAYERS}),
     "oft": ("oft", 1e-2, {"oft_block_size": 4, **LAYERS}),
     "vera": ("vera", 1e-2, {"r": 4, "target_modules": ["q_proj"]}),
+    "olora": ("lora", 1e-2, {"r": 4, "init_lora_weights": "olora", **LAYERS}),
+    "lora with biases": ("lora", 1e-2, {"r": 4, "bias": "all", **LAYERS}),
     "lora and the output layer": ("lora", 1e-2, {"r": 4, "modules_to_save": ["lm_head"], **LAYERS}),
 }
 HELDOUT = HeldOut("noise", torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)), window=20)
@@ -47,6 +49,22 @@ def test_a_whole_stream(name, tmp_path):
     again = PeftModel.from_pretrained(llama(), tmp_path / "adapter").eval()
     assert measure(again.get_base_model(), HELDOUT).perplexity == pytest.approx(after.perplexity, rel=1e-4)
     assert before.perplexity != after.perplexity
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_drift_is_measured_from_the_base_itself(name):
+    """Whatever the adapter does to the base model's weights at its start, and however far it has been trained."""
+    kind, rate, options = ADAPTERS[name]
+    method = make_method(kind, "m", "M", rate, options)
+    model = method.apply(llama(), seed=0)
+    base_logits = method.base_logits(model, llama)
+    ids = HELDOUT.tokens[None, :20]
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(base_logits(ids, 5), llama()(ids, logits_to_keep=5).logits, rtol=1e-4, atol=1e-5)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("base", [llama, gpt2])

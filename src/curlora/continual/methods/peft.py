@@ -25,6 +25,8 @@ __all__ = ["Peft", "peft_types"]
 _NOT_ADAPTERS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"}
 # These need more than a configuration.
 _NOT_ADAPTERS |= {"CARTRIDGE", "MIXED", "XLORA", "POLY"}
+# Changes its ranks by a call after every step and adds to the loss, neither of which a Trainer does.
+_NOT_ADAPTERS |= {"ADALORA"}
 
 
 def peft_types() -> dict[str, type[PeftConfig]]:
@@ -65,13 +67,17 @@ class Peft(Method):
         if config_class is None:
             raise ValueError(f"{self.peft_type!r} is not an adapter of PEFT: {', '.join(sorted(peft_types()))}")
         known = inspect.signature(config_class).parameters
+        if "alora_invocation_tokens" in self.options:
+            raise ValueError(
+                "alora_invocation_tokens: activated LoRA acts in PeftModel's own forward, which is not used"
+            )
         for option in self.options:
             if option not in known:
                 raise ValueError(f"{config_class.__name__} has no option {option!r}")
         options = {**({"seed": seed} if self.peft_type == "curlora" else {}), **self.options}
         try:
             return config_class(**options)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise ValueError(f"{config_class.__name__}: {error}") from error
 
     def apply(self, model: nn.Module, seed: int) -> nn.Module:
@@ -86,6 +92,9 @@ class Peft(Method):
         return adapted
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:
+        if self._changes_the_base():
+            base: Any = load_model().eval().requires_grad_(False).to(next(model.parameters()).device)
+            return lambda ids, kept: base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         peft_model: Any = model
 
         def logits(ids: Tensor, kept: int) -> Tensor:
@@ -93,6 +102,13 @@ class Peft(Method):
                 return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
         return logits
+
+    def _changes_the_base(self) -> bool:
+        """Whether the adapter switched off is not the base: its weights were changed at the start, or biases are."""
+        start = str(self.options.get("init_lora_weights", "")).lower()
+        return start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) or (
+            self.options.get("bias", "none") != "none"
+        )
 
     def save(self, model: nn.Module, directory: Path) -> int:
         peft_model: Any = model

@@ -26,6 +26,9 @@ def make_plugin(name: str, options: dict[str, Any]) -> Plugin:
     for option in options:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}")
+    for option, parameter in known.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"{name} needs {option}")
     try:
         return PLUGINS[name](**options)
     except TypeError as error:

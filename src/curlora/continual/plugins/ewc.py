@@ -30,7 +30,8 @@ class EWC(Plugin):
     """
 
     def __init__(self, strength: float, examples: int = 200) -> None:
-        if strength <= 0 or examples < 1:
+        strength = float(strength)  # YAML takes 1e3 for a string
+        if strength <= 0 or not isinstance(examples, int) or examples < 1:
             raise ValueError(
                 f"ewc needs a positive strength and at least 1 of examples, got {strength=} and {examples=}"
             )
@@ -45,10 +46,9 @@ class EWC(Plugin):
     def penalty(self, model: TaskModel) -> Tensor | None:
         if not self.curvature:
             return None
-        terms = [
-            (self.curvature[name].to(p.device) * (p - self.centre[name].to(p.device)) ** 2).sum()
-            for name, p in _trained(model)
-        ]
+        for held in (self.curvature, self.centre):  # once, after they were read from a file
+            held.update({name: held[name].to(p.device) for name, p in _trained(model)})
+        terms = [(self.curvature[name] * (p - self.centre[name]) ** 2).sum() for name, p in _trained(model)]
         return 0.5 * self.strength * torch.stack(terms).sum()
 
     def after_task(self, context: TaskContext) -> None:
@@ -57,7 +57,7 @@ class EWC(Plugin):
         batches = (context.collate([context.rows[i]]) for i in order)
         fisher = fisher_diagonal(context.model, batches, generator)
         for name, parameter in _trained(context.model):
-            self.merge(name, fisher[name], parameter.detach().clone())
+            self.merge(name, fisher[name], parameter.detach().float().clone())
 
     def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
         """Add ``fisher * (theta - value)**2`` to what is held, up to a constant."""
@@ -97,7 +97,7 @@ def fisher_diagonal(
         By name of parameter, in its shape.
     """
     trained = dict(_trained(model))
-    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
     device = next(model.parameters()).device
     training, count = model.training, 0
     model.eval()
@@ -110,7 +110,7 @@ def fisher_diagonal(
         gradients = torch.autograd.grad(torch.stack(losses).sum(), list(trained.values()), allow_unused=True)
         for name, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
-                total[name] += gradient**2
+                total[name] += gradient.float() ** 2
         count += 1
     model.train(training)
     return {name: value / count for name, value in total.items()}

@@ -18,7 +18,8 @@ class Replay(Plugin):
     """Keeps some examples of each task and mixes them into the training of all later ones.
 
     Experience replay with a fixed share per task (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486). Heads of
-    earlier tasks answer the replayed examples and are not trained by them.
+    earlier tasks answer the replayed examples and are not trained by them. Every label weighs the same, and so an
+    example with a long completion more than one with a class.
 
     Args:
         examples: kept of each task, chosen at random by the run's seed; all where a task has fewer.
@@ -28,8 +29,8 @@ class Replay(Plugin):
     """
 
     def __init__(self, examples: int) -> None:
-        if examples < 1:
-            raise ValueError(f"replay needs examples of at least 1, got {examples}")
+        if not isinstance(examples, int) or examples < 1:
+            raise ValueError(f"replay needs a whole number of examples, at least 1, got {examples}")
         self.examples = examples
         self.kept: list[Row] = []
 
