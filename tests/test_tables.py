@@ -91,3 +91,14 @@ def test_three_runs_have_no_difference():
 def test_runs_that_cannot_be_compared(changes, what):
     text = printed(comparison([make_results(), make_results(**changes)], ["one", "two"]))
     assert f"The runs differ in {what}: their figures cannot be compared directly." in " ".join(text.split())
+
+
+def test_methods_of_one_name_that_are_not_the_same_are_not_subtracted():
+    one, other = make_results(), make_results()
+    changed = other.methods[1].model_copy(update={"learning_rate": 0.5})
+    other = other.model_copy(update={"methods": [other.methods[0], changed, other.methods[2]]})
+    text = printed(comparison([one, other], ["one", "other"]))
+    assert "though of one name: lora." in text
+    differences = {row[0]: row[-1] for row in rows(text) if row and row[0] in ("LoRA", "CURLoRA")}
+    assert differences["CURLoRA"] == "+0.000"
+    assert differences["LoRA"] != "+0.000"

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from curlora.continual.merge import differing
+from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.report import format_percent, format_size, format_statistic, format_time
 
@@ -38,14 +38,21 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
         _columns(table, ["B - A\naccuracy"])
     rates = [fmean(task.majority_rate for task in run.tasks) for run in runs]
     table.add_row("majority class", *(cell for rate in rates for cell in (f"{rate:.3f}", "", "")))
+    unlike: list[str] = []  # other methods, though of one name
     for name, label in _labels(runs).items():
         methods = [next((method for method in run.methods if method.name == name), None) for run in runs]
         cells = [cell for method in methods for cell in _compared(method)]
-        table.add_row(label, *cells, *([_difference(methods)] if len(runs) == 2 else []))
+        there = [method for method in methods if method is not None]
+        alike = all(definition(method) == definition(there[0]) for method in there)
+        if not alike:
+            unlike.append(name)
+        table.add_row(label, *cells, *([_difference(methods) if alike else ""] if len(runs) == 2 else []))
     lines = [f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)]
     reasons = differing(runs)
     if reasons:
         lines.append(f"The runs differ in {', '.join(reasons)}: their figures cannot be compared directly.")
+    if unlike:
+        lines.append(f"Not the same method in every run, though of one name: {', '.join(unlike)}.")
     table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     return table
 

@@ -62,7 +62,7 @@ class Cut(BaseException):
     """The power goes."""
 
 
-def test_cut_off_at_every_write(recipe, tmp_path, monkeypatch):
+def test_cut_off_at_one_write_after_another(recipe, tmp_path, monkeypatch):
     whole = run_recipe(recipe, tmp_path / "whole")
     calls = {"count": 0, "at": None}
 

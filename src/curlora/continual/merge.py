@@ -7,7 +7,7 @@ from typing import Any
 
 from curlora.continual.results import MethodResult, RunResults
 
-__all__ = ["differing", "merge"]
+__all__ = ["definition", "differing", "merge"]
 
 
 def merge(runs: Sequence[RunResults]) -> list[RunResults]:
@@ -71,7 +71,7 @@ def _methods(runs: Sequence[RunResults]) -> list[MethodResult]:
     for method in (method for run in runs for method in run.methods):
         variants = by_name.setdefault(method.name, [])
         for number, known in enumerate(variants):
-            if _definition(known) == _definition(method):
+            if definition(known) == definition(method):
                 variants[number] = _with_seeds_of(known, method)
                 break
         else:
@@ -79,7 +79,8 @@ def _methods(runs: Sequence[RunResults]) -> list[MethodResult]:
     return [_numbered(method, n) for variants in by_name.values() for n, method in enumerate(variants, start=1)]
 
 
-def _definition(method: MethodResult) -> Any:
+def definition(method: MethodResult) -> Any:
+    """How a method was made and trained, its names aside."""
     return method.method, method.options, method.plugins, method.learning_rate
 
 
