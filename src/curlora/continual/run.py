@@ -32,8 +32,9 @@ from curlora.continual.results import (
     TextScore,
     environment,
 )
-from curlora.continual.sequence import BaseScores, Encoded, Progress, Silent, encode, forget_state, run_method, work_of
+from curlora.continual.sequence import BaseScores, Encoded, Progress, Silent, encode, run_method, work_of
 from curlora.continual.settings import Settings
+from curlora.continual.state import State
 from curlora.continual.storage import write_whole
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, Task
@@ -112,7 +113,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
     if process_state().is_main_process:
         for method, seed in pairs:
             if (method, seed) not in todo:  # cut off just before this was done
-                forget_state(_folder(directory, method.name, seed))
+                State(_folder(directory, method.name, seed)).forget()
     listener = progress(sum(work_of(method, encoded, stream.heldout) for method, _ in todo))
 
     listener.stage("Base model")
@@ -134,7 +135,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
         finished[method.name, seed] = record
         if process_state().is_main_process:
             write_whole(folder / _RESULT, record.model_dump_json(indent=2))
-            forget_state(folder)
+            State(folder).forget()
 
     results = RunResults(
         title=stream.title,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -25,10 +22,11 @@ from curlora.continual.plugins import Plugin, TaskContext
 from curlora.continual.processes import process_state
 from curlora.continual.results import Score, SeedResult, TextScore
 from curlora.continual.settings import Settings
-from curlora.continual.storage import put_folder, sync, write_whole
+from curlora.continual.state import State
+from curlora.continual.storage import sync
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row, Task
-from curlora.continual.trainer import TaskTrainer, load_trained_state, steps_of, trained_state
+from curlora.continual.trainer import TaskTrainer, steps_of
 
 __all__ = [
     "BaseScores",
@@ -36,7 +34,6 @@ __all__ = [
     "Progress",
     "Silent",
     "encode",
-    "forget_state",
     "run_method",
     "work_of",
 ]
@@ -189,6 +186,7 @@ class _Sequence:
             raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
         self.model = TaskModel(adapted.to(process_state().device))
         self.trainable = sum(p.numel() for p in self.model.backbone_parameters())
+        self.state = State(directory)
         self._left = 0.0
         self.plugins: list[Plugin] = [make() for make in method.plugins]
         self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
@@ -207,20 +205,23 @@ class _Sequence:
 
     def run(self) -> tuple[SeedResult, int, int]:
         label = self.method.label if self.seed == 0 else f"{self.method.label} (seed {self.seed})"
-        learned = self._restore()  # tasks that have been learned; the last of them may not have been scored
+        learned = 0  # tasks; the last of them may not have been scored
+        saved = self.state.load(self.model, self.plugins, [part.task.classes for part in self.stream])
+        if saved is not None:
+            learned, self.result = saved
         for part in self.stream:
             with self._portion(_learning_work(self.method, self.plugins, part)):
                 if part.number >= learned:
                     self.progress.stage(f"{label}: learning {part.task.name}")
                     with self._timed():
                         self._learn(part)
-                    self._store_weights(part.number + 1)
+                    self.state.save_weights(part.number + 1, self.model, self.plugins, self.result)
             with self._portion(_scoring_work(self.method, self.stream, part.number, self.heldout)):
                 if part.number >= len(self.result.scores):
                     self.progress.stage(f"{label}: scoring after {part.task.name}")
                     with self._timed():
                         self._score(part)
-                    self._store_result(part.number + 1)
+                    self.state.save_result(part.number + 1, self.result)
         size = self._finish() if process_state().is_main_process else 0
         process_state().wait_for_everyone()
         return self.result, self.trainable, size
@@ -295,7 +296,7 @@ class _Sequence:
             self.tokenizer,
             part.settings,
             self.seed,
-            self._checkpoints(part.number),
+            self.state.checkpoints(part.number),
             self.directory / "logs" / part.task.name,
             self.plugins,
             on_step=lambda: self._advance(units),
@@ -323,74 +324,9 @@ class _Sequence:
         self._left -= units
         self.progress.advance(units)
 
-    # What is on the disk: progress.json says how many tasks have been learned and what was measured, weights-<that
-    # number> what was learned. The weights are there before progress.json names them, and older ones go after that;
-    # weights that it does not name may be replaced.
-
-    def _restore(self) -> int:
-        path = self.directory / _PROGRESS
-        if not path.exists():
-            return 0
-        try:
-            saved = _Saved.model_validate_json(path.read_text(encoding="utf-8"))
-            weights = load_file(self.directory / f"{_WEIGHTS}{saved.learned}" / _STATE)
-        except (ValidationError, OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.directory} holds a run that was cut off and whose state cannot be read. Remove that folder to "
-                f"run this method and seed again. ({error})"
-            ) from error
-        for part in self.stream[: saved.learned]:
-            self.model.begin(part.number, part.task.classes)
-        load_trained_state(self.model, _part(weights, "model."))
-        for number, plugin in enumerate(self.plugins):
-            plugin.load_state_dict(_part(weights, f"plugin{number}."))
-        self.result = saved.result
-        return saved.learned
-
-    def _store_weights(self, learned: int) -> None:
-        if process_state().is_main_process:
-            state = {f"model.{name}": value for name, value in trained_state(self.model).items()}
-            for number, plugin in enumerate(self.plugins):
-                state.update({f"plugin{number}.{name}": value for name, value in plugin.state_dict().items()})
-            put_folder(self.directory / f"{_WEIGHTS}{learned}", lambda folder: save_file(state, folder / _STATE))
-        self._store_result(learned)
-
-    def _store_result(self, learned: int) -> None:
-        if process_state().is_main_process:
-            write_whole(self.directory / _PROGRESS, _Saved(learned=learned, result=self.result).model_dump_json())
-            for older in self.directory.glob(f"{_WEIGHTS}*"):
-                if older.name != f"{_WEIGHTS}{learned}":
-                    shutil.rmtree(older)
-            shutil.rmtree(self._checkpoints(learned - 1), ignore_errors=True)
-        process_state().wait_for_everyone()
-
-    def _checkpoints(self, task: int) -> Path:
-        return self.directory / "checkpoints" / f"task-{task}"
-
     def _finish(self) -> int:
         heads = {key: value.contiguous() for key, value in self.model.heads.state_dict().items()}
         save_file(heads, self.directory / "heads.safetensors")
         size = self.method.save(self.model.model, self.directory)
         sync(self.directory)  # before the result is, which says that they are there
         return size
-
-
-_PROGRESS, _WEIGHTS, _STATE = "progress.json", "weights-", "state.safetensors"
-
-
-class _Saved(BaseModel):
-    model_config = ConfigDict(ser_json_inf_nan="strings")
-
-    learned: int
-    result: SeedResult
-
-
-def forget_state(directory: Path) -> None:
-    """Remove what only a run that goes on would need."""
-    (directory / _PROGRESS).unlink(missing_ok=True)
-    for folder in [*directory.glob(f"{_WEIGHTS}*"), directory / "checkpoints"]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,115 @@
+"""What a method and seed have on the disk while they are being run, so that a run that is cut off can go on.
+
+``progress.json`` says how many tasks have been learned and what was measured, ``weights-<that number>`` holds what was
+learned. The weights are there before ``progress.json`` names them, and older ones go after that; weights that it does
+not name may be replaced. ``checkpoints`` is transformers' Trainer's, within a task.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from curlora.continual.errors import RunError
+from curlora.continual.plugins import Plugin
+from curlora.continual.processes import process_state
+from curlora.continual.results import SeedResult
+from curlora.continual.storage import put_folder, write_whole
+from curlora.continual.task_model import TaskModel
+from curlora.continual.trainer import load_trained_state, trained_state
+
+__all__ = ["State"]
+
+_PROGRESS, _WEIGHTS, _CHECKPOINTS = "progress.json", "weights-", "checkpoints"
+_FILE = "state.safetensors"
+
+
+class _Saved(BaseModel):
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
+    learned: int
+    result: SeedResult
+
+
+class State:
+    """The state in one folder; written by the first process alone.
+
+    Args:
+        directory: of the method and seed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def checkpoints(self, task: int) -> Path:
+        """Where the Trainer's checkpoints within the task of that number go."""
+        return self.directory / _CHECKPOINTS / f"task-{task}"
+
+    def load(
+        self, model: TaskModel, plugins: Sequence[Plugin], classes: Sequence[int | None]
+    ) -> tuple[int, SeedResult] | None:
+        """Take over what was saved, if anything was.
+
+        Args:
+            model: as a fresh run would begin with it.
+            plugins: as a fresh run would begin with them.
+            classes: of each task's head.
+
+        Returns:
+            How many tasks have been learned, and what was measured.
+
+        Raises:
+            RunError: if it cannot be read.
+        """
+        path = self.directory / _PROGRESS
+        if not path.exists():
+            return None
+        try:
+            saved = _Saved.model_validate_json(path.read_text(encoding="utf-8"))
+            weights = load_file(self.directory / f"{_WEIGHTS}{saved.learned}" / _FILE)
+        except (ValueError, OSError, SafetensorError) as error:
+            raise RunError(
+                f"{self.directory} holds a run that was cut off and whose state cannot be read. Remove that folder to "
+                f"run this method and seed again. ({error})"
+            ) from error
+        for number, count in enumerate(classes[: saved.learned]):
+            model.begin(number, count)
+        load_trained_state(model, _part(weights, "model."))
+        for number, plugin in enumerate(plugins):
+            plugin.load_state_dict(_part(weights, f"plugin{number}."))
+        return saved.learned, saved.result
+
+    def save_weights(self, learned: int, model: TaskModel, plugins: Sequence[Plugin], result: SeedResult) -> None:
+        """That many tasks have been learned."""
+        if process_state().is_main_process:
+            state = {f"model.{name}": value for name, value in trained_state(model).items()}
+            for number, plugin in enumerate(plugins):
+                state.update({f"plugin{number}.{name}": value for name, value in plugin.state_dict().items()})
+            put_folder(self.directory / f"{_WEIGHTS}{learned}", lambda folder: save_file(state, folder / _FILE))
+        self.save_result(learned, result)
+
+    def save_result(self, learned: int, result: SeedResult) -> None:
+        """What was measured; ``learned`` as it was saved with the weights."""
+        if process_state().is_main_process:
+            write_whole(self.directory / _PROGRESS, _Saved(learned=learned, result=result).model_dump_json())
+            for older in self.directory.glob(f"{_WEIGHTS}*"):
+                if older.name != f"{_WEIGHTS}{learned}":
+                    shutil.rmtree(older)
+            shutil.rmtree(self.checkpoints(learned - 1), ignore_errors=True)
+        process_state().wait_for_everyone()
+
+    def forget(self) -> None:
+        """Remove all of it."""
+        (self.directory / _PROGRESS).unlink(missing_ok=True)
+        for folder in [*self.directory.glob(f"{_WEIGHTS}*"), self.directory / _CHECKPOINTS]:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
