@@ -5,8 +5,9 @@ Importing this package registers the method with PEFT.
 
 from importlib.metadata import version
 
+from curlora.guard import Calibration, Guard, calibrate
 from curlora.tuner import CurloraConfig, CurloraLayer, CurloraModel
 
-__all__ = ["CurloraConfig", "CurloraLayer", "CurloraModel", "__version__"]
+__all__ = ["Calibration", "CurloraConfig", "CurloraLayer", "CurloraModel", "Guard", "__version__", "calibrate"]
 
 __version__ = version("curlora")

@@ -110,6 +110,16 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             return weight.index_select(0, rows).T.contiguous()
         return weight.index_select(1, columns).contiguous()
 
+    def sides(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """Which outputs an adapter gathers, and the directions that it adds along.
+
+        Returns:
+            ``index``, integers of shape ``(r,)``, and ``factor``, shape ``(out_features, r)``, as
+            :func:`curlora.functional.gather_update` takes them.
+        """
+        columns_or_rows = 0 if self.stores_outputs_last else 1
+        return self.curlora_indices[adapter_name][columns_or_rows], self.curlora_factor[adapter_name]
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight."""
         left, right = self._merged_factors.get(adapter_name) or self._delta_factors(adapter_name)
@@ -188,10 +198,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         """Index, factor and mixing for ``gather_update``. Several adapters act as one of the summed rank."""
         parts = []
         for adapter in adapters:
-            columns_or_rows = 0 if self.stores_outputs_last else 1
             U = self.curlora_U[adapter].T if self.stores_outputs_last else self.curlora_U[adapter]
             mixing = U if self.alpha[adapter] == 1 else U * self.alpha[adapter]
-            parts.append((self.curlora_indices[adapter][columns_or_rows], self.curlora_factor[adapter], mixing))
+            parts.append((*self.sides(adapter), mixing))
         if len(parts) == 1:
             return parts[0]
         index, factor, mixings = zip(*parts, strict=True)

@@ -83,7 +83,7 @@ class CurloraModel(BaseTuner):
         """Train ``U`` in float32 on a half-precision base. The factor stays the base's own numbers."""
         if not autocast_adapter_dtype:
             return
-        for layer in _adapted(self.model, adapter_name).values():
+        for layer in adapted_layers(self.model, adapter_name).values():
             U = layer.curlora_U[adapter_name]
             if U.dtype in (torch.float16, torch.bfloat16):
                 layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
@@ -105,10 +105,12 @@ class CurloraModel(BaseTuner):
 
 
 def _has_no_numbers(model: nn.Module, adapter_name: str) -> bool:
-    return any(layer.curlora_U[adapter_name].device.type == "meta" for layer in _adapted(model, adapter_name).values())
+    return any(
+        layer.curlora_U[adapter_name].device.type == "meta" for layer in adapted_layers(model, adapter_name).values()
+    )
 
 
-def _adapted(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
     """The layers that hold an adapter, by name."""
     return {
         name: layer
@@ -119,7 +121,7 @@ def _adapted(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter off a model; a layer without another becomes what it was."""
-    for name, layer in _adapted(model, adapter_name).items():
+    for name, layer in adapted_layers(model, adapter_name).items():
         if len(layer.curlora_U) > 1:
             layer.delete_adapter(adapter_name)
         else:
@@ -134,7 +136,7 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         ValueError: naming the layers and what is wrong with them.
     """
     # A state dict does not have the prefix that FSDP puts into the names of modules.
-    layers = {k.removeprefix("_fsdp_wrapped_module."): v for k, v in _adapted(model, adapter_name).items()}
+    layers = {k.removeprefix("_fsdp_wrapped_module."): v for k, v in adapted_layers(model, adapter_name).items()}
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(

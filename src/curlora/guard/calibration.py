@@ -1,0 +1,183 @@
+"""What general text uses of each adapted layer: the numbers the guard goes by, and their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from curlora.guard.errors import GuardError
+from curlora.tuner.fingerprint import compare
+from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.model import adapted_layers
+
+__all__ = ["Calibration", "Moments", "adapter_of", "layers_of"]
+
+_VERSION = "1"
+_PARTS = ("indices", "fingerprint", "inputs", "output", "left", "right")
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What a text uses of one adapter in one layer: second moments over its tokens.
+
+    With ``y0`` the base layer's output, bias taken off, ``z`` its ``r`` gathered entries and ``factor`` (``C`` in an
+    ``nn.Linear``) what the adapter adds along, the layer's output is ``y0 + factor @ M @ z``, ``M = alpha U``.
+
+    ``left`` and ``right`` are of ``G``, the gradient with respect to ``M`` of the log-probability of answers to one row
+    of text, drawn from the model's own predictions: ``E[G G^T]`` and ``E[G^T G]`` for each token. The Fisher
+    information of the layer is then about ``left (x) right / trace(left)``: the square of Shampoo's preconditioner, and
+    to one step of a power iteration the nearest Kronecker product (https://arxiv.org/abs/2406.17748). Unlike K-FAC's,
+    which takes tokens one by one, it sees that a change moves all tokens of a text together.
+
+    Args:
+        indices: the adapter's columns above its rows, int32, shape ``(2, r)``.
+        fingerprint: of the base weight at these indices.
+        inputs: ``E[z z^T]``, float64, shape ``(r, r)``, as all of the following.
+        output: ``E ||y0||^2``.
+        left: ``E[G G^T]``; ``None`` where only the forward pass was run.
+        right: ``E[G^T G]``, likewise.
+    """
+
+    indices: Tensor
+    fingerprint: Tensor
+    inputs: Tensor
+    output: float
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The moments of every layer that an adapter is in, over one text. Nothing of the text is kept.
+
+    Args:
+        layers: by the layers' names in the base model.
+        tokens: how many they were taken over.
+    """
+
+    layers: Mapping[str, Moments]
+    tokens: int
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file."""
+        tensors = {}
+        for name, moments in self.layers.items():
+            for part in _PARTS:
+                value = getattr(moments, part)
+                if value is not None:
+                    tensors[f"{name}:{part}"] = _tensor(value)
+        about = {"curlora_calibration": _VERSION, "tokens": json.dumps(self.tokens)}
+        save_file(tensors, path, about)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Calibration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            GuardError: if the file is none, or damaged.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a mapping
+        except (OSError, SafetensorError) as error:
+            raise GuardError(f"{path} cannot be read as a calibration: {error}") from error
+        if about.get("curlora_calibration") != _VERSION:
+            raise GuardError(f"{path} is not a calibration, or one of another version of curlora")
+        parts: dict[str, dict[str, Any]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(":")
+            parts.setdefault(name, {})[part] = tensor
+        try:
+            layers = {name: Moments(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())}
+            calibration = cls(layers, int(about["tokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise GuardError(f"{path} is an incomplete calibration: {error}") from error
+        for name, moments in layers.items():
+            _check_whole(f"{path}: layer {name!r}", moments)
+        return calibration
+
+    def check(self, model: nn.Module, adapter: str | None = None) -> dict[str, CurloraLayer]:
+        """The adapted layers of ``model``, if it is they that were calibrated.
+
+        Args:
+            model: with a CURLoRA adapter.
+            adapter: its name; the active one if ``None``.
+
+        Raises:
+            GuardError: if it is another model, or another adapter with other columns and rows.
+        """
+        adapter = adapter_of(model, adapter)
+        layers = layers_of(model, adapter)
+        apart = sorted(set(layers) ^ set(self.layers))
+        if apart:
+            raise GuardError(
+                f"The calibration is of other layers than adapter {adapter!r} is in: {apart[0]!r} is in one of them "
+                f"alone ({len(apart)} such). Calibrate this model."
+            )
+        for name, layer in layers.items():
+            moments = self.layers[name]
+            if not torch.equal(layer.curlora_indices[adapter].cpu(), moments.indices):
+                raise GuardError(
+                    f"The calibration is of other columns and rows than adapter {adapter!r} has in layer {name!r}: it "
+                    "was made with another seed or rank, or by another draw. Calibrate this model."
+                )
+            if compare(moments.fingerprint, layer.curlora_fingerprint[adapter]) == "other":
+                raise GuardError(
+                    f"The calibration was made on another base model: the weight of layer {name!r} differs. Calibrate "
+                    "this one."
+                )
+        return layers
+
+
+def adapter_of(model: nn.Module, adapter: str | None) -> str:
+    """The adapter's name: as given, or the one that is active.
+
+    Raises:
+        GuardError: if there is no such CURLoRA adapter, or several are active and none is named.
+    """
+    present = [module for module in model.modules() if isinstance(module, CurloraLayer)]
+    if not present:
+        raise GuardError(
+            "The model has no CURLoRA adapter. Put one on it first: get_peft_model(model, CurloraConfig(...))."
+        )
+    active: set[str] = set()
+    for layer in present:
+        names: Any = layer.active_adapters
+        active.update(name for name in names if name in layer.r)
+    if adapter is None:
+        if len(active) != 1:
+            raise GuardError(
+                f"Of the CURLoRA adapters {sorted(active)} are active: say which one is meant, by adapter=..."
+            )
+        return active.pop()
+    if adapter not in active:
+        raise GuardError(f"{adapter!r} is not an active CURLoRA adapter of this model: {sorted(active)}")
+    return adapter
+
+
+def layers_of(model: nn.Module, adapter: str) -> dict[str, CurloraLayer]:
+    """The layers that an adapter is in, by their names in the base model."""
+    return {layer.name: layer for layer in adapted_layers(model, adapter).values()}
+
+
+def _tensor(value: Tensor | float) -> Tensor:
+    return value.contiguous() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _check_whole(where: str, moments: Moments) -> None:
+    r = moments.indices.shape[-1]
+    for part in ("inputs", "left", "right"):
+        moment = getattr(moments, part)
+        if moment is None:
+            continue
+        if moment.shape != (r, r) or not torch.isfinite(moment).all():
+            raise GuardError(f"{where}: {part} is damaged: {r} x {r} finite numbers are expected")

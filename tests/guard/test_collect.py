@@ -1,0 +1,249 @@
+"""Calibration against moments taken token by token."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from curlora import CurloraConfig, CurloraLayer
+from curlora.guard import Calibration, GuardError, calibrate, windows
+from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
+
+# Few tokens are enough here.
+pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
+
+MAPS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn"]}
+
+
+def adapted(base="llama", **config):
+    return curlora(BASES[base](), target_modules=MAPS[base], **config)
+
+
+def batch(ids, mask=None):
+    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+
+
+def close(a, b, rtol=1e-5):
+    assert a.tokens == b.tokens
+    assert a.layers.keys() == b.layers.keys()
+    for name in a.layers:
+        for part in ("inputs", "left", "right"):
+            x, y = getattr(a.layers[name], part), getattr(b.layers[name], part)
+            assert (x - y).norm() <= rtol * y.norm(), (name, part)
+        assert a.layers[name].output == pytest.approx(b.layers[name].output, rel=rtol)
+
+
+@pytest.mark.parametrize("base", MAPS)
+def test_inputs_are_second_moments_of_what_the_adapter_gathers(base):
+    model = adapted(base)
+    ids = tokens(batch=3, length=9)
+    calibration = calibrate(model, [batch(ids)], progress=False)
+    outputs = {}
+    found = {m.name: m for m in model.modules() if isinstance(m, CurloraLayer)}
+    for name, layer in found.items():
+        layer.base_layer.register_forward_hook(lambda m, i, o, name=name: outputs.__setitem__(name, (i[0], o)))
+    model(input_ids=ids)
+    for name, layer in found.items():
+        x, y0 = outputs[name]
+        columns, rows = layer.curlora_indices["default"]
+        W = layer.get_base_layer().weight.double()
+        # R x, as the paper writes it; a Conv1D stores W the other way round.
+        z = x.double() @ (W[:, columns] if base == "gpt2" else W[rows].T)
+        expected = torch.einsum("bti,btj->ij", z, z) / ids.numel()
+        torch.testing.assert_close(calibration.layers[name].inputs, expected, rtol=1e-5, atol=1e-7)
+        shift = (y0 - layer.get_base_layer().bias if layer.get_base_layer().bias is not None else y0).double()
+        assert calibration.layers[name].output == pytest.approx(
+            float(shift.detach().square().sum() / ids.numel()), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("base", MAPS)
+def test_gradients_are_those_of_answers_the_model_itself_would_give(base):
+    """The mean over many draws against the exact expectation over every answer at every position."""
+    model = adapted(base, alpha=2.0)
+    ids = tokens(batch=1, length=4)
+    found = {m.name: m for m in model.modules() if isinstance(m, CurloraLayer)}
+    trained = [layer.curlora_U["default"] for layer in found.values()]
+    logits = model(input_ids=ids).logits[0, :-1]
+    exact = {(name, side): torch.zeros(4, 4, dtype=torch.float64) for name in found for side in ("left", "right")}
+    for position, row in enumerate(logits):
+        for answer, p in enumerate(row.softmax(-1).tolist()):
+            loss = cross_entropy(logits[position], torch.tensor(answer))
+            gradients = torch.autograd.grad(loss, trained, retain_graph=True)
+            for name, gradient in zip(found, gradients, strict=True):
+                G = (gradient.T if base == "gpt2" else gradient).double() / 2.0  # with respect to alpha U
+                exact[name, "left"] += p * G @ G.T / len(logits)
+                exact[name, "right"] += p * G.T @ G / len(logits)
+    draws = [calibrate(model, [batch(ids)], seed=seed, progress=False) for seed in range(400)]
+    for (name, side), expected in exact.items():
+        each = torch.stack([getattr(draw.layers[name], side) for draw in draws])
+        error = each.mean(0) - expected
+        # 16 numbers a side, of which none should be five standard errors off.
+        assert (error.abs() <= 5 * each.std(0) / len(draws) ** 0.5).all(), (name, side)
+        assert error.norm() < 0.25 * expected.norm(), (name, side)
+
+
+def test_how_the_text_is_put_into_batches_does_not_matter():
+    model = adapted()
+    texts = [" ".join(WORDS[i : i + 3 + i % 5]) for i in range(17)]
+    one = calibrate(model, texts, word_tokenizer(), batch_size=1, progress=False)
+    close(calibrate(model, texts, word_tokenizer(), batch_size=5, progress=False), one)
+    close(calibrate(model, iter(texts), word_tokenizer(), batch_size=17, progress=False), one)
+    rows = list(word_tokenizer()(texts)["input_ids"])
+    close(calibrate(model, [batch(torch.tensor([row])) for row in rows], progress=False), one)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_counts_for_nothing(side):
+    model = adapted()
+    ids = tokens(batch=1, length=6)
+    alone = calibrate(model, [batch(ids)], progress=False)
+    junk = torch.full((1, 3), 5)
+    padding = torch.zeros(1, 3, dtype=torch.long)
+    real = torch.ones_like(ids)
+    row, mask = ((junk, ids), (padding, real)) if side == "left" else ((ids, junk), (real, padding))
+    positions = torch.cat([padding, torch.arange(6)[None]], 1) if side == "left" else None
+    forward = model.forward
+    if positions is not None:  # as transformers' generate gives them
+        model.forward = lambda **inputs: forward(position_ids=positions, **inputs)
+    padded = calibrate(model, [batch(torch.cat(row, 1), torch.cat(mask, 1))], progress=False)
+    assert padded.tokens == alone.tokens == 6
+    for name in alone.layers:
+        torch.testing.assert_close(padded.layers[name].inputs, alone.layers[name].inputs, rtol=1e-4, atol=1e-7)
+    if side == "right":  # on the left the same numbers are drawn for other positions
+        close(padded, alone, rtol=1e-4)
+
+
+def test_long_texts_are_cut_and_nothing_is_left_out():
+    model = adapted()
+    text = " ".join(WORDS[:23])
+    cut = calibrate(model, text, word_tokenizer(), max_length=10, progress=False)
+    assert cut.tokens == 23
+    ids = torch.tensor(word_tokenizer()(text)["input_ids"])
+    close(calibrate(model, windows(ids, 10), progress=False), cut)
+
+
+def test_the_model_is_left_as_it_was():
+    model = adapted().train()
+    model(input_ids=tokens()).logits.sum().backward()
+    frozen = next(p for p in model.parameters() if p.requires_grad)
+    frozen.requires_grad_(False)
+    before = {name: (p.requires_grad, p.grad, p.clone()) for name, p in model.named_parameters()}
+    calibrate(model, [batch(tokens())], progress=False)
+    for name, p in model.named_parameters():
+        requires_grad, grad, value = before[name]
+        assert (p.requires_grad, p.grad is grad) == (requires_grad, True)
+        assert torch.equal(p, value)
+    assert all(module.training for module in model.modules())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_forward_alone_gives_the_same_inputs():
+    model = adapted()
+    full = calibrate(model, [batch(tokens())], progress=False)
+    forward = calibrate(model, [batch(tokens())], gradients=False, progress=False)
+    for name in full.layers:
+        torch.testing.assert_close(forward.layers[name].inputs, full.layers[name].inputs)
+        assert forward.layers[name].left is forward.layers[name].right is None
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_saved_and_loaded(tmp_path, gradients):
+    calibration = calibrate(adapted(), [batch(tokens())], gradients=gradients, progress=False)
+    calibration.save(tmp_path / "c.safetensors")
+    loaded = Calibration.load(tmp_path / "c.safetensors")
+    assert loaded.tokens == calibration.tokens
+    for name, moments in calibration.layers.items():
+        assert torch.equal(moments.inputs, loaded.layers[name].inputs)
+        assert moments.output == loaded.layers[name].output
+        for side in ("left", "right"):
+            saved, read = getattr(moments, side), getattr(loaded.layers[name], side)
+            assert torch.equal(saved, read) if gradients else saved is read is None
+    loaded.check(adapted())
+
+
+def test_refused_for_another_model_or_other_indices():
+    calibration = calibrate(adapted(), [batch(tokens())], progress=False)
+    with pytest.raises(GuardError, match="other columns and rows"):
+        calibration.check(curlora(llama(), target_modules=MAPS["llama"], r=4, sampling="uniform"))
+    with pytest.raises(GuardError, match="other columns and rows"):
+        calibration.check(adapted(r=5))
+    with pytest.raises(GuardError, match="other layers"):
+        calibration.check(curlora(llama(), target_modules=["q_proj"]))
+    other = adapted()
+    for layer in (m for m in other.modules() if isinstance(m, CurloraLayer)):
+        layer.get_base_layer().weight.data.normal_()
+        layer._rebuild("default")
+    with pytest.raises(GuardError, match="another base model"):
+        calibration.check(other)
+    with pytest.raises(GuardError, match="no CURLoRA adapter"):
+        calibration.check(llama())
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    calibration = calibrate(adapted(), [batch(tokens())], progress=False)
+    calibration.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(GuardError, match="cannot be read"):
+        Calibration.load(path)
+    with pytest.raises(GuardError, match="cannot be read"):
+        Calibration.load(tmp_path / "none")
+    broken = copy.deepcopy(calibration)
+    next(iter(broken.layers.values())).inputs[0, 0] = torch.nan
+    broken.save(path)
+    with pytest.raises(GuardError, match="damaged"):
+        Calibration.load(path)
+
+
+def test_bad_input_is_named():
+    model = adapted()
+    with pytest.raises(GuardError, match="tokenizer"):
+        calibrate(model, ["w1 w2"])
+    for nothing in ("", ["", " "], [], ["w1", "w2"]):  # no token, or none to predict
+        with pytest.raises(GuardError, match="no two tokens in a row"):
+            calibrate(model, nothing, word_tokenizer(), progress=False)
+    with pytest.raises(GuardError, match="input_ids"):
+        calibrate(model, [tokens()], progress=False)
+    with pytest.raises(GuardError, match="causal language model"):
+        calibrate(classifier(), [batch(tokens())], progress=False)
+    with pytest.raises(GuardError, match="no CURLoRA adapter"):
+        calibrate(llama(), [batch(tokens())])
+    with pytest.raises(GuardError, match="not an active"):
+        calibrate(model, [batch(tokens())], adapter="other")
+    model.merge_adapter()
+    with pytest.raises(GuardError, match="merged"):
+        calibrate(model, [batch(tokens())])
+
+
+def test_activations_that_are_not_finite_are_named():
+    model = adapted()
+    model.get_base_model().model.layers[1].mlp.down_proj.base_layer.weight.data[0, 0] = torch.nan
+    with pytest.raises(GuardError, match="down_proj' has outputs .* not finite"):
+        calibrate(model, [batch(tokens())], progress=False)
+
+
+def test_little_text_is_told():
+    with pytest.warns(UserWarning, match="14 tokens, few for a rank of 4.*at least 256"):
+        calibrate(adapted(), [batch(tokens())], progress=False)
+
+
+def test_several_active_adapters_need_a_name():
+    model = adapted()
+    model.add_adapter("second", CurloraConfig(r=4, target_modules=MAPS["llama"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(GuardError, match=r"\['default', 'second'\] are active"):
+        calibrate(model, [batch(tokens())])
+    assert calibrate(model, [batch(tokens())], adapter="second", progress=False).tokens == 14
+
+
+def classifier():
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, pad_token_id=0
+    )
+    return get_peft_model(LlamaForSequenceClassification(config), CurloraConfig(r=4, target_modules=["q_proj"]))
