@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
-from curlora.guard import Calibration, GuardError, calibrate, windows
+from curlora.guard import Calibration, GuardError, calibrate
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
 # Few tokens are enough here.
@@ -121,7 +121,7 @@ def test_long_texts_are_cut_and_nothing_is_left_out():
     cut = calibrate(model, text, word_tokenizer(), max_length=10, progress=False)
     assert cut.tokens == 23
     ids = torch.tensor(word_tokenizer()(text)["input_ids"])
-    close(calibrate(model, windows(ids, 10), progress=False), cut)
+    close(calibrate(model, ids.split(10), progress=False), cut)
 
 
 def test_the_model_is_left_as_it_was():

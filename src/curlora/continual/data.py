@@ -124,14 +124,15 @@ class TaskPart(_Part):
 class HeldOutPart(Place):
     """A text whose perplexity is followed.
 
-    A ``.txt`` file, or the column ``text`` of a table, whose rows are joined by ``join``. The first ``tokens`` are
-    scored in windows of ``window`` tokens, one every ``stride`` (a whole window if not given); under
-    ``perplexity: first_chunk`` only ``chunk`` tokens (a whole window if not given), at once.
+    A ``.txt`` file, or the column ``text`` of a table, whose rows are joined by ``join``. After the first ``skip``
+    tokens, ``tokens`` of them are scored in windows of ``window`` tokens, one every ``stride`` (a whole window if not
+    given); under ``perplexity: first_chunk`` only ``chunk`` tokens (a whole window if not given), at once.
     """
 
     name: str
     text: str = "text"
     join: str = ""
+    skip: Annotated[int, Field(ge=0)] = 0
     tokens: Annotated[int, Field(ge=2)] = 8192
     window: Annotated[int, Field(ge=2)] = 512
     stride: Annotated[int, Field(gt=0)] | None = None

@@ -28,7 +28,7 @@ from curlora.continual.data import HeldOutPart, TaskPart, read_task, read_text
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method, make_method
-from curlora.continual.plugins import make_plugin
+from curlora.continual.plugins import PLUGINS, make_plugin
 from curlora.continual.protocol import SWITCHES, Protocol
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
@@ -127,7 +127,9 @@ class MethodPart(_Part):
             if "name" not in plugin:
                 raise ValueError(f"a plug-in needs a name: {plugin}")
             rest = {key: value for key, value in plugin.items() if key != "name"}
-            make_plugin(plugin["name"], rest)
+            only_for = make_plugin(plugin["name"], rest).only_for
+            if only_for not in (None, self.method):
+                raise ValueError(f"plug-in {plugin['name']!r} is for method {only_for!r} alone")
             makers.append(lambda name=plugin["name"], rest=rest: make_plugin(name, rest))
         return make_method(
             self.method,
@@ -155,6 +157,7 @@ class Recipe(_Part):
 
     A method ``frozen`` (heads only) is added where there is none: no accuracy is shown without the frozen model's.
     ``output`` is relative to the working directory.
+    ``guard`` is a general text that plug-ins go by and that is not scored; not the text that is held out.
     ``switches`` set some switches of the ``protocol`` otherwise; ``reference`` holds what is different in ``training``
     where the protocol is the paper's.
     """
@@ -164,6 +167,7 @@ class Recipe(_Part):
     tasks: Annotated[list[TaskPart], Field(min_length=1), AfterValidator(_distinct)]
     methods: Annotated[list[MethodPart], Field(min_length=1), AfterValidator(_distinct)]
     heldout: Annotated[list[HeldOutPart], Field(min_length=1), AfterValidator(_distinct)]
+    guard: HeldOutPart | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
     training: Settings = Settings()
     protocol: Literal["honest", "paper"] = "honest"
@@ -196,6 +200,17 @@ class Recipe(_Part):
         if misplaced:
             raise ValueError(f"{misplaced[0]} is a switch of the protocol: put it under switches")
         return value
+
+    @model_validator(mode="after")
+    def _guard_is_there(self) -> Recipe:
+        for method in self.methods:
+            for plugin in method.plugins:
+                if PLUGINS[plugin["name"]].needs_guard_text and self.guard is None:
+                    raise ValueError(
+                        f"method {method.name!r}: plug-in {plugin['name']!r} goes by a general text: say which, under "
+                        "guard"
+                    )
+        return self
 
     @model_validator(mode="after")
     def _switches_fit(self) -> Recipe:
@@ -316,6 +331,7 @@ def build(recipe: Recipe) -> Stream:
             recipe.settings().changed(own).check_trainer()
         tasks = [read_task(part, reference=protocol.data == "reference") for part in recipe.tasks]
         texts = [read_text(part) for part in recipe.heldout]
+        guard = None if recipe.guard is None else (recipe.guard, read_text(recipe.guard))
     except ValueError as error:
         raise RecipeError(str(error)) from error
     tokenizer = recipe.model.load_tokenizer()
@@ -331,6 +347,7 @@ def build(recipe: Recipe) -> Stream:
         seeds=recipe.seeds,
         protocol=protocol.describe(),
         recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
+        guard_text=None if guard is None else _held_out(*guard, tokenizer, Protocol()),
     )
 
 
@@ -388,7 +405,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     def known(recipe: Recipe) -> dict[str, Any]:
         """Without what is for people alone."""
         tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
-        parts = ("model", "heldout", "training", "protocol", "switches", "reference")
+        parts = ("model", "heldout", "guard", "training", "protocol", "switches", "reference")
         return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks}
 
     def methods(recipe: Recipe) -> dict[str, MethodPart]:
@@ -401,7 +418,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
 
 
 def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
-    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    tokens = torch.tensor(tokenizer(text)["input_ids"])[part.skip :]
     if len(tokens) < 2:
         raise RecipeError(f"heldout {part.name!r} becomes {len(tokens)} tokens; perplexity needs at least 2")
     if protocol.perplexity == "first_chunk":

@@ -18,6 +18,7 @@ from curlora.continual.storage import write_whole
 
 __all__ = [
     "SCHEMA_VERSION",
+    "Guarded",
     "MethodResult",
     "ResultsError",
     "RunResults",
@@ -75,13 +76,28 @@ class TextScore(_Record):
     drift: float
 
 
+class Guarded(_Record):
+    """How a guard's budget was kept over one task.
+
+    ``perplexity_rise`` of the guard's own text, relative to the base model, was measured after the task and is at most
+    ``limit``; ``predicted`` is the forgetting that was predicted there, in nats per token. ``scale`` is what was left
+    of the task's change of the model after it was scaled back: 1 is all of it.
+    """
+
+    predicted: float
+    perplexity_rise: float
+    limit: float
+    scale: float
+
+
 class SeedResult(_Record):
     """What one method did over the stream with one seed.
 
     ``scores[i][j]`` is of task ``j`` after task ``i``. ``before[i]`` is of task ``i`` just before it was learned, and
     ``base[i]`` of the base model, where that was asked for. ``heldout[name][0]`` is the base model's,
-    ``heldout[name][i + 1]`` the one after task ``i``. ``losses`` are ``(step, loss)`` over the whole stream. Times in
-    seconds.
+    ``heldout[name][i + 1]`` the one after task ``i``. ``losses`` are ``(step, loss)`` over the whole stream, and
+    ``drifts`` the drift that a guard predicted at these steps. ``guarded[i]`` is how its budget was kept over task
+    ``i``. Times in seconds.
     """
 
     seed: int
@@ -90,6 +106,8 @@ class SeedResult(_Record):
     base: list[Score]
     heldout: dict[str, list[TextScore]]
     losses: list[tuple[int, float]]
+    drifts: list[tuple[int, float]] = []
+    guarded: list[Guarded] = []
     steps: int
     train_tokens: int
     train_seconds: float

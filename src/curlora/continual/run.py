@@ -59,6 +59,7 @@ class Stream:
         seeds: each method is run once with each.
         protocol: further facts for the report: the switches of the protocol.
         recipe: the recipe, for the report.
+        guard_text: a general text for plug-ins that go by one; it is not scored.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Stream:
     seeds: Sequence[int] = (0,)
     protocol: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    guard_text: HeldOut | None = None
 
 
 def run_stream(
@@ -130,6 +132,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
             base=BaseScores(base.heldout, base.tasks),
             directory=folder,
             progress=listener,
+            guard_text=stream.guard_text,
         )
         record = _Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)
         finished[method.name, seed] = record
@@ -187,7 +190,8 @@ def _folder(directory: Path, method: str, seed: int) -> Path:
 
 def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     path = directory / _BASE
-    data = _data_digest(encoded, stream.heldout)
+    texts = [*stream.heldout, *([] if stream.guard_text is None else [stream.guard_text])]
+    data = _data_digest(encoded, texts)
     if path.exists():
         try:
             known = _Base.model_validate_json(path.read_text(encoding="utf-8"))
@@ -228,12 +232,12 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     return base
 
 
-def _data_digest(encoded: Sequence[Encoded], heldout: Sequence[HeldOut]) -> str:
-    """Of everything that is trained on and scored, as tokens."""
+def _data_digest(encoded: Sequence[Encoded], texts: Sequence[HeldOut]) -> str:
+    """Of everything that is trained on, scored or gone by, as tokens."""
     digest = hashlib.sha256()
     for part in encoded:
         digest.update(json.dumps([part.task.name, part.train, part.evaluation]).encode())
-    for text in heldout:
+    for text in texts:
         digest.update(json.dumps([text.name, text.window, text.stride, text.tokens.tolist()]).encode())
     return digest.hexdigest()
 

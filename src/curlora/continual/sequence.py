@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -136,6 +136,7 @@ def run_method(
     base: BaseScores,
     directory: Path,
     progress: Progress,
+    guard_text: HeldOut | None = None,
 ) -> tuple[SeedResult, int, int]:
     """Run one method over a stream with one seed, or go on with it.
 
@@ -152,6 +153,7 @@ def run_method(
         base: what is known of the base model.
         directory: where the adapter and the heads are saved; made if missing.
         progress: hears what happens.
+        guard_text: for plug-ins that go by a general text.
 
     Raises:
         RunError: if the method cannot be put on the model, or the state of a run that was cut off cannot be read.
@@ -160,7 +162,7 @@ def run_method(
         The measurements, how many numbers were trained (heads not counted), and the size in bytes of what was saved
         (heads not counted).
     """
-    return _Sequence(method, load_model, tokenizer, stream, heldout, seed, base, directory, progress).run()
+    return _Sequence(method, load_model, tokenizer, stream, heldout, seed, base, directory, progress, guard_text).run()
 
 
 class _Sequence:
@@ -175,9 +177,11 @@ class _Sequence:
         base: BaseScores,
         directory: Path,
         progress: Progress,
+        guard_text: HeldOut | None,
     ) -> None:
         self.method, self.stream, self.heldout, self.seed = method, stream, heldout, seed
         self.tokenizer, self.directory, self.progress = tokenizer, directory, progress
+        self.guard_text = guard_text
         set_seed(seed)
         base_model = load_model()
         try:
@@ -234,10 +238,12 @@ class _Sequence:
         if not any(p.requires_grad for p in self.model.parameters()):
             return
         collate = Collator(self.tokenizer, part.settings.readout)
-        context = TaskContext(part.number, self.model, part.train, collate, self.seed)
+        context = TaskContext(part.number, self.model, part.train, collate, self.seed, self.guard_text)
+        for plugin in self.plugins:
+            plugin.before_task(context)
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:
-            rows = plugin.training_rows(TaskContext(part.number, self.model, rows, collate, self.seed))
+            rows = plugin.training_rows(replace(context, rows=rows))
         began = time.monotonic()
         if not self.method.trains_backbone and part.settings.readout == "last_token":
             rows = self._with_states(rows, part.settings, collate)
@@ -245,15 +251,18 @@ class _Sequence:
         trainer = self._trainer(part, rows)
         trainer.train_or_go_on()
         offset = self.result.steps
-        logged = [(offset + log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
         self._add(
-            losses=[*self.result.losses, *logged],
+            losses=[*self.result.losses, *((offset + log["step"], log["loss"]) for log in logs)],
+            drifts=[*self.result.drifts, *((offset + log["step"], log["drift"]) for log in logs if "drift" in log)],
             steps=offset + trainer.state.global_step,
             train_tokens=self.result.train_tokens + part.settings.epochs * sum(len(row["input_ids"]) for row in rows),
             train_seconds=self.result.train_seconds + ahead + trainer.seconds,
         )
         for plugin in self.plugins:
-            plugin.after_task(context)
+            guarded = plugin.after_task(context)
+            if guarded is not None:
+                self._add(guarded=[*self.result.guarded, guarded])
 
     def _with_states(self, rows: Sequence[Row], settings: Settings, collate: Collator) -> list[Row]:
         """The rows with the hidden state that the head answers from: where nothing else is trained it stays the same.

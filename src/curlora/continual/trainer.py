@@ -152,6 +152,12 @@ class TaskTrainer(Trainer):
                     loss = loss + penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            drifts = [drift for plugin in self.plugins if (drift := plugin.drift()) is not None]
+            logs = {**logs, **({"drift": max(drifts)} if drifts else {})}
+        super().log(logs, start_time)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.settings.schedule_length == "examples":
             num_training_steps = len(self.rows) * self.settings.epochs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,16 +65,40 @@ class Calibration:
     layers: Mapping[str, Moments]
     tokens: int
 
-    def save(self, path: Path | str) -> None:
-        """Write a safetensors file."""
-        tensors = {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it as tensors."""
+        state = {"tokens": torch.tensor(self.tokens)}
         for name, moments in self.layers.items():
             for part in _PARTS:
                 value = getattr(moments, part)
                 if value is not None:
-                    tensors[f"{name}:{part}"] = _tensor(value)
-        about = {"curlora_calibration": _VERSION, "tokens": json.dumps(self.tokens)}
-        save_file(tensors, path, about)
+                    state[f"{name}:{part}"] = _tensor(value)
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Calibration:
+        """What :meth:`state_dict` gave.
+
+        Raises:
+            GuardError: if it is not whole.
+        """
+        parts: dict[str, dict[str, Any]] = {}
+        for key, tensor in state.items():
+            name, colon, part = key.rpartition(":")
+            if colon:
+                parts.setdefault(name, {})[part] = tensor
+        try:
+            layers = {name: Moments(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())}
+            calibration = cls(layers, int(state["tokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise GuardError(f"the calibration is incomplete: {error}") from error
+        for name, moments in layers.items():
+            _check_whole(name, moments)
+        return calibration
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file."""
+        save_file(self.state_dict(), path, {"curlora_calibration": _VERSION})
 
     @classmethod
     def load(cls, path: Path | str) -> Calibration:
@@ -92,18 +115,10 @@ class Calibration:
             raise GuardError(f"{path} cannot be read as a calibration: {error}") from error
         if about.get("curlora_calibration") != _VERSION:
             raise GuardError(f"{path} is not a calibration, or one of another version of curlora")
-        parts: dict[str, dict[str, Any]] = {}
-        for key, tensor in tensors.items():
-            name, _, part = key.rpartition(":")
-            parts.setdefault(name, {})[part] = tensor
         try:
-            layers = {name: Moments(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())}
-            calibration = cls(layers, int(about["tokens"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise GuardError(f"{path} is an incomplete calibration: {error}") from error
-        for name, moments in layers.items():
-            _check_whole(f"{path}: layer {name!r}", moments)
-        return calibration
+            return cls.from_state_dict(tensors)
+        except GuardError as error:
+            raise GuardError(f"{path}: {error}") from error
 
     def check(self, model: nn.Module, adapter: str | None = None) -> dict[str, CurloraLayer]:
         """The adapted layers of ``model``, if it is they that were calibrated.
@@ -173,11 +188,11 @@ def _tensor(value: Tensor | float) -> Tensor:
     return value.contiguous() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
 
 
-def _check_whole(where: str, moments: Moments) -> None:
+def _check_whole(name: str, moments: Moments) -> None:
     r = moments.indices.shape[-1]
     for part in ("inputs", "left", "right"):
         moment = getattr(moments, part)
         if moment is None:
             continue
         if moment.shape != (r, r) or not torch.isfinite(moment).all():
-            raise GuardError(f"{where}: {part} is damaged: {r} x {r} finite numbers are expected")
+            raise GuardError(f"layer {name!r}: {part} is damaged: {r} x {r} finite numbers are expected")

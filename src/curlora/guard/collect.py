@@ -16,7 +16,7 @@ from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_o
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["calibrate", "windows"]
+__all__ = ["calibrate"]
 
 # Fewer tokens than this many for each rank, and the moments are mostly noise.
 _TOKENS_PER_RANK = 64
@@ -24,7 +24,7 @@ _TOKENS_PER_RANK = 64
 
 def calibrate(
     model: nn.Module,
-    data: Iterable[str] | Iterable[Mapping[str, Tensor]],
+    data: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
     tokenizer: Any = None,
     *,
     adapter: str | None = None,
@@ -41,17 +41,17 @@ def calibrate(
     the token alone: how rows are put into batches does not matter, but for rounding. Padding counts for nothing.
     The model is as it was afterwards; gradients that it holds stay.
 
-    Where ``torch.distributed`` runs, texts are shared out over the processes, each of which gets the moments of all of
-    them. Batches that are given are taken to be shared out already.
+    Where ``torch.distributed`` runs, texts and rows are shared out over the processes, each of which gets the moments
+    of all of them. Batches that are given are taken to be shared out already.
 
     Args:
         model: a causal language model with a CURLoRA adapter; moments are of the model as it is now.
-        data: texts, or batches that hold ``input_ids`` and, where there is padding, ``attention_mask``, of shape
-            ``(batch, length)``, such as a ``DataLoader`` gives.
+        data: texts; or rows of tokens, each of shape ``(length,)``; or batches that hold ``input_ids`` and, where there
+            is padding, ``attention_mask``, of shape ``(batch, length)``, such as a ``DataLoader`` gives.
         tokenizer: of the model; for texts.
         adapter: the adapter's name; the active one if ``None``.
-        max_length: longer texts are cut into rows of so many tokens, of which none is left out. Each row is one sample
-            of what a change of the model does, so many short rows tell more than a few long ones.
+        max_length: longer texts and rows are cut into rows of so many tokens, of which none is left out. Each row is
+            one sample of what a change of the model does, so many short rows tell more than a few long ones.
         batch_size: rows that go through the model together.
         gradients: whether to run backward. Without, a guard knows the shift of each layer's output, and not what the
             model would say: half the time, and no forgetting in nats.
@@ -105,11 +105,6 @@ def calibrate(
         moments[name] = sums[name].moments(layer, adapter, total, tokens, predicted, gradients)
     _check(moments, tokens)
     return Calibration(moments, tokens)
-
-
-def windows(tokens: Tensor, length: int) -> list[dict[str, Tensor]]:
-    """A long text's tokens, shape ``(count,)``, as batches of one row of ``length``; the last may be shorter."""
-    return [{"input_ids": row[None]} for row in tokens.split(length)]
 
 
 class _Sums:
@@ -265,11 +260,14 @@ def _batches(
     length = len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
     items = iter([data] if isinstance(data, str) else data)
     first = list(itertools.islice(items, 1))
-    if not first or not isinstance(first[0], str):
+    if first and isinstance(first[0], str):
+        if tokenizer is None:
+            raise GuardError("Texts need the model's tokenizer: calibrate(model, texts, tokenizer).")
+        texts = tokenizer([*first, *items])["input_ids"]
+    elif first and isinstance(first[0], Tensor) and first[0].ndim == 1:
+        texts = [row.tolist() for row in (*first, *items)]
+    else:
         return _numbered(itertools.chain(first, items)), length
-    if tokenizer is None:
-        raise GuardError("Texts need the model's tokenizer: calibrate(model, texts, tokenizer).")
-    texts = tokenizer([*first, *items])["input_ids"]
     rows = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
     mine = [(number, row) for number, row in enumerate(rows) if len(row) > 1][rank::processes]
     mine.sort(key=lambda numbered: len(numbered[1]))  # little padding
@@ -281,7 +279,9 @@ def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[s
     seen = 0
     for batch in batches:
         if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            raise GuardError(f"Texts are expected, or batches with a tensor input_ids; found {type(batch).__name__}")
+            raise GuardError(
+                f"Texts are expected, rows of tokens, or batches with a tensor input_ids; found {type(batch).__name__}"
+            )
         rows = len(batch["input_ids"])
         yield range(seen, seen + rows), batch
         seen += rows

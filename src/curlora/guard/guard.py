@@ -86,6 +86,11 @@ class Guard:
         self._stacks = [_Stack(pairs, math.sqrt(2 / self.numbers)) for pairs in stacks.values()]
         self._undo: list[Any] = []
 
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Every ``U`` that it guards."""
+        return [U for stack in self._stacks for U in stack.parameters]
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the optimizer's steps are in the guard's coordinates and within its budget.
 
@@ -94,7 +99,7 @@ class Guard:
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is around another
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        guarded = [id(U) in trained for stack in self._stacks for U in stack.parameters]
+        guarded = [id(U) in trained for U in self.parameters]
         if not all(guarded):
             raise GuardError(
                 f"The optimizer does not train {guarded.count(False)} of the adapter's {len(guarded)} U: make it from "

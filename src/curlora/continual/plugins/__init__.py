@@ -7,11 +7,18 @@ from typing import Any
 
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.ewc import EWC
+from curlora.continual.plugins.guard import GuardPlugin
 from curlora.continual.plugins.replay import Replay
+from curlora.continual.plugins.toward_base import TowardBase
 
-__all__ = ["EWC", "PLUGINS", "Plugin", "Replay", "TaskContext", "make_plugin"]
+__all__ = ["EWC", "PLUGINS", "GuardPlugin", "Plugin", "Replay", "TaskContext", "TowardBase", "make_plugin"]
 
-PLUGINS: dict[str, type[Plugin]] = {"ewc": EWC, "replay": Replay}
+PLUGINS: dict[str, type[Plugin]] = {
+    "ewc": EWC,
+    "guard": GuardPlugin,
+    "replay": Replay,
+    "toward_base": TowardBase,
+}
 
 
 def make_plugin(name: str, options: dict[str, Any]) -> Plugin:

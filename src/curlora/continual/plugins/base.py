@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import TrainerCallback
 
+from curlora.continual.heldout import HeldOut
+from curlora.continual.results import Guarded
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row
 
@@ -25,6 +27,7 @@ class TaskContext:
         rows: the task's own training rows.
         collate: makes a batch of rows.
         seed: of the run.
+        guard_text: the recipe's general text, where it has one.
     """
 
     number: int
@@ -32,6 +35,7 @@ class TaskContext:
     rows: Sequence[Row]
     collate: Callable[[Sequence[Row]], dict[str, Tensor]]
     seed: int
+    guard_text: HeldOut | None = None
 
 
 class Plugin(TrainerCallback):
@@ -41,6 +45,10 @@ class Plugin(TrainerCallback):
     task.
     """
 
+    only_for: ClassVar[str | None] = None
+    """The one method that it can be combined with; any if ``None``."""
+    needs_guard_text: ClassVar[bool] = False
+
     def describe(self) -> dict[str, Any]:
         """Its name and options, for the report."""
         raise NotImplementedError
@@ -48,6 +56,9 @@ class Plugin(TrainerCallback):
     def added_rows(self, task: int) -> int:
         """How many rows :meth:`training_rows` will add to the task of that number."""
         return 0
+
+    def before_task(self, context: TaskContext) -> None:
+        """The task is about to be learned; also where a run that was cut off in the course of it goes on."""
 
     def training_rows(self, context: TaskContext) -> Sequence[Row]:
         """The rows that are trained on; the task's own unless overridden."""
@@ -57,8 +68,13 @@ class Plugin(TrainerCallback):
         """Added to the loss of every step."""
         return None
 
-    def after_task(self, context: TaskContext) -> None:
-        """The task has been learned."""
+    def drift(self) -> float | None:
+        """The forgetting that it predicts, in nats per token, to be logged beside the loss."""
+        return None
+
+    def after_task(self, context: TaskContext) -> Guarded | None:
+        """The task has been learned. A plug-in that keeps a budget says how."""
+        return None
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is kept."""

@@ -1,0 +1,112 @@
+"""The guard over a stream: calibrated on the base model once, within the budget after every task."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from curlora.continual.errors import RunError
+from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.results import Guarded
+from curlora.guard import Calibration, Guard, GuardError, calibrate, keep_within
+
+__all__ = ["GuardPlugin"]
+
+
+class GuardPlugin(Plugin):
+    """Trains a CURLoRA adapter under :class:`curlora.Guard`, with the recipe's ``guard`` text.
+
+    Before the first task the base model is calibrated. In training the predicted forgetting stays within the budget.
+    After each task the rise of the text's perplexity is measured, over all that has been learned so far, and what the
+    task changed is scaled back until it is allowed (:func:`curlora.guard.budget.keep_within`).
+
+    Args:
+        max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
+        damping: see :class:`curlora.Guard`.
+
+    Raises:
+        ValueError: if one of them is not positive.
+    """
+
+    only_for: ClassVar[str | None] = "curlora"
+    needs_guard_text: ClassVar[bool] = True
+
+    def __init__(self, max_perplexity_increase: float, damping: float = 0.1) -> None:
+        self.limit, self.damping = float(max_perplexity_increase), float(damping)
+        for name, value in (("max_perplexity_increase", self.limit), ("damping", self.damping)):
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"guard needs a positive {name}, got {value}")
+        self.calibration: Calibration | None = None
+        self.base_perplexity = math.nan
+        self.guard: Guard | None = None
+        self.before: list[Tensor] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "guard", "max_perplexity_increase": self.limit, "damping": self.damping}
+
+    def before_task(self, context: TaskContext) -> None:
+        text = _text(context)
+        try:
+            if self.calibration is None:
+                # The base model: no task has been learned, or this would have been saved with it.
+                self.base_perplexity = measure(context.model.language_model, text).perplexity
+                rows = text.tokens.split(_ROW)
+                self.calibration = calibrate(context.model.language_model, rows, progress=False, seed=context.seed)
+            self.guard = Guard(
+                context.model.language_model,
+                self.calibration,
+                max_perplexity_increase=self.limit,
+                damping=self.damping,
+            )
+        except GuardError as error:
+            raise RunError(f"plug-in guard: {error}") from error
+        self.before = [U.detach().clone() for U in self.guard.parameters]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.guard is not None
+        self.guard.attach(kwargs["optimizer"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        assert self.guard is not None
+        self.guard.detach()
+
+    def drift(self) -> float | None:
+        return None if self.guard is None else self.guard.drift()
+
+    def after_task(self, context: TaskContext) -> Guarded:
+        assert self.guard is not None
+        text, model = _text(context), context.model
+
+        def rise() -> float:
+            return measure(model.language_model, text).perplexity / self.base_perplexity - 1
+
+        scale, found = keep_within(self.limit, rise, self.guard.parameters, self.before)
+        return Guarded(predicted=self.guard.drift(), perplexity_rise=found, limit=self.limit, scale=scale)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self.calibration is None:
+            return {}
+        state = {"base_perplexity": torch.tensor(self.base_perplexity, dtype=torch.float64)}
+        return {**state, **{f"calibration.{name}": value for name, value in self.calibration.state_dict().items()}}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        prefix = "calibration."
+        moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        self.calibration = Calibration.from_state_dict(moments)
+        self.base_perplexity = float(state["base_perplexity"])
+
+
+# Tokens of a row of the calibration; the default of curlora.calibrate.
+_ROW = 128
+
+
+def _text(context: TaskContext) -> HeldOut:
+    assert context.guard_text is not None  # the recipe sees to it
+    return context.guard_text

@@ -1,0 +1,66 @@
+"""A penalty on moving away from the base model on a general text, taken afresh at every step."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.task_model import TaskModel
+
+__all__ = ["TowardBase"]
+
+
+class TowardBase(Plugin):
+    """Adds ``strength * KL(base || model)`` on a piece of the recipe's ``guard`` text to the loss of every step.
+
+    As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
+    the place of the new task's. For any adapter that can be switched off. It costs two more forward passes and a
+    backward at every step; the pieces are taken in turn.
+
+    Args:
+        strength: of the penalty, nats per token, beside the mean loss of a batch.
+        tokens: of the piece at each step.
+
+    Raises:
+        ValueError: if ``strength`` is not positive or ``tokens`` less than 2.
+    """
+
+    needs_guard_text: ClassVar[bool] = True
+
+    def __init__(self, strength: float, tokens: int = 128) -> None:
+        self.strength = float(strength)
+        if not (self.strength > 0 and math.isfinite(self.strength)) or not isinstance(tokens, int) or tokens < 2:
+            raise ValueError(f"toward_base needs a positive strength and 2 tokens or more, got {strength=} {tokens=}")
+        self.tokens = tokens
+        self.pieces: list[Tensor] = []
+        self.step = 0
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "toward_base", "strength": self.strength, "tokens": self.tokens}
+
+    def before_task(self, context: TaskContext) -> None:
+        assert context.guard_text is not None  # the recipe sees to it
+        self.pieces = [piece for piece in context.guard_text.tokens.split(self.tokens) if len(piece) > 1]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.step = state.global_step  # and so the same piece where a run that was cut off goes on
+
+    def penalty(self, model: TaskModel) -> Tensor | None:
+        if not isinstance(model.model, PeftModel):
+            raise TypeError("toward_base needs an adapter that can be switched off")
+        ids = self.pieces[self.step % len(self.pieces)].to(next(model.parameters()).device)[None]
+
+        def log_p() -> Tensor:
+            return model.language_model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+
+        training = model.training
+        model.eval()
+        with torch.no_grad(), model.model.disable_adapter():
+            base = log_p()
+        model.train(training)
+        return self.strength * nn.functional.kl_div(log_p(), base, reduction="batchmean", log_target=True)

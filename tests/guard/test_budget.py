@@ -1,0 +1,64 @@
+"""Taking a step back until a measurement allows it."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curlora.guard import keep_within
+
+
+def step(curve, limit, **options):
+    """Along a line from 0 to 10, measured by ``curve`` of the share of the way."""
+    parameter = torch.tensor([10.0])
+    seen = []
+
+    def measure():
+        seen.append(float(parameter) / 10)
+        return curve(float(parameter) / 10)
+
+    scale, found = keep_within(limit, measure, [parameter], [torch.zeros(1)], **options)
+    assert float(parameter) / 10 == pytest.approx(scale)  # it is left where it says
+    assert found == pytest.approx(curve(scale))
+    return scale, found, len(seen)
+
+
+def test_a_step_within_the_limit_is_left_alone_and_measured_once():
+    assert step(lambda t: 0.5 * t, 0.5) == (1.0, 0.5, 1)
+
+
+@pytest.mark.parametrize("power", [1, 2, 5])
+def test_most_of_what_is_allowed_is_used(power):
+    scale, found, measurements = step(lambda t: t**power, 0.2)
+    assert 0.19 <= found <= 0.2
+    assert scale == pytest.approx(found ** (1 / power))
+    assert measurements <= 10
+
+
+def test_the_square_law_takes_one_trial():
+    assert step(lambda t: t**2, 0.01)[2] == 3
+
+
+@settings(max_examples=200, deadline=None)
+@given(heights=st.lists(st.floats(0, 3), min_size=5, max_size=30), limit=st.floats(0.05, 1.0))
+def test_it_holds_on_any_curve(heights, limit):
+    def curve(t):
+        return 0.0 if t == 0 else heights[min(int(t * len(heights)), len(heights) - 1)]
+
+    scale, found, _ = step(curve, limit)
+    assert found <= limit
+    assert curve(scale) <= limit
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_model_that_diverged_is_taken_back(broken):
+    scale, found, _ = step(lambda t: t if t < 0.3 else broken, 0.2)
+    assert 0 < scale <= 0.2
+    assert found <= 0.2
+
+
+def test_what_was_over_before_the_step_is_said():
+    scale, found, _ = step(lambda t: 1.0 + t, 0.5)
+    assert (scale, found) == (0.0, 1.0)
