@@ -1,6 +1,6 @@
 """Results of imagined runs, for tests of what is done with results."""
 
-from curlora.continual.results import MethodResult, RunResults, Score, SeedResult, TaskInfo, TextScore
+from curlora.continual.results import Guarded, MethodResult, RunResults, Score, SeedResult, TaskInfo, TextScore
 
 TEXT = "a text"
 
@@ -90,3 +90,15 @@ def make_seed(seed, accuracy, perplexity, number=0, **changes):
         seconds=40.0,
     )
     return SeedResult(**{**fields, **changes})
+
+
+def with_guard(results):
+    """The last method of a run under a guard, the second task's change scaled back to a half."""
+    *others, method = results.methods
+    records = [
+        Guarded(predicted=0.005, perplexity_rise=0.006, limit=0.01, scale=1.0),
+        Guarded(predicted=0.0098, perplexity_rise=0.0099, limit=0.01, scale=0.5),
+        Guarded(predicted=0.0099, perplexity_rise=0.01, limit=0.01, scale=1.0),
+    ]
+    seeds = [seed.model_copy(update={"guarded": records}) for seed in method.seeds]
+    return results.model_copy(update={"methods": [*others, method.model_copy(update={"seeds": seeds})]})

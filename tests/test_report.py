@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from curlora.continual.results import Score, Statistic, TextScore
 from curlora.report import format_percent, format_size, format_statistic, format_time, render, write_report
-from tests.results import TEXT, make_method, make_results, make_seed, make_task
+from tests.results import TEXT, make_method, make_results, make_seed, make_task, with_guard
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -172,6 +172,16 @@ def test_several_texts_have_a_table():
         ["prose (9 tokens)", "LoRA", "25.00", "26.05 ± 0.07", "+4.2 % ± 0.3 %", "0.0200 ± 0.0000"],
         ["code (7 tokens)", "LoRA", "10.00", "15.00 ± 0.00", "+50.0 % ± 0.0 %", "0.5000 ± 0.0000"],
     ]
+
+
+def test_how_a_guards_budget_was_kept_has_a_table():
+    found = tables(with_guard(make_results()))["guarded"]
+    assert found[1:] == [
+        ["CURLoRA", "reviews", "0.0050", "+0.60 %", "1.00 %", "1.00"],
+        ["", "reuters", "0.0098", "+0.99 %", "1.00 %", "0.50"],
+        ["", "tweets", "0.0099", "+1.00 %", "1.00 %", "1.00"],
+    ]
+    assert "guarded" not in tables(make_results())
 
 
 def test_protocol_settings_and_recipe_are_shown():

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from curlora.tables import comparison, results_tables
-from tests.results import make_results
+from tests.results import make_results, with_guard
 
 
 def printed(*parts, width=80):
@@ -52,6 +52,14 @@ def test_a_single_task_has_nothing_to_forget():
 def test_the_switches_of_the_protocol_are_named():
     text = printed(*results_tables(make_results(protocol={"order": "as it comes", "indices": "nearly uniform"})))
     assert "As the paper's reference code has it: order, indices." in text
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1)])
+def test_how_a_guards_budget_was_kept(seeds):
+    text = printed(*results_tables(with_guard(make_results(seeds=seeds))))
+    assert "…" not in text
+    assert ["reuters", "0.0098", "+0.99", "%", "+1.00", "%", "0.50"] in rows(text)
+    assert "budget" not in printed(*results_tables(make_results()))
 
 
 def without(results, name):

@@ -5,9 +5,18 @@ Importing this package registers the method with PEFT.
 
 from importlib.metadata import version
 
-from curlora.guard import Calibration, Guard, calibrate
+from curlora.guard import Calibration, Guard, GuardCallback, calibrate
 from curlora.tuner import CurloraConfig, CurloraLayer, CurloraModel
 
-__all__ = ["Calibration", "CurloraConfig", "CurloraLayer", "CurloraModel", "Guard", "__version__", "calibrate"]
+__all__ = [
+    "Calibration",
+    "CurloraConfig",
+    "CurloraLayer",
+    "CurloraModel",
+    "Guard",
+    "GuardCallback",
+    "__version__",
+    "calibrate",
+]
 
 __version__ = version("curlora")

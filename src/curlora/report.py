@@ -106,9 +106,9 @@ def format_statistic(statistic: Statistic, signed: bool = False, digits: int = 3
     return mean if statistic.deviation is None else f"{mean} ± {_number(statistic.deviation, digits)}"
 
 
-def format_percent(statistic: Statistic) -> str:
+def format_percent(statistic: Statistic, digits: int = 1) -> str:
     """A share as per cent with its sign: ``+5.9 % ± 0.4 %``."""
-    mean, *deviation = format_statistic(_percent(statistic), signed=True, digits=1).split(" ± ")
+    mean, *deviation = format_statistic(_percent(statistic), signed=True, digits=digits).split(" ± ")
     return " ± ".join(f"{part} %" for part in (mean, *deviation))
 
 

@@ -20,7 +20,8 @@ __all__ = ["comparison", "results_tables"]
 
 def results_tables(results: RunResults) -> list[RenderableType]:
     """A run: accuracy after every stage, what is left after the last, what it cost, and what the figures are."""
-    return [_matrix(results), _summary(results), _cost(results), *_notes(results)]
+    parts = [_matrix(results), _summary(results), _guarded(results), _cost(results), *_notes(results)]
+    return [part for part in parts if part is not None]
 
 
 def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
@@ -92,6 +93,25 @@ def _summary(results: RunResults) -> Table:
             *([_stacked(method.forward_transfer, signed=True)] if forward else []),
         )
     return table
+
+
+def _guarded(results: RunResults) -> Table | None:
+    table = _plain("\nThe guard's budget, on its own text")
+    table.add_column("after")
+    _columns(table, ["predicted,\nnats", "perplexity\nrose by", "allowed", "change\nkept"])
+    for method in results.methods:
+        for i, task in enumerate(results.tasks):
+            record = method.guarded(i)
+            if record is not None:
+                table.add_row(
+                    Text(method.label if i == 0 else ""),
+                    task.name,
+                    _stacked(record["predicted"], digits=4),
+                    _below(format_percent(record["perplexity_rise"], digits=2)),
+                    format_percent(record["limit"], digits=2).partition(" ±")[0],
+                    _stacked(record["scale"], digits=2),
+                )
+    return table if table.rows else None
 
 
 def _cost(results: RunResults) -> Table:

@@ -30,7 +30,7 @@ __all__ = [
     "environment",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class ResultsError(ValueError):
@@ -106,7 +106,7 @@ class SeedResult(_Record):
     base: list[Score]
     heldout: dict[str, list[TextScore]]
     losses: list[tuple[int, float]]
-    drifts: list[tuple[int, float]] = []
+    drifts: list[tuple[int, float]] = []  # defaults, so that what was finished before is gone on with
     guarded: list[Guarded] = []
     steps: int
     train_tokens: int
@@ -216,6 +216,13 @@ class MethodResult(_Record):
     @property
     def perplexity_rise(self) -> Statistic:
         return Statistic.of([seed.perplexity_rise for seed in self.seeds])
+
+    def guarded(self, task: int) -> dict[str, Statistic] | None:
+        """How the guard's budget was kept over a task, by the fields of :class:`Guarded`; ``None`` without a guard."""
+        records = [seed.guarded[task] for seed in self.seeds if task < len(seed.guarded)]
+        if not records:
+            return None
+        return {name: Statistic.of([getattr(of, name) for of in records]) for name in Guarded.model_fields}
 
     @property
     def tokens_per_second(self) -> float | None:

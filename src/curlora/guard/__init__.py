@@ -2,8 +2,9 @@
 
 from curlora.guard.budget import keep_within
 from curlora.guard.calibration import Calibration, Moments
+from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 
-__all__ = ["Calibration", "Guard", "GuardError", "Moments", "calibrate", "keep_within"]
+__all__ = ["Calibration", "Guard", "GuardCallback", "GuardError", "Moments", "calibrate", "keep_within"]

@@ -1,0 +1,41 @@
+"""What the documentation tells people to type is right."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+from curlora.continual import load_recipe
+from tests.models import WORDS, llama, tokens, word_tokenizer
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def block(page, language):
+    return re.search(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL).group(1)
+
+
+def test_the_guards_python_runs(tmp_path, monkeypatch):
+    """With a small local model in the place of the hub's."""
+    llama().save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16)]
+    names = {"general_texts": [" ".join(WORDS)] * 12, "train_dataset": rows}
+    exec(block("guard.md", "python").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
+    assert 0 < names["guard"].drift() <= 0.01
+
+
+def test_the_guards_recipe_is_one(tmp_path):
+    """Put into the README's."""
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    content = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1))
+    content.update(yaml.safe_load(block("guard.md", "yaml")))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    assert load_recipe(tmp_path / "recipe.yaml").methods[-1].plugins[0]["max_perplexity_increase"] == 0.01
+
+
+def test_the_files_they_point_to_exist():
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
