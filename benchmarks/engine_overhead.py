@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from curlora.continual.batches import Collator, LengthGrouped
-from curlora.continual.recipe import build
+from curlora.continual.launch import build
 from curlora.continual.results import environment
 from curlora.continual.sequence import encode
 from curlora.continual.task_model import TaskModel

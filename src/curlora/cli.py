@@ -111,7 +111,7 @@ def compare(
 
 
 def _run(recipe: Recipe, directory: Path) -> None:
-    from curlora.continual.recipe import run_recipe
+    from curlora.continual.launch import run_recipe
     from curlora.report import write_report
 
     with _progress_bars() as bars:

@@ -26,9 +26,10 @@ from transformers import (
 
 from curlora.continual.batches import Collator
 from curlora.continual.data import read_task, read_text
+from curlora.continual.launch import run_recipe
 from curlora.continual.methods import Frozen
 from curlora.continual.protocol import SWITCHES
-from curlora.continual.recipe import load_recipe, run_recipe
+from curlora.continual.recipe import load_recipe
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer, steps_of

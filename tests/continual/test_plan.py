@@ -15,8 +15,9 @@ from transformers import GPT2Config
 
 from curlora.continual import plan
 from curlora.continual.errors import RunError
+from curlora.continual.launch import run_recipe
 from curlora.continual.plan import Memory, make_plan
-from curlora.continual.recipe import RecipeError, load_recipe, run_recipe
+from curlora.continual.recipe import RecipeError, load_recipe
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import TaskError
 from curlora.plan_tables import plan_tables

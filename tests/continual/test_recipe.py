@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from curlora.continual.errors import RunError
-from curlora.continual.recipe import RecipeError, build, load_recipe, packaged_recipes, run_recipe
+from curlora.continual.launch import build, run_recipe
+from curlora.continual.recipe import RecipeError, load_recipe, packaged_recipes
 from tests.continual.streams import figures
 from tests.models import gpt2, llama, word_examples, word_tokenizer
 

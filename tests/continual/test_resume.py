@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from curlora.continual import storage
 from curlora.continual.errors import RunError
-from curlora.continual.recipe import load_recipe, run_recipe
+from curlora.continual.launch import run_recipe
+from curlora.continual.recipe import load_recipe
 from curlora.continual.results import RunResults
 from tests.continual.streams import figures
 
@@ -155,7 +156,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(recipe, tmp_path, monkeypa
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr("curlora.continual.sequence._Sequence._score", cut)
+        patch.setattr("curlora.continual.sequence.MethodRun._score", cut)
         with pytest.raises(Cut):
             run_recipe(recipe, tmp_path / "run")
     (state,) = (tmp_path / "run").glob("frozen/seed-0/weights-1/state.safetensors")

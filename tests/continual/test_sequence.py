@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from curlora.continual.heldout import HeldOut, measure, perplexity
 from curlora.continual.methods import make_method
-from curlora.continual.sequence import BaseScores, encode, run_method, work_of
+from curlora.continual.sequence import BaseScores, MethodRun, encode, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, CompletionTask, TaskError
@@ -60,7 +60,7 @@ class Recorder:
 
 def run(method, tokenizer, directory, tasks=TASKS, settings=SETTINGS, seed=0, base_tasks=()):
     recorder = Recorder()
-    result, trainable, size = run_method(
+    result, trainable, size = MethodRun(
         method,
         llama,
         tokenizer,
@@ -70,7 +70,7 @@ def run(method, tokenizer, directory, tasks=TASKS, settings=SETTINGS, seed=0, ba
         base=BaseScores({"noise": measure(llama(), HELDOUT)}, base_tasks),
         directory=directory,
         progress=recorder,
-    )
+    ).run()
     return result, trainable, size, recorder
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning on one task after another: a stream, the methods it is run with, and what is measured."""
 
-from curlora.continual.recipe import Recipe, load_recipe, run_recipe
+from curlora.continual.launch import run_recipe
+from curlora.continual.recipe import Recipe, load_recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 

@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from curlora.continual.batches import Collator
 from curlora.continual.errors import RunError
+from curlora.continual.launch import build
 from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
 from curlora.continual.processes import check_shared_out, process_state
-from curlora.continual.recipe import ModelPart, Recipe, build
+from curlora.continual.recipe import ModelPart, Recipe
 from curlora.continual.run import Stream
 from curlora.continual.sequence import Encoded, encode
 from curlora.continual.task_model import TaskModel
@@ -143,7 +144,7 @@ def make_plan(recipe: Recipe) -> Plan:
     weights, such as PEFT's initializations that decompose them, is planned as far as it can be.
 
     Raises:
-        RecipeError: as :func:`curlora.continual.recipe.build`.
+        RecipeError: as :func:`curlora.continual.launch.build`.
         curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
         RunError: if a method cannot be put on the model, or the batch size cannot be shared out over the processes.
         OSError: if the model has no tokenizer or configuration.

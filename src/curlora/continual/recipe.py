@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,19 +24,13 @@ from pydantic import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from curlora.continual.data import HeldOutPart, TaskPart, read_task, read_text
-from curlora.continual.errors import RunError
-from curlora.continual.heldout import HeldOut
+from curlora.continual.data import HeldOutPart, TaskPart
 from curlora.continual.methods import Method, make_method
 from curlora.continual.plugins import PLUGINS, make_plugin
 from curlora.continual.protocol import SWITCHES, Protocol
-from curlora.continual.results import RunResults
-from curlora.continual.run import Stream, run_stream
-from curlora.continual.sequence import Progress, Silent
 from curlora.continual.settings import Settings
-from curlora.continual.storage import write_whole
 
-__all__ = ["Recipe", "RecipeError", "build", "load_recipe", "packaged_recipes", "run_recipe"]
+__all__ = ["MethodPart", "ModelPart", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
 
 
 class RecipeError(ValueError):
@@ -315,116 +309,6 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
         raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(entries)) from error
     recipe._written.update(written)
     return recipe
-
-
-def build(recipe: Recipe) -> Stream:
-    """Read the data of a recipe, then its tokenizer; the model is loaded when the run begins.
-
-    Raises:
-        RecipeError: naming the task or file, if a file is missing, a column is not there, a label is unknown, a
-            split is empty or a held-out text is too short: all of that before the model is loaded.
-    """
-    protocol = recipe.switched()
-    try:
-        for part in recipe.tasks:
-            own = part.variant(protocol.data == "reference").training
-            recipe.settings().changed(own).check_trainer()
-        tasks = [read_task(part, reference=protocol.data == "reference") for part in recipe.tasks]
-        texts = [read_text(part) for part in recipe.heldout]
-        guard = None if recipe.guard is None else (recipe.guard, read_text(recipe.guard))
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    tokenizer = recipe.model.load_tokenizer()
-    return Stream(
-        title=recipe.title,
-        base_model=recipe.model.name if not Path(recipe.model.name).is_dir() else Path(recipe.model.name).name,
-        load_model=recipe.model.load,
-        tokenizer=tokenizer,
-        tasks=tasks,
-        methods=[part.make(protocol) for part in recipe.methods],
-        heldout=[_held_out(part, text, tokenizer, protocol) for part, text in zip(recipe.heldout, texts, strict=True)],
-        settings=recipe.settings(),
-        seeds=recipe.seeds,
-        protocol=protocol.describe(),
-        recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
-        guard_text=None if guard is None else _held_out(*guard, tokenizer, Protocol()),
-    )
-
-
-def run_recipe(
-    recipe: Recipe, directory: Path | str, progress: Callable[[float], Progress] = lambda _: Silent()
-) -> RunResults:
-    """Run a recipe, or go on with it where ``directory`` holds part of it.
-
-    Methods and seeds may have been added to the recipe since; anything else must be as it was.
-
-    Args:
-        recipe: what to run.
-        directory: the run directory; made if missing.
-        progress: given the whole amount of work, gives what hears about it; nobody if not given.
-
-    Returns:
-        The measurements, also in ``directory / "results.json"``.
-
-    Raises:
-        RecipeError: as :func:`build`.
-        RunError: if ``directory`` holds a run of another recipe, and as :func:`curlora.continual.run.run_stream`.
-    """
-    directory = Path(directory)
-    stream = build(recipe)
-    return run_stream(stream, directory, progress, begin=lambda: _claim(recipe, directory))
-
-
-_SAVED = "recipe.json"
-
-
-def _claim(recipe: Recipe, directory: Path) -> None:
-    """Check that the directory is of this recipe, and write it down."""
-    saved = directory / _SAVED
-    recipe = recipe.portable()
-    if saved.exists():
-        try:
-            before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(
-                f"{saved} cannot be read, so whether {directory} is of this recipe cannot be told. Choose another "
-                f"folder, or remove {saved} if you are sure."
-            ) from error
-        changed = _changes(before, recipe, directory)
-        if changed and any(directory.glob("*/seed-*")):  # else nothing was done by the other recipe
-            raise RunError(
-                f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, undo "
-                "the change, or remove the folder."
-            )
-    elif any(path.name != ".lock" for path in directory.iterdir()):
-        raise RunError(f"{directory} holds files, but no run. Choose another folder.")
-    write_whole(saved, recipe.model_dump_json(indent=2))
-
-
-def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
-    def known(recipe: Recipe) -> dict[str, Any]:
-        """Without what is for people alone."""
-        tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
-        parts = ("model", "heldout", "guard", "training", "protocol", "switches", "reference")
-        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks}
-
-    def methods(recipe: Recipe) -> dict[str, MethodPart]:
-        return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}
-
-    old, new = known(before), known(now)
-    begun = {name: method for name, method in methods(before).items() if (directory / name).exists()}
-    changed = [f"method {name!r}" for name, method in begun.items() if methods(now).get(name) != method]
-    return [part for part in new if old[part] != new[part]] + changed
-
-
-def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
-    tokens = torch.tensor(tokenizer(text)["input_ids"])[part.skip :]
-    if len(tokens) < 2:
-        raise RecipeError(f"heldout {part.name!r} becomes {len(tokens)} tokens; perplexity needs at least 2")
-    if protocol.perplexity == "first_chunk":
-        chunk = min(part.chunk or part.window, len(tokens))
-        return HeldOut(part.name, tokens[:chunk], window=max(2, chunk))
-    return HeldOut(part.name, tokens[: part.tokens], part.window, part.stride)
 
 
 def _apply(content: Any, change: str) -> None:

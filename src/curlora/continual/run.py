@@ -32,7 +32,7 @@ from curlora.continual.results import (
     TextScore,
     environment,
 )
-from curlora.continual.sequence import BaseScores, Encoded, Progress, Silent, encode, run_method, work_of
+from curlora.continual.sequence import BaseScores, Encoded, MethodRun, Progress, Silent, encode, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
 from curlora.continual.storage import write_whole
@@ -122,7 +122,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
     base = _base(stream, encoded, directory)
     for method, seed in todo:
         folder = _folder(directory, method.name, seed)
-        result, trainable, size = run_method(
+        result, trainable, size = MethodRun(
             method,
             lambda: _same_model(stream.load_model(), base.model, directory),
             stream.tokenizer,
@@ -133,7 +133,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
             directory=folder,
             progress=listener,
             guard_text=stream.guard_text,
-        )
+        ).run()
         record = _Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)
         finished[method.name, seed] = record
         if process_state().is_main_process:

@@ -31,10 +31,10 @@ from curlora.continual.trainer import TaskTrainer, steps_of
 __all__ = [
     "BaseScores",
     "Encoded",
+    "MethodRun",
     "Progress",
     "Silent",
     "encode",
-    "run_method",
     "work_of",
 ]
 
@@ -100,7 +100,7 @@ _TRAIN_UNITS, _WINDOW_UNITS = 3.0, 8.0
 
 
 def work_of(method: Method, stream: Sequence[Encoded], heldout: Sequence[HeldOut]) -> float:
-    """Units of progress that :func:`run_method` will report."""
+    """Units of progress that :class:`MethodRun` will report."""
     plugins = [make() for make in method.plugins]
     numbers = range(len(stream))
     return sum(_learning_work(method, plugins, stream[i]) + _scoring_work(method, stream, i, heldout) for i in numbers)
@@ -125,20 +125,8 @@ def _batches(part: Encoded) -> int:
     return -(-len(part.evaluation) // size)
 
 
-def run_method(
-    method: Method,
-    load_model: Callable[[], nn.Module],
-    tokenizer: PreTrainedTokenizerBase,
-    stream: Sequence[Encoded],
-    heldout: Sequence[HeldOut],
-    *,
-    seed: int,
-    base: BaseScores,
-    directory: Path,
-    progress: Progress,
-    guard_text: HeldOut | None = None,
-) -> tuple[SeedResult, int, int]:
-    """Run one method over a stream with one seed, or go on with it.
+class MethodRun:
+    """One method over a stream with one seed, from its beginning or from where it was cut off.
 
     After each task what was learned and what was measured is saved in ``directory``, and in the course of a task the
     Trainer's checkpoints; a run that was cut off goes on from there, and gives what it would have given.
@@ -156,16 +144,9 @@ def run_method(
         guard_text: for plug-ins that go by a general text.
 
     Raises:
-        RunError: if the method cannot be put on the model, or the state of a run that was cut off cannot be read.
-
-    Returns:
-        The measurements, how many numbers were trained (heads not counted), and the size in bytes of what was saved
-        (heads not counted).
+        RunError: if the method cannot be put on the model.
     """
-    return _Sequence(method, load_model, tokenizer, stream, heldout, seed, base, directory, progress, guard_text).run()
 
-
-class _Sequence:
     def __init__(
         self,
         method: Method,
@@ -173,11 +154,12 @@ class _Sequence:
         tokenizer: PreTrainedTokenizerBase,
         stream: Sequence[Encoded],
         heldout: Sequence[HeldOut],
+        *,
         seed: int,
         base: BaseScores,
         directory: Path,
         progress: Progress,
-        guard_text: HeldOut | None,
+        guard_text: HeldOut | None = None,
     ) -> None:
         self.method, self.stream, self.heldout, self.seed = method, stream, heldout, seed
         self.tokenizer, self.directory, self.progress = tokenizer, directory, progress
@@ -208,6 +190,15 @@ class _Sequence:
         )
 
     def run(self) -> tuple[SeedResult, int, int]:
+        """Run it, or go on with it.
+
+        Returns:
+            The measurements, how many numbers were trained (heads not counted), and the size in bytes of what was saved
+            (heads not counted).
+
+        Raises:
+            RunError: if the state of a run that was cut off cannot be read.
+        """
         label = self.method.label if self.seed == 0 else f"{self.method.label} (seed {self.seed})"
         learned = 0  # tasks; the last of them may not have been scored
         saved = self.state.load(self.model, self.plugins, [part.task.classes for part in self.stream])

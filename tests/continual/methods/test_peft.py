@@ -7,7 +7,7 @@ from torch import nn
 
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import make_method
-from curlora.continual.sequence import BaseScores, Silent, encode, run_method
+from curlora.continual.sequence import BaseScores, MethodRun, Silent, encode
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ClassificationTask
 from tests.models import VOCABULARY, gpt2, llama, word_examples, word_tokenizer
@@ -37,10 +37,10 @@ def test_a_whole_stream(name, tmp_path):
     tasks = [ClassificationTask(f"t{seed}", *word_examples(seed), labels=["a", "b"]) for seed in (2, 8)]
     settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
     method = make_method(kind, "m", "M", rate, options)
-    result, trainable, size = run_method(
+    result, trainable, size = MethodRun(
         method, llama, tokenizer, encode(tasks, tokenizer, settings), [HELDOUT],
         seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=Silent(),
-    )  # fmt: skip
+    ).run()  # fmt: skip
     assert trainable > 0
     assert size > 0
     before, *_, after = result.text()
@@ -102,9 +102,9 @@ def test_a_method_of_ones_own_is_one_class(tmp_path):
     tokenizer = word_tokenizer()
     tasks = [ClassificationTask("t", *word_examples(2), labels=["a", "b"])]
     settings = Settings(batch_size=4, head_learning_rate=0.05)
-    result, trainable, _ = run_method(
+    result, trainable, _ = MethodRun(
         BitFit("bitfit", "BitFit", 1e-2), llama, tokenizer, encode(tasks, tokenizer, settings), [HELDOUT],
         seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=Silent(),
-    )  # fmt: skip
+    ).run()  # fmt: skip
     assert trainable == sum(p.numel() for name, p in llama().named_parameters() if name.endswith("bias"))
     assert result.text()[-1].drift > 0

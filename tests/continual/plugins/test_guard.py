@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.heldout import HeldOut, measure
-from curlora.continual.recipe import build
+from curlora.continual.launch import build
 from tests.continual.streams import figures
 from tests.models import word_tokenizer
 
@@ -70,16 +70,16 @@ def test_cut_off_after_a_task_and_gone_on_with(guarded_path, tmp_path, monkeypat
     class Cut(BaseException):
         pass
 
-    from curlora.continual.sequence import _Sequence
+    from curlora.continual.sequence import MethodRun
 
-    score = _Sequence._score
+    score = MethodRun._score
 
     def cut(self, part):
         if part.number == 1 and self.method.name == "guarded":
             raise Cut
         score(self, part)
 
-    monkeypatch.setattr(_Sequence, "_score", cut)
+    monkeypatch.setattr(MethodRun, "_score", cut)
     with pytest.raises(Cut):
         run_recipe(recipe, tmp_path / "cut")
     monkeypatch.undo()

@@ -3,7 +3,7 @@ import torch
 
 from curlora.continual.methods import make_method
 from curlora.continual.plugins import Replay, TaskContext, make_plugin
-from curlora.continual.sequence import BaseScores, Silent, encode, run_method
+from curlora.continual.sequence import BaseScores, MethodRun, Silent, encode
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import CompletionTask
@@ -60,10 +60,10 @@ def test_replaying_everything_keeps_what_contradicts_nothing(tmp_path):
     kept = {}
     for label, plugins in (("without", ()), ("with", (lambda: Replay(examples=12),))):
         method = make_method("full", label, label, 1e-2, plugins=plugins)
-        result, *_ = run_method(
+        result, *_ = MethodRun(
             method, llama, tokenizer, encode(tasks, tokenizer, settings), [],
             seed=0, base=BaseScores({}), directory=tmp_path / label, progress=Silent(),
-        )  # fmt: skip
+        ).run()  # fmt: skip
         assert result.accuracy[0][0] == 1.0
         assert result.accuracy[1][1] == 1.0
         kept[label] = result.accuracy[1][0]
