@@ -11,8 +11,8 @@ from tests.models import WORDS, llama, tokens, word_tokenizer
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def block(page, language):
-    return re.search(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL).group(1)
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_guards_python_runs(tmp_path, monkeypatch):
@@ -22,15 +22,27 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16)]
     names = {"general_texts": [" ".join(WORDS)] * 12, "train_dataset": rows}
-    exec(block("guard.md", "python").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
+    whole, measured = blocks("guard.md", "python")
+    exec(whole.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
     assert 0 < names["guard"].drift() <= 0.01
+    moved = []
+
+    def rise():
+        pairs = zip(names["guard"].parameters, names["before"], strict=True)
+        moved.append(sum(float((U - old).detach().norm()) for U, old in pairs))
+        return 0.02 * moved[-1] / moved[0]
+
+    names["perplexity_rise"] = rise
+    exec(measured, names)
+    assert 0 < names["scale"] < 1
+    assert 0 < names["rise"] <= 0.01
 
 
 def test_the_guards_recipe_is_one(tmp_path):
     """Put into the README's."""
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     content = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1))
-    content.update(yaml.safe_load(block("guard.md", "yaml")))
+    content.update(yaml.safe_load(blocks("guard.md", "yaml")[0]))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert load_recipe(tmp_path / "recipe.yaml").methods[-1].plugins[0]["max_perplexity_increase"] == 0.01
 

@@ -62,3 +62,16 @@ def test_a_model_that_diverged_is_taken_back(broken):
 def test_what_was_over_before_the_step_is_said():
     scale, found, _ = step(lambda t: 1.0 + t, 0.5)
     assert (scale, found) == (0.0, 1.0)
+
+
+def test_parameters_that_are_not_finite_are_taken_back_at_once():
+    parameters = [torch.tensor([math.nan]), torch.tensor([1.0])]
+    seen = []
+
+    def measure():
+        seen.append(1)
+        return float(sum(parameters))
+
+    assert keep_within(0.5, measure, parameters, [torch.tensor([0.25]), torch.tensor([0.125])]) == (0.0, 0.375)
+    assert [float(p) for p in parameters] == [0.25, 0.125]
+    assert len(seen) == 2

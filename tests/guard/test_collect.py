@@ -8,6 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
 from curlora.guard import Calibration, GuardError, calibrate
+from curlora.guard.collect import _drawn_gradient
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
 # Few tokens are enough here.
@@ -95,24 +96,53 @@ def test_how_the_text_is_put_into_batches_does_not_matter():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_counts_for_nothing(side):
-    model = adapted()
+@pytest.mark.parametrize("base", MAPS)
+def test_padding_counts_for_nothing(base, side):
+    """Nor does it count as a position: GPT-2's are absolute."""
+    model = adapted(base)
     ids = tokens(batch=1, length=6)
     alone = calibrate(model, [batch(ids)], progress=False)
     junk = torch.full((1, 3), 5)
     padding = torch.zeros(1, 3, dtype=torch.long)
     real = torch.ones_like(ids)
     row, mask = ((junk, ids), (padding, real)) if side == "left" else ((ids, junk), (real, padding))
-    positions = torch.cat([padding, torch.arange(6)[None]], 1) if side == "left" else None
-    forward = model.forward
-    if positions is not None:  # as transformers' generate gives them
-        model.forward = lambda **inputs: forward(position_ids=positions, **inputs)
     padded = calibrate(model, [batch(torch.cat(row, 1), torch.cat(mask, 1))], progress=False)
     assert padded.tokens == alone.tokens == 6
     for name in alone.layers:
         torch.testing.assert_close(padded.layers[name].inputs, alone.layers[name].inputs, rtol=1e-4, atol=1e-7)
     if side == "right":  # on the left the same numbers are drawn for other positions
         close(padded, alone, rtol=1e-4)
+
+
+def test_positions_that_are_given_are_used():
+    model = adapted("gpt2")
+    ids = tokens(batch=1, length=6)
+    positions = torch.arange(20, 26)[None]
+    given = calibrate(model, [{**batch(ids), "position_ids": positions}], progress=False)
+    longer = torch.cat([torch.zeros(1, 20, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 20, dtype=torch.long), torch.ones_like(ids)], 1)
+    padded = calibrate(
+        model, [{**batch(longer, mask), "position_ids": torch.arange(26)[None]}], gradients=False, progress=False
+    )
+    for name in given.layers:
+        torch.testing.assert_close(given.layers[name].inputs, padded.layers[name].inputs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("base", MAPS)
+def test_a_layer_that_is_used_twice_moves_twice(base):
+    """``L = E[G G^T]`` where ``G``, the gradient of a row, is the sum over both uses."""
+    model = adapted(base)
+    blocks = model.get_base_model().model.layers if base == "llama" else model.get_base_model().transformer.h
+    blocks[1] = blocks[0]
+    ids = tokens(batch=1, length=5)
+    found = {m.name: m for m in model.modules() if isinstance(m, CurloraLayer)}
+    calibration = calibrate(model, [batch(ids)], progress=False)
+    logits = model(input_ids=ids, use_cache=False).logits
+    at_logits = _drawn_gradient(logits.detach(), torch.ones(1, 4, dtype=torch.bool), [0], seed=0)
+    trained = [layer.curlora_U["default"] for layer in found.values()]
+    for name, gradient in zip(found, torch.autograd.grad(logits, trained, at_logits), strict=True):
+        G = (gradient.T if base == "gpt2" else gradient).double()
+        torch.testing.assert_close(calibration.layers[name].left, G @ G.T / 4, rtol=1e-4, atol=1e-9)
 
 
 def test_long_texts_are_cut_and_nothing_is_left_out():
@@ -153,10 +183,12 @@ def test_saved_and_loaded(tmp_path, gradients):
     calibration = calibrate(adapted(), [batch(tokens())], gradients=gradients, progress=False)
     calibration.save(tmp_path / "c.safetensors")
     loaded = Calibration.load(tmp_path / "c.safetensors")
-    assert loaded.tokens == calibration.tokens
+    assert (loaded.tokens, loaded.rows) == (calibration.tokens, calibration.rows) == (14, 2)
     for name, moments in calibration.layers.items():
         assert torch.equal(moments.inputs, loaded.layers[name].inputs)
         assert moments.output == loaded.layers[name].output
+        assert torch.equal(moments.start, loaded.layers[name].start)
+        assert moments.start.any()
         for side in ("left", "right"):
             saved, read = getattr(moments, side), getattr(loaded.layers[name], side)
             assert torch.equal(saved, read) if gradients else saved is read is None
@@ -207,6 +239,12 @@ def test_bad_input_is_named():
             calibrate(model, nothing, word_tokenizer(), progress=False)
     with pytest.raises(GuardError, match="input_ids"):
         calibrate(model, [tokens()], progress=False)
+    with pytest.raises(GuardError, match=r"calibrate\(model, \[batch\]\)"):
+        calibrate(model, batch(tokens()), progress=False)
+    with pytest.raises(GuardError, match=r"shape \(batch, length\), found \(7,\)"):
+        calibrate(model, [batch(tokens()[0])], progress=False)
+    with pytest.raises(GuardError, match="70 tokens; the model has 64 positions"):
+        calibrate(adapted("gpt2"), [batch(tokens(length=70))], progress=False)
     with pytest.raises(GuardError, match="causal language model"):
         calibrate(classifier(), [batch(tokens())], progress=False)
     with pytest.raises(GuardError, match="no CURLoRA adapter"):
@@ -226,7 +264,7 @@ def test_activations_that_are_not_finite_are_named():
 
 
 def test_little_text_is_told():
-    with pytest.warns(UserWarning, match="14 tokens, few for a rank of 4.*at least 256"):
+    with pytest.warns(UserWarning, match="14 tokens in 2 rows, few for a rank of 4.*at least 256"):
         calibrate(adapted(), [batch(tokens())], progress=False)
 
 

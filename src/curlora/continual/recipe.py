@@ -117,7 +117,10 @@ class MethodPart(_Part):
         """
         options = {**(protocol.curlora_options if self.method == "curlora" else {}), **self.options}
         makers = []
+        named = [plugin.get("name") for plugin in self.plugins]
         for plugin in self.plugins:
+            if named.count(plugin.get("name")) > 1:
+                raise ValueError(f"plug-in {plugin.get('name')!r} is there twice")
             if "name" not in plugin:
                 raise ValueError(f"a plug-in needs a name: {plugin}")
             rest = {key: value for key, value in plugin.items() if key != "name"}

@@ -208,10 +208,11 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
     model = TaskModel(language_model)
     positions = getattr(language_model.config, "max_position_embeddings", None)
-    for text in stream.heldout:
+    for text in (*stream.heldout, *([] if stream.guard_text is None else [stream.guard_text])):
         if positions is not None and min(text.window, len(text.tokens)) > positions:
             raise RunError(
-                f"heldout {text.name!r} has windows of {text.window} tokens, where the model has {positions} positions."
+                f"The text {text.name!r} has windows of {text.window} tokens, where the model has {positions} "
+                "positions."
             )
     scores = []
     for part in wanted:

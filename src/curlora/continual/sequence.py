@@ -229,7 +229,9 @@ class MethodRun:
         if not any(p.requires_grad for p in self.model.parameters()):
             return
         collate = Collator(self.tokenizer, part.settings.readout)
-        context = TaskContext(part.number, self.model, part.train, collate, self.seed, self.guard_text)
+        context = TaskContext(
+            part.number, self.model, part.train, collate, self.seed, self.guard_text, self.base_logits
+        )
         for plugin in self.plugins:
             plugin.before_task(context)
         rows: Sequence[Row] = part.train
@@ -250,7 +252,7 @@ class MethodRun:
             train_tokens=self.result.train_tokens + part.settings.epochs * sum(len(row["input_ids"]) for row in rows),
             train_seconds=self.result.train_seconds + ahead + trainer.seconds,
         )
-        for plugin in self.plugins:
+        for plugin in sorted(self.plugins, key=lambda plugin: not plugin.changes_weights):
             guarded = plugin.after_task(context)
             if guarded is not None:
                 self._add(guarded=[*self.result.guarded, guarded])

@@ -41,7 +41,8 @@ def keep_within(
 
     def at(scale: float) -> float:
         for parameter, old, new in zip(parameters, before, after, strict=True):
-            parameter.copy_(new if scale == 1 else torch.lerp(old.to(new), new, scale))
+            # The ends as they are: between a number and one that is not finite there is nothing.
+            parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old.to(new), new, scale))
         value = measure()
         return value if math.isfinite(value) else math.inf
 
@@ -49,7 +50,7 @@ def keep_within(
     if found <= limit:
         return 1.0, found
     within, best = 0.0, at(0.0)
-    if best > limit:
+    if best > limit or not all(bool(new.isfinite().all()) for new in after):
         return 0.0, best
     guess = math.sqrt((limit - best) / (found - best)) * (1 - tolerance / 2)
     scale = 0.0

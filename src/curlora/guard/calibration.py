@@ -20,7 +20,7 @@ from curlora.tuner.model import adapted_layers
 __all__ = ["Calibration", "Moments", "adapter_of", "layers_of"]
 
 _VERSION = "1"
-_PARTS = ("indices", "fingerprint", "inputs", "output", "left", "right")
+_PARTS = ("indices", "fingerprint", "start", "inputs", "output", "left", "right")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Moments:
     Args:
         indices: the adapter's columns above its rows, int32, shape ``(2, r)``.
         fingerprint: of the base weight at these indices.
+        start: ``U`` as it was, from which forgetting counts; shape ``(r, r)``.
         inputs: ``E[z z^T]``, float64, shape ``(r, r)``, as all of the following.
         output: ``E ||y0||^2``.
         left: ``E[G G^T]``; ``None`` where only the forward pass was run.
@@ -47,6 +48,7 @@ class Moments:
 
     indices: Tensor
     fingerprint: Tensor
+    start: Tensor
     inputs: Tensor
     output: float
     left: Tensor | None = None
@@ -60,14 +62,16 @@ class Calibration:
     Args:
         layers: by the layers' names in the base model.
         tokens: how many they were taken over.
+        rows: how many pieces of text these were in. What a change does to one of them is one sample.
     """
 
     layers: Mapping[str, Moments]
     tokens: int
+    rows: int
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as tensors."""
-        state = {"tokens": torch.tensor(self.tokens)}
+        state = {"tokens": torch.tensor(self.tokens), "rows": torch.tensor(self.rows)}
         for name, moments in self.layers.items():
             for part in _PARTS:
                 value = getattr(moments, part)
@@ -89,7 +93,7 @@ class Calibration:
                 parts.setdefault(name, {})[part] = tensor
         try:
             layers = {name: Moments(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())}
-            calibration = cls(layers, int(state["tokens"]))
+            calibration = cls(layers, int(state["tokens"]), int(state["rows"]))
         except (KeyError, TypeError, ValueError) as error:
             raise GuardError(f"the calibration is incomplete: {error}") from error
         for name, moments in layers.items():
@@ -190,7 +194,7 @@ def _tensor(value: Tensor | float) -> Tensor:
 
 def _check_whole(name: str, moments: Moments) -> None:
     r = moments.indices.shape[-1]
-    for part in ("inputs", "left", "right"):
+    for part in ("start", "inputs", "left", "right"):
         moment = getattr(moments, part)
         if moment is None:
             continue

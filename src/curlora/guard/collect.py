@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["calibrate"]
 
-# Fewer tokens than this many for each rank, and the moments are mostly noise.
+# Fewer tokens than this many for each rank, or fewer rows of text, and the moments are mostly noise.
 _TOKENS_PER_RANK = 64
+_ROWS = 32
 
 
 def calibrate(
@@ -45,9 +47,11 @@ def calibrate(
     of all of them. Batches that are given are taken to be shared out already.
 
     Args:
-        model: a causal language model with a CURLoRA adapter; moments are of the model as it is now.
+        model: a causal language model with a CURLoRA adapter. Forgetting counts from the model as it is now: an adapter
+            that has learned something before keeps it.
         data: texts; or rows of tokens, each of shape ``(length,)``; or batches that hold ``input_ids`` and, where there
-            is padding, ``attention_mask``, of shape ``(batch, length)``, such as a ``DataLoader`` gives.
+            is padding, ``attention_mask``, of shape ``(batch, length)``, such as a ``DataLoader`` gives. A batch's
+            ``position_ids`` are used where it has them, and counted from each row's first token where it does not.
         tokenizer: of the model; for texts.
         adapter: the adapter's name; the active one if ``None``.
         max_length: longer texts and rows are cut into rows of so many tokens, of which none is left out. Each row is
@@ -63,7 +67,7 @@ def calibrate(
 
     Raises:
         GuardError: if the model is not a causal language model with an adapter, if the text has no two tokens in a row,
-            or if an activation is not finite.
+            if a row is longer than the model's positions, or if an activation is not finite.
     """
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)
@@ -74,27 +78,29 @@ def calibrate(
     batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
 
     device = next(model.parameters()).device
-    sums = {name: _Sums(layer, adapter, device) for name, layer in layers.items()}
-    predicted = tokens = 0
+    sums = {name: _Sums(layer, adapter) for name, layer in layers.items()}
+    predicted = tokens = rows = 0
     with _ready(model, layers, adapter, gradients), _listening(sums, layers, adapter, gradients) as batch_of:
         shown = track(batches, "Calibrating", total=count, transient=True) if progress and rank == 0 else batches
         for numbers, batch in shown:
-            ids = batch["input_ids"].to(device)
-            mask = batch.get("attention_mask")
-            mask = torch.ones_like(ids) if mask is None else mask.to(device)
+            inputs = _inputs(model, batch, device)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
             batch_of(mask.bool())
-            output = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            output = model(**inputs, use_cache=False)
             logits = _logits_of(output, ids)
             answered = mask[:, :-1].bool() & mask[:, 1:].bool()
             if gradients:
                 trained = [layer.curlora_U[adapter] for layer in layers.values()]
                 at_logits = _drawn_gradient(logits.detach(), answered, numbers, seed)
                 torch.autograd.grad(logits, trained, at_logits, allow_unused=True)
+                for of_layer in sums.values():
+                    of_layer.end_batch()
             predicted += int(answered.sum())
             tokens += int(mask.sum())
-    totals = _sum_over_processes([*(s.packed() for s in sums.values()), torch.tensor([predicted, tokens])], device)
-    *packed, counts = totals
-    predicted, tokens = int(counts[0]), int(counts[1])
+            rows += int(answered.any(1).sum())
+    counted = torch.tensor([predicted, tokens, rows])
+    *packed, counts = _sum_over_processes([*(s.packed() for s in sums.values()), counted], device)
+    predicted, tokens, rows = (int(number) for number in counts)
     if not predicted:
         raise GuardError(
             "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer "
@@ -103,21 +109,22 @@ def calibrate(
     moments = {}
     for (name, layer), total in zip(layers.items(), packed, strict=True):
         moments[name] = sums[name].moments(layer, adapter, total, tokens, predicted, gradients)
-    _check(moments, tokens)
-    return Calibration(moments, tokens)
+    _check(moments, tokens, rows)
+    return Calibration(moments, tokens, rows)
 
 
 class _Sums:
     """Of one layer, over all batches so far."""
 
-    def __init__(self, layer: CurloraLayer, adapter: str, device: torch.device) -> None:
+    def __init__(self, layer: CurloraLayer, adapter: str) -> None:
         self.index, self.factor = layer.sides(adapter)
-        r = len(self.index)
+        r, device = len(self.index), self.factor.device
         # float64, where the device has it: sums over a million tokens of which each adds its last digit.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.inputs, self.left, self.right = torch.zeros(3, r, r, dtype=dtype, device=device)
         self.output = torch.zeros((), dtype=dtype, device=device)
-        self.z: Tensor | None = None
+        self.z = torch.zeros(0, 0, r, device=device)
+        self.gradients: list[Tensor] = []
 
     def add_output(self, output: Tensor, bias: Tensor | None, mask: Tensor) -> None:
         rows = _rows(output if bias is None else output - bias.to(output.dtype), mask).detach()
@@ -126,13 +133,17 @@ class _Sums:
         z = self.z.flatten(0, 1).to(self.inputs.dtype)
         self.inputs += z.T @ z
 
-    def add_gradient(self, gradient: Tensor, mask: Tensor) -> None:
-        assert self.z is not None
+    def add_gradient(self, gradient: Tensor, z: Tensor, mask: Tensor) -> None:
         g = _rows(gradient, mask) @ self.factor.to(gradient.dtype)
-        G = (g.mT.float() @ self.z.float()).to(self.left.dtype)
-        self.left += (G @ G.mT).sum(0)
-        self.right += (G.mT @ G).sum(0)
-        self.z = None
+        self.gradients.append(g.mT.float() @ z.float())
+
+    def end_batch(self) -> None:
+        """A layer that is used more than once moves every time: the gradient of a row is the sum."""
+        if self.gradients:
+            G = torch.stack(self.gradients).sum(0).to(self.left.dtype)
+            self.left += (G @ G.mT).sum(0)
+            self.right += (G.mT @ G).sum(0)
+            self.gradients = []
 
     def packed(self) -> Tensor:
         return torch.cat([*(moment.flatten() for moment in (self.inputs, self.left, self.right)), self.output[None]])
@@ -145,6 +156,7 @@ class _Sums:
         return Moments(
             indices=layer.curlora_indices[adapter].cpu().clone(),
             fingerprint=layer.curlora_fingerprint[adapter].cpu().clone(),
+            start=layer.curlora_U[adapter].detach().cpu().clone(),
             inputs=inputs / tokens,
             output=float(total[-1]) / tokens,
             left=left / predicted if gradients else None,
@@ -174,14 +186,14 @@ def _listening(
 
     def base_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            sums[name].add_output(output, getattr(module, "bias", None), current[0])
+            sums[name].add_output(output, getattr(module, "bias", None), current[0].to(output.device))
 
         return hook
 
     def layer_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            mask = current[0]
-            output.register_hook(lambda gradient: sums[name].add_gradient(gradient, mask))
+            mask, z = current[0], sums[name].z
+            output.register_hook(lambda gradient: sums[name].add_gradient(gradient, z, mask.to(gradient.device)))
 
         return hook
 
@@ -211,6 +223,30 @@ def _ready(model: nn.Module, layers: dict[str, CurloraLayer], adapter: str, grad
             module.training = training
         for U, requires_grad in trained.items():
             U.requires_grad_(requires_grad)
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What the model is given; positions are counted from each row's first token, as in training and generation."""
+    ids = batch["input_ids"].to(device)
+    mask = torch.as_tensor(batch["attention_mask"]).to(device) if "attention_mask" in batch else torch.ones_like(ids)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise GuardError(
+            f"input_ids and attention_mask are expected of shape (batch, length), found {tuple(ids.shape)} and "
+            f"{tuple(mask.shape)}"
+        )
+    base = getattr(model, "get_base_model", lambda: model)()
+    most = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    if most is not None and ids.shape[1] > most:
+        raise GuardError(
+            f"A row of the text has {ids.shape[1]:,} tokens; the model has {most:,} positions. Give shorter rows, or "
+            "texts and a lower max_length."
+        )
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"].to(device)
+    elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return inputs
 
 
 def _logits_of(output: Any, ids: Tensor) -> Tensor:
@@ -257,6 +293,8 @@ def _batches(
     """Batches with the numbers of their rows, and how many there will be."""
     if max_length < 2 or batch_size < 1:
         raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
+    if isinstance(data, Mapping):
+        raise GuardError("One batch was given where several are expected: calibrate(model, [batch]).")
     length = len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
     items = iter([data] if isinstance(data, str) else data)
     first = list(itertools.islice(items, 1))
@@ -312,7 +350,7 @@ def _sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Ten
     return list(flat.split([tensor.numel() for tensor in tensors]))
 
 
-def _check(moments: Mapping[str, Moments], tokens: int) -> None:
+def _check(moments: Mapping[str, Moments], tokens: int, rows: int) -> None:
     # Outputs first: what goes wrong in one layer forward goes wrong in all of them backward.
     outputs = {name: of.inputs.sum() + of.output for name, of in moments.items()}
     gradients = {name: of.left.sum() for name, of in moments.items() if of.left is not None}
@@ -324,9 +362,9 @@ def _check(moments: Mapping[str, Moments], tokens: int) -> None:
                     "precision enough? Try float32 or bfloat16."
                 )
     r = max(of.inputs.shape[0] for of in moments.values())
-    if tokens < _TOKENS_PER_RANK * r:
+    if tokens < _TOKENS_PER_RANK * r or rows < _ROWS:
         warnings.warn(
-            f"The guard's text has {tokens:,} tokens, few for a rank of {r}: its moments are rough. Give at least "
-            f"{_TOKENS_PER_RANK * r:,}; until then a guard damps more.",
+            f"The guard's text has {tokens:,} tokens in {rows:,} rows, few for a rank of {r}: its moments are rough. "
+            f"Give at least {_TOKENS_PER_RANK * r:,} in {_ROWS}; until then a guard damps more.",
             stacklevel=3,
         )

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +22,13 @@ __all__ = ["Guard"]
 class Guard:
     """Trains an adapter in coordinates in which forgetting is a squared distance, and keeps it within a budget.
 
-    The second-order rise of the KL divergence from the calibrated model is, layer by layer, a quadratic form of ``U``
-    (:class:`curlora.guard.calibration.Moments`). In coordinates ``V`` in which that form is the same in all directions
-    of all layers, scaled so that the predicted divergence is ``mean(V^2)``, in nats per token:
+    The second-order rise of the KL divergence from the calibrated model is, layer by layer, a quadratic form of what
+    ``U`` has moved since (:class:`curlora.guard.calibration.Moments`). In coordinates ``V`` in which that form is the
+    same in all directions of all layers, scaled so that the predicted divergence is ``mean(V^2)``, in nats per token:
 
     - any optimizer of torch works as it is, on ``V`` in the place of ``U`` (:meth:`attach`). A learning rate is then in
       square roots of nats: Adam's first step costs ``lr^2`` nats, whatever the rank, the layers and the model, and
-      ``alpha`` makes no difference. Weight decay pulls towards the base model.
+      ``alpha`` makes no difference. Weight decay pulls towards the calibrated model.
     - after every step the prediction is known for nothing (:meth:`drift`), and where it is over ``budget`` the step is
       scaled back onto it.
 
@@ -38,7 +39,9 @@ class Guard:
         model: with the adapter; its ``U`` are found here.
         calibration: of this model and adapter.
         budget: the most that may be forgotten, in nats per token of the calibration's text; ``None`` for no limit.
-        max_perplexity_increase: the same as a relative rise of perplexity, 0.01 for 1 %: ``budget = log(1.01)``.
+        max_perplexity_increase: a relative rise of perplexity, 0.01 for 1 %, as a budget of ``log(1.01)`` nats. That is
+            what the rise would be on text that the model itself might have written. What it is on a text at hand is for
+            a measurement to say, after training: :func:`curlora.guard.keep_within`.
         damping: see :func:`curlora.guard.coordinates.coordinates`.
         adapter: the adapter's name; the active one if ``None``.
 
@@ -68,34 +71,35 @@ class Guard:
         self.budget = math.log1p(max_perplexity_increase) if max_perplexity_increase is not None else budget
         self.damping = damping
         layers = calibration.check(model, self.adapter)
-        found = {}
+        self._places: dict[nn.Parameter, tuple[Coordinates, Tensor]] = {}
         self._unknown = []
         for name, layer in layers.items():
-            U = layer.curlora_U[self.adapter]
-            place = _coordinates_of(layer, self.adapter, calibration.layers[name], damping, calibration.tokens)
+            U, moments = layer.curlora_U[self.adapter], calibration.layers[name]
+            place = _coordinates_of(layer, self.adapter, moments, damping + _roughness(calibration, moments))
             if place is None:
                 self._unknown.append(U)
             else:
-                found[U] = place
-        if not found:
+                self._places[U] = place, moments.start
+        if not self._places:
             raise GuardError("The calibration's text uses none of the adapted layers, so nothing can be guarded by it")
-        self.numbers = sum(U.numel() for U in found)
-        stacks = defaultdict(list)
-        for U, place in found.items():
-            stacks[U.shape[0], U.device, U.dtype].append((U, place))
-        self._stacks = [_Stack(pairs, math.sqrt(2 / self.numbers)) for pairs in stacks.values()]
-        self._undo: list[Any] = []
+        self.numbers = sum(U.numel() for U in self._places)
+        self._grouped: list[_Stack] = []
+        self._homes: list[tuple[torch.device, torch.dtype]] = []
+        self._hooks: list[Any] = []
+        self._inside = False
 
     @property
     def parameters(self) -> list[Tensor]:
         """Every ``U`` that it guards."""
-        return [U for stack in self._stacks for U in stack.parameters]
+        return list(self._places)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the optimizer's steps are in the guard's coordinates and within its budget.
 
+        A closure that is given to ``step`` runs with ``U`` in the model, as any other code does.
+
         Raises:
-            GuardError: if it does not train all of the adapter's ``U``.
+            GuardError: if it does not train all of the adapter's ``U``, or another guard holds one of them.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is around another
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -106,16 +110,18 @@ class Guard:
                 "this model's parameters, after the adapter is on it."
             )
         self.detach()
-        self._undo = [
-            optimizer.register_step_pre_hook(lambda *_: self._enter()),
-            optimizer.register_step_post_hook(lambda *_: self._leave()),
-        ]
+        others = [guard for guard in _GUARDS.get(optimizer, ()) if guard._hooks]
+        if any(U in guard._places for guard in others for U in self._places):
+            raise GuardError("The optimizer has a guard for this adapter: detach that one first.")
+        _GUARDS[optimizer] = [*others, self]
+        self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def detach(self) -> None:
         """Leave the optimizer alone again."""
-        for handle in self._undo:
-            handle.remove()
-        self._undo = []
+        self._leave()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     @torch.no_grad()
     def drift(self) -> float:
@@ -124,45 +130,92 @@ class Guard:
         Where the calibration was made without gradients: half the squared shift of the layers' outputs on its text,
         each relative to its output and summed over layers.
         """
-        return sum(float(stack.inside().square().sum()) for stack in self._stacks) / self.numbers
+        self._leave()
+        return sum(float(stack.moved().square().sum()) for stack in self._stacks()) / self.numbers
+
+    def _before(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first of them is the optimizer
+        if closure is None:
+            self._enter()
+            return None
+
+        def outside() -> Any:
+            self._leave()
+            loss = closure()
+            self._enter()
+            return loss
+
+        # Gradients of now are not what the optimizer goes by: the closure is about to make new ones.
+        self._enter(gradients=False)
+        return args[:1], {**kwargs, "closure": outside}
 
     @torch.no_grad()
-    def _enter(self) -> None:
+    def _after(self, *_: Any) -> None:
+        if self.budget is not None:
+            squares = [torch.stack(stack.parameters).square().sum() for stack in self._stacks()]
+            total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.numbers
+            # No number of it is read, so that a GPU need not stop for it. What is not finite stays in its own layer.
+            scale = torch.where(total.isfinite(), (self.budget / total).sqrt().clamp(max=1.0), 1.0)
+            for stack in self._stacks():
+                torch._foreach_mul_(stack.parameters, scale.to(stack.parameters[0].device))
+        self._leave()
+
+    @torch.no_grad()
+    def _enter(self, gradients: bool = True) -> None:
+        self._leave()
         for U in self._unknown:
             U.grad = None
-        for stack in self._stacks:
+        for stack in self._stacks():
             stack.enter()
+            if gradients:
+                stack.map_gradients()
+        self._inside = True
 
     @torch.no_grad()
     def _leave(self) -> None:
-        if self.budget is not None:
-            squares = [torch.stack(stack.parameters).square().sum() for stack in self._stacks]
-            total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.numbers
-            scale = (self.budget / total).sqrt().clamp(max=1.0)  # no number of it is read: a GPU need not stop for it
-            for stack in self._stacks:
-                torch._foreach_mul_(stack.parameters, scale.to(stack.parameters[0].device))
-        for stack in self._stacks:
-            stack.leave()
+        """Also where a step of the optimizer was broken off by an error, after which no hook is called."""
+        if self._inside:
+            for stack in self._stacks():
+                stack.leave()
+            self._inside = False
+
+    def _stacks(self) -> list[_Stack]:
+        """Made anew where the model has been moved: a Trainer does so after a guard was made."""
+        homes = [(U.device, U.dtype) for U in self._places]
+        if homes != self._homes:
+            groups = defaultdict(list)
+            for U, (place, start) in self._places.items():
+                groups[U.shape[0], U.device, U.dtype].append((U, place, start))
+            self._grouped = [_Stack(group, math.sqrt(2 / self.numbers)) for group in groups.values()]
+            self._homes = homes
+        return self._grouped
+
+
+_GUARDS: WeakKeyDictionary[torch.optim.Optimizer, list[Guard]] = WeakKeyDictionary()
 
 
 class _Stack:
-    """The ``U`` of one size, device and dtype, mapped together."""
+    """The ``U`` of one size, device and dtype, mapped together: ``U = start + left @ V @ right``."""
 
-    def __init__(self, pairs: Sequence[tuple[nn.Parameter, Coordinates]], unit: float) -> None:
-        self.parameters: list[Tensor] = [U for U, _ in pairs]
+    def __init__(self, members: Sequence[tuple[nn.Parameter, Coordinates, Tensor]], unit: float) -> None:
+        self.parameters: list[Tensor] = [U for U, _, _ in members]
         U = self.parameters[0]
-        sides = (torch.stack(side) for side in zip(*(place for _, place in pairs), strict=True))
         dtype = torch.promote_types(U.dtype, torch.float32)
+        sides = (torch.stack(side) for side in zip(*(place for _, place, _ in members), strict=True))
         self.left, self.right, self.left_inverse, self.right_inverse = (s.to(U.device, dtype) for s in sides)
         self.left, self.left_inverse = self.left * unit, self.left_inverse / unit
+        self.start = torch.stack([start for _, _, start in members]).to(U.device, dtype)
 
-    def inside(self) -> Tensor:
+    def moved(self) -> Tensor:
         """``V`` of each ``U``, shape ``(count, r, r)``."""
-        return self.left_inverse @ torch.stack(self.parameters).to(self.left.dtype) @ self.right_inverse
+        return self.left_inverse @ (torch.stack(self.parameters).to(self.start.dtype) - self.start) @ self.right_inverse
 
     def enter(self) -> None:
-        """Put ``V`` and its gradients in the place of ``U`` and its own."""
-        torch._foreach_copy_(self.parameters, list(self.inside().unbind()))
+        """Put ``V`` in the place of ``U``."""
+        torch._foreach_copy_(self.parameters, list(self.moved().unbind()))
+
+    def map_gradients(self) -> None:
+        """Make gradients with respect to ``U`` those with respect to ``V``."""
         known = [(i, U.grad) for i, U in enumerate(self.parameters) if U.grad is not None]
         if known:
             index, gradients = zip(*known, strict=True)
@@ -174,13 +227,16 @@ class _Stack:
 
     def leave(self) -> None:
         """Put ``U`` in the place of ``V`` again."""
-        mapped = self.left @ torch.stack(self.parameters).to(self.left.dtype) @ self.right
+        mapped = self.start + self.left @ torch.stack(self.parameters).to(self.left.dtype) @ self.right
         torch._foreach_copy_(self.parameters, list(mapped.unbind()))
 
 
-def _coordinates_of(
-    layer: CurloraLayer, adapter: str, moments: Moments, damping: float, tokens: int
-) -> Coordinates | None:
+def _roughness(calibration: Calibration, moments: Moments) -> float:
+    """Damping for the moments of little text: where they see nothing there may be something."""
+    return len(moments.inputs) / calibration.tokens if moments.left is None else 1 / calibration.rows
+
+
+def _coordinates_of(layer: CurloraLayer, adapter: str, moments: Moments, damping: float) -> Coordinates | None:
     """Of ``U`` as the layer stores it, so that ``KL = ||V||^2 / 2``."""
     if moments.left is None or moments.right is None:  # the shift of the output, relative to the output
         factor = layer.sides(adapter)[1].detach().cpu().double()
@@ -188,9 +244,7 @@ def _coordinates_of(
         right = moments.inputs
     else:
         left, right = moments.left, moments.right / moments.left.trace().clamp_min(1e-300)
-    r = len(moments.inputs)
-    # The moments of few tokens are rough: where they see nothing there may be something.
-    place = coordinates(left, right, damping + r / tokens)
+    place = coordinates(left, right, damping)
     if place is None:
         return None
     alpha = layer.alpha[adapter]  # M = alpha U

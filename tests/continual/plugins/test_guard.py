@@ -1,16 +1,25 @@
 """The guard over a stream on a small model."""
 
+import json
+
 import pytest
 import torch
 import yaml
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from curlora.continual import load_recipe, run_recipe
+from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
+from curlora.continual.plugins import EWC, GuardPlugin, TaskContext, TowardBase
+from curlora.continual.recipe import RecipeError
+from curlora.continual.sequence import MethodRun
+from curlora.continual.task_model import TaskModel
+from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import figures
-from tests.models import word_tokenizer
+from tests.models import curlora, llama, tokens, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
 
@@ -63,44 +72,118 @@ def test_the_budget_holds_on_the_guard_text_after_every_task(guarded_path, tmp_p
     assert not plain.drifts
 
 
-def test_cut_off_after_a_task_and_gone_on_with(guarded_path, tmp_path, monkeypatch):
+class Cut(BaseException):
+    """The power goes."""
+
+
+@pytest.mark.parametrize("task", [0, 1])
+def test_cut_off_while_learning_a_task_and_gone_on_with(guarded_path, tmp_path, monkeypatch, task):
+    content = yaml.safe_load(guarded_path.read_text())
+    content["training"] = {**content.get("training", {}), "logging_steps": 1, "checkpoint_steps": 1}
+    guarded_path.write_text(yaml.safe_dump(content))
     recipe = load_recipe(guarded_path)
     whole = run_recipe(recipe, tmp_path / "whole")
-
-    class Cut(BaseException):
-        pass
-
-    from curlora.continual.sequence import MethodRun
-
-    score = MethodRun._score
+    learn = MethodRun._learn
 
     def cut(self, part):
-        if part.number == 1 and self.method.name == "guarded":
-            raise Cut
-        score(self, part)
+        if part.number == task and self.method.name == "guarded":
+            seen = []
 
-    monkeypatch.setattr(MethodRun, "_score", cut)
+            def save(trainer, *arguments):
+                saving(trainer, *arguments)
+                seen.append(1)
+                if len(seen) == 2:
+                    raise Cut
+
+            saving = TaskTrainer._save_checkpoint
+            monkeypatch.setattr(TaskTrainer, "_save_checkpoint", save)
+        learn(self, part)
+
+    monkeypatch.setattr(MethodRun, "_learn", cut)
     with pytest.raises(Cut):
         run_recipe(recipe, tmp_path / "cut")
+    assert len(list((tmp_path / "cut/guarded/seed-0").glob(f"checkpoints/task-{task}/checkpoint-*"))) == 1
     monkeypatch.undo()
     assert figures(run_recipe(recipe, tmp_path / "cut")) == figures(whole)
 
 
-def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_path):
-    from curlora.continual.plugins import TaskContext, TowardBase
-    from curlora.continual.task_model import TaskModel
-    from tests.models import curlora, llama, tokens
+def test_what_looks_at_the_weights_sees_them_within_the_budget(guarded_path, tmp_path, monkeypatch):
+    """EWC's centre is where the guard has left the model, whichever of the two is named first."""
+    content = yaml.safe_load(guarded_path.read_text())
+    guarded = content["methods"][-1]
+    guarded["plugins"] = [{"name": "ewc", "strength": 1.0, "examples": 4}, *guarded["plugins"]]
+    content["methods"] = [guarded]
+    content["tasks"] = content["tasks"][:1]
+    guarded_path.write_text(yaml.safe_dump(content))
+    begin = GuardPlugin.before_task
 
+    def without_prediction(self, context):
+        begin(self, context)
+        self.guard.budget = None  # so that there is something to be taken back after the task
+
+    monkeypatch.setattr(GuardPlugin, "before_task", without_prediction)
+    seen = []
+    merge = EWC.merge
+    monkeypatch.setattr(EWC, "merge", lambda self, *given: (seen.append(given[-1]), merge(self, *given)))
+    results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
+    assert results.methods[-1].seeds[0].guarded[0].scale < 1  # else the order makes no difference
+    saved = load_file(tmp_path / "run/guarded/seed-0/adapter/adapter_model.safetensors")
+    kept = sorted(value.norm().item() for name, value in saved.items() if "curlora_U" in name)
+    assert sorted(value.norm().item() for value in seen) == pytest.approx(kept)
+
+
+def test_refused_before_anything_is_loaded(guarded_path):
+    content = yaml.safe_load(guarded_path.read_text())
+    guarded = content["methods"][-1]
+    guard = guarded["plugins"][0]
+    for plugins, message in (
+        ([guard, guard], "'guard' is there twice"),
+        ([{**guard, "max_perplexity_increase": 0}], "positive max_perplexity_increase"),
+        ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
+    ):
+        guarded["plugins"] = plugins
+        guarded_path.write_text(yaml.safe_dump(content))
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(guarded_path)
+
+
+def test_a_window_that_the_model_has_no_positions_for_is_named(guarded_path, tmp_path):
+    content = yaml.safe_load(guarded_path.read_text())
+    content["guard"].update(window=100_000)
+    config = json.loads((guarded_path.parent / "model/config.json").read_text())
+    config["max_position_embeddings"] = 100
+    (guarded_path.parent / "model/config.json").write_text(json.dumps(config))
+    guarded_path.write_text(yaml.safe_dump(content))
+    with pytest.raises(RunError, match="'more words' has windows of 100000 tokens, where the model has 100 positions"):
+        run_recipe(load_recipe(guarded_path), tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["full", "pissa"])
+def test_the_penalty_is_toward_the_base_where_its_weights_were_changed(guarded_path, tmp_path, method):
+    content = yaml.safe_load(guarded_path.read_text())
+    lora = {"method": "lora", "options": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa"}}
+    kind = lora if method == "pissa" else {"method": "full"}
+    drifts = {}
+    for strength in (1e-6, 1e3):
+        plugins = [{"name": "toward_base", "strength": strength, "tokens": 64}]
+        content["methods"] = [{"name": "held", "learning_rate": 0.01, "plugins": plugins, **kind}]
+        guarded_path.write_text(yaml.safe_dump(content))
+        results = run_recipe(load_recipe(guarded_path), tmp_path / f"{strength}")
+        drifts[strength] = next(iter(results.methods[-1].seeds[0].heldout.values()))[-1].drift
+    assert 0 < drifts[1e3] < 0.5 * drifts[1e-6]
+
+
+def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_path):
     adapted = curlora(llama()).train()
     model = TaskModel(adapted)
     text = HeldOut("words", tokens(batch=1, length=24)[0])
-    plugin = TowardBase(strength=3.0, tokens=8)
-    plugin.before_task(TaskContext(0, model, [], lambda rows: {}, 0, text))
 
     def base_logits(ids, kept):
         with adapted.disable_adapter():
             return adapted(input_ids=ids, logits_to_keep=kept).logits
 
+    plugin = TowardBase(strength=3.0, tokens=8)
+    plugin.before_task(TaskContext(0, model, [], lambda rows: {}, 0, text, base_logits))
     for number in range(4):
         plugin.step = number
         piece = HeldOut("piece", text.tokens[8 * (number % 3) :][:8])

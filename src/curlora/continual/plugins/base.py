@@ -28,6 +28,8 @@ class TaskContext:
         collate: makes a batch of rows.
         seed: of the run.
         guard_text: the recipe's general text, where it has one.
+        base_logits: of the base model, as :meth:`curlora.continual.methods.Method.base_logits` gives them; ``None``
+            where the base model is all there is.
     """
 
     number: int
@@ -36,6 +38,7 @@ class TaskContext:
     collate: Callable[[Sequence[Row]], dict[str, Tensor]]
     seed: int
     guard_text: HeldOut | None = None
+    base_logits: Callable[[Tensor, int], Tensor] | None = None
 
 
 class Plugin(TrainerCallback):
@@ -48,6 +51,8 @@ class Plugin(TrainerCallback):
     only_for: ClassVar[str | None] = None
     """The one method that it can be combined with; any if ``None``."""
     needs_guard_text: ClassVar[bool] = False
+    changes_weights: ClassVar[bool] = False
+    """Whether :meth:`after_task` does: then it comes before those of plug-ins that look at what was learned."""
 
     def describe(self) -> dict[str, Any]:
         """Its name and options, for the report."""

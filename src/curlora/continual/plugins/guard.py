@@ -28,6 +28,8 @@ class GuardPlugin(Plugin):
     Args:
         max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
         damping: see :class:`curlora.Guard`.
+        batch_size: rows of the text that are calibrated together; 1 for a model whose layers see them mixed, as a
+            mixture of experts does.
 
     Raises:
         ValueError: if one of them is not positive.
@@ -35,19 +37,28 @@ class GuardPlugin(Plugin):
 
     only_for: ClassVar[str | None] = "curlora"
     needs_guard_text: ClassVar[bool] = True
+    changes_weights: ClassVar[bool] = True
 
-    def __init__(self, max_perplexity_increase: float, damping: float = 0.1) -> None:
+    def __init__(self, max_perplexity_increase: float, damping: float = 0.1, batch_size: int = 8) -> None:
         self.limit, self.damping = float(max_perplexity_increase), float(damping)
         for name, value in (("max_perplexity_increase", self.limit), ("damping", self.damping)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"guard needs a positive {name}, got {value}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"guard needs a batch_size of 1 or more, got {batch_size!r}")
+        self.batch_size = batch_size
         self.calibration: Calibration | None = None
         self.base_perplexity = math.nan
         self.guard: Guard | None = None
         self.before: list[Tensor] = []
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "guard", "max_perplexity_increase": self.limit, "damping": self.damping}
+        return {
+            "name": "guard",
+            "max_perplexity_increase": self.limit,
+            "damping": self.damping,
+            "batch_size": self.batch_size,
+        }
 
     def before_task(self, context: TaskContext) -> None:
         text = _text(context)
@@ -55,8 +66,13 @@ class GuardPlugin(Plugin):
             if self.calibration is None:
                 # The base model: no task has been learned, or this would have been saved with it.
                 self.base_perplexity = measure(context.model.language_model, text).perplexity
-                rows = text.tokens.split(_ROW)
-                self.calibration = calibrate(context.model.language_model, rows, progress=False, seed=context.seed)
+                self.calibration = calibrate(
+                    context.model.language_model,
+                    text.tokens.split(min(_ROW, text.window)),
+                    batch_size=self.batch_size,
+                    seed=context.seed,
+                    progress=False,
+                )
             self.guard = Guard(
                 context.model.language_model,
                 self.calibration,

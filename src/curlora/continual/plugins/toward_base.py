@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from curlora.continual.plugins.base import Plugin, TaskContext
@@ -19,8 +19,8 @@ class TowardBase(Plugin):
     """Adds ``strength * KL(base || model)`` on a piece of the recipe's ``guard`` text to the loss of every step.
 
     As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
-    the place of the new task's. For any adapter that can be switched off. It costs two more forward passes and a
-    backward at every step; the pieces are taken in turn.
+    the place of the new task's. It costs two more forward passes and a backward at every step; the pieces are taken in
+    turn. Full fine-tuning, and adapters that change the base model's weights, hold a second copy of it for this.
 
     Args:
         strength: of the penalty, nats per token, beside the mean loss of a batch.
@@ -39,28 +39,30 @@ class TowardBase(Plugin):
         self.tokens = tokens
         self.pieces: list[Tensor] = []
         self.step = 0
+        self.base_logits: Callable[[Tensor, int], Tensor] | None = None
 
     def describe(self) -> dict[str, Any]:
         return {"name": "toward_base", "strength": self.strength, "tokens": self.tokens}
 
     def before_task(self, context: TaskContext) -> None:
         assert context.guard_text is not None  # the recipe sees to it
+        self.base_logits = context.base_logits
         self.pieces = [piece for piece in context.guard_text.tokens.split(self.tokens) if len(piece) > 1]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step = state.global_step  # and so the same piece where a run that was cut off goes on
 
     def penalty(self, model: TaskModel) -> Tensor | None:
-        if not isinstance(model.model, PeftModel):
-            raise TypeError("toward_base needs an adapter that can be switched off")
+        if self.base_logits is None:  # nothing of the model moves
+            return None
         ids = self.pieces[self.step % len(self.pieces)].to(next(model.parameters()).device)[None]
-
-        def log_p() -> Tensor:
-            return model.language_model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-
+        answered = ids.shape[1] - 1
         training = model.training
         model.eval()
-        with torch.no_grad(), model.model.disable_adapter():
-            base = log_p()
+        with torch.no_grad():
+            base = self.base_logits(ids, answered + 1)[0, :-1].float().log_softmax(-1)
         model.train(training)
-        return self.strength * nn.functional.kl_div(log_p(), base, reduction="batchmean", log_target=True)
+        logits = model.language_model(input_ids=ids, use_cache=False).logits[0, :-1]
+        return self.strength * nn.functional.kl_div(
+            logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True
+        )
