@@ -31,7 +31,13 @@ CHANGES = {
             "options": {"r": 4, "target_modules": ["q_proj"], "lora_dropout": 0.2},
             "plugins": [{"name": "replay", "examples": 6}, {"name": "ewc", "strength": 1.0, "examples": 5}],
         },
-        {"name": "cur", "method": "curlora", "learning_rate": 0.3, "options": {"r": 4}},
+        {
+            "name": "cur",
+            "method": "curlora",
+            "learning_rate": 0.3,
+            "options": {"r": 4},
+            "plugins": [{"name": "anchors", "examples": 5}],
+        },
     ],
     "training": {
         "epochs": 2,

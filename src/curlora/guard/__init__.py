@@ -1,5 +1,6 @@
 """The guard: what general text uses of a model, and training that leaves it alone as far as a user asks for."""
 
+from curlora.guard.anchors import Anchors
 from curlora.guard.budget import keep_within
 from curlora.guard.calibration import Calibration, Moments
 from curlora.guard.callback import GuardCallback
@@ -7,4 +8,4 @@ from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 
-__all__ = ["Calibration", "Guard", "GuardCallback", "GuardError", "Moments", "calibrate", "keep_within"]
+__all__ = ["Anchors", "Calibration", "Guard", "GuardCallback", "GuardError", "Moments", "calibrate", "keep_within"]

@@ -5,15 +5,27 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from curlora.continual.plugins.anchors import AnchorsPlugin
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.ewc import EWC
 from curlora.continual.plugins.guard import GuardPlugin
 from curlora.continual.plugins.replay import Replay
 from curlora.continual.plugins.toward_base import TowardBase
 
-__all__ = ["EWC", "PLUGINS", "GuardPlugin", "Plugin", "Replay", "TaskContext", "TowardBase", "make_plugin"]
+__all__ = [
+    "EWC",
+    "PLUGINS",
+    "AnchorsPlugin",
+    "GuardPlugin",
+    "Plugin",
+    "Replay",
+    "TaskContext",
+    "TowardBase",
+    "make_plugin",
+]
 
 PLUGINS: dict[str, type[Plugin]] = {
+    "anchors": AnchorsPlugin,
     "ewc": EWC,
     "guard": GuardPlugin,
     "replay": Replay,

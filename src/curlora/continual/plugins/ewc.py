@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.plugins.drawn import drawn_gradients, examples_of, trained
 from curlora.continual.task_model import TaskModel
 
 __all__ = ["EWC", "fisher_diagonal"]
@@ -47,16 +48,14 @@ class EWC(Plugin):
         if not self.curvature:
             return None
         for held in (self.curvature, self.centre):  # once, after they were read from a file
-            held.update({name: held[name].to(p.device) for name, p in _trained(model)})
-        terms = [(self.curvature[name] * (p - self.centre[name]) ** 2).sum() for name, p in _trained(model)]
+            held.update({name: held[name].to(p.device) for name, p in trained(model)})
+        terms = [(self.curvature[name] * (p - self.centre[name]) ** 2).sum() for name, p in trained(model)]
         return 0.5 * self.strength * torch.stack(terms).sum()
 
     def after_task(self, context: TaskContext) -> None:
-        generator = torch.Generator().manual_seed((context.seed * 1_000_003 + context.number) % 2**63)
-        order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
-        batches = (context.collate([context.rows[i]]) for i in order)
+        batches, generator = examples_of(context, self.examples)
         fisher = fisher_diagonal(context.model, batches, generator)
-        for name, parameter in _trained(context.model):
+        for name, parameter in trained(context.model):
             self.merge(name, fisher[name], parameter.detach().float().clone())
 
     def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
@@ -81,40 +80,22 @@ class EWC(Plugin):
 
 
 def fisher_diagonal(
-    model: TaskModel, batches: Iterable[dict[str, Tensor]], generator: torch.Generator
+    model: TaskModel, batches: Iterator[dict[str, Tensor]], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The diagonal of the Fisher information of what is trained, heads excepted: ``E[(d log p(y) / d theta)**2]``.
 
-    The answers ``y`` are drawn from the model's own predictions, as the definition has it, not taken from the labels
-    (the "empirical Fisher", https://arxiv.org/abs/1905.12558).
-
     Args:
-        model: the model; its gradients are cleared.
+        model: the model; its gradients are left alone.
         batches: one example each.
-        generator: of the draws.
+        generator: of the answers, see :func:`curlora.continual.plugins.drawn.drawn_gradients`.
 
     Returns:
         By name of parameter, in its shape.
     """
-    trained = dict(_trained(model))
-    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
-    device = next(model.parameters()).device
-    training, count = model.training, 0
-    model.eval()
-    for batch in batches:
-        answers = model.answers(**{key: value.to(device) for key, value in batch.items()})
-        losses = []
-        for answer in answers:
-            drawn = torch.multinomial(answer.logits.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            losses.append(nn.functional.cross_entropy(answer.logits.float(), drawn.to(device), reduction="sum"))
-        gradients = torch.autograd.grad(torch.stack(losses).sum(), list(trained.values()), allow_unused=True)
-        for name, gradient in zip(trained, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient.float() ** 2
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained(model)}
+    count = 0
+    for gradients in drawn_gradients(model, batches, generator):
+        for name, gradient in gradients.items():
+            total[name] += gradient.float() ** 2
         count += 1
-    model.train(training)
     return {name: value / count for name, value in total.items()}
-
-
-def _trained(model: TaskModel) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in model.model.named_parameters() if p.requires_grad]

@@ -1,0 +1,66 @@
+"""Anchors: what earlier tasks have learned is held where it matters to them, without their data."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from curlora.continual.errors import RunError
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.plugins.drawn import drawn_gradients, examples_of, trained
+from curlora.continual.task_model import TaskModel
+from curlora.guard import Anchors, GuardError
+
+__all__ = ["AnchorsPlugin"]
+
+
+class AnchorsPlugin(Plugin):
+    """Adds ``strength`` times the predicted loss of earlier tasks to the loss of every step.
+
+    See :class:`curlora.guard.anchors.Anchors`: in nats for each answer of each earlier task, so that with a strength of
+    1 an earlier task counts as much as the one that is learned.
+
+    Args:
+        strength: of the penalty, beside the mean loss of a batch.
+        examples: of each task's training split that its moments are taken from; all where it has fewer.
+
+    Raises:
+        ValueError: if ``strength`` or ``examples`` is not positive.
+    """
+
+    only_for: ClassVar[str | None] = "curlora"
+
+    def __init__(self, strength: float = 1.0, examples: int = 200) -> None:
+        self.strength = float(strength)
+        if not (self.strength > 0 and math.isfinite(self.strength)) or not isinstance(examples, int) or examples < 1:
+            raise ValueError(
+                f"anchors needs a positive strength and 1 of examples or more, got {strength=} {examples=}"
+            )
+        self.examples = examples
+        self.anchors = Anchors()
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "anchors", "strength": self.strength, "examples": self.examples}
+
+    def penalty(self, model: TaskModel) -> Tensor | None:
+        lost = self.anchors.penalty(_mixings(model))
+        return None if lost is None else self.strength * lost
+
+    def after_task(self, context: TaskContext) -> None:
+        batches, generator = examples_of(context, self.examples)
+        try:
+            self.anchors.add(_mixings(context.model), drawn_gradients(context.model, batches, generator))
+        except GuardError as error:
+            raise RunError(f"plug-in anchors: {error}") from error
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.anchors.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.anchors.load_state_dict(state)
+
+
+def _mixings(model: TaskModel) -> dict[str, Tensor]:
+    return {name: p for name, p in trained(model) if "curlora_U" in name}
