@@ -31,7 +31,9 @@ DEFAULTS = dict(
     lr=0.03,
     budget=0.008,  # nats; 0 for none
     damping=0.1,
-    choose="inverse",  # the paper's draw; or by what is used: most, unused, ratio, task, task-of-mrpc
+    choose="inverse",  # the paper's draw; or by what is used: most, unused, ratio, energy, mean
+    of="train",  # the task that they are chosen by: train or mrpc
+    choice=0,  # seed of the examples that are looked at, and of the head that is fitted to them
     penalty=0.0,  # strength of a KL penalty on the guard's text
     examples=1200,
     batch_size=8,
@@ -65,7 +67,7 @@ def main():
 
 
 def table():
-    head = ["method", "choose", "r", "lr", "budget", "penalty", "examples", "seed"]
+    head = ["method", "choose", "of", "choice", "r", "lr", "budget", "penalty", "examples", "seed"]
     figures = ["numbers", "accuracy", "loss", "perplexity", "drift", "predicted"]
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     print("| " + " | ".join(head + figures) + " |\n" + "|---" * len(head + figures) + "|")
@@ -108,9 +110,9 @@ class Run:
         sst2 = {split: lines(root / "sst2" / f"{split}.tsv") for split in ("train", "dev")}
         order = torch.randperm(len(sst2["train"]), generator=torch.Generator().manual_seed(0))[:3600].tolist()
         mrpc = lines(root / "mrpc" / "train.tsv", "utf-8-sig")[:320]
-        tasks = {
-            "train": [(text, int(label)) for text, label in (sst2["train"][i] for i in order)],
-            "dev": [(text, int(label)) for text, label in sst2["dev"]],
+        tasks = {  # SST-2's sentences end in a space, which would be a token of its own and the last one
+            "train": [(text.strip(), int(label)) for text, label in (sst2["train"][i] for i in order)],
+            "dev": [(text.strip(), int(label)) for text, label in sst2["dev"]],
             "mrpc": [(f"{row[3]}\n{row[4]}", int(row[0])) for row in mrpc],
         }
         wiki = self.tokenizer((root / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
@@ -155,20 +157,28 @@ class Run:
         kind = self.o.choose
         layers = {m.name: m for m in self.base.modules() if isinstance(m, curlora.CurloraLayer)}
         guard = dict.fromkeys(layers, 0.0)
-        task, states = dict(guard), {}
+        mean, energy, used, states = dict(guard), dict(guard), dict(guard), {}
 
         def listen(name, layer, add):
             def hook(module, inputs, output):
                 weight = module.weight
-                output.register_hook(lambda d: add(name, output.detach().flatten(0, -2), d.flatten(0, -2) @ weight))
+                output.register_hook(lambda d: add(name, output.detach(), d @ weight))
 
             return layer.get_base_layer().register_forward_hook(hook)
 
+        def squares(z, g):
+            z = z * (g != 0).any(-1, keepdim=True)  # padding has no gradient
+            return torch.cat([z.square().sum((0, 1)), g.square().sum((0, 1))]).double()
+
         def add_guard(name, z, g):
-            guard[name] = guard[name] + torch.cat([z.square().sum(0), g.square().sum(0)]).double()
+            guard[name] = guard[name] + squares(z, g)
 
         def add_task(name, z, g):
-            task[name] = task[name] + g.T @ z
+            used[name] = used[name] + squares(z, g)
+            if kind in ("mean", "energy"):
+                G = g.mT @ z
+                mean[name] = mean[name] + G.sum(0)
+                energy[name] = energy[name] + G.square().sum(0)
 
         # Else no gradient would reach the lowest layers' outputs.
         first = self.base.get_input_embeddings().register_forward_hook(
@@ -185,9 +195,13 @@ class Run:
             torch.autograd.grad(-logits.gather(1, drawn).sum(), states["first"])
         for handle in handles:
             handle.remove()
-        if kind.startswith("task"):
-            part = self.data["mrpc" if kind == "task-of-mrpc" else "train"]
-            rows, labels = part["rows"][:320], part["labels"][:320]
+        if kind not in ("most", "unused"):
+            part = self.data[self.o.of]
+            seen = torch.randperm(min(1200, len(part["rows"])), generator=torch.Generator().manual_seed(self.o.choice))
+            seen = sorted(seen[:320].tolist(), key=lambda i: len(part["rows"][i]))
+            rows, labels = [part["rows"][i] for i in seen], part["labels"][seen]
+            torch.manual_seed(self.o.choice)
+            self.head = nn.Linear(self.base.config.hidden_size, 2)
             self.fit_head(rows, labels)
             handles = [listen(name, layer, add_task) for name, layer in layers.items()]
             for i in range(0, len(rows), 8):
@@ -204,8 +218,12 @@ class Run:
             if kind in ("most", "unused"):
                 sign = 1 if kind == "most" else -1
                 rows, columns = (sign * z).topk(r).indices, (sign * g).topk(r).indices
-            else:  # the most of the task's squared mean gradient for what the guard's text uses
-                score = task[name].double().square() / (g[:, None] * z[None, :])
+            elif kind == "ratio":  # what the task uses, for what the guard's text uses
+                of_z, of_g = used[name].split([layer.out_features, layer.in_features])
+                rows, columns = (of_z / z).topk(r).indices, (of_g / g).topk(r).indices
+            else:  # the most of the task's gradient, of its mean or of each example, for what the guard's text uses
+                of_task = mean[name].square() if kind == "mean" else energy[name]
+                score = of_task.double() / (g[:, None] * z[None, :])
                 rows = score.sum(0).topk(r).indices
                 for _ in range(20):
                     columns = score[:, rows].sum(1).topk(r).indices
