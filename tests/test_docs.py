@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import torch
 import yaml
 
 from curlora.continual import load_recipe
@@ -22,7 +23,7 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16)]
     names = {"general_texts": [" ".join(WORDS)] * 12, "train_dataset": rows}
-    whole, measured = blocks("guard.md", "python")
+    whole, measured, redrawn = blocks("guard.md", "python")
     exec(whole.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
     assert 0 < names["guard"].drift() <= 0.01
     moved = []
@@ -35,6 +36,13 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     names["perplexity_rise"] = rise
     exec(measured, names)
     assert 0 < names["scale"] < 1
+    names["task_batches"] = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8).split(4)]
+    for U in names["guard"].parameters:
+        U.data.zero_()  # as before any training
+    before = [indices.clone() for name, indices in names["model"].named_buffers() if "curlora_indices" in name]
+    exec(redrawn, names)
+    after = [indices for name, indices in names["model"].named_buffers() if "curlora_indices" in name]
+    assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert 0 < names["rise"] <= 0.01
 
 

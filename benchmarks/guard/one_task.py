@@ -33,6 +33,7 @@ DEFAULTS = dict(
     damping=0.1,
     choose="inverse",  # the paper's draw; or by what is used: most, unused, ratio, energy, mean
     of="train",  # the task that they are chosen by: train or mrpc
+    fit=200,  # steps that a head is fitted for before the task's gradients are looked at
     choice=0,  # seed of the examples that are looked at, and of the head that is fitted to them
     penalty=0.0,  # strength of a KL penalty on the guard's text
     examples=1200,
@@ -202,7 +203,7 @@ class Run:
             rows, labels = [part["rows"][i] for i in seen], part["labels"][seen]
             torch.manual_seed(self.o.choice)
             self.head = nn.Linear(self.base.config.hidden_size, 2)
-            self.fit_head(rows, labels)
+            self.fit_head(rows, labels, self.o.fit)
             handles = [listen(name, layer, add_task) for name, layer in layers.items()]
             for i in range(0, len(rows), 8):
                 loss = cross_entropy(self.classes(rows[i : i + 8]), labels[i : i + 8], reduction="sum")
@@ -231,7 +232,7 @@ class Run:
             layer.curlora_indices["default"].copy_(torch.stack([columns, rows]).int())
             layer._rebuild("default")
 
-    def fit_head(self, rows, labels, steps=200):
+    def fit_head(self, rows, labels, steps):
         """On the frozen model's states."""
         keep, self.head = self.head, nn.Identity()
         with torch.no_grad():

@@ -5,7 +5,7 @@ Importing this package registers the method with PEFT.
 
 from importlib.metadata import version
 
-from curlora.guard import Calibration, Guard, GuardCallback, calibrate
+from curlora.guard import Calibration, Guard, GuardCallback, calibrate, redraw
 from curlora.tuner import CurloraConfig, CurloraLayer, CurloraModel
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "GuardCallback",
     "__version__",
     "calibrate",
+    "redraw",
 ]
 
 __version__ = version("curlora")

@@ -230,7 +230,14 @@ class MethodRun:
             return
         collate = Collator(self.tokenizer, part.settings.readout)
         context = TaskContext(
-            part.number, self.model, part.train, collate, self.seed, self.guard_text, self.base_logits
+            part.number,
+            self.model,
+            part.train,
+            collate,
+            self.seed,
+            guard_text=self.guard_text,
+            base_logits=self.base_logits,
+            tasks=len(self.stream),
         )
         for plugin in self.plugins:
             plugin.before_task(context)

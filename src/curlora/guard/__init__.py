@@ -7,5 +7,16 @@ from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
+from curlora.guard.redraw import redraw
 
-__all__ = ["Anchors", "Calibration", "Guard", "GuardCallback", "GuardError", "Moments", "calibrate", "keep_within"]
+__all__ = [
+    "Anchors",
+    "Calibration",
+    "Guard",
+    "GuardCallback",
+    "GuardError",
+    "Moments",
+    "calibrate",
+    "keep_within",
+    "redraw",
+]

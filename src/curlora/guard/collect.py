@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_of
 from curlora.guard.errors import GuardError
+from curlora.guard.text import Counts, pass_over, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["calibrate"]
@@ -74,43 +72,23 @@ def calibrate(
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise GuardError(f"Layer {merged[0]!r} has merged adapters, and no output of its base any more. Unmerge first.")
-    rank, processes = _distributed()
-    batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
-
-    device = next(model.parameters()).device
     sums = {name: _Sums(layer, adapter) for name, layer in layers.items()}
-    predicted = tokens = rows = 0
-    with _ready(model, layers, adapter, gradients), _listening(sums, layers, adapter, gradients) as batch_of:
-        shown = track(batches, "Calibrating", total=count, transient=True) if progress and rank == 0 else batches
-        for numbers, batch in shown:
-            inputs = _inputs(model, batch, device)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"]
-            batch_of(mask.bool())
-            output = model(**inputs, use_cache=False)
-            logits = _logits_of(output, ids)
-            answered = mask[:, :-1].bool() & mask[:, 1:].bool()
-            if gradients:
-                trained = [layer.curlora_U[adapter] for layer in layers.values()]
-                at_logits = _drawn_gradient(logits.detach(), answered, numbers, seed)
-                torch.autograd.grad(logits, trained, at_logits, allow_unused=True)
-                for of_layer in sums.values():
-                    of_layer.end_batch()
-            predicted += int(answered.sum())
-            tokens += int(mask.sum())
-            rows += int(answered.any(1).sum())
-    counted = torch.tensor([predicted, tokens, rows])
-    *packed, counts = _sum_over_processes([*(s.packed() for s in sums.values()), counted], device)
-    predicted, tokens, rows = (int(number) for number in counts)
-    if not predicted:
-        raise GuardError(
-            "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer "
-            "turn it into nothing?"
-        )
+
+    def end() -> None:
+        for of_layer in sums.values():
+            of_layer.end_batch()
+
+    with _listening(sums, layers, adapter, gradients) as begin:
+        counts = pass_over(
+            model, layers, adapter, data, tokenizer, max_length=max_length, batch_size=batch_size, gradients=gradients,
+            seed=seed, progress="Calibrating" if progress else "", begin=begin, end=end,
+        )  # fmt: skip
+    packed = sum_over_processes([s.packed() for s in sums.values()], next(model.parameters()).device)
     moments = {}
     for (name, layer), total in zip(layers.items(), packed, strict=True):
-        moments[name] = sums[name].moments(layer, adapter, total, tokens, predicted, gradients)
-    _check(moments, tokens, rows)
-    return Calibration(moments, tokens, rows)
+        moments[name] = sums[name].moments(layer, adapter, total, counts, gradients)
+    _check(moments, counts)
+    return Calibration(moments, counts.tokens, counts.rows)
 
 
 class _Sums:
@@ -148,19 +126,17 @@ class _Sums:
     def packed(self) -> Tensor:
         return torch.cat([*(moment.flatten() for moment in (self.inputs, self.left, self.right)), self.output[None]])
 
-    def moments(
-        self, layer: CurloraLayer, adapter: str, total: Tensor, tokens: int, predicted: int, gradients: bool
-    ) -> Moments:
+    def moments(self, layer: CurloraLayer, adapter: str, total: Tensor, counts: Counts, gradients: bool) -> Moments:
         r = len(self.index)
         inputs, left, right = total[:-1].cpu().double().view(3, r, r)
         return Moments(
             indices=layer.curlora_indices[adapter].cpu().clone(),
             fingerprint=layer.curlora_fingerprint[adapter].cpu().clone(),
             start=layer.curlora_U[adapter].detach().cpu().clone(),
-            inputs=inputs / tokens,
-            output=float(total[-1]) / tokens,
-            left=left / predicted if gradients else None,
-            right=right / predicted if gradients else None,
+            inputs=inputs / counts.tokens,
+            output=float(total[-1]) / counts.tokens,
+            left=left / counts.predicted if gradients else None,
+            right=right / counts.predicted if gradients else None,
         )
 
 
@@ -207,150 +183,7 @@ def _listening(
         yield lambda mask: current.__setitem__(slice(None), [mask])
 
 
-@contextlib.contextmanager
-def _ready(model: nn.Module, layers: dict[str, CurloraLayer], adapter: str, gradients: bool) -> Iterator[None]:
-    """In evaluation mode, with gradients that reach the lowest adapted layer and go no further."""
-    modes = {module: module.training for module in model.modules()}
-    trained = {layer.curlora_U[adapter]: layer.curlora_U[adapter].requires_grad for layer in layers.values()}
-    try:
-        model.eval()
-        for U in trained:
-            U.requires_grad_(gradients)
-        with torch.set_grad_enabled(gradients):
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        for U, requires_grad in trained.items():
-            U.requires_grad_(requires_grad)
-
-
-def _inputs(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What the model is given; positions are counted from each row's first token, as in training and generation."""
-    ids = batch["input_ids"].to(device)
-    mask = torch.as_tensor(batch["attention_mask"]).to(device) if "attention_mask" in batch else torch.ones_like(ids)
-    if ids.ndim != 2 or mask.shape != ids.shape:
-        raise GuardError(
-            f"input_ids and attention_mask are expected of shape (batch, length), found {tuple(ids.shape)} and "
-            f"{tuple(mask.shape)}"
-        )
-    base = getattr(model, "get_base_model", lambda: model)()
-    most = getattr(getattr(base, "config", None), "max_position_embeddings", None)
-    if most is not None and ids.shape[1] > most:
-        raise GuardError(
-            f"A row of the text has {ids.shape[1]:,} tokens; the model has {most:,} positions. Give shorter rows, or "
-            "texts and a lower max_length."
-        )
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if "position_ids" in batch:
-        inputs["position_ids"] = batch["position_ids"].to(device)
-    elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
-        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return inputs
-
-
-def _logits_of(output: Any, ids: Tensor) -> Tensor:
-    logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
-        raise GuardError(
-            f"Calibration needs a causal language model, with logits of shape (batch, length, vocabulary) for "
-            f"input_ids of shape {tuple(ids.shape)}; found {found}."
-        )
-    return logits
-
-
-# Positions whose probabilities are summed up together in float64: the vocabulary is large.
-_CHUNK = 128
-
-
-def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-    """Gradient of the summed cross-entropy of drawn answers with respect to the logits; zero where there is none.
-
-    Args:
-        logits: shape ``(batch, length, vocabulary)``.
-        answered: which positions predict a token, shape ``(batch, length - 1)``.
-        numbers: of the rows in the whole text; the draws of a row depend on it.
-        seed: of the draws.
-    """
-    gradient = torch.zeros_like(logits)
-    for row, number in enumerate(numbers):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        uniform = torch.rand(answered.shape[1], generator=generator, dtype=torch.float64).to(logits.device)
-        for begin in range(0, answered.shape[1], _CHUNK):
-            part = slice(begin, min(begin + _CHUNK, answered.shape[1]))
-            p = logits[row, part].float().softmax(-1)
-            cumulative = p.double().cumsum(-1)
-            drawn = torch.searchsorted(cumulative, uniform[part, None] * cumulative[:, -1:])
-            p.scatter_add_(1, drawn.clamp_(max=p.shape[1] - 1), p.new_full((len(p), 1), -1.0))
-            gradient[row, part] = (p * answered[row, part, None]).to(gradient.dtype)
-    return gradient
-
-
-def _batches(
-    data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
-) -> tuple[Iterator[tuple[Sequence[int], Mapping[str, Tensor]]], int | None]:
-    """Batches with the numbers of their rows, and how many there will be."""
-    if max_length < 2 or batch_size < 1:
-        raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
-    if isinstance(data, Mapping):
-        raise GuardError("One batch was given where several are expected: calibrate(model, [batch]).")
-    length = len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
-    items = iter([data] if isinstance(data, str) else data)
-    first = list(itertools.islice(items, 1))
-    if first and isinstance(first[0], str):
-        if tokenizer is None:
-            raise GuardError("Texts need the model's tokenizer: calibrate(model, texts, tokenizer).")
-        texts = tokenizer([*first, *items])["input_ids"]
-    elif first and isinstance(first[0], Tensor) and first[0].ndim == 1:
-        texts = [row.tolist() for row in (*first, *items)]
-    else:
-        return _numbered(itertools.chain(first, items)), length
-    rows = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
-    mine = [(number, row) for number, row in enumerate(rows) if len(row) > 1][rank::processes]
-    mine.sort(key=lambda numbered: len(numbered[1]))  # little padding
-    groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    return (([number for number, _ in group], _padded([row for _, row in group])) for group in groups), len(groups)
-
-
-def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[str, Tensor]]]:
-    seen = 0
-    for batch in batches:
-        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            raise GuardError(
-                f"Texts are expected, rows of tokens, or batches with a tensor input_ids; found {type(batch).__name__}"
-            )
-        rows = len(batch["input_ids"])
-        yield range(seen, seen + rows), batch
-        seen += rows
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Padded on the right, where a causal model's tokens do not see it; with what does not matter, being masked."""
-    length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def _distributed() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def _sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    if _distributed()[1] == 1:
-        return tensors
-    flat = torch.cat([tensor.to(device=device, dtype=torch.float64).flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    return list(flat.split([tensor.numel() for tensor in tensors]))
-
-
-def _check(moments: Mapping[str, Moments], tokens: int, rows: int) -> None:
+def _check(moments: Mapping[str, Moments], counts: Counts) -> None:
     # Outputs first: what goes wrong in one layer forward goes wrong in all of them backward.
     outputs = {name: of.inputs.sum() + of.output for name, of in moments.items()}
     gradients = {name: of.left.sum() for name, of in moments.items() if of.left is not None}
@@ -362,9 +195,9 @@ def _check(moments: Mapping[str, Moments], tokens: int, rows: int) -> None:
                     "precision enough? Try float32 or bfloat16."
                 )
     r = max(of.inputs.shape[0] for of in moments.values())
-    if tokens < _TOKENS_PER_RANK * r or rows < _ROWS:
+    if counts.tokens < _TOKENS_PER_RANK * r or counts.rows < _ROWS:
         warnings.warn(
-            f"The guard's text has {tokens:,} tokens in {rows:,} rows, few for a rank of {r}: its moments are rough. "
-            f"Give at least {_TOKENS_PER_RANK * r:,} in {_ROWS}; until then a guard damps more.",
+            f"The guard's text has {counts.tokens:,} tokens in {counts.rows:,} rows, few for a rank of {r}: its "
+            f"moments are rough. Give at least {_TOKENS_PER_RANK * r:,} in {_ROWS}; until then a guard damps more.",
             stacklevel=3,
         )

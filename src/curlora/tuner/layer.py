@@ -120,6 +120,25 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         columns_or_rows = 0 if self.stores_outputs_last else 1
         return self.curlora_indices[adapter_name][columns_or_rows], self.curlora_factor[adapter_name]
 
+    def redraw(self, adapter_name: str, indices: Tensor) -> None:
+        """Give an adapter that has not been trained other columns and rows.
+
+        Args:
+            adapter_name: the adapter.
+            indices: integers of shape ``(2, r)``, columns above rows.
+
+        Raises:
+            RuntimeError: if an adapter is merged into the weight, or ``U`` is not zero, and so belongs to those it has.
+        """
+        if self.merged:
+            raise RuntimeError(f"layer {self.name!r}: {self.merged_adapters} is merged into the weight. Unmerge first.")
+        if self.curlora_U[adapter_name].any():
+            raise RuntimeError(
+                f"layer {self.name!r}: adapter {adapter_name!r} has been trained with the columns and rows that it has"
+            )
+        self.curlora_indices[adapter_name].copy_(indices)
+        self._rebuild(adapter_name)
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight."""
         left, right = self._merged_factors.get(adapter_name) or self._delta_factors(adapter_name)

@@ -30,6 +30,7 @@ class TaskContext:
         guard_text: the recipe's general text, where it has one.
         base_logits: of the base model, as :meth:`curlora.continual.methods.Method.base_logits` gives them; ``None``
             where the base model is all there is.
+        tasks: how many the stream has.
     """
 
     number: int
@@ -39,6 +40,7 @@ class TaskContext:
     seed: int
     guard_text: HeldOut | None = None
     base_logits: Callable[[Tensor, int], Tensor] | None = None
+    tasks: int = 1
 
 
 class Plugin(TrainerCallback):

@@ -27,6 +27,8 @@ class GuardPlugin(Plugin):
 
     Args:
         max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
+        spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it,
+            and each later one can only learn at the cost of those before it.
         damping: see :class:`curlora.Guard`.
         batch_size: rows of the text that are calibrated together; 1 for a model whose layers see them mixed, as a
             mixture of experts does.
@@ -39,14 +41,18 @@ class GuardPlugin(Plugin):
     needs_guard_text: ClassVar[bool] = True
     changes_weights: ClassVar[bool] = True
 
-    def __init__(self, max_perplexity_increase: float, damping: float = 0.1, batch_size: int = 8) -> None:
+    def __init__(
+        self, max_perplexity_increase: float, spread: bool = True, damping: float = 0.1, batch_size: int = 8
+    ) -> None:
         self.limit, self.damping = float(max_perplexity_increase), float(damping)
         for name, value in (("max_perplexity_increase", self.limit), ("damping", self.damping)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"guard needs a positive {name}, got {value}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"guard needs a batch_size of 1 or more, got {batch_size!r}")
-        self.batch_size = batch_size
+        if not isinstance(spread, bool):
+            raise ValueError(f"guard needs a spread that is true or false, got {spread!r}")
+        self.batch_size, self.spread = batch_size, spread
         self.calibration: Calibration | None = None
         self.base_perplexity = math.nan
         self.guard: Guard | None = None
@@ -56,6 +62,7 @@ class GuardPlugin(Plugin):
         return {
             "name": "guard",
             "max_perplexity_increase": self.limit,
+            "spread": self.spread,
             "damping": self.damping,
             "batch_size": self.batch_size,
         }
@@ -76,7 +83,7 @@ class GuardPlugin(Plugin):
             self.guard = Guard(
                 context.model.language_model,
                 self.calibration,
-                max_perplexity_increase=self.limit,
+                max_perplexity_increase=self._limit(context),
                 damping=self.damping,
             )
         except GuardError as error:
@@ -103,8 +110,12 @@ class GuardPlugin(Plugin):
         def rise() -> float:
             return measure(model.language_model, text).perplexity / self.base_perplexity - 1
 
-        scale, found = keep_within(self.limit, rise, self.guard.parameters, self.before)
-        return Guarded(predicted=self.guard.drift(), perplexity_rise=found, limit=self.limit, scale=scale)
+        limit = self._limit(context)
+        scale, found = keep_within(limit, rise, self.guard.parameters, self.before)
+        return Guarded(predicted=self.guard.drift(), perplexity_rise=found, limit=limit, scale=scale)
+
+    def _limit(self, context: TaskContext) -> float:
+        return self.limit * (context.number + 1) / context.tasks if self.spread else self.limit
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.calibration is None:

@@ -1,0 +1,142 @@
+"""Columns and rows for a task: those that it uses most, for what general text uses of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curlora.guard.calibration import adapter_of, layers_of
+from curlora.guard.errors import GuardError
+from curlora.guard.text import pass_over, ready, sum_over_processes
+from curlora.tuner.layer import CurloraLayer
+
+__all__ = ["redraw"]
+
+# Of the mean: what general text does not use at all is not worth infinitely much.
+_FLOOR = 0.01
+
+
+def redraw(
+    model: nn.Module,
+    task: Iterable[Any],
+    general: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
+    tokenizer: Any = None,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    adapter: str | None = None,
+    max_length: int = 128,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Draw the columns and rows of an untrained adapter anew, for a task.
+
+    With ``y0`` a layer's output and ``d`` the gradient with respect to it, an adapter reads entries of ``y0``, one for
+    each of its rows of ``W``, and acts on the loss through entries of ``W^T d``, one for each of its columns. Taken are
+    the ``r`` of each with the largest
+
+        E_task[(y0)_i^2] / E_general[(y0)_i^2]        E_task[(W^T d)_j^2] / E_general[(W^T d)_j^2]
+
+    where the task's ``d`` is of its loss, and general text's of answers drawn from the model's own predictions. The
+    paper draws from the weight alone, by inverted norms. Do this before :func:`curlora.guard.calibrate`, whose moments
+    are of the columns and rows that there are; best on another part of the general text, since what this part happens
+    not to use is preferred.
+
+    Where ``torch.distributed`` runs, general texts and rows are shared out over the processes, and batches are taken to
+    be shared out already, the task's among them; every process draws the same.
+
+    Args:
+        model: with a CURLoRA adapter whose ``U`` is zero; a causal language model. It is changed in its indices alone.
+        task: batches of the task; a few hundred examples are enough.
+        general: general text, as :func:`curlora.guard.calibrate` takes it.
+        tokenizer: of the model; for texts.
+        loss: of one of ``task``'s batches; ``model(**batch).loss`` if ``None``. Of a model with a new head this is the
+            loss of a head that has been fitted first, or it says nothing of the task.
+        adapter: the adapter's name; the active one if ``None``.
+        max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them, of the general text.
+
+    Raises:
+        GuardError: if the adapter has been trained or is merged, if there is no batch of the task, if a gradient is not
+            finite, and as ``calibrate``.
+    """
+    adapter = adapter_of(model, adapter)
+    layers = layers_of(model, adapter)
+    for name, layer in layers.items():
+        if layer.merged or bool(layer.curlora_U[adapter].any()):
+            raise GuardError(f"Layer {name!r} has been trained, or has a merged adapter: columns and rows come before.")
+    of_general = {name: _Use(layer) for name, layer in layers.items()}
+    with _listening(of_general, layers):
+        pass_over(
+            model, layers, adapter, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
+            seed=seed, progress="Reading general text" if progress else "", begin=lambda mask: None, end=lambda: None,
+        )  # fmt: skip
+    of_task = {name: _Use(layer) for name, layer in layers.items()}
+    trained = [layer.curlora_U[adapter] for layer in layers.values()]
+    batches = 0
+    with ready(model, layers, adapter, gradients=True), _listening(of_task, layers):
+        for batch in task:
+            value = model(**batch).loss if loss is None else loss(batch)
+            torch.autograd.grad(value, trained, allow_unused=True)
+            batches += 1
+    if not batches:
+        raise GuardError("There is no batch of the task to see by what it uses")
+    device = next(model.parameters()).device
+    everything = [part for use in (*of_general.values(), *of_task.values()) for part in (use.outputs, use.inputs)]
+    summed = iter(sum_over_processes(everything, device))
+    general_sums = [(next(summed), next(summed)) for _ in layers]
+    task_sums = [(next(summed), next(summed)) for _ in layers]
+    for (name, layer), by_general, by_task in zip(layers.items(), general_sums, task_sums, strict=True):
+        gathered, added = (
+            _most(task_use, general_use, layer.r[adapter], name)
+            for task_use, general_use in zip(by_task, by_general, strict=True)
+        )
+        # The gathered entries are of the output, the others of the input; which of them are columns is the layout's.
+        sides = (gathered, added) if layer.stores_outputs_last else (added, gathered)
+        layer.redraw(adapter, torch.stack(sides))
+
+
+class _Use:
+    """Sums of squares, by entry of a layer's output and of ``W^T d``."""
+
+    def __init__(self, layer: Any) -> None:  # a CurloraLayer, of which PEFT's part has no types
+        base = layer.get_base_layer()
+        self.base, self.weight_is_transposed = base, layer.stores_outputs_last
+        device = base.weight.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
+        self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
+
+    def add(self, output: Tensor, gradient: Tensor) -> None:
+        output, gradient = output.flatten(0, -2), gradient.flatten(0, -2)
+        seen = (gradient != 0).any(-1)  # padding is not
+        base = self.base
+        output = output[seen] if base.bias is None else output[seen] - base.bias.to(output.dtype)
+        weight = base.weight.detach().to(gradient.dtype)
+        back = gradient[seen] @ (weight.T if self.weight_is_transposed else weight)
+        self.outputs += output.to(self.outputs.dtype).square().sum(0)
+        self.inputs += back.to(self.inputs.dtype).square().sum(0)
+
+
+def _most(task: Tensor, general: Tensor, r: int, name: str) -> Tensor:
+    score = task / (general + _FLOOR * general.mean()).clamp_min(1e-300)
+    if not bool(score.isfinite().all()):
+        raise GuardError(f"Layer {name!r} has outputs or gradients that are not finite, of the task or of the text.")
+    return score.topk(r).indices.sort().values
+
+
+@contextlib.contextmanager
+def _listening(uses: Mapping[str, _Use], layers: Mapping[str, CurloraLayer]) -> Iterator[None]:
+    """While it lasts the layers add to ``uses``."""
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+
+            def hook(module: nn.Module, inputs: Any, output: Tensor, use: _Use = uses[name]) -> None:
+                values = output.detach()  # U is zero: the base layer's own output
+                output.register_hook(lambda gradient: use.add(values, gradient.detach()))
+
+            stack.callback(layer.register_forward_hook(hook).remove)
+        yield

@@ -1,0 +1,231 @@
+"""A model's pass over a general text, forward and backward, with the answers that the model itself would give."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from curlora.guard.errors import GuardError
+from curlora.tuner.layer import CurloraLayer
+
+__all__ = ["Counts", "pass_over", "ready", "sum_over_processes"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a pass went through: ``tokens`` in ``rows`` pieces of text, of which ``predicted`` have one before them."""
+
+    predicted: int
+    tokens: int
+    rows: int
+
+
+def pass_over(
+    model: nn.Module,
+    layers: Mapping[str, CurloraLayer],
+    adapter: str,
+    data: Any,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_size: int,
+    gradients: bool,
+    seed: int,
+    progress: str,
+    begin: Callable[[Tensor], None],
+    end: Callable[[], None],
+) -> Counts:
+    """Run a model over texts, rows of tokens or batches, see :func:`curlora.guard.collect.calibrate`.
+
+    Args:
+        model: a causal language model.
+        layers: the adapted layers, whose ``U`` gradients are taken of.
+        adapter: whose ``U`` they are.
+        data, tokenizer, max_length, batch_size, gradients, seed: as ``calibrate`` has them.
+        progress: a word for the bar; none if empty.
+        begin: called with each batch's mask, of shape ``(batch, length)``, before the batch is run.
+        end: called after each batch.
+
+    Raises:
+        GuardError: as ``calibrate``.
+    """
+    rank, processes = _distributed()
+    batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
+    device = next(model.parameters()).device
+    predicted = tokens = rows = 0
+    with ready(model, layers, adapter, gradients):
+        shown = track(batches, progress, total=count, transient=True) if progress and rank == 0 else batches
+        for numbers, batch in shown:
+            inputs = _inputs(model, batch, device)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+            begin(mask)
+            logits = _logits_of(model(**inputs, use_cache=False), ids)
+            answered = mask[:, :-1] & mask[:, 1:]
+            if gradients:
+                trained = [layer.curlora_U[adapter] for layer in layers.values()]
+                at_logits = _drawn_gradient(logits.detach(), answered, numbers, seed)
+                torch.autograd.grad(logits, trained, at_logits, allow_unused=True)
+            end()
+            predicted += int(answered.sum())
+            tokens += int(mask.sum())
+            rows += int(answered.any(1).sum())
+    (counted,) = sum_over_processes([torch.tensor([predicted, tokens, rows])], device)
+    counts = Counts(*(int(number) for number in counted))
+    if not counts.predicted:
+        raise GuardError(
+            "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer "
+            "turn it into nothing?"
+        )
+    return counts
+
+
+@contextlib.contextmanager
+def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], adapter: str, gradients: bool) -> Iterator[None]:
+    """In evaluation mode, with gradients that reach the lowest adapted layer and go no further."""
+    modes = {module: module.training for module in model.modules()}
+    trained = {layer.curlora_U[adapter]: layer.curlora_U[adapter].requires_grad for layer in layers.values()}
+    try:
+        model.eval()
+        for U in trained:
+            U.requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for U, requires_grad in trained.items():
+            U.requires_grad_(requires_grad)
+
+
+def _inputs(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What the model is given; positions are counted from each row's first token, as in training and generation."""
+    ids = batch["input_ids"].to(device)
+    mask = torch.as_tensor(batch["attention_mask"]).to(device) if "attention_mask" in batch else torch.ones_like(ids)
+    if ids.ndim != 2 or mask.shape != ids.shape:
+        raise GuardError(
+            f"input_ids and attention_mask are expected of shape (batch, length), found {tuple(ids.shape)} and "
+            f"{tuple(mask.shape)}"
+        )
+    base = getattr(model, "get_base_model", lambda: model)()
+    most = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    if most is not None and ids.shape[1] > most:
+        raise GuardError(
+            f"A row of the text has {ids.shape[1]:,} tokens; the model has {most:,} positions. Give shorter rows, or "
+            "texts and a lower max_length."
+        )
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in batch:
+        inputs["position_ids"] = batch["position_ids"].to(device)
+    elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
+        inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
+    return inputs
+
+
+def _logits_of(output: Any, ids: Tensor) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+        raise GuardError(
+            f"Calibration needs a causal language model, with logits of shape (batch, length, vocabulary) for "
+            f"input_ids of shape {tuple(ids.shape)}; found {found}."
+        )
+    return logits
+
+
+# Positions whose probabilities are summed up together in float64: the vocabulary is large.
+_CHUNK = 128
+
+
+def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
+    """Gradient of the summed cross-entropy of drawn answers with respect to the logits; zero where there is none.
+
+    Args:
+        logits: shape ``(batch, length, vocabulary)``.
+        answered: which positions predict a token, shape ``(batch, length - 1)``.
+        numbers: of the rows in the whole text; the draws of a row depend on it.
+        seed: of the draws.
+    """
+    gradient = torch.zeros_like(logits)
+    for row, number in enumerate(numbers):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+        uniform = torch.rand(answered.shape[1], generator=generator, dtype=torch.float64).to(logits.device)
+        for begin in range(0, answered.shape[1], _CHUNK):
+            part = slice(begin, min(begin + _CHUNK, answered.shape[1]))
+            p = logits[row, part].float().softmax(-1)
+            cumulative = p.double().cumsum(-1)
+            drawn = torch.searchsorted(cumulative, uniform[part, None] * cumulative[:, -1:])
+            p.scatter_add_(1, drawn.clamp_(max=p.shape[1] - 1), p.new_full((len(p), 1), -1.0))
+            gradient[row, part] = (p * answered[row, part, None]).to(gradient.dtype)
+    return gradient
+
+
+def _batches(
+    data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
+) -> tuple[Iterator[tuple[Sequence[int], Mapping[str, Tensor]]], int | None]:
+    """Batches with the numbers of their rows, and how many there will be."""
+    if max_length < 2 or batch_size < 1:
+        raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
+    if isinstance(data, Mapping):
+        raise GuardError("One batch was given where several are expected: calibrate(model, [batch]).")
+    length = len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
+    items = iter([data] if isinstance(data, str) else data)
+    first = list(itertools.islice(items, 1))
+    if first and isinstance(first[0], str):
+        if tokenizer is None:
+            raise GuardError("Texts need the model's tokenizer: calibrate(model, texts, tokenizer).")
+        texts = tokenizer([*first, *items])["input_ids"]
+    elif first and isinstance(first[0], Tensor) and first[0].ndim == 1:
+        texts = [row.tolist() for row in (*first, *items)]
+    else:
+        return _numbered(itertools.chain(first, items)), length
+    rows = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
+    mine = [(number, row) for number, row in enumerate(rows) if len(row) > 1][rank::processes]
+    mine.sort(key=lambda numbered: len(numbered[1]))  # little padding
+    groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    return (([number for number, _ in group], _padded([row for _, row in group])) for group in groups), len(groups)
+
+
+def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[str, Tensor]]]:
+    seen = 0
+    for batch in batches:
+        if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+            raise GuardError(
+                f"Texts are expected, rows of tokens, or batches with a tensor input_ids; found {type(batch).__name__}"
+            )
+        rows = len(batch["input_ids"])
+        yield range(seen, seen + rows), batch
+        seen += rows
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Padded on the right, where a causal model's tokens do not see it; with what does not matter, being masked."""
+    length = max(map(len, rows))
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _distributed() -> tuple[int, int]:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Of each tensor the sum over all processes, in one exchange; as they are where there is one."""
+    if _distributed()[1] == 1:
+        return tensors
+    flat = torch.cat([tensor.to(device=device, dtype=torch.float64).flatten() for tensor in tensors])
+    torch.distributed.all_reduce(flat)
+    return list(flat.split([tensor.numel() for tensor in tensors]))

@@ -1,0 +1,129 @@
+"""Columns and rows for a task, against moments taken from the base model by hand."""
+
+import pytest
+import torch
+from peft import PeftModel
+
+from curlora import CurloraLayer, Guard, calibrate, redraw
+from curlora.guard import GuardError
+from curlora.guard.text import _drawn_gradient
+from tests.models import BASES, curlora, llama, tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
+
+MAPS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
+
+
+def untrained(base="llama", **config):
+    model = curlora(BASES[base](), **{"target_modules": MAPS[base], "r": 5, **config})
+    for layer in layers_of(model):
+        layer.curlora_U["default"].data.zero_()
+    return model
+
+
+def layers_of(model):
+    return [m for m in model.modules() if isinstance(m, CurloraLayer)]
+
+
+def batches(seed=3, count=3):
+    every = tokens(seed=seed, batch=2 * count, length=9)
+    return [{"input_ids": ids, "labels": ids} for ids in every.split(2)]
+
+
+GENERAL = {"input_ids": tokens(seed=1, batch=4, length=8)}
+
+
+def squares(base, losses):
+    """Of each adapted layer ``sum (y0)_i^2`` and ``sum (W^T d)_j^2`` over all tokens with a gradient, float64."""
+    model = BASES[base]().requires_grad_(True)
+    seen, sums = {}, {}
+    for name, module in model.named_modules():
+        if name.split(".")[-1] in MAPS[base]:
+            module.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, (m, o)))
+    for loss in losses:
+        value = loss(model)
+        for name, (module, output) in list(seen.items()):
+            (d,) = torch.autograd.grad(value, output, retain_graph=True)
+            y0 = output if module.bias is None else output - module.bias
+            W = module.weight if base == "llama" else module.weight.T
+            keep = (d != 0).any(-1)
+            both = y0[keep].double().square().sum(0), (d[keep].double() @ W.double()).square().sum(0)
+            sums[name] = [a + b for a, b in zip(sums.get(name, (0, 0)), both, strict=True)]
+    return sums
+
+
+@pytest.mark.parametrize("base", MAPS)
+def test_taken_is_what_the_task_uses_most_for_what_general_text_uses(base):
+    def general(model):
+        logits = model(**GENERAL, use_cache=False).logits
+        answered = torch.ones(4, 7, dtype=torch.bool)
+        return (logits * _drawn_gradient(logits.detach(), answered, range(4), seed=0)).sum()
+
+    of_task = squares(base, [lambda model, batch=batch: model(**batch).loss for batch in batches()])
+    of_general = squares(base, [general])
+    model = untrained(base)
+    redraw(model, batches(), [GENERAL], progress=False)
+    for layer in layers_of(model):
+        columns, rows = layer.curlora_indices["default"].tolist()
+        gathered, added = (columns, rows) if base == "gpt2" else (rows, columns)
+        for chosen, task, other in zip((gathered, added), of_task[layer.name], of_general[layer.name], strict=True):
+            score = task / (other + 0.01 * other.mean())
+            assert set(chosen) == set(score.topk(5).indices.tolist()), layer.name
+        W = layer.get_base_layer().weight
+        assert torch.equal(layer.sides("default")[1], W[rows].T if base == "gpt2" else W[:, columns])
+
+
+def test_a_loss_of_ones_own_is_used():
+    seen = []
+
+    def loss(batch):
+        seen.append(batch)
+        return model(**batch).loss
+
+    model, other = untrained(), untrained()
+    redraw(model, batches(), [GENERAL], loss=loss, progress=False)
+    redraw(other, batches(), [GENERAL], progress=False)
+    assert len(seen) == 3
+    for one, two in zip(layers_of(model), layers_of(other), strict=True):
+        assert torch.equal(one.curlora_indices["default"], two.curlora_indices["default"])
+
+
+def test_the_adapter_trains_saves_and_loads_with_them(tmp_path):
+    model = untrained()
+    before = [layer.curlora_indices["default"].clone() for layer in layers_of(model)]
+    redraw(model, batches(), [GENERAL], progress=False)
+    after = [layer.curlora_indices["default"] for layer in layers_of(model)]
+    assert not any(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    assert not any(p.grad is not None for p in model.parameters())
+    guard = Guard(model, calibrate(model, [GENERAL], progress=False), budget=1e-3)
+    optimizer = torch.optim.AdamW(guard.parameters, lr=0.02)
+    guard.attach(optimizer)
+    for batch in batches():
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    ids = tokens()
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_bad_input_is_named():
+    model = untrained()
+    with pytest.raises(GuardError, match="no batch of the task"):
+        redraw(model, [], [GENERAL], progress=False)
+    with pytest.raises(GuardError, match="not finite"):
+        redraw(model, batches(), [GENERAL], loss=lambda b: model(**b).loss * torch.nan, progress=False)
+    with pytest.raises(GuardError, match="no two tokens in a row"):
+        redraw(model, batches(), [torch.tensor([1])], progress=False)
+    layers_of(model)[1].curlora_U["default"].data[0, 0] = 1.0
+    before = [layer.curlora_indices["default"].clone() for layer in layers_of(model)]
+    with pytest.raises(GuardError, match="layers.0.self_attn.v_proj' has been trained"):
+        redraw(model, batches(), [GENERAL], progress=False)
+    with pytest.raises(RuntimeError, match="has been trained"):
+        layers_of(model)[1].redraw("default", before[1])
+    assert all(torch.equal(a, b.curlora_indices["default"]) for a, b in zip(before, layers_of(model), strict=True))
+    merged = untrained()
+    merged.merge_adapter()
+    with pytest.raises(GuardError, match="merged"):
+        redraw(merged, batches(), [GENERAL], progress=False)
