@@ -33,6 +33,7 @@ DEFAULTS = dict(
     damping=0.1,
     choose="inverse",  # the paper's draw; or by what is used: most, unused, ratio, energy, mean
     of="train",  # the task that they are chosen by: train or mrpc
+    looked=320,  # examples that are looked at for it
     fit=200,  # steps that a head is fitted for before the task's gradients are looked at
     choice=0,  # seed of the examples that are looked at, and of the head that is fitted to them
     penalty=0.0,  # strength of a KL penalty on the guard's text
@@ -68,7 +69,7 @@ def main():
 
 
 def table():
-    head = ["method", "choose", "of", "choice", "r", "lr", "budget", "penalty", "examples", "seed"]
+    head = ["method", "choose", "of", "looked", "choice", "r", "lr", "budget", "penalty", "examples", "seed"]
     figures = ["numbers", "accuracy", "loss", "perplexity", "drift", "predicted"]
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     print("| " + " | ".join(head + figures) + " |\n" + "|---" * len(head + figures) + "|")
@@ -199,7 +200,7 @@ class Run:
         if kind not in ("most", "unused"):
             part = self.data[self.o.of]
             seen = torch.randperm(min(1200, len(part["rows"])), generator=torch.Generator().manual_seed(self.o.choice))
-            seen = sorted(seen[:320].tolist(), key=lambda i: len(part["rows"][i]))
+            seen = sorted(seen[: self.o.looked].tolist(), key=lambda i: len(part["rows"][i]))
             rows, labels = [part["rows"][i] for i in seen], part["labels"][seen]
             torch.manual_seed(self.o.choice)
             self.head = nn.Linear(self.base.config.hidden_size, 2)

@@ -1,0 +1,402 @@
+"""The proof: one method over a stream of tasks, in minutes on a core, and what it forgot of texts of several kinds.
+
+SmolLM2-135M with projections of its upper layers adapted. The layers below are frozen and the same for every method,
+so their outputs are computed once and kept in ``--cache``. Each call is one run and adds one line to ``study.jsonl``
+(or the file that ``--out`` names); a run that is there already is not repeated. ``--table`` prints all of them.
+
+    python benchmarks/guard/study.py --model DIR method=guarded rise=0.01 seed=1
+    python benchmarks/guard/study.py --model DIR method=lora lr=5e-4 penalty=1 stream="s140 sst2 mrpc"
+    python benchmarks/guard/study.py --table
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from peft import LoraConfig, OSFConfig, get_peft_model
+from torch import nn
+from torch.nn.functional import cross_entropy, kl_div
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+
+import curlora
+from curlora.continual.plugins import EWC
+from curlora.guard import Anchors, keep_within
+
+RESULTS = Path(__file__).parent / "study.jsonl"
+DEFAULTS = dict(
+    method="guarded",  # guarded, curlora, lora, osf or frozen
+    stream="mrpc sst2 s140",
+    seed=0,  # of the order of the examples, the heads, the adapter
+    lr=0.03,
+    r=16,
+    rise=0.01,  # guarded: of the guard text's perplexity, over the whole stream
+    damping=0.1,  # guarded
+    spread=1,  # guarded: the rise is reached by even steps from task to task
+    choose="inverse",  # the paper's draw; or task: curlora.redraw for the first task
+    penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
+    ewc=0.0,  # strength
+    anchors=0.0,  # strength
+    epochs=1,
+    batch_size=8,
+    layers=15,  # from here on they are adapted
+    targets="q_proj k_proj v_proj",
+)
+TRAIN = {"mrpc": 400, "sst2": 1200, "s140": 800}
+SCORED = {"mrpc": 408, "sst2": 872, "s140": 500}
+TOKENS = {"guard": 8192, "articles": 4096, "code": 2048, "tweets": 2048}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder, or a hub id")
+    parser.add_argument("--cache", type=Path, default=Path("study_cache"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("options", nargs="*", metavar="option=value", help=", ".join(DEFAULTS))
+    arguments = parser.parse_args()
+    known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    if arguments.table:
+        return table(known)
+    options = dict(DEFAULTS)
+    for given in arguments.options:
+        name, _, value = given.partition("=")
+        options[name] = type(options[name])(value)
+    if any(all(line.get(name) == value for name, value in options.items()) for line in known):
+        return print("known:", *arguments.options)
+    began = time.time()
+    result = Run(SimpleNamespace(**options), arguments.model, arguments.cache).result()
+    line = {**options, **result, "seconds": round(time.time() - began)}
+    with arguments.out.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line))
+
+
+def table(lines):
+    """Mean over seeds and orders, and the standard deviation of the accuracy."""
+    same = [name for name in DEFAULTS if name not in ("seed", "stream")]
+    groups = defaultdict(list)
+    for line in lines:
+        groups[tuple(line[name] for name in same)].append(line)
+    print("| method | differs | runs | numbers | average accuracy | forgetting | articles | code | tweets | drift |")
+    print("|---" * 10 + "|")
+    for key, runs in groups.items():
+        given = dict(zip(same, key, strict=True))
+        differs = ", ".join(f"{n} {v}" for n, v in given.items() if v != DEFAULTS[n] and n != "method")
+        averages = [run["average"] for run in runs]
+        spread = statistics.stdev(averages) if len(runs) > 1 else math.nan
+        mean = {n: statistics.mean(run[n] for run in runs) for n in ("forgetting",)}
+        rises = {n: statistics.mean(run["texts"][n]["rise"] for run in runs) for n in ("articles", "code", "tweets")}
+        drift = statistics.mean(run["texts"]["articles"]["drift"] for run in runs)
+        print(
+            f"| {given['method']} | {differs} | {len(runs)} | {runs[0]['numbers']:,} | "
+            f"{statistics.mean(averages):.4f} ± {spread:.4f} | {mean['forgetting']:+.4f} | "
+            + " | ".join(f"{100 * rise:+.2f} %" for rise in rises.values())
+            + f" | {drift:.4f} |"
+        )
+
+
+class Run:
+    def __init__(self, options, name, cache):
+        self.o = o = options
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
+        self.data = prepared(model, tokenizer, o.layers, cache)
+        model.model.layers = nn.ModuleList(list(model.model.layers)[o.layers :])
+        # A token's number is its place in the table of states, so that everything takes input_ids as ever.
+        model.set_input_embeddings(nn.Embedding.from_pretrained(self.data.pop("states")))
+        self.base = model
+        torch.manual_seed(o.seed)
+        targets = o.targets.split() if o.targets != "all-linear" else o.targets
+        config = {
+            "frozen": lambda: None,
+            "lora": lambda: LoraConfig(r=o.r, lora_alpha=o.r, target_modules=targets),
+            "osf": lambda: OSFConfig(target_modules=targets, effective_rank=0.5),
+            "curlora": lambda: curlora.CurloraConfig(r=o.r, target_modules=targets, seed=o.seed),
+        }["curlora" if o.method == "guarded" else o.method]()
+        self.start = {name: self.text(name) for name in TOKENS}  # of the base model, before an adapter may change it
+        self.model = None if config is None else get_peft_model(model, config)
+        self.trained = (
+            [] if self.model is None else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        )
+        self.head = nn.Linear(model.config.hidden_size, 2)
+        self.guard = self.ewc = self.anchors = None
+        if o.ewc:
+            self.ewc = EWC(strength=o.ewc)
+        if o.anchors:
+            self.anchors = Anchors()
+
+    def result(self):
+        tasks = self.o.stream.split()
+        heads, matrix, kept = {}, [], []
+        for number, task in enumerate(tasks):
+            torch.manual_seed(1000 * self.o.seed + number)
+            self.head = heads[task] = nn.Linear(self.base.config.hidden_size, 2)
+            self.learn(task, number, len(tasks))
+            if self.guard is not None:
+                kept.append(self.keep(number, len(tasks)))
+            self.remember(task, number)
+            row = {}
+            for other in tasks[: number + 1] if number + 1 == len(tasks) else [task]:
+                self.head = heads[other]
+                row[other] = self.score(other)
+            matrix.append(row)
+        last = matrix[-1]
+        forgotten = [matrix[i][task]["accuracy"] - last[task]["accuracy"] for i, task in enumerate(tasks[:-1])]
+        return {
+            "numbers": sum(p.numel() for _, p in self.trained),
+            "average": round(statistics.mean(score["accuracy"] for score in last.values()), 4),
+            "loss": round(statistics.mean(score["loss"] for score in last.values()), 4),
+            "forgetting": round(statistics.mean(forgotten), 4) if forgotten else 0.0,
+            "scores": matrix,
+            "texts": {name: self.lost(name) for name in TOKENS},
+            **({"kept": kept, "predicted": self.guard.drift()} if kept else {}),
+        }
+
+    def learn(self, task, number, count):
+        o, part = self.o, self.data[task]
+        texts = [piece for row in self.data["guard"]["rows"] for piece in row.split(128)]
+        if o.method == "guarded":
+            if self.guard is None:
+                if o.choose == "task":
+                    self.redraw(task, texts)
+                self.calibration = curlora.calibrate(self.model, texts, progress=False)
+            share = (number + 1) / count if o.spread else 1.0
+            self.guard = curlora.Guard(
+                self.model, self.calibration, max_perplexity_increase=o.rise * share, damping=o.damping
+            )
+            self.before = [U.detach().clone() for U in self.guard.parameters]
+        groups = [{"params": list(self.head.parameters()), "lr": 5e-3}]
+        if self.trained:
+            groups.append({"params": [p for _, p in self.trained], "lr": o.lr})
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        if self.guard is not None:
+            self.guard.attach(optimizer)
+        generator = torch.Generator().manual_seed(1000 * o.seed + number)
+        batches = [
+            batch for _ in range(o.epochs) for batch in grouped(part["rows"], TRAIN[task], o.batch_size, generator)
+        ]
+        schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
+        pieces = itertools.cycle([row[:129] for row in self.data["guard"]["rows"]])
+        for batch in batches:
+            loss = cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])
+            if o.penalty:
+                piece = next(pieces)
+                with torch.no_grad():
+                    base = self.base_log_p(piece)
+                now = self.log_p(piece)
+                loss = loss + o.penalty * kl_div(now, base, reduction="batchmean", log_target=True)
+            for held in (self.held_by_ewc, self.held_by_anchors):
+                lost = held()
+                loss = loss if lost is None else loss + lost
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if self.guard is not None:
+            self.guard.detach()
+
+    def held_by_ewc(self):
+        return None if self.ewc is None else self.ewc.penalty(SimpleNamespace(model=self.model))
+
+    def held_by_anchors(self):
+        lost = None if self.anchors is None else self.anchors.penalty(dict(self.trained))
+        return None if lost is None else self.o.anchors * lost
+
+    def remember(self, task, number, examples=200):
+        """What later tasks hold on to."""
+        if self.ewc is not None:
+            total = {name: torch.zeros_like(p) for name, p in self.trained}
+            for gradients in self.drawn(task, number, examples):
+                for name in total:
+                    total[name] += gradients[name].square() / examples
+            for name, p in self.trained:
+                self.ewc.merge(name, total[name], p.detach().clone())
+        if self.anchors is not None:
+            self.anchors.add(dict(self.trained), self.drawn(task, number, examples))
+
+    def drawn(self, task, number, examples):
+        part, rng = self.data[task], random.Random(number)
+        for j in rng.sample(range(TRAIN[task]), examples):
+            logits = self.classes([part["rows"][j]])
+            answer = torch.tensor([rng.random() < float(logits.detach().softmax(-1)[0, 1])]).long()
+            found = torch.autograd.grad(cross_entropy(logits, answer), [p for _, p in self.trained])
+            yield {name: gradient for (name, _), gradient in zip(self.trained, found, strict=True)}
+
+    def redraw(self, task, texts, examples=320):
+        """By a head that is fitted on the frozen model."""
+        part = self.data[task]
+        keep, self.head = self.head, nn.Identity()
+        with torch.no_grad():
+            states = torch.cat([self.classes(part["rows"][i : i + 16]) for i in range(0, examples, 16)])
+        self.head = nn.Linear(self.base.config.hidden_size, 2)
+        optimizer = torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=0.0)
+        for _ in range(200):
+            chosen = torch.randint(0, examples, (32,))
+            optimizer.zero_grad()
+            cross_entropy(self.head(states[chosen]), part["labels"][chosen]).backward()
+            optimizer.step()
+        batches = [list(range(i, i + 8)) for i in range(0, examples, 8)]
+        loss = lambda batch: cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])  # noqa: E731
+        curlora.redraw(self.model, batches, texts, loss=loss, progress=False)
+        self.head = keep
+
+    def keep(self, number, count):
+        limit = self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
+        scale, rise = keep_within(
+            limit, lambda: self.text("guard")["perplexity"] / self.start["guard"]["perplexity"] - 1,
+            self.guard.parameters, self.before,
+        )  # fmt: skip
+        return {"scale": round(scale, 4), "rise": round(rise, 5), "limit": limit}
+
+    def classes(self, rows):
+        """Logits of the head at the last token of each row."""
+        length = max(map(len, rows))
+        ids, mask = torch.zeros(2, len(rows), length, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        states = self.base.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.head(states[torch.arange(len(rows)), mask.sum(1) - 1])
+
+    def log_p(self, row):
+        return self.base(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+
+    def base_log_p(self, row):
+        """The base model's, from its last states, which are kept: nothing that is trained is above them."""
+        known = self.__dict__.setdefault("_last_states", {})
+        key = (int(row[0]), len(row))
+        if key not in known:
+            known[key] = self.base_states[int(row[0])][: len(row)]
+        return self.base.lm_head(known[key][:-1]).log_softmax(-1)
+
+    @torch.no_grad()
+    def score(self, task):
+        part, count = self.data[f"{task}-dev"], SCORED[task]
+        order = sorted(range(count), key=lambda i: len(part["rows"][i]))
+        right = loss = 0.0
+        for i in range(0, count, 32):
+            chosen = order[i : i + 32]
+            logits = self.classes([part["rows"][j] for j in chosen])
+            right += (logits.argmax(-1) == part["labels"][chosen]).sum().item()
+            loss += cross_entropy(logits, part["labels"][chosen], reduction="sum").item()
+        return {"accuracy": round(right / count, 4), "loss": round(loss / count, 4)}
+
+    @torch.no_grad()
+    def text(self, name):
+        """Perplexity; the first time, of the base model, its last states are kept."""
+        first = not hasattr(self, "start")
+        if first:
+            self.__dict__.setdefault("base_states", {})
+        nll = drift = count = 0.0
+        for row, tokens in zip(self.data[name]["rows"], self.data[name]["tokens"], strict=True):
+            states = self.base.model(input_ids=row[None], use_cache=False).last_hidden_state[0]
+            new = self.base.lm_head(states[:-1]).log_softmax(-1)
+            if first:
+                self.base_states[int(row[0])] = states.clone()
+            elif name != "guard":
+                drift += kl_div(new, self.base_log_p(row), reduction="sum", log_target=True).item()
+            nll -= new.gather(1, tokens[1:, None]).sum().item()
+            count += len(tokens) - 1
+        return {"perplexity": math.exp(nll / count), "drift": drift / count}
+
+    def lost(self, name):
+        now = self.text(name)
+        rise = now["perplexity"] / self.start[name]["perplexity"] - 1
+        return {"perplexity": round(now["perplexity"], 3), "rise": round(rise, 5), "drift": round(now["drift"], 5)}
+
+
+def grouped(rows, count, size, generator):
+    """Batches in random order, of rows that are sorted by length in pieces, so that there is little padding."""
+    order = torch.randperm(count, generator=generator).tolist()
+    pieces = [sorted(order[i : i + 16 * size], key=lambda j: len(rows[j])) for i in range(0, count, 16 * size)]
+    batches = [piece[i : i + size] for piece in pieces for i in range(0, len(piece), size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def prepared(model, tokenizer, layers, cache):
+    """Texts as numbers of states, with their labels or tokens."""
+    path = cache / f"study-{layers}.pt"
+    if path.exists():
+        return torch.load(path)
+    root = Path(os.environ["CURLORA_DATA_DIR"])
+    data = {}
+    for task in TRAIN:
+        for split, limit in (("", TRAIN[task]), ("-dev", SCORED[task])):
+            examples = shuffled(read(root, task, split))[:limit]
+            data[task + split] = {
+                # Without the space at the end of SST-2's sentences, which would be a token of its own and the last one.
+                "rows": [tokenizer(text.strip())["input_ids"][:128] for text, _ in examples],
+                "labels": torch.tensor([label for _, label in examples]),
+            }
+    wiki = tokenizer((root / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
+    texts = {
+        "articles": wiki,
+        "guard": wiki[200_000:],
+        "code": tokenizer(Path(argparse.__file__).read_text())["input_ids"],
+        # Other tweets than the task's own.
+        "tweets": tokenizer("\n".join(text for text, _ in shuffled(read(root, "s140", "-dev"))[500:]))["input_ids"],
+    }
+    for name, tokens in texts.items():
+        tokens = tokens[: TOKENS[name]]
+        data[name] = {"rows": [tokens[i : i + 512] for i in range(0, len(tokens), 512)]}
+        data[name]["tokens"] = [torch.tensor(row) for row in data[name]["rows"]]
+    states = states_below(model, layers, [row for part in data.values() for row in part["rows"]])
+    begin = 0
+    for part in data.values():
+        for number, row in enumerate(part["rows"]):
+            part["rows"][number] = torch.arange(begin, begin + len(row))
+            begin += len(row)
+    data["states"] = torch.cat(states)
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(data, path)
+    return data
+
+
+def read(root, task, split):
+    dev = split == "-dev"
+    if task == "mrpc":
+        rows = lines(root / "mrpc" / f"{'dev' if dev else 'train'}.tsv", "utf-8-sig")
+        return [(f"{row[3]}\n{row[4]}", int(row[0])) for row in rows]
+    if task == "sst2":
+        return [(row[0], int(row[1])) for row in lines(root / "sst2" / f"{'dev' if dev else 'train'}.tsv")]
+    rows = lines(root / "sentiment140" / f"train_sample_{'eval' if dev else 'fit'}.tsv")
+    return [(row[1], int(row[0])) for row in rows]
+
+
+def shuffled(examples):
+    return random.Random(0).sample(examples, len(examples))
+
+
+def lines(path, encoding="utf-8"):
+    return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
+
+
+@torch.no_grad()
+def states_below(model, below, sequences):
+    """The hidden states that go into layer ``below``."""
+    layers, norm = model.model.layers, model.model.norm
+    model.model.layers, model.model.norm = nn.ModuleList(list(layers)[:below]), nn.Identity()
+    states = [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for begin in range(0, len(order), 32):
+        chosen = order[begin : begin + 32]
+        ids, mask = torch.zeros(2, len(chosen), max(len(sequences[i]) for i in chosen), dtype=torch.long)
+        for row, i in enumerate(chosen):
+            ids[row, : len(sequences[i])], mask[row, : len(sequences[i])] = torch.tensor(sequences[i]), 1
+        found = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for row, i in enumerate(chosen):
+            states[i] = found[row, : len(sequences[i])].clone()
+    model.model.layers, model.model.norm = layers, norm
+    return states
+
+
+if __name__ == "__main__":
+    main()
