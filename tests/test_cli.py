@@ -54,13 +54,14 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
     done = run("demo", "--quick", "--out", out)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    files = ["base.json", "curlora", "frozen", "lora", "recipe.json", "report.html", "results.json"]
+    files = ["base.json", "curlora", "frozen", "guarded", "lora", "recipe.json", "report.html", "results.json"]
     assert sorted(p.name for p in out.iterdir()) == files
 
     results = RunResults.load(out / "results.json")
     assert [task.name for task in results.tasks] == ["reviews", "reuters", "tweets"]
     trained = {m.name: m.trainable_parameters for m in results.methods}
-    assert trained == {"frozen": 0, "lora": 1_290_240, "curlora": 23_040}  # the prototype's counts, paper.md
+    # The prototype's counts, paper.md.
+    assert trained == {"frozen": 0, "lora": 1_290_240, "curlora": 23_040, "guarded": 23_040}
     for method in results.methods:
         (seed,) = method.seeds
         assert [len(row) for row in seed.scores] == [1, 2, 3]
@@ -69,6 +70,8 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
         line = rf"^\W*{method.label} +{seed.average_accuracy:.3f} .* {seed.text()[-1].perplexity:.2f} "
         assert re.search(line, done.stdout, re.MULTILINE), done.stdout
     assert results.methods[2].drift.mean > 0  # CURLoRA moved
+    for outcome in results.methods[3].seeds[0].guarded:
+        assert outcome.perplexity_rise <= outcome.limit <= 0.01
     assert f"{results.tasks[0].majority_rate:.3f}" in done.stdout
     assert str(out / "report.html") in done.stdout.replace("\n", "")
 

@@ -16,6 +16,8 @@ _QUICK = [
     "training.max_length=24",
     "heldout.tokens=128",
     "heldout.window=128",
+    "guard.tokens=128",
+    "guard.window=128",
     *(f"tasks.{task}.{split}.limit=24" for task in range(3) for split in ("train", "evaluation")),
 ]
 
