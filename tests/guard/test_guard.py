@@ -278,7 +278,42 @@ def test_an_optimizer_that_needs_closures_learns_within_the_budget():
     assert 0 < guard.drift() <= 1e-3 * (1 + 1e-3)
 
 
-def test_a_step_that_was_broken_off_leaves_u_in_the_model():
+def test_a_calibration_of_another_moment_does_not_undo_what_was_learned():
+    trained = fresh(target_modules=USED)
+    train(trained, None, lr=0.5)
+    calibration = calibrated(trained)
+    with pytest.raises(GuardError, match=r"nats from where it was calibrated, further than the budget of 1e-06"):
+        Guard(fresh(target_modules=USED), calibration, budget=1e-6)
+    Guard(fresh(target_modules=USED), calibration)  # without a budget nothing is taken back
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_far_step_of_half_precision_is_taken_back(dtype):
+    """Its square is more than the type holds."""
+    model = fresh(r=16, target_modules="all-linear")
+    calibration = calibrated(model)
+    model.to(dtype)
+    guard = Guard(model, calibration, budget=1e-3)
+    guard._enter()
+    for U in mixings(model):
+        U.data.fill_(8.0)
+    guard._after()
+    assert 0 < guard.drift() < 3e-3
+
+
+def test_gradients_are_those_of_u_again_after_a_step():
+    model = fresh()
+    guard = Guard(model, calibrated(model))
+    optimizer = torch.optim.SGD(mixings(model), lr=1e-3)
+    guard.attach(optimizer)
+    ids = tokens(seed=2, batch=4, length=6)
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = [U.grad.clone() for U in mixings(model)]
+    optimizer.step()
+    assert all(torch.equal(U.grad, was) for U, was in zip(mixings(model), before, strict=True))
+
+
+def test_a_step_that_was_broken_off_is_made_good_by_detach():
     model = fresh()
     guard = Guard(model, calibrated(model))
     train(model, guard, steps=2)

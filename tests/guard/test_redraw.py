@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from curlora import CurloraLayer, Guard, calibrate, redraw
+from curlora import CurloraConfig, CurloraLayer, Guard, calibrate, redraw
 from curlora.guard import GuardError
 from curlora.guard.text import _drawn_gradient
 from tests.models import BASES, curlora, llama, tokens
@@ -73,19 +73,46 @@ def test_taken_is_what_the_task_uses_most_for_what_general_text_uses(base):
         assert torch.equal(layer.sides("default")[1], W[rows].T if base == "gpt2" else W[:, columns])
 
 
+def chosen(model, task, **options):
+    redraw(model, task, [GENERAL], progress=False, **options)
+    return [layer.curlora_indices["default"].tolist() for layer in layers_of(model)]
+
+
 def test_a_loss_of_ones_own_is_used():
-    seen = []
+    model = untrained()
+    other = tokens(seed=8, batch=2, length=9)
+    found = chosen(model, batches(), loss=lambda batch: model(input_ids=batch["input_ids"], labels=other).loss)
+    expected = chosen(untrained(), [{"input_ids": batch["input_ids"], "labels": other} for batch in batches()])
+    assert found == expected != chosen(untrained(), batches())
 
-    def loss(batch):
-        seen.append(batch)
-        return model(**batch).loss
 
-    model, other = untrained(), untrained()
-    redraw(model, batches(), [GENERAL], loss=loss, progress=False)
-    redraw(other, batches(), [GENERAL], progress=False)
-    assert len(seen) == 3
-    for one, two in zip(layers_of(model), layers_of(other), strict=True):
-        assert torch.equal(one.curlora_indices["default"], two.curlora_indices["default"])
+def test_how_the_task_is_put_into_batches_does_not_matter():
+    """A short last batch has the larger gradients of a mean over fewer, and counts no more for it."""
+    ids = tokens(seed=3, batch=33, length=9)
+
+    def of(size):
+        return [{"input_ids": part, "labels": part} for part in ids.split(size)]
+
+    one_by_one = chosen(untrained(), of(1))
+    assert chosen(untrained(), of(16)) == one_by_one
+    assert chosen(untrained(), of(16)[:2]) != chosen(untrained(), of(16)[2:])  # else it could not be seen
+
+
+def test_a_layer_that_the_task_does_not_use_keeps_what_it_has():
+    model = untrained()
+    block = model.get_base_model().model.layers[0]
+    block.mlp.forward = lambda x: x  # goes round the MLP
+    before = block.mlp.down_proj.curlora_indices["default"].clone()
+    redraw(model, batches(), [GENERAL], progress=False)
+    assert torch.equal(block.mlp.down_proj.curlora_indices["default"], before)
+
+
+def test_other_adapters_are_out_of_it():
+    model = untrained()
+    model.add_adapter("second", CurloraConfig(r=5, target_modules=MAPS["llama"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(GuardError, match="several adapters are active"):
+        redraw(model, batches(), [GENERAL], adapter="second", progress=False)
 
 
 def test_the_adapter_trains_saves_and_loads_with_them(tmp_path):
@@ -112,6 +139,8 @@ def test_bad_input_is_named():
     model = untrained()
     with pytest.raises(GuardError, match="no batch of the task"):
         redraw(model, [], [GENERAL], progress=False)
+    with pytest.raises(GuardError, match="no loss for a batch of the task: has it labels"):
+        redraw(model, [{"input_ids": tokens()}], [GENERAL], progress=False)
     with pytest.raises(GuardError, match="not finite"):
         redraw(model, batches(), [GENERAL], loss=lambda b: model(**b).loss * torch.nan, progress=False)
     with pytest.raises(GuardError, match="no two tokens in a row"):

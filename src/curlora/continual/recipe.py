@@ -119,10 +119,10 @@ class MethodPart(_Part):
         makers = []
         named = [plugin.get("name") for plugin in self.plugins]
         for plugin in self.plugins:
-            if named.count(plugin.get("name")) > 1:
-                raise ValueError(f"plug-in {plugin.get('name')!r} is there twice")
             if "name" not in plugin:
                 raise ValueError(f"a plug-in needs a name: {plugin}")
+            if named.count(plugin["name"]) > 1:
+                raise ValueError(f"plug-in {plugin['name']!r} is there twice")
             rest = {key: value for key, value in plugin.items() if key != "name"}
             only_for = make_plugin(plugin["name"], rest).only_for
             if only_for not in (None, self.method):

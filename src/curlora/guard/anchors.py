@@ -49,12 +49,13 @@ class Anchors:
         Raises:
             GuardError: if there is no example, or a gradient is not finite.
         """
-        left = {name: torch.zeros_like(U, dtype=torch.float64, requires_grad=False) for name, U in values.items()}
+        # On the CPU: some devices have no float64.
+        left = {name: torch.zeros(U.shape, dtype=torch.float64) for name, U in values.items()}
         right = {name: torch.zeros_like(moment) for name, moment in left.items()}
         count = 0
         for of_example in gradients:
             for name in values:
-                G = of_example[name].detach().double()
+                G = of_example[name].detach().cpu().double()
                 left[name] += G @ G.mT
                 right[name] += G.mT @ G
             count += 1

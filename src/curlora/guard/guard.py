@@ -46,7 +46,8 @@ class Guard:
         adapter: the adapter's name; the active one if ``None``.
 
     Raises:
-        GuardError: if the calibration is of another model or adapter, if both limits are given, or one is not positive.
+        GuardError: if the calibration is of another model or adapter, or was made so far from where the adapter is now
+            that it is not within the budget; if both limits are given, or one is not positive.
     """
 
     def __init__(
@@ -87,6 +88,13 @@ class Guard:
         self._homes: list[tuple[torch.device, torch.dtype]] = []
         self._hooks: list[Any] = []
         self._inside = False
+        # Rounding of a U of half precision is large in coordinates that make much of small directions.
+        wide = all(U.dtype in (torch.float32, torch.float64) for U in self._places)
+        if self.budget is not None and self.drift() > self.budget * (1.01 if wide else 2.0):
+            raise GuardError(
+                f"The adapter is {self.drift():.2g} nats from where it was calibrated, further than the budget of "
+                f"{self.budget:.2g}: the first step would take it back. Calibrate it as it is now."
+            )
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -96,7 +104,8 @@ class Guard:
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the optimizer's steps are in the guard's coordinates and within its budget.
 
-        A closure that is given to ``step`` runs with ``U`` in the model, as any other code does.
+        A closure that is given to ``step`` runs with ``U`` in the model, as any other code does. After an error within
+        a step call :meth:`detach` before the model is used or saved: it puts ``U`` back.
 
         Raises:
             GuardError: if it does not train all of the adapter's ``U``, or another guard holds one of them.
@@ -152,7 +161,7 @@ class Guard:
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         if self.budget is not None:
-            squares = [torch.stack(stack.parameters).square().sum() for stack in self._stacks()]
+            squares = [torch.stack(stack.parameters).to(stack.left.dtype).square().sum() for stack in self._stacks()]
             total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.numbers
             # No number of it is read, so that a GPU need not stop for it. What is not finite stays in its own layer.
             scale = torch.where(total.isfinite(), (self.budget / total).sqrt().clamp(max=1.0), 1.0)
@@ -173,7 +182,7 @@ class Guard:
 
     @torch.no_grad()
     def _leave(self) -> None:
-        """Also where a step of the optimizer was broken off by an error, after which no hook is called."""
+        """Also, later, where a step of the optimizer was broken off by an error, after which no hook is called."""
         if self._inside:
             for stack in self._stacks():
                 stack.leave()
@@ -205,6 +214,7 @@ class _Stack:
         self.left, self.right, self.left_inverse, self.right_inverse = (s.to(U.device, dtype) for s in sides)
         self.left, self.left_inverse = self.left * unit, self.left_inverse / unit
         self.start = torch.stack([start for _, _, start in members]).to(U.device, dtype)
+        self.gradients: list[tuple[Tensor, Tensor]] = []
 
     def moved(self) -> Tensor:
         """``V`` of each ``U``, shape ``(count, r, r)``."""
@@ -222,13 +232,17 @@ class _Stack:
             left, right = (self.left, self.right) if len(index) == len(self.parameters) else (
                 self.left[list(index)], self.right[list(index)]
             )  # fmt: skip
-            mapped = left @ torch.stack(gradients).to(left.dtype) @ right
-            torch._foreach_copy_(list(gradients), list(mapped.unbind()))
+            given = torch.stack(gradients)
+            self.gradients = list(zip(gradients, given.unbind(), strict=True))
+            torch._foreach_copy_(list(gradients), list((left @ given.to(left.dtype) @ right).unbind()))
 
     def leave(self) -> None:
-        """Put ``U`` in the place of ``V`` again."""
+        """Put ``U`` in the place of ``V`` again, and its gradients in the place of those."""
         mapped = self.start + self.left @ torch.stack(self.parameters).to(self.left.dtype) @ self.right
         torch._foreach_copy_(self.parameters, list(mapped.unbind()))
+        for gradient, given in self.gradients:
+            gradient.copy_(given)
+        self.gradients = []
 
 
 def _roughness(calibration: Calibration, moments: Moments) -> float:

@@ -54,75 +54,98 @@ def redraw(
         task: batches of the task; a few hundred examples are enough.
         general: general text, as :func:`curlora.guard.calibrate` takes it.
         tokenizer: of the model; for texts.
-        loss: of one of ``task``'s batches; ``model(**batch).loss`` if ``None``. Of a model with a new head this is the
-            loss of a head that has been fitted first, or it says nothing of the task.
+        loss: of one of ``task``'s batches, a mean over it; ``model(**batch).loss`` if ``None``. Of a model with a new
+            head this is the loss of a head that has been fitted first, or it says nothing of the task.
         adapter: the adapter's name; the active one if ``None``.
         max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them, of the general text.
 
     Raises:
         GuardError: if the adapter has been trained or is merged, if there is no batch of the task, if a gradient is not
-            finite, and as ``calibrate``.
+            finite, if other adapters are active, and as ``calibrate``.
     """
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)
     for name, layer in layers.items():
         if layer.merged or bool(layer.curlora_U[adapter].any()):
             raise GuardError(f"Layer {name!r} has been trained, or has a merged adapter: columns and rows come before.")
+        active: Any = layer.active_adapters
+        if len(active) > 1:
+            raise GuardError(f"Of layer {name!r} several adapters are active, {sorted(active)}: redraw one by itself.")
     of_general = {name: _Use(layer) for name, layer in layers.items()}
     with _listening(of_general, layers):
         pass_over(
             model, layers, adapter, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
             seed=seed, progress="Reading general text" if progress else "", begin=lambda mask: None, end=lambda: None,
         )  # fmt: skip
-    of_task = {name: _Use(layer) for name, layer in layers.items()}
+    of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
     trained = [layer.curlora_U[adapter] for layer in layers.values()]
+    device = next(model.parameters()).device
     batches = 0
     with ready(model, layers, adapter, gradients=True), _listening(of_task, layers):
         for batch in task:
-            value = model(**batch).loss if loss is None else loss(batch)
+            value = _loss(model, batch, device) if loss is None else loss(batch)
             torch.autograd.grad(value, trained, allow_unused=True)
             batches += 1
     if not batches:
         raise GuardError("There is no batch of the task to see by what it uses")
-    device = next(model.parameters()).device
     everything = [part for use in (*of_general.values(), *of_task.values()) for part in (use.outputs, use.inputs)]
     summed = iter(sum_over_processes(everything, device))
     general_sums = [(next(summed), next(summed)) for _ in layers]
     task_sums = [(next(summed), next(summed)) for _ in layers]
+    choices = {}
     for (name, layer), by_general, by_task in zip(layers.items(), general_sums, task_sums, strict=True):
-        gathered, added = (
-            _most(task_use, general_use, layer.r[adapter], name)
-            for task_use, general_use in zip(by_task, by_general, strict=True)
-        )
-        # The gathered entries are of the output, the others of the input; which of them are columns is the layout's.
-        sides = (gathered, added) if layer.stores_outputs_last else (added, gathered)
-        layer.redraw(adapter, torch.stack(sides))
+        if all(bool(sums.any()) for sums in by_task):  # a layer that the task does not use keeps what it has
+            gathered, added = (
+                _most(task_use, general_use, layer.r[adapter], name)
+                for task_use, general_use in zip(by_task, by_general, strict=True)
+            )
+            # The gathered entries are of the output, the others of the input; which are columns is the layout's.
+            choices[name] = (gathered, added) if layer.stores_outputs_last else (added, gathered)
+    for name, sides in choices.items():
+        layers[name].redraw(adapter, torch.stack(sides))
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> Tensor:
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    value = getattr(model(**moved), "loss", None)
+    if not isinstance(value, Tensor):
+        raise GuardError("The model gives no loss for a batch of the task: has it labels? Or pass a loss of your own.")
+    return value
 
 
 class _Use:
-    """Sums of squares, by entry of a layer's output and of ``W^T d``."""
+    """Sums of squares, by entry of a layer's output and of ``W^T d``.
 
-    def __init__(self, layer: Any) -> None:  # a CurloraLayer, of which PEFT's part has no types
+    Args:
+        layer: a CurloraLayer, of which PEFT's part has no types.
+        mean_loss: whether ``d`` is of a mean over a batch, and an example's own ``d`` so many times as large.
+    """
+
+    def __init__(self, layer: Any, mean_loss: bool = False) -> None:
         base = layer.get_base_layer()
-        self.base, self.weight_is_transposed = base, layer.stores_outputs_last
+        self.base, self.weight_is_transposed, self.mean_loss = base, layer.stores_outputs_last, mean_loss
         device = base.weight.device
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
 
     def add(self, output: Tensor, gradient: Tensor) -> None:
+        examples = len(output)
         output, gradient = output.flatten(0, -2), gradient.flatten(0, -2)
         seen = (gradient != 0).any(-1)  # padding is not
         base = self.base
         output = output[seen] if base.bias is None else output[seen] - base.bias.to(output.dtype)
         weight = base.weight.detach().to(gradient.dtype)
         back = gradient[seen] @ (weight.T if self.weight_is_transposed else weight)
+        back = back.to(self.inputs.dtype) * (examples if self.mean_loss else 1)
         self.outputs += output.to(self.outputs.dtype).square().sum(0)
-        self.inputs += back.to(self.inputs.dtype).square().sum(0)
+        self.inputs += back.square().sum(0)
 
 
 def _most(task: Tensor, general: Tensor, r: int, name: str) -> Tensor:
-    score = task / (general + _FLOOR * general.mean()).clamp_min(1e-300)
+    """Those with the largest ratio; by the task alone where the general text does not use the layer."""
+    relative = general / general.mean() if bool(general.any()) else torch.ones_like(general)
+    score = task / task.mean() / (relative + _FLOOR)
     if not bool(score.isfinite().all()):
         raise GuardError(f"Layer {name!r} has outputs or gradients that are not finite, of the task or of the text.")
     return score.topk(r).indices.sort().values

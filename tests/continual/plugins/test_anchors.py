@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from curlora.continual.batches import Collator
-from curlora.continual.plugins import AnchorsPlugin, TaskContext, make_plugin
+from curlora.continual.plugins import EWC, AnchorsPlugin, TaskContext, make_plugin
 from curlora.continual.task_model import TaskModel
 from tests.models import curlora, llama, word_tokenizer
 
@@ -52,6 +52,7 @@ def test_the_penalty_is_the_divergence_of_the_earlier_tasks_answers():
 
 def test_its_state_is_what_it_holds():
     model, rows, collate = task_model()
+    model.train()
     plugin, other = AnchorsPlugin(), AnchorsPlugin()
     plugin.after_task(TaskContext(0, model, rows[:5], collate, seed=0))
     other.load_state_dict(plugin.state_dict())
@@ -60,7 +61,16 @@ def test_its_state_is_what_it_holds():
             p.data += 0.1
     assert float(plugin.penalty(model)) > 0
     assert torch.equal(other.penalty(model), plugin.penalty(model))
-    assert model.model.get_base_model().training == model.training
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("plugin", [AnchorsPlugin(), EWC(strength=1.0)])
+def test_of_a_model_that_diverged_nothing_is_held(plugin):
+    model, rows, collate = task_model()
+    next(p for name, p in model.model.named_parameters() if "curlora_U" in name).data[0, 0] = torch.nan
+    plugin.after_task(TaskContext(0, model, rows[:3], collate, seed=0))
+    assert plugin.penalty(model) is None
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"strength": 1.0, "examples": 0}])

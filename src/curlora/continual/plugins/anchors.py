@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curlora.continual.errors import RunError
 from curlora.continual.plugins.base import Plugin, TaskContext
-from curlora.continual.plugins.drawn import drawn_gradients, examples_of, trained
+from curlora.continual.plugins.drawn import diverged, drawn_gradients, examples_of, trained
 from curlora.continual.task_model import TaskModel
 from curlora.guard import Anchors, GuardError
 
@@ -49,6 +49,8 @@ class AnchorsPlugin(Plugin):
         return None if lost is None else self.strength * lost
 
     def after_task(self, context: TaskContext) -> None:
+        if diverged(context.model):
+            return
         batches, generator = examples_of(context, self.examples)
         try:
             self.anchors.add(_mixings(context.model), drawn_gradients(context.model, batches, generator))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from curlora.continual.plugins.base import TaskContext
 from curlora.continual.task_model import TaskModel
 
-__all__ = ["drawn_gradients", "examples_of", "trained"]
+__all__ = ["diverged", "drawn_gradients", "examples_of", "trained"]
 
 
 def drawn_gradients(
@@ -49,6 +49,11 @@ def drawn_gradients(
             }
     finally:
         model.train(training)
+
+
+def diverged(model: TaskModel) -> bool:
+    """Whether what is trained is not finite any more, so that there is nothing to be held of it."""
+    return not all(bool(parameter.isfinite().all()) for _, parameter in trained(model))
 
 
 def examples_of(context: TaskContext, count: int) -> tuple[Iterator[dict[str, Tensor]], torch.Generator]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curlora.continual.plugins.base import Plugin, TaskContext
-from curlora.continual.plugins.drawn import drawn_gradients, examples_of, trained
+from curlora.continual.plugins.drawn import diverged, drawn_gradients, examples_of, trained
 from curlora.continual.task_model import TaskModel
 
 __all__ = ["EWC", "fisher_diagonal"]
@@ -53,6 +53,8 @@ class EWC(Plugin):
         return 0.5 * self.strength * torch.stack(terms).sum()
 
     def after_task(self, context: TaskContext) -> None:
+        if diverged(context.model):
+            return
         batches, generator = examples_of(context, self.examples)
         fisher = fisher_diagonal(context.model, batches, generator)
         for name, parameter in trained(context.model):
