@@ -2,11 +2,11 @@
 
 SmolLM2-135M with projections of its upper layers adapted. The layers below are frozen and the same for every method,
 so their outputs are computed once and kept in ``--cache``. Each call is one run and adds one line to ``study.jsonl``
-(or the file that ``--out`` names); a run that is there already is not repeated. ``--table`` prints all of them.
+(or the file that ``--out`` names); a run that is there already is not repeated. ``study_table.py`` makes the table and
+the curve of them.
 
     python benchmarks/guard/study.py --model DIR method=guarded rise=0.01 seed=1
     python benchmarks/guard/study.py --model DIR method=lora lr=5e-4 penalty=1 stream="s140 sst2 mrpc"
-    python benchmarks/guard/study.py --table
 """
 
 import argparse
@@ -17,7 +17,6 @@ import os
 import random
 import statistics
 import time
-from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 import curlora
 from curlora.continual.plugins import EWC
 from curlora.guard import Anchors, keep_within
+from curlora.sampling import SAMPLINGS
 
 RESULTS = Path(__file__).parent / "study.jsonl"
 DEFAULTS = dict(
@@ -39,9 +39,10 @@ DEFAULTS = dict(
     lr=0.03,
     r=16,
     rise=0.01,  # guarded: of the guard text's perplexity, over the whole stream
+    slack=1.0,  # guarded: the ball is so many times as wide, in nats, as the rise that is measured may be
     damping=0.1,  # guarded
     spread=1,  # guarded: the rise is reached by even steps from task to task
-    choose="inverse",  # the paper's draw; or task: curlora.redraw for the first task
+    choose="inverse",  # the paper's draw; uniform; norm; leverage; or task: curlora.redraw for the first task
     penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
     ewc=0.0,  # strength
     anchors=0.0,  # strength
@@ -60,17 +61,14 @@ def main():
     parser.add_argument("--model", help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true")
     parser.add_argument("options", nargs="*", metavar="option=value", help=", ".join(DEFAULTS))
     arguments = parser.parse_args()
     known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
-    if arguments.table:
-        return table(known)
     options = dict(DEFAULTS)
     for given in arguments.options:
         name, _, value = given.partition("=")
         options[name] = type(options[name])(value)
-    if any(all(line.get(name) == value for name, value in options.items()) for line in known):
+    if any(all(line.get(name, DEFAULTS[name]) == value for name, value in options.items()) for line in known):
         return print("known:", *arguments.options)
     began = time.time()
     result = Run(SimpleNamespace(**options), arguments.model, arguments.cache).result()
@@ -78,30 +76,6 @@ def main():
     with arguments.out.open("a") as file:
         file.write(json.dumps(line) + "\n")
     print(json.dumps(line))
-
-
-def table(lines):
-    """Mean over seeds and orders, and the standard deviation of the accuracy."""
-    same = [name for name in DEFAULTS if name not in ("seed", "stream")]
-    groups = defaultdict(list)
-    for line in lines:
-        groups[tuple(line[name] for name in same)].append(line)
-    print("| method | differs | runs | numbers | average accuracy | forgetting | articles | code | tweets | drift |")
-    print("|---" * 10 + "|")
-    for key, runs in groups.items():
-        given = dict(zip(same, key, strict=True))
-        differs = ", ".join(f"{n} {v}" for n, v in given.items() if v != DEFAULTS[n] and n != "method")
-        averages = [run["average"] for run in runs]
-        spread = statistics.stdev(averages) if len(runs) > 1 else math.nan
-        mean = {n: statistics.mean(run[n] for run in runs) for n in ("forgetting",)}
-        rises = {n: statistics.mean(run["texts"][n]["rise"] for run in runs) for n in ("articles", "code", "tweets")}
-        drift = statistics.mean(run["texts"]["articles"]["drift"] for run in runs)
-        print(
-            f"| {given['method']} | {differs} | {len(runs)} | {runs[0]['numbers']:,} | "
-            f"{statistics.mean(averages):.4f} ± {spread:.4f} | {mean['forgetting']:+.4f} | "
-            + " | ".join(f"{100 * rise:+.2f} %" for rise in rises.values())
-            + f" | {drift:.4f} |"
-        )
 
 
 class Run:
@@ -120,13 +94,17 @@ class Run:
             "frozen": lambda: None,
             "lora": lambda: LoraConfig(r=o.r, lora_alpha=o.r, target_modules=targets),
             "osf": lambda: OSFConfig(target_modules=targets, effective_rank=0.5),
-            "curlora": lambda: curlora.CurloraConfig(r=o.r, target_modules=targets, seed=o.seed),
+            "curlora": lambda: curlora.CurloraConfig(
+                r=o.r, target_modules=targets, seed=o.seed, sampling=o.choose if o.choose in SAMPLINGS else "inverse"
+            ),
         }["curlora" if o.method == "guarded" else o.method]()
         self.start = {name: self.text(name) for name in TOKENS}  # of the base model, before an adapter may change it
         self.model = None if config is None else get_peft_model(model, config)
         self.trained = (
             [] if self.model is None else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         )
+        if o.choose == "leverage":
+            self.by_leverage()
         self.head = nn.Linear(model.config.hidden_size, 2)
         self.guard = self.ewc = self.anchors = None
         if o.ewc:
@@ -170,9 +148,8 @@ class Run:
                     self.redraw(task, texts)
                 self.calibration = curlora.calibrate(self.model, texts, progress=False)
             share = (number + 1) / count if o.spread else 1.0
-            self.guard = curlora.Guard(
-                self.model, self.calibration, max_perplexity_increase=o.rise * share, damping=o.damping
-            )
+            budget = o.slack * math.log1p(o.rise * share)
+            self.guard = curlora.Guard(self.model, self.calibration, budget=budget, damping=o.damping)
             self.before = [U.detach().clone() for U in self.guard.parameters]
         groups = [{"params": list(self.head.parameters()), "lr": 5e-3}]
         if self.trained:
@@ -248,6 +225,14 @@ class Run:
         loss = lambda batch: cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])  # noqa: E731
         curlora.redraw(self.model, batches, texts, loss=loss, progress=False)
         self.head = keep
+
+    def by_leverage(self):
+        """The columns and rows that the best approximation of rank r of the weight leans on most."""
+        for layer in self.model.modules():
+            if isinstance(layer, curlora.CurloraLayer):
+                left, _, right = torch.linalg.svd(layer.weight, full_matrices=False)
+                scores = right[: self.o.r].square().sum(0), left[:, : self.o.r].square().sum(1)
+                layer.redraw("default", torch.stack([score.topk(self.o.r).indices.sort().values for score in scores]))
 
     def keep(self, number, count):
         limit = self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
