@@ -41,6 +41,14 @@ def test_the_square_law_takes_one_trial():
     assert step(lambda t: t**2, 0.01)[2] == 3
 
 
+@pytest.mark.parametrize(("slope", "bend"), [(1, 0), (0.3, 0.7), (-0.3, 1.3), (0.5, 20)])
+@pytest.mark.parametrize("limit", [0.01, 0.2])
+def test_a_slope_and_a_bend_take_two(slope, bend, limit):
+    _, found, measurements = step(lambda t: slope * t + bend * t**2, limit)
+    assert 0.95 * limit <= found <= limit
+    assert measurements == 4
+
+
 @settings(max_examples=200, deadline=None)
 @given(heights=st.lists(st.floats(0, 3), min_size=5, max_size=30), limit=st.floats(0.05, 1.0))
 def test_it_holds_on_any_curve(heights, limit):

@@ -22,8 +22,9 @@ def keep_within(
 ) -> tuple[float, float]:
     """Scale the step from ``before`` to where ``parameters`` are now back along itself, until a measurement allows it.
 
-    Bisection between a point that was measured to be within the limit and one that was not, begun where the square law
-    of a small step would have it. Whatever the curve between them, the end is a point that was measured to be within.
+    Between a point that was measured to be within the limit and one that was not, the next is where a parabola through
+    the last two and the start would have it, and every third time their middle. Whatever the curve between them, the
+    end is a point that was measured to be within.
 
     Args:
         limit: the most that ``measure`` may give, positive.
@@ -52,12 +53,14 @@ def keep_within(
     within, best = 0.0, at(0.0)
     if best > limit or not all(bool(new.isfinite().all()) for new in after):
         return 0.0, best
-    guess = math.sqrt((limit - best) / (found - best)) * (1 - tolerance / 2)
-    scale = 0.0
-    for _ in range(trials):
-        scale = guess if within < guess < over else (within + over) / 2
-        guess = 0.0
+    start, aim = best, (1 - tolerance / 2) * limit
+    known = [(1.0, found - start)]
+    for trial in range(trials):
+        scale = _crossing(aim - start, known[-2:])
+        if trial % 3 == 2 or not within < scale < over:
+            scale = (within + over) / 2
         value = at(scale)
+        known.append((scale, value - start))
         if value > limit:
             over = scale
         else:
@@ -67,3 +70,16 @@ def keep_within(
     if scale != within:  # the last one measured was not the best
         at(within)
     return within, best
+
+
+def _crossing(height: float, points: Sequence[tuple[float, float]]) -> float:
+    """Where ``a s + b s^2`` through the points reaches the height; ``a`` is 0 where there is one. NaN if nowhere."""
+    slopes = [(s, value / s) for s, value in points]
+    if len(slopes) == 1:
+        a, b = 0.0, slopes[0][1] / slopes[0][0]
+    else:
+        (s, low), (t, high) = slopes
+        b = (high - low) / (t - s)
+        a = low - b * s
+    root = a**2 + 4 * b * height
+    return 2 * height / (a + math.sqrt(root)) if root >= 0 and a + math.sqrt(root) > 0 else math.nan
