@@ -107,12 +107,45 @@ def test_a_layer_that_the_task_does_not_use_keeps_what_it_has():
     assert torch.equal(block.mlp.down_proj.curlora_indices["default"], before)
 
 
-def test_other_adapters_are_out_of_it():
-    model = untrained()
-    model.add_adapter("second", CurloraConfig(r=5, target_modules=MAPS["llama"]))
+def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
+    """Put into the weights it changes every layer's input the same; ``y0`` and ``W`` stay the base layer's own."""
+    # A first token's query has no effect: whether its gradient is 0 or 1e-12, and so counted, is for rounding to say.
+    targets = ["v_proj", "down_proj"]
+    model = untrained(target_modules=targets)
+    generator = torch.Generator().manual_seed(4)
+    for layer in layers_of(model):
+        layer.curlora_U["default"].data.normal_(std=0.5, generator=generator)
+    model.add_adapter("second", CurloraConfig(r=5, target_modules=targets))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(GuardError, match="several adapters are active"):
-        redraw(model, batches(), [GENERAL], adapter="second", progress=False)
+    redraw(model, batches(), [GENERAL], adapter="second", progress=False)
+
+    seen, sums = {}, {}
+    merged = llama().requires_grad_(True)
+    weights = {}
+    for layer in layers_of(model):
+        module = merged.get_submodule(layer.name)
+        weights[layer.name] = module.weight.detach().clone()
+        module.weight.data += layer.get_delta_weight("default")
+        module.register_forward_hook(lambda m, i, o, name=layer.name: seen.__setitem__(name, (i[0], o)))
+
+    def add(value, key):
+        for name, (x, output) in list(seen.items()):
+            (d,) = torch.autograd.grad(value, output, retain_graph=True)
+            keep, W = (d != 0).any(-1), weights[name].double()
+            both = (x[keep].double() @ W.T).square().sum(0), (d[keep].double() @ W).square().sum(0)
+            sums[key, name] = [a + b for a, b in zip(sums.get((key, name), (0, 0)), both, strict=True)]
+
+    for batch in batches():
+        add(merged(**batch).loss, "task")
+    logits = merged(**GENERAL, use_cache=False).logits
+    drawn = _drawn_gradient(logits.detach(), torch.ones(4, 7, dtype=torch.bool), range(4), seed=0)
+    add((logits * drawn).sum(), "general")
+    for layer in layers_of(model):
+        columns, rows = layer.curlora_indices["second"].tolist()
+        for chosen, task, other in zip(
+            (rows, columns), sums["task", layer.name], sums["general", layer.name], strict=True
+        ):
+            assert set(chosen) == set((task / (other + 0.01 * other.mean())).topk(5).indices.tolist()), layer.name
 
 
 def test_the_adapter_trains_saves_and_loads_with_them(tmp_path):

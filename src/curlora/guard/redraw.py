@@ -56,21 +56,19 @@ def redraw(
         tokenizer: of the model; for texts.
         loss: of one of ``task``'s batches, a mean over it; ``model(**batch).loss`` if ``None``. Of a model with a new
             head this is the loss of a head that has been fitted first, or it says nothing of the task.
-        adapter: the adapter's name; the active one if ``None``.
+        adapter: the adapter's name; the active one if ``None``. Others may be active beside it, of earlier tasks for
+            instance: gradients are then those of the model with them.
         max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them, of the general text.
 
     Raises:
         GuardError: if the adapter has been trained or is merged, if there is no batch of the task, if a gradient is not
-            finite, if other adapters are active, and as ``calibrate``.
+            finite, and as ``calibrate``.
     """
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)
     for name, layer in layers.items():
         if layer.merged or bool(layer.curlora_U[adapter].any()):
             raise GuardError(f"Layer {name!r} has been trained, or has a merged adapter: columns and rows come before.")
-        active: Any = layer.active_adapters
-        if len(active) > 1:
-            raise GuardError(f"Of layer {name!r} several adapters are active, {sorted(active)}: redraw one by itself.")
     of_general = {name: _Use(layer) for name, layer in layers.items()}
     with _listening(of_general, layers):
         pass_over(
@@ -128,6 +126,7 @@ class _Use:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
+        self.output: Tensor  # the base layer's, of the pass that is running
 
     def add(self, output: Tensor, gradient: Tensor) -> None:
         examples = len(output)
@@ -157,9 +156,13 @@ def _listening(uses: Mapping[str, _Use], layers: Mapping[str, CurloraLayer]) -> 
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
 
-            def hook(module: nn.Module, inputs: Any, output: Tensor, use: _Use = uses[name]) -> None:
-                values = output.detach()  # U is zero: the base layer's own output
-                output.register_hook(lambda gradient: use.add(values, gradient.detach()))
+            def base_hook(module: nn.Module, inputs: Any, output: Tensor, use: _Use = uses[name]) -> None:
+                use.output = output.detach()
 
-            stack.callback(layer.register_forward_hook(hook).remove)
+            def layer_hook(module: nn.Module, inputs: Any, output: Tensor, use: _Use = uses[name]) -> None:
+                y0 = use.output
+                output.register_hook(lambda gradient: use.add(y0, gradient.detach()))
+
+            stack.callback(layer.base_layer.register_forward_hook(base_hook).remove)
+            stack.callback(layer.register_forward_hook(layer_hook).remove)
         yield
