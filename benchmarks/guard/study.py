@@ -42,7 +42,9 @@ DEFAULTS = dict(
     slack=1.0,  # guarded: the ball is so many times as wide, in nats, as the rise that is measured may be
     damping=0.1,  # guarded
     spread=1,  # guarded: the rise is reached by even steps from task to task
-    choose="inverse",  # the paper's draw; uniform; norm; leverage; or task: curlora.redraw for the first task
+    # The paper's draw; uniform; norm; leverage; task: curlora.redraw for the first task; or each: an adapter for each
+    # task, its columns and rows redrawn for it, beside those of earlier tasks, which stay as they are.
+    choose="inverse",
     penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
     ewc=0.0,  # strength
     anchors=0.0,  # strength
@@ -105,6 +107,7 @@ class Run:
         )
         if o.choose == "leverage":
             self.by_leverage()
+        self.numbers = sum(p.numel() for _, p in self.trained)
         self.head = nn.Linear(model.config.hidden_size, 2)
         self.guard = self.ewc = self.anchors = None
         if o.ewc:
@@ -130,7 +133,7 @@ class Run:
         last = matrix[-1]
         forgotten = [matrix[i][task]["accuracy"] - last[task]["accuracy"] for i, task in enumerate(tasks[:-1])]
         return {
-            "numbers": sum(p.numel() for _, p in self.trained),
+            "numbers": self.numbers,
             "average": round(statistics.mean(score["accuracy"] for score in last.values()), 4),
             "loss": round(statistics.mean(score["loss"] for score in last.values()), 4),
             "forgetting": round(statistics.mean(forgotten), 4) if forgotten else 0.0,
@@ -143,13 +146,18 @@ class Run:
         o, part = self.o, self.data[task]
         texts = [piece for row in self.data["guard"]["rows"] for piece in row.split(128)]
         if o.method == "guarded":
-            if self.guard is None:
-                if o.choose == "task":
-                    self.redraw(task, texts)
-                self.calibration = curlora.calibrate(self.model, texts, progress=False)
+            adapter = f"task{number}" if o.choose == "each" and number else "default"
+            if adapter != "default":
+                self.add_adapter(adapter, number)
+            if self.guard is None or adapter != "default":
+                if o.choose in ("task", "each"):
+                    self.redraw(task, texts, adapter)
+                self.calibration = curlora.calibrate(self.model, texts, adapter=adapter, progress=False)
             share = (number + 1) / count if o.spread else 1.0
-            budget = o.slack * math.log1p(o.rise * share)
-            self.guard = curlora.Guard(self.model, self.calibration, budget=budget, damping=o.damping)
+            rise = o.rise * (1 / count if o.choose == "each" else share)
+            self.guard = curlora.Guard(
+                self.model, self.calibration, budget=o.slack * math.log1p(rise), damping=o.damping, adapter=adapter
+            )
             self.before = [U.detach().clone() for U in self.guard.parameters]
         groups = [{"params": list(self.head.parameters()), "lr": 5e-3}]
         if self.trained:
@@ -208,7 +216,18 @@ class Run:
             found = torch.autograd.grad(cross_entropy(logits, answer), [p for _, p in self.trained])
             yield {name: gradient for (name, _), gradient in zip(self.trained, found, strict=True)}
 
-    def redraw(self, task, texts, examples=320):
+    def add_adapter(self, adapter, number):
+        config = curlora.CurloraConfig(
+            r=self.o.r, target_modules=self.o.targets.split(), seed=1000 * self.o.seed + number
+        )
+        self.model.add_adapter(adapter, config)
+        self.model.base_model.set_adapter(["default", *(f"task{i}" for i in range(1, number + 1))])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(f"curlora_U.{adapter}" in name)
+        self.trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.numbers += sum(p.numel() for _, p in self.trained)
+
+    def redraw(self, task, texts, adapter, examples=320):
         """By a head that is fitted on the frozen model."""
         part = self.data[task]
         keep, self.head = self.head, nn.Identity()
@@ -223,7 +242,7 @@ class Run:
             optimizer.step()
         batches = [list(range(i, i + 8)) for i in range(0, examples, 8)]
         loss = lambda batch: cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])  # noqa: E731
-        curlora.redraw(self.model, batches, texts, loss=loss, progress=False)
+        curlora.redraw(self.model, batches, texts, loss=loss, adapter=adapter, progress=False)
         self.head = keep
 
     def by_leverage(self):
