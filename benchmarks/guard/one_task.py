@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from lower_layers import states_below
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
@@ -313,25 +314,6 @@ class Run:
 
 def lines(path, encoding="utf-8"):
     return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
-
-
-@torch.no_grad()
-def states_below(model, below, sequences):
-    """The hidden states that go into layer ``below``."""
-    layers, norm = model.model.layers, model.model.norm
-    model.model.layers, model.model.norm = nn.ModuleList(list(layers)[:below]), nn.Identity()
-    states = [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for begin in range(0, len(order), 32):
-        chosen = order[begin : begin + 32]
-        ids, mask = torch.zeros(2, len(chosen), max(len(sequences[i]) for i in chosen), dtype=torch.long)
-        for row, i in enumerate(chosen):
-            ids[row, : len(sequences[i])], mask[row, : len(sequences[i])] = torch.tensor(sequences[i]), 1
-        found = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        for row, i in enumerate(chosen):
-            states[i] = found[row, : len(sequences[i])].clone()
-    model.model.layers, model.model.norm = layers, norm
-    return states
 
 
 if __name__ == "__main__":

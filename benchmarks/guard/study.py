@@ -10,6 +10,7 @@ the curve of them.
 """
 
 import argparse
+import importlib
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from lower_layers import states_below
 from peft import LoraConfig, OSFConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
@@ -45,6 +47,8 @@ DEFAULTS = dict(
     # The paper's draw; uniform; norm; leverage; task: curlora.redraw for the first task; or each: an adapter for each
     # task, its columns and rows redrawn for it, beside those of earlier tasks, which stay as they are.
     choose="inverse",
+    # uniform; or auto: as many numbers in all as r a layer, shared out over layers by what the first task wants.
+    ranks="uniform",
     penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
     ewc=0.0,  # strength
     anchors=0.0,  # strength
@@ -109,7 +113,7 @@ class Run:
             self.by_leverage()
         self.numbers = sum(p.numel() for _, p in self.trained)
         self.head = nn.Linear(model.config.hidden_size, 2)
-        self.guard = self.ewc = self.anchors = None
+        self.guard = self.ewc = self.anchors = self.ranks = None
         if o.ewc:
             self.ewc = EWC(strength=o.ewc)
         if o.anchors:
@@ -140,6 +144,7 @@ class Run:
             "scores": matrix,
             "texts": {name: self.lost(name) for name in TOKENS},
             **({"kept": kept, "predicted": self.guard.drift()} if kept else {}),
+            **({"by_layer": list(self.ranks.values())} if self.ranks else {}),
         }
 
     def learn(self, task, number, count):
@@ -150,6 +155,8 @@ class Run:
             if adapter != "default":
                 self.add_adapter(adapter, number)
             if self.guard is None or adapter != "default":
+                if o.ranks == "auto":
+                    self.share_out(task, texts)
                 if o.choose in ("task", "each"):
                     self.redraw(task, texts, adapter)
                 self.calibration = curlora.calibrate(self.model, texts, adapter=adapter, progress=False)
@@ -244,6 +251,43 @@ class Run:
         loss = lambda batch: cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])  # noqa: E731
         curlora.redraw(self.model, batches, texts, loss=loss, adapter=adapter, progress=False)
         self.head = keep
+
+    def share_out(self, task, texts, least=4):
+        """Ranks by layer.
+
+        Within a ball the steepest step lowers the loss by ``sqrt(2 budget sum g^T F^-1 g)``, a sum over layers, and of
+        a layer by the product of what its rows and its columns are worth to redraw. One rank more goes to where it adds
+        the most to that sum for each of its ``2 r + 1`` numbers.
+        """
+        uses = {}
+
+        def see(task_use, general_use, r, name):
+            worth = (task_use / (general_use + 0.01 * general_use.mean())).sort(descending=True).values
+            uses.setdefault(name.removeprefix("base_model.model."), []).append(worth.cumsum(0))
+            return torch.arange(r)
+
+        redraws = importlib.import_module("curlora.guard.redraw")
+        patched, redraws._most = redraws._most, see
+        self.redraw(task, texts, "default")
+        redraws._most = patched
+        worth = {name: (lambda r, rows=rows, columns=columns: float(rows[r - 1] * columns[r - 1]))
+                 for name, (rows, columns) in uses.items()}  # fmt: skip
+        ranks = dict.fromkeys(worth, least)
+        left = (self.o.r**2 - least**2) * len(ranks)
+        while True:
+            more = {n: (worth[n](r + 1) - worth[n](r)) / (2 * r + 1) for n, r in ranks.items() if 2 * r + 1 <= left}
+            if not more:
+                break
+            best = max(more, key=more.get)
+            left -= 2 * ranks[best] + 1
+            ranks[best] += 1
+        self.ranks = ranks
+        self.model.unload()
+        targets = self.o.targets.split() if self.o.targets != "all-linear" else self.o.targets
+        config = curlora.CurloraConfig(r=self.o.r, rank_pattern=ranks, target_modules=targets, seed=self.o.seed)
+        self.model = get_peft_model(self.base, config)
+        self.trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.numbers = sum(p.numel() for _, p in self.trained)
 
     def by_leverage(self):
         """The columns and rows that the best approximation of rank r of the weight leans on most."""
@@ -381,25 +425,6 @@ def shuffled(examples):
 
 def lines(path, encoding="utf-8"):
     return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
-
-
-@torch.no_grad()
-def states_below(model, below, sequences):
-    """The hidden states that go into layer ``below``."""
-    layers, norm = model.model.layers, model.model.norm
-    model.model.layers, model.model.norm = nn.ModuleList(list(layers)[:below]), nn.Identity()
-    states = [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    for begin in range(0, len(order), 32):
-        chosen = order[begin : begin + 32]
-        ids, mask = torch.zeros(2, len(chosen), max(len(sequences[i]) for i in chosen), dtype=torch.long)
-        for row, i in enumerate(chosen):
-            ids[row, : len(sequences[i])], mask[row, : len(sequences[i])] = torch.tensor(sequences[i]), 1
-        found = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        for row, i in enumerate(chosen):
-            states[i] = found[row, : len(sequences[i])].clone()
-    model.model.layers, model.model.norm = layers, norm
-    return states
 
 
 if __name__ == "__main__":

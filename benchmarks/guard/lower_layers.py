@@ -1,0 +1,23 @@
+"""What frozen lower layers put out, computed once, so that a study trains and scores the layers above them alone."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def states_below(model, below, sequences):
+    """The hidden states that go into layer ``below``."""
+    layers, norm = model.model.layers, model.model.norm
+    model.model.layers, model.model.norm = nn.ModuleList(list(layers)[:below]), nn.Identity()
+    states = [None] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    for begin in range(0, len(order), 32):
+        chosen = order[begin : begin + 32]
+        ids, mask = torch.zeros(2, len(chosen), max(len(sequences[i]) for i in chosen), dtype=torch.long)
+        for row, i in enumerate(chosen):
+            ids[row, : len(sequences[i])], mask[row, : len(sequences[i])] = torch.tensor(sequences[i]), 1
+        found = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        for row, i in enumerate(chosen):
+            states[i] = found[row, : len(sequences[i])].clone()
+    model.model.layers, model.model.norm = layers, norm
+    return states
