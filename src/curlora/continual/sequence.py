@@ -239,7 +239,7 @@ class MethodRun:
             base_logits=self.base_logits,
             tasks=len(self.stream),
         )
-        for plugin in self.plugins:
+        for plugin in sorted(self.plugins, key=lambda plugin: not plugin.changes_start):
             plugin.before_task(context)
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:

@@ -72,6 +72,17 @@ def test_the_budget_holds_on_the_guard_text_after_every_task(guarded_path, tmp_p
     assert not plain.drifts
 
 
+def test_with_slack_the_measurement_decides_in_the_place_of_the_prediction(guarded_path, tmp_path):
+    content = yaml.safe_load(guarded_path.read_text())
+    content["methods"] = content["methods"][1:]
+    content["methods"][0]["plugins"][0]["slack"] = 4.0
+    guarded_path.write_text(yaml.safe_dump(content))
+    results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
+    guarded = results.methods[-1].seeds[0]
+    assert 0.002 < max(drift for _, drift in guarded.drifts) <= 4 * 0.002
+    assert all(outcome.perplexity_rise <= outcome.limit for outcome in guarded.guarded)
+
+
 class Cut(BaseException):
     """The power goes."""
 
@@ -139,6 +150,7 @@ def test_refused_before_anything_is_loaded(guarded_path):
     for plugins, message in (
         ([guard, guard], "'guard' is there twice"),
         ([{**guard, "max_perplexity_increase": 0}], "positive max_perplexity_increase"),
+        ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
         ([{**guard, "spread": "yes"}], "spread that is true or false"),
     ):

@@ -9,6 +9,7 @@ from curlora.continual.plugins.anchors import AnchorsPlugin
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.ewc import EWC
 from curlora.continual.plugins.guard import GuardPlugin
+from curlora.continual.plugins.redraw import Redraw
 from curlora.continual.plugins.replay import Replay
 from curlora.continual.plugins.toward_base import TowardBase
 
@@ -18,6 +19,7 @@ __all__ = [
     "AnchorsPlugin",
     "GuardPlugin",
     "Plugin",
+    "Redraw",
     "Replay",
     "TaskContext",
     "TowardBase",
@@ -28,6 +30,7 @@ PLUGINS: dict[str, type[Plugin]] = {
     "anchors": AnchorsPlugin,
     "ewc": EWC,
     "guard": GuardPlugin,
+    "redraw": Redraw,
     "replay": Replay,
     "toward_base": TowardBase,
 }

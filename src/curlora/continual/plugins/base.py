@@ -53,6 +53,8 @@ class Plugin(TrainerCallback):
     only_for: ClassVar[str | None] = None
     """The one method that it can be combined with; any if ``None``."""
     needs_guard_text: ClassVar[bool] = False
+    changes_start: ClassVar[bool] = False
+    """Whether :meth:`before_task` changes the model: then it comes before those of plug-ins that look at it."""
     changes_weights: ClassVar[bool] = False
     """Whether :meth:`after_task` does: then it comes before those of plug-ins that look at what was learned."""
 

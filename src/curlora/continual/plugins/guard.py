@@ -29,6 +29,9 @@ class GuardPlugin(Plugin):
         max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
         spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it,
             and each later one can only learn at the cost of those before it.
+        slack: the ball that training stays in is so many times as wide, in nats, as the rise that is allowed. What is
+            measured decides in the end: perplexity of a text at hand may rise by less than the model drifts, and the
+            more slack there is, the more of that is found and used.
         damping: see :class:`curlora.Guard`.
         batch_size: rows of the text that are calibrated together; 1 for a model whose layers see them mixed, as a
             mixture of experts does.
@@ -42,10 +45,17 @@ class GuardPlugin(Plugin):
     changes_weights: ClassVar[bool] = True
 
     def __init__(
-        self, max_perplexity_increase: float, spread: bool = True, damping: float = 0.1, batch_size: int = 8
+        self,
+        max_perplexity_increase: float,
+        spread: bool = True,
+        slack: float = 1.0,
+        damping: float = 0.1,
+        batch_size: int = 8,
     ) -> None:
-        self.limit, self.damping = float(max_perplexity_increase), float(damping)
-        for name, value in (("max_perplexity_increase", self.limit), ("damping", self.damping)):
+        self.limit, self.slack, self.damping = float(max_perplexity_increase), float(slack), float(damping)
+        for name, value in (
+            ("max_perplexity_increase", self.limit), ("slack", self.slack), ("damping", self.damping)
+        ):  # fmt: skip
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"guard needs a positive {name}, got {value}")
         if not isinstance(batch_size, int) or batch_size < 1:
@@ -63,6 +73,7 @@ class GuardPlugin(Plugin):
             "name": "guard",
             "max_perplexity_increase": self.limit,
             "spread": self.spread,
+            "slack": self.slack,
             "damping": self.damping,
             "batch_size": self.batch_size,
         }
@@ -83,7 +94,7 @@ class GuardPlugin(Plugin):
             self.guard = Guard(
                 context.model.language_model,
                 self.calibration,
-                max_perplexity_increase=self._limit(context),
+                budget=self.slack * math.log1p(self._limit(context)),
                 damping=self.damping,
             )
         except GuardError as error:

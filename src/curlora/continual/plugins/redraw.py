@@ -1,0 +1,105 @@
+"""Columns and rows of a CURLoRA adapter by what the stream's first task uses, in the place of the paper's draw."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from curlora.continual.errors import RunError
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.tasks import IGNORED
+from curlora.guard import GuardError, redraw
+
+__all__ = ["Redraw"]
+
+_BATCH_SIZE = 8
+# Of the head that the task is seen through.
+_FIT_BATCH_SIZE, _FIT_LEARNING_RATE = 32, 5e-3
+
+
+class Redraw(Plugin):
+    """Before the first task, :func:`curlora.redraw` for it; the recipe's ``guard`` text is the general text.
+
+    A classification task is seen through a head that is fitted for it on the states of the untrained model: through a
+    fresh one gradients say nothing of the task. Training begins with a fresh one as ever. Later tasks are learned with
+    the same columns and rows.
+
+    Args:
+        examples: of the task's training split that are looked at; all where it has fewer.
+        fit: steps that the head is fitted for.
+
+    Raises:
+        ValueError: if one of them is not a whole number of 1 or more.
+    """
+
+    only_for: ClassVar[str | None] = "curlora"
+    needs_guard_text: ClassVar[bool] = True
+    changes_start: ClassVar[bool] = True
+
+    def __init__(self, examples: int = 320, fit: int = 200) -> None:
+        for name, value in (("examples", examples), ("fit", fit)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"redraw needs {name} of 1 or more, got {value!r}")
+        self.examples, self.fit = examples, fit
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "redraw", "examples": self.examples, "fit": self.fit}
+
+    def before_task(self, context: TaskContext) -> None:
+        if context.number > 0:
+            return
+        assert context.guard_text is not None  # the recipe sees to it
+        model, text = context.model, context.guard_text
+        generator = torch.Generator().manual_seed(context.seed)
+        order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
+        order.sort(key=lambda i: len(context.rows[i]["input_ids"]))  # little padding
+        device = next(model.parameters()).device
+        batches = [
+            {key: value.to(device) for key, value in context.collate([context.rows[i] for i in chosen]).items()}
+            for chosen in (order[begin : begin + _BATCH_SIZE] for begin in range(0, len(order), _BATCH_SIZE))
+        ]
+        with self._fitted_head(context, batches, generator):
+            try:
+                redraw(
+                    model.language_model,
+                    batches,
+                    text.tokens.split(min(128, text.window)),
+                    loss=lambda batch: model(**batch)["loss"],
+                    seed=context.seed,
+                    progress=False,
+                )
+            except GuardError as error:
+                raise RunError(f"plug-in redraw: {error}") from error
+
+    @contextlib.contextmanager
+    def _fitted_head(
+        self, context: TaskContext, batches: list[dict[str, Tensor]], generator: torch.Generator
+    ) -> Iterator[None]:
+        """While it lasts the task's head is one that has been fitted."""
+        heads, key = context.model.heads, str(context.number)
+        if key not in heads:  # the language model answers itself
+            yield
+            return
+        fresh = heads[key]
+        training = context.model.training
+        context.model.eval()
+        states = torch.cat([context.model.states(**batch) for batch in batches]).float()
+        context.model.train(training)
+        labels = torch.cat([batch["labels"][batch["labels"] != IGNORED] for batch in batches])
+        head = copy.deepcopy(fresh).float()
+        optimizer = torch.optim.AdamW(head.parameters(), lr=_FIT_LEARNING_RATE, weight_decay=0.0)
+        for _ in range(self.fit):
+            chosen = torch.randint(0, len(states), (_FIT_BATCH_SIZE,), generator=generator).to(states.device)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(head(states[chosen]), labels[chosen]).backward()
+            optimizer.step()
+        heads[key] = head
+        try:
+            yield
+        finally:
+            heads[key] = fresh
