@@ -18,7 +18,7 @@ from curlora.continual.errors import RunError
 from curlora.continual.launch import run_recipe
 from curlora.continual.recipe import load_recipe
 from curlora.continual.results import RunResults
-from tests.continual.streams import figures
+from tests.continual.streams import Cut, figures
 
 # Dropout and a plug-in that draws: whatever is random must go on where it was.
 CHANGES = {
@@ -63,10 +63,6 @@ def weights(directory):
         str(path.relative_to(directory)): {name: value.numpy().tobytes() for name, value in load_file(path).items()}
         for path in sorted(directory.glob("*/seed-*/**/*.safetensors"))
     }
-
-
-class Cut(BaseException):
-    """The power goes."""
 
 
 def test_cut_off_at_one_write_after_another(recipe, tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from curlora.continual.recipe import RecipeError
 from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
-from tests.continual.streams import figures
+from tests.continual.streams import Cut, figures
 from tests.models import curlora, llama, tokens, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
@@ -81,10 +81,6 @@ def test_with_slack_the_measurement_decides_in_the_place_of_the_prediction(guard
     guarded = results.methods[-1].seeds[0]
     assert 0.002 < max(drift for _, drift in guarded.drifts) <= 4 * 0.002
     assert all(outcome.perplexity_rise <= outcome.limit for outcome in guarded.guarded)
-
-
-class Cut(BaseException):
-    """The power goes."""
 
 
 @pytest.mark.parametrize("task", [0, 1])

@@ -19,7 +19,7 @@ from curlora.continual.plugins import Redraw, TaskContext
 from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
-from tests.continual.streams import figures
+from tests.continual.streams import Cut, figures
 from tests.models import curlora, layers, llama, tokens, word_examples, word_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
@@ -107,10 +107,6 @@ def test_a_text_that_says_nothing_is_named():
 def test_bad_options(options):
     with pytest.raises(ValueError, match="redraw needs"):
         Redraw(**options)
-
-
-class Cut(BaseException):
-    """The power goes."""
 
 
 @pytest.fixture
