@@ -52,6 +52,7 @@ DEFAULTS = dict(
     penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
     ewc=0.0,  # strength
     anchors=0.0,  # strength
+    examples=0,  # of each task, if it has more; 0 for all
     epochs=1,
     batch_size=8,
     layers=15,  # from here on they are adapted
@@ -104,7 +105,7 @@ class Run:
                 r=o.r, target_modules=targets, seed=o.seed, sampling=o.choose if o.choose in SAMPLINGS else "inverse"
             ),
         }["curlora" if o.method == "guarded" else o.method]()
-        self.start = {name: self.text(name) for name in TOKENS}  # of the base model, before an adapter may change it
+        self.start, self.base_states = self.of_base(cache / f"base-{o.layers}.pt")  # before an adapter may change it
         self.model = None if config is None else get_peft_model(model, config)
         self.trained = (
             [] if self.model is None else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -147,6 +148,14 @@ class Run:
             **({"by_layer": list(self.ranks.values())} if self.ranks else {}),
         }
 
+    def of_base(self, path):
+        """What is measured of the base model's texts, and its last states, above which nothing is trained."""
+        if not path.exists():
+            self.base_states = {}
+            start = {name: self.text(name, first=True) for name in TOKENS}
+            torch.save((start, self.base_states), path)
+        return torch.load(path)
+
     def learn(self, task, number, count):
         o, part = self.o, self.data[task]
         texts = [piece for row in self.data["guard"]["rows"] for piece in row.split(128)]
@@ -174,7 +183,7 @@ class Run:
             self.guard.attach(optimizer)
         generator = torch.Generator().manual_seed(1000 * o.seed + number)
         batches = [
-            batch for _ in range(o.epochs) for batch in grouped(part["rows"], TRAIN[task], o.batch_size, generator)
+            batch for _ in range(o.epochs) for batch in grouped(part["rows"], self.count(task), o.batch_size, generator)
         ]
         schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
         pieces = itertools.cycle([row[:129] for row in self.data["guard"]["rows"]])
@@ -195,6 +204,9 @@ class Run:
             schedule.step()
         if self.guard is not None:
             self.guard.detach()
+
+    def count(self, task):
+        return min(TRAIN[task], self.o.examples or TRAIN[task])
 
     def held_by_ewc(self):
         return None if self.ewc is None else self.ewc.penalty(SimpleNamespace(model=self.model))
@@ -217,7 +229,7 @@ class Run:
 
     def drawn(self, task, number, examples):
         part, rng = self.data[task], random.Random(number)
-        for j in rng.sample(range(TRAIN[task]), examples):
+        for j in rng.sample(range(self.count(task)), examples):
             logits = self.classes([part["rows"][j]])
             answer = torch.tensor([rng.random() < float(logits.detach().softmax(-1)[0, 1])]).long()
             found = torch.autograd.grad(cross_entropy(logits, answer), [p for _, p in self.trained])
@@ -318,12 +330,7 @@ class Run:
         return self.base(input_ids=row[None], use_cache=False).logits[0, :-1].log_softmax(-1)
 
     def base_log_p(self, row):
-        """The base model's, from its last states, which are kept: nothing that is trained is above them."""
-        known = self.__dict__.setdefault("_last_states", {})
-        key = (int(row[0]), len(row))
-        if key not in known:
-            known[key] = self.base_states[int(row[0])][: len(row)]
-        return self.base.lm_head(known[key][:-1]).log_softmax(-1)
+        return self.base.lm_head(self.base_states[int(row[0])][: len(row) - 1]).log_softmax(-1)
 
     @torch.no_grad()
     def score(self, task):
@@ -338,18 +345,15 @@ class Run:
         return {"accuracy": round(right / count, 4), "loss": round(loss / count, 4)}
 
     @torch.no_grad()
-    def text(self, name):
-        """Perplexity; the first time, of the base model, its last states are kept."""
-        first = not hasattr(self, "start")
-        if first:
-            self.__dict__.setdefault("base_states", {})
+    def text(self, name, first=False):
+        """Perplexity and drift; the first time, of the base model, whose last states are kept."""
         nll = drift = count = 0.0
         for row, tokens in zip(self.data[name]["rows"], self.data[name]["tokens"], strict=True):
             states = self.base.model(input_ids=row[None], use_cache=False).last_hidden_state[0]
-            new = self.base.lm_head(states[:-1]).log_softmax(-1)
             if first:
-                self.base_states[int(row[0])] = states.clone()
-            elif name != "guard":
+                self.base_states[int(row[0])] = states
+            new = self.base.lm_head(states[:-1]).log_softmax(-1)
+            if name != "guard":  # which is measured often
                 drift += kl_div(new, self.base_log_p(row), reduction="sum", log_target=True).item()
             nll -= new.gather(1, tokens[1:, None]).sum().item()
             count += len(tokens) - 1

@@ -29,11 +29,12 @@ def test_a_step_within_the_limit_is_left_alone_and_measured_once():
     assert step(lambda t: 0.5 * t, 0.5) == (1.0, 0.5, 1)
 
 
-@pytest.mark.parametrize("power", [1, 2, 5])
-def test_most_of_what_is_allowed_is_used(power):
-    scale, found, measurements = step(lambda t: t**power, 0.2)
+@pytest.mark.parametrize("height", [1, 1e2, 1e4])
+@pytest.mark.parametrize("power", [1, 2, 3, 5, 6])
+def test_most_of_what_is_allowed_is_used(power, height):
+    scale, found, measurements = step(lambda t: height * t**power, 0.2)
     assert 0.19 <= found <= 0.2
-    assert scale == pytest.approx(found ** (1 / power))
+    assert scale == pytest.approx((found / height) ** (1 / power))
     assert measurements <= 10
 
 

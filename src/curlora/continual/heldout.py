@@ -38,6 +38,10 @@ class HeldOut:
         """How many forward passes scoring it takes."""
         return window_count(len(self.tokens), self.window, self.stride)
 
+    def pieces(self, length: int = 128) -> tuple[Tensor, ...]:
+        """The text in rows of that many tokens, or of a window's if that is shorter, as calibration takes it."""
+        return self.tokens.split(min(length, self.window))
+
     def describe(self) -> str:
         """What is scored, in words."""
         stride = self.stride or self.window

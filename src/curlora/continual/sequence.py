@@ -174,6 +174,7 @@ class MethodRun:
         self.trainable = sum(p.numel() for p in self.model.backbone_parameters())
         self.state = State(directory)
         self._left = 0.0
+        self._gone_on = False
         self.plugins: list[Plugin] = [make() for make in method.plugins]
         self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
         self.result = SeedResult(
@@ -204,6 +205,7 @@ class MethodRun:
         saved = self.state.load(self.model, self.plugins, [part.task.classes for part in self.stream])
         if saved is not None:
             learned, self.result = saved
+            self._gone_on = True
         for part in self.stream:
             with self._portion(_learning_work(self.method, self.plugins, part)):
                 if part.number >= learned:
@@ -241,6 +243,9 @@ class MethodRun:
         )
         for plugin in sorted(self.plugins, key=lambda plugin: not plugin.changes_start):
             plugin.before_task(context)
+        if part.number == 0 and not self._gone_on and any(plugin.changes_start for plugin in self.plugins):
+            # What was found out by measuring may come out otherwise on another machine: a run that goes on takes this.
+            self.state.save_weights(0, self.model, self.plugins, self.result)
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:
             rows = plugin.training_rows(replace(context, rows=rows))

@@ -74,19 +74,20 @@ class State:
             saved = _Saved.model_validate_json(path.read_text(encoding="utf-8"))
             weights = load_file(self.directory / f"{_WEIGHTS}{saved.learned}" / _FILE)
         except (ValueError, OSError, SafetensorError) as error:
-            raise RunError(
-                f"{self.directory} holds a run that was cut off and whose state cannot be read. Remove that folder to "
-                f"run this method and seed again. ({error})"
-            ) from error
-        for number, count in enumerate(classes[: saved.learned]):
+            raise _unreadable(self.directory, error) from error
+        # Before the first task is learned its head is there, as fresh as it will be made again.
+        for number, count in enumerate(classes[: max(saved.learned, 1)]):
             model.begin(number, count)
-        load_trained_state(model, _part(weights, "model."))
+        try:
+            load_trained_state(model, _part(weights, "model."))
+        except ValueError as error:
+            raise _unreadable(self.directory, error) from error
         for number, plugin in enumerate(plugins):
             plugin.load_state_dict(_part(weights, f"plugin{number}."))
         return saved.learned, saved.result
 
     def save_weights(self, learned: int, model: TaskModel, plugins: Sequence[Plugin], result: SeedResult) -> None:
-        """That many tasks have been learned."""
+        """That many tasks have been learned; with none, what the first one begins with."""
         if process_state().is_main_process:
             state = {f"model.{name}": value for name, value in trained_state(model).items()}
             for number, plugin in enumerate(plugins):
@@ -109,6 +110,13 @@ class State:
         (self.directory / _PROGRESS).unlink(missing_ok=True)
         for folder in [*self.directory.glob(f"{_WEIGHTS}*"), self.directory / _CHECKPOINTS]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unreadable(directory: Path, error: Exception) -> RunError:
+    return RunError(
+        f"{directory} holds a run that was cut off and whose state cannot be read. Remove that folder to run this "
+        f"method and seed again. ({error})"
+    )
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -23,8 +23,8 @@ def keep_within(
     """Scale the step from ``before`` to where ``parameters`` are now back along itself, until a measurement allows it.
 
     Between a point that was measured to be within the limit and one that was not, the next is where a parabola through
-    the last two and the start would have it, and every third time their middle. Whatever the curve between them, the
-    end is a point that was measured to be within.
+    the last two and the start would have it, or a power where the last is far from the limit, and every third time
+    their middle. Whatever the curve between them, the end is a point that was measured to be within.
 
     Args:
         limit: the most that ``measure`` may give, positive.
@@ -73,13 +73,22 @@ def keep_within(
 
 
 def _crossing(height: float, points: Sequence[tuple[float, float]]) -> float:
-    """Where ``a s + b s^2`` through the points reaches the height; ``a`` is 0 where there is one. NaN if nowhere."""
-    slopes = [(s, value / s) for s, value in points]
-    if len(slopes) == 1:
-        a, b = 0.0, slopes[0][1] / slopes[0][0]
-    else:
-        (s, low), (t, high) = slopes
-        b = (high - low) / (t - s)
-        a = low - b * s
-    root = a**2 + 4 * b * height
+    """Where a curve from the origin through the points reaches the height; NaN if nowhere.
+
+    ``a s + b s^2``, with ``a`` 0 where there is one point; where the last of two is far from the height, ``c s^p``.
+    """
+    if len(points) == 1:
+        ((s, value),) = points
+        return s * math.sqrt(height / value) if height > 0 else math.nan
+    (s, low), (t, high) = points
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return math.nan
+    far = not height / 4 < high < 4 * height
+    if far and min(height, low, high) > 0 and low != high:
+        power = (math.log(low) - math.log(high)) / math.log(s / t)
+        shift = math.log(height) - math.log(high)
+        return t * math.exp(min(shift / power, 100.0)) if power > 0 else math.nan
+    b = (high / t - low / s) / (t - s)
+    a = low / s - b * s
+    root = a * a + 4 * b * height
     return 2 * height / (a + math.sqrt(root)) if root >= 0 and a + math.sqrt(root) > 0 else math.nan

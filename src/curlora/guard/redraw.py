@@ -54,8 +54,8 @@ def redraw(
         task: batches of the task; a few hundred examples are enough.
         general: general text, as :func:`curlora.guard.calibrate` takes it.
         tokenizer: of the model; for texts.
-        loss: of one of ``task``'s batches, a mean over it; ``model(**batch).loss`` if ``None``. Of a model with a new
-            head this is the loss of a head that has been fitted first, or it says nothing of the task.
+        loss: of one of ``task``'s batches, a mean over its rows; ``model(**batch).loss`` if ``None``. Of a model with a
+            new head this is the loss of a head that has been fitted first, or it says nothing of the task.
         adapter: the adapter's name; the active one if ``None``. Others may be active beside it, of earlier tasks for
             instance: gradients are then those of the model with them.
         max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them, of the general text.
@@ -126,10 +126,8 @@ class _Use:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
-        self.output: Tensor  # the base layer's, of the pass that is running
 
-    def add(self, output: Tensor, gradient: Tensor) -> None:
-        examples = len(output)
+    def add(self, output: Tensor, gradient: Tensor, examples: int) -> None:
         output, gradient = output.flatten(0, -2), gradient.flatten(0, -2)
         seen = (gradient != 0).any(-1)  # padding is not
         base = self.base
@@ -153,15 +151,21 @@ def _most(task: Tensor, general: Tensor, r: int, name: str) -> Tensor:
 @contextlib.contextmanager
 def _listening(uses: Mapping[str, _Use], layers: Mapping[str, CurloraLayer]) -> Iterator[None]:
     """While it lasts the layers add to ``uses``."""
+    outputs: dict[str, Tensor] = {}  # base layers', until their layers have run
+    examples = None  # of the batch that is running: some blocks give their linear layers all tokens in one dimension
+
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
 
-            def base_hook(module: nn.Module, inputs: Any, output: Tensor, use: _Use = uses[name]) -> None:
-                use.output = output.detach()
+            def base_hook(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                outputs[name] = output.detach()
 
-            def layer_hook(module: nn.Module, inputs: Any, output: Tensor, use: _Use = uses[name]) -> None:
-                y0 = use.output
-                output.register_hook(lambda gradient: use.add(y0, gradient.detach()))
+            def layer_hook(module: nn.Module, inputs: Any, output: Tensor, name: str = name) -> None:
+                nonlocal examples
+                if output.ndim > 2:
+                    examples = len(output)
+                y0, count = outputs.pop(name), examples or len(output)
+                output.register_hook(lambda gradient: uses[name].add(y0, gradient.detach(), count))
 
             stack.callback(layer.base_layer.register_forward_hook(base_hook).remove)
             stack.callback(layer.register_forward_hook(layer_hook).remove)

@@ -86,7 +86,7 @@ class GuardPlugin(Plugin):
                 self.base_perplexity = measure(context.model.language_model, text).perplexity
                 self.calibration = calibrate(
                     context.model.language_model,
-                    text.tokens.split(min(_ROW, text.window)),
+                    text.pieces(),
                     batch_size=self.batch_size,
                     seed=context.seed,
                     progress=False,
@@ -139,10 +139,6 @@ class GuardPlugin(Plugin):
         moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         self.calibration = Calibration.from_state_dict(moments)
         self.base_perplexity = float(state["base_perplexity"])
-
-
-# Tokens of a row of the calibration; the default of curlora.calibrate.
-_ROW = 128
 
 
 def _text(context: TaskContext) -> HeldOut:

@@ -17,7 +17,6 @@ from curlora.guard import GuardError, redraw
 
 __all__ = ["Redraw"]
 
-_BATCH_SIZE = 8
 # Of the head that the task is seen through.
 _FIT_BATCH_SIZE, _FIT_LEARNING_RATE = 32, 5e-3
 
@@ -32,6 +31,7 @@ class Redraw(Plugin):
     Args:
         examples: of the task's training split that are looked at; all where it has fewer.
         fit: steps that the head is fitted for.
+        batch_size: rows of the task, and of the text, that gradients are taken of together.
 
     Raises:
         ValueError: if one of them is not a whole number of 1 or more.
@@ -41,40 +41,51 @@ class Redraw(Plugin):
     needs_guard_text: ClassVar[bool] = True
     changes_start: ClassVar[bool] = True
 
-    def __init__(self, examples: int = 320, fit: int = 200) -> None:
-        for name, value in (("examples", examples), ("fit", fit)):
+    def __init__(self, examples: int = 320, fit: int = 200, batch_size: int = 8) -> None:
+        for name, value in (("examples", examples), ("fit", fit), ("batch_size", batch_size)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"redraw needs {name} of 1 or more, got {value!r}")
-        self.examples, self.fit = examples, fit
+        self.examples, self.fit, self.batch_size = examples, fit, batch_size
+        self.drawn = False
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "redraw", "examples": self.examples, "fit": self.fit}
+        return {"name": "redraw", "examples": self.examples, "fit": self.fit, "batch_size": self.batch_size}
 
     def before_task(self, context: TaskContext) -> None:
-        if context.number > 0:
+        if self.drawn:  # for a task before this one, or before the run was cut off
             return
         assert context.guard_text is not None  # the recipe sees to it
         model, text = context.model, context.guard_text
         generator = torch.Generator().manual_seed(context.seed)
         order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
-        order.sort(key=lambda i: len(context.rows[i]["input_ids"]))  # little padding
+        # Little padding; the longest first, so that memory that is short is found out at once.
+        order.sort(key=lambda i: -len(context.rows[i]["input_ids"]))
         device = next(model.parameters()).device
         batches = [
             {key: value.to(device) for key, value in context.collate([context.rows[i] for i in chosen]).items()}
-            for chosen in (order[begin : begin + _BATCH_SIZE] for begin in range(0, len(order), _BATCH_SIZE))
+            for chosen in (order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size))
         ]
         with self._fitted_head(context, batches, generator):
             try:
                 redraw(
                     model.language_model,
                     batches,
-                    text.tokens.split(min(128, text.window)),
-                    loss=lambda batch: model(**batch)["loss"],
+                    text.pieces(),
+                    # Each row's sum over its labels, and so each label weighs the same, whatever batch it is in.
+                    loss=lambda batch: model(**batch, num_items_in_batch=len(batch["task"]))["loss"],
+                    batch_size=self.batch_size,
                     seed=context.seed,
                     progress=False,
                 )
             except GuardError as error:
                 raise RunError(f"plug-in redraw: {error}") from error
+        self.drawn = True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"drawn": torch.tensor(self.drawn)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.drawn = bool(state["drawn"])
 
     @contextlib.contextmanager
     def _fitted_head(
