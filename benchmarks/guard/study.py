@@ -22,6 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from along_gradient import AlongGradient
 from lower_layers import states_below
 from peft import LoraConfig, OSFConfig, get_peft_model
 from torch import nn
@@ -55,6 +56,7 @@ DEFAULTS = dict(
     examples=0,  # of each task, if it has more; 0 for all
     epochs=1,
     batch_size=8,
+    optimizer="adam",  # of the adapter; or length: every step as long as Adam's first, along the mean gradient
     layers=15,  # from here on they are adapted
     targets="q_proj k_proj v_proj",
 )
@@ -175,17 +177,20 @@ class Run:
                 self.model, self.calibration, budget=o.slack * math.log1p(rise), damping=o.damping, adapter=adapter
             )
             self.before = [U.detach().clone() for U in self.guard.parameters]
-        groups = [{"params": list(self.head.parameters()), "lr": 5e-3}]
+        optimizers = [torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=0.0)]
         if self.trained:
-            groups.append({"params": [p for _, p in self.trained], "lr": o.lr})
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+            trained = [p for _, p in self.trained]
+            adam = o.optimizer == "adam"
+            optimizers.append(
+                torch.optim.AdamW(trained, lr=o.lr, weight_decay=0.0) if adam else AlongGradient(trained, lr=o.lr)
+            )
         if self.guard is not None:
-            self.guard.attach(optimizer)
+            self.guard.attach(optimizers[-1])
         generator = torch.Generator().manual_seed(1000 * o.seed + number)
         batches = [
             batch for _ in range(o.epochs) for batch in grouped(part["rows"], self.count(task), o.batch_size, generator)
         ]
-        schedule = get_cosine_schedule_with_warmup(optimizer, len(batches) // 10, len(batches))
+        schedules = [get_cosine_schedule_with_warmup(one, len(batches) // 10, len(batches)) for one in optimizers]
         pieces = itertools.cycle([row[:129] for row in self.data["guard"]["rows"]])
         for batch in batches:
             loss = cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])
@@ -198,10 +203,11 @@ class Run:
             for held in (self.held_by_ewc, self.held_by_anchors):
                 lost = held()
                 loss = loss if lost is None else loss + lost
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
             loss.backward()
-            optimizer.step()
-            schedule.step()
+            for each in (*optimizers, *schedules):
+                each.step()
         if self.guard is not None:
             self.guard.detach()
 
