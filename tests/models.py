@@ -60,6 +60,8 @@ def curlora(base, seed=7, adapter_name="default", **config):
 def randomize(model, adapter_name="default", seed=7):
     rng = torch.Generator().manual_seed(seed)
     for layer in layers(model):
+        if adapter_name not in layer.curlora_U:
+            continue
         U = layer.curlora_U[adapter_name]
         U.data.copy_(torch.randn(U.shape, generator=rng) * 3)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 import yaml
+from peft import PeftModel
 
 from curlora.continual import load_recipe
-from tests.models import WORDS, llama, tokens, word_tokenizer
+from tests.models import WORDS, curlora, llama, tokens, word_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -44,6 +45,14 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     after = [indices for name, indices in names["model"].named_buffers() if "curlora_indices" in name]
     assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert 0 < names["rise"] <= 0.01
+
+
+def test_the_conversions_python_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = curlora(llama())
+    exec(*blocks("convert.md", "python"), {"model": model})
+    loaded = PeftModel.from_pretrained(llama(), "my-lora").eval()
+    assert torch.allclose(loaded(tokens()).logits, model(tokens()).logits, atol=1e-5)
 
 
 def test_the_guards_recipe_is_one(tmp_path):

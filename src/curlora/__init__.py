@@ -5,6 +5,7 @@ Importing this package registers the method with PEFT.
 
 from importlib.metadata import version
 
+from curlora.convert import convert_to_lora, save_as_lora
 from curlora.guard import Calibration, Guard, GuardCallback, calibrate, redraw
 from curlora.tuner import CurloraConfig, CurloraLayer, CurloraModel
 
@@ -17,7 +18,9 @@ __all__ = [
     "GuardCallback",
     "__version__",
     "calibrate",
+    "convert_to_lora",
     "redraw",
+    "save_as_lora",
 ]
 
 __version__ = version("curlora")

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -110,6 +111,55 @@ def compare(
         console.print(comparison(runs, [str(directory) for directory in directories]))
 
 
+class Target(str, Enum):
+    """What an adapter can be converted to."""
+
+    lora = "lora"
+    merged = "merged"
+
+
+_BASE_HELP = "The base model's folder or hub id; what the adapter names, if not given."
+
+
+@app.command()
+def convert(
+    adapter: Annotated[str, typer.Argument(help="A saved CURLoRA adapter: a folder, or a hub id.")],
+    to: Annotated[
+        Target, typer.Option(help="An ordinary LoRA adapter, or the base model with the update added to it.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    base: Annotated[str | None, typer.Option(help=_BASE_HELP)] = None,
+) -> None:
+    """Convert an adapter, exactly, to what knows nothing of CURLoRA can serve."""
+    with _errors_for_people(), _quiet_libraries():
+        from curlora.convert import AdapterError, load_with_base, save_as_lora, save_merged
+
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise AdapterError(f"{out} exists and is not an empty folder: nothing was written")
+        model = load_with_base(adapter, base)
+        if to is Target.lora:
+            save_as_lora(out, model)
+        else:
+            save_merged(out, model)
+    console.print(Text(f"Written: {out}"), soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="The folder of a saved CURLoRA adapter.")],
+    base: Annotated[str | None, typer.Option(help=_BASE_HELP)] = None,
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Load the base model and tell how far each weight is moved.")
+    ] = False,
+) -> None:
+    """Print what an adapter holds; with its base model also how far it moves each weight."""
+    with _errors_for_people(), _quiet_libraries():
+        from curlora.inspection import adapter_tables, inspect_adapter
+
+        for part in adapter_tables(inspect_adapter(adapter, base, with_base=with_base)):
+            console.print(part)
+
+
 def _run(recipe: Recipe, directory: Path) -> None:
     from curlora.continual.launch import run_recipe
     from curlora.report import write_report
@@ -183,9 +233,10 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         from curlora.continual.recipe import RecipeError
         from curlora.continual.results import ResultsError
         from curlora.continual.tasks import TaskError
+        from curlora.convert import AdapterError
         from curlora.demo.assets import AssetError
 
-        if not isinstance(error, (AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)):
+        if not isinstance(error, (AdapterError, AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)):
             raise
         errors.print("[bold red]Error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None

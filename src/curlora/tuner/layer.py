@@ -139,11 +139,29 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.curlora_indices[adapter_name].copy_(indices)
         self._rebuild(adapter_name)
 
+    def delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The two factors of an adapter's update, which is their product.
+
+        Returns:
+            ``alpha * C @ U``, shape ``(m, r)``, and ``R``, shape ``(r, n)``, for a weight that is stored as ``(m, n)``
+            and has nothing merged into it; at least float32.
+        """
+        weight = self.get_base_layer().weight.detach()
+        columns, rows = self.curlora_indices[adapter_name].to(weight.device)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        U = self.curlora_U[adapter_name].detach().to(device=weight.device, dtype=dtype)
+        left = self.alpha[adapter_name] * (weight.index_select(1, columns).to(dtype) @ U)
+        return left, weight.index_select(0, rows).to(dtype)
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight."""
-        left, right = self._merged_factors.get(adapter_name) or self._delta_factors(adapter_name)
+        left, right = self._merged_factors.get(adapter_name) or self.delta_factors(adapter_name)
         weight = self.get_base_layer().weight
         return (left.to(weight.device) @ right.to(weight.device)).to(weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Asked by :func:`peft.convert_to_lora`; :func:`curlora.convert_to_lora` is exact and quicker."""
+        return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight.
@@ -164,7 +182,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         before = (base.weight.data.clone() if safe_merge else None, self._merged_factors, self.merged_adapters)
         if self.merged:
             self.unmerge()
-        factors = {adapter: self._delta_factors(adapter) for adapter in together}
+        factors = {adapter: self.delta_factors(adapter) for adapter in together}
         merged = base.weight.data
         for adapter, (left, right) in factors.items():
             merged += (left @ right).to(merged.dtype)
@@ -224,15 +242,6 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             return parts[0]
         index, factor, mixings = zip(*parts, strict=True)
         return torch.cat(index), torch.cat(factor, dim=1), torch.block_diag(*mixings)
-
-    def _delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """``alpha * C @ U`` and ``R``, at least float32, from the unmerged base weight."""
-        weight = self.get_base_layer().weight.detach()
-        columns, rows = self.curlora_indices[adapter_name].to(weight.device)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        U = self.curlora_U[adapter_name].detach().to(device=weight.device, dtype=dtype)
-        left = self.alpha[adapter_name] * (weight.index_select(1, columns).to(dtype) @ U)
-        return left, weight.index_select(0, rows).to(dtype)
 
     def _rebuild(self, adapter_name: str) -> None:
         """Take the factor and its fingerprint from the base weight, at the adapter's indices."""

@@ -1,0 +1,139 @@
+"""What a saved adapter holds, and how far it moves each layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from rich.console import RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+
+from curlora.convert import AdapterError, load_with_base
+from curlora.tuner.config import CurloraConfig
+from curlora.tuner.model import adapted_layers
+
+__all__ = ["AdapterSummary", "LayerSummary", "adapter_tables", "inspect_adapter"]
+
+_U = ".curlora_U"
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One adapted layer.
+
+    Args:
+        name: in the base model.
+        r: rank.
+        norm: ``||U||``, Frobenius.
+        change: ``||dW|| / ||W||``, Frobenius; ``None`` where the base model was not looked at.
+    """
+
+    name: str
+    r: int
+    norm: float
+    change: float | None = None
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """A saved adapter.
+
+    Args:
+        base: the base model that it names.
+        config: its configuration.
+        layers: the adapted layers, in the model's order.
+        numbers: how many were trained, in ``U`` and in all else that is saved with it.
+        bytes: size of its file.
+    """
+
+    base: str | None
+    config: CurloraConfig
+    layers: list[LayerSummary]
+    numbers: int
+    bytes: int
+
+
+def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: bool = False) -> AdapterSummary:
+    """Look at a saved adapter.
+
+    With its base model the relative change of each weight is told, from ``r x r`` matrices alone:
+    ``||dW||^2 = sum((L^T L) * (R R^T))`` for ``dW = L R``.
+
+    Args:
+        adapter: a folder.
+        base: the base model's folder or hub id, instead of the one that the adapter names.
+        with_base: whether to load the base model; also if ``base`` is given.
+
+    Raises:
+        AdapterError: if it is no CURLoRA adapter, is damaged, or does not fit the base.
+        OSError: if something cannot be read.
+    """
+    path = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: {error}") from error
+    if not isinstance(config, CurloraConfig):
+        raise AdapterError(f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA")
+    if not path.exists():
+        raise AdapterError(f"{adapter} has a configuration but no {SAFETENSORS_WEIGHTS_NAME}")
+    layers, numbers = [], 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118  # not a dict
+                tensor = file.get_tensor(key)
+                name = key.removeprefix("base_model.model.").removesuffix(_U)
+                if key.endswith(_U):
+                    layers.append(LayerSummary(name, len(tensor), float(tensor.double().norm())))
+                if ".curlora_" not in key or key.endswith(_U):
+                    numbers += tensor.numel()
+    except SafetensorError as error:
+        raise AdapterError(f"{path} cannot be read ({error}). It is incomplete or damaged.") from error
+    layers.sort(key=lambda layer: [int(part) if part.isdigit() else part for part in layer.name.split(".")])
+    if base or with_base:
+        changes = _changes(str(adapter), base)
+        layers = [LayerSummary(one.name, one.r, one.norm, changes[one.name]) for one in layers]
+    return AdapterSummary(config.base_model_name_or_path, config, layers, numbers, path.stat().st_size)
+
+
+@torch.no_grad()
+def _changes(adapter: str, base: str | None) -> dict[str, float]:
+    model = load_with_base(adapter, base)
+    changes = {}
+    for name, layer in adapted_layers(model.base_model.model, "default").items():
+        left, right = (factor.double() for factor in layer.delta_factors("default"))
+        square = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0)
+        base_layer: Any = layer.base_layer
+        changes[name] = float(square.sqrt() / base_layer.weight.double().norm())
+    return changes
+
+
+def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
+    """The summary for the screen."""
+    ranks = sorted({layer.r for layer in summary.layers})
+    config = summary.config
+    facts = Table(show_header=False, box=None)
+    for name, value in (
+        ("base model", summary.base or "not named"),
+        (
+            "layers",
+            f"{len(summary.layers)} ({', '.join(sorted({one.name.rpartition('.')[2] for one in summary.layers}))})",
+        ),
+        ("rank", ", ".join(map(str, ranks))),
+        ("alpha", f"{config.alpha:g}" + (" and by layer" if config.alpha_pattern else "")),
+        ("drawn by", f"{config.sampling}, seed {config.seed}"),
+        ("trained numbers", f"{summary.numbers:,}"),
+        ("file", f"{summary.bytes:,} bytes"),
+    ):
+        facts.add_row(Text(name, style="bold"), Text(value))
+    by_layer = Table("layer", *(Column(head, justify="right") for head in ("r", "||U||", "||dW|| / ||W||")))
+    for one in summary.layers:
+        change = "" if one.change is None else f"{one.change:.2e}"
+        by_layer.add_row(Text(one.name), str(one.r), f"{one.norm:.3g}", change)
+    return [facts, by_layer]
