@@ -22,7 +22,7 @@ ADAPTERS = {
     "loha": ("loha", 1e-2, {"r": 4, **LAYERS}),
     "ia3": ("ia3", 1e-2, {"feedforward_modules": [], **LAYERS}),
     "oft": ("oft", 1e-2, {"oft_block_size": 4, **LAYERS}),
-    "vera": ("vera", 1e-2, {"r": 4, "target_modules": ["q_proj"]}),
+    "vera": ("vera", 0.3, {"r": 4, "target_modules": ["q_proj"]}),
     "olora": ("lora", 1e-2, {"r": 4, "init_lora_weights": "olora", **LAYERS}),
     "lora with biases": ("lora", 1e-2, {"r": 4, "bias": "all", **LAYERS}),
     "lora and the output layer": ("lora", 1e-2, {"r": 4, "modules_to_save": ["lm_head"], **LAYERS}),
