@@ -16,9 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from curlora.tuner.config import CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["AdapterError", "convert_to_lora", "load_with_base", "save_as_lora", "save_merged"]
+__all__ = ["AdapterError", "adapter_config", "convert_to_lora", "load_with_base", "save_as_lora", "save_merged"]
 
 _PREFIX = "base_model.model."  # of a PeftModel's names, and so of those in an adapter's file
 _AUTO_CLASSES = {
@@ -156,17 +157,31 @@ def load_with_base(adapter: str, base: str | None = None) -> PeftModel:
         AdapterError: if it is no CURLoRA adapter, does not say its base, or does not fit it.
         OSError: if either cannot be read.
     """
+    config = adapter_config(adapter)
+    base = base or config.base_model_name_or_path
+    if not base:
+        raise AdapterError(f"{adapter} does not say what its base model is: name it")
     try:
-        config = PeftConfig.from_pretrained(adapter)
-        if config.peft_type != "CURLORA":
-            raise AdapterError(f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA")
-        base = base or config.base_model_name_or_path
-        if not base:
-            raise AdapterError(f"{adapter} does not say what its base model is: name it")
         model = _class_of(config).from_pretrained(base, dtype="auto")
         return PeftModel.from_pretrained(model, adapter).eval()
     except ValueError as error:  # PEFT's and our own, of what does not fit
-        raise error if isinstance(error, AdapterError) else AdapterError(f"{adapter}: {error}") from error
+        raise AdapterError(f"{adapter}: {error}") from error
+
+
+def adapter_config(adapter: str) -> CurloraConfig:
+    """The configuration of a saved CURLoRA adapter.
+
+    Raises:
+        AdapterError: if there is none, or it is of another method.
+        OSError: if it cannot be read.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except ValueError as error:
+        raise AdapterError(f"{adapter}: {error}") from error
+    if not isinstance(config, CurloraConfig):
+        raise AdapterError(f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA")
+    return config
 
 
 def _class_of(config: PeftConfig) -> Any:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from curlora.convert import AdapterError, load_with_base
+from curlora.convert import AdapterError, adapter_config, load_with_base
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.model import adapted_layers
 
@@ -75,12 +74,7 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
         OSError: if something cannot be read.
     """
     path = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except ValueError as error:
-        raise AdapterError(f"{adapter}: {error}") from error
-    if not isinstance(config, CurloraConfig):
-        raise AdapterError(f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA")
+    config = adapter_config(str(adapter))
     if not path.exists():
         raise AdapterError(f"{adapter} has a configuration but no {SAFETENSORS_WEIGHTS_NAME}")
     layers, numbers = [], 0
