@@ -115,32 +115,33 @@ def test_zero_columns_are_drawn_only_by_the_reference_rule():
     weight[:, 3] = 0
     assert probabilities(squared_norms(weight)[0], "uniform")[3] == 0
     assert probabilities(squared_norms(weight)[0], "reference")[3] > 0
-    columns, _ = select(weight, 6)
+    columns, _ = select(squared_norms(weight), 6)
     assert 3 not in columns
 
 
 def test_select_depends_on_seed_name_and_weight_only():
     weight = torch.randn(40, 30, generator=generator())
     torch.manual_seed(1)
-    first = select(weight, 8, seed=5, name="a")
-    select(weight, 8, seed=5, name="b")
+    first = select(squared_norms(weight), 8, seed=5, name="a")
+    select(squared_norms(weight), 8, seed=5, name="b")
     torch.manual_seed(99)
-    again = select(weight, 8, seed=5, name="a")
+    again = select(squared_norms(weight), 8, seed=5, name="a")
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     for other in (dict(seed=6, name="a"), dict(seed=5, name="b")):
-        assert not torch.equal(first[0], select(weight, 8, **other)[0])
+        assert not torch.equal(first[0], select(squared_norms(weight), 8, **other)[0])
     before = torch.random.get_rng_state()
-    select(weight, 8)
+    select(squared_norms(weight), 8)
     assert torch.equal(before, torch.random.get_rng_state())
 
 
 def test_select_is_the_same_in_another_process():
     code = (
-        "import torch; from curlora.sampling import select;"
-        "w = torch.arange(1., 241.).view(20, 12); print([t.tolist() for t in select(w, 5, seed=3, name='layer')])"
+        "import torch; from curlora.sampling import select, squared_norms;"
+        "norms = squared_norms(torch.arange(1., 241.).view(20, 12));"
+        "print([t.tolist() for t in select(norms, 5, seed=3, name='layer')])"
     )
     weight = torch.arange(1.0, 241.0).view(20, 12)
-    here = str([t.tolist() for t in select(weight, 5, seed=3, name="layer")])
+    here = str([t.tolist() for t in select(squared_norms(weight), 5, seed=3, name="layer")])
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert there.stdout.strip() == here
 
@@ -148,14 +149,14 @@ def test_select_is_the_same_in_another_process():
 @pytest.mark.parametrize("r", [0, 5, 100])
 def test_rank_outside_the_matrix_is_refused(r):
     with pytest.raises(ValueError, match=rf"h\.0\.mlp.*\(4, 9\).*r={r} is not between 1 and 4"):
-        select(torch.ones(4, 9), r, name="h.0.mlp")
+        select(squared_norms(torch.ones(4, 9)), r, name="h.0.mlp")
 
 
 def test_too_few_nonzero_columns_is_refused():
     weight = torch.zeros(5, 6)
     weight[:, :2] = 1
     with pytest.raises(ValueError, match="columns: cannot draw 3 different ones: only 2 of 6"):
-        select(weight, 3)
+        select(squared_norms(weight), 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -163,14 +164,14 @@ def test_non_finite_weights_are_refused(bad):
     weight = torch.ones(5, 6)
     weight[2, 2] = bad
     with pytest.raises(ValueError, match="'q_proj'.*NaN or infinite"):
-        select(weight, 2, name="q_proj")
+        select(squared_norms(weight), 2, name="q_proj")
 
 
 def test_an_all_zero_weight_is_refused():
     with pytest.raises(ValueError, match="all zeros"):
-        select(torch.zeros(4, 4), 2)
+        select(squared_norms(torch.zeros(4, 4)), 2)
 
 
 def test_unknown_sampling_is_refused():
     with pytest.raises(ValueError, match=r"'inverse', 'uniform', 'norm', 'reference'.*got 'leverage'"):
-        select(torch.ones(4, 4), 2, sampling="leverage")
+        select(squared_norms(torch.ones(4, 4)), 2, sampling="leverage")

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from curlora.convert import AdapterError, adapter_config, load_with_base
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.model import adapted_layers
+from curlora.tuner.weight import read
 
 __all__ = ["AdapterSummary", "LayerSummary", "adapter_tables", "inspect_adapter"]
 
@@ -103,8 +104,9 @@ def _changes(adapter: str, base: str | None) -> dict[str, float]:
     for name, layer in adapted_layers(model.base_model.model, "default").items():
         left, right = (factor.double() for factor in layer.delta_factors("default"))
         square = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0)
-        base_layer: Any = layer.base_layer
-        changes[name] = float(square.sqrt() / base_layer.weight.double().norm())
+        adapted: Any = layer  # PEFT's part of it has no types
+        with read(adapted.get_base_layer(), name) as weight:
+            changes[name] = float((square / weight.squared_norms()[0].sum()).sqrt())
     return changes
 
 

@@ -110,7 +110,7 @@ def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement:
 
 
 def select(
-    weight: Tensor,
+    norms: tuple[Tensor, Tensor],
     r: int,
     *,
     sampling: str = "inverse",
@@ -121,7 +121,8 @@ def select(
     """Draw the columns of ``C = W[:, columns]`` and the rows of ``R = W[rows, :]`` (eq. 5 and 6).
 
     Args:
-        weight: floating-point matrix, shape ``(m, n)``, in the layout the layer stores.
+        norms: squared norms of the columns and of the rows of ``W``, as from :func:`squared_norms`, shapes ``(n,)``
+            and ``(m,)``; ``W`` in the layout the layer stores.
         r: rank, ``1 <= r <= min(m, n)``.
         sampling: one of :data:`SAMPLINGS`.
         replacement: whether a column or row may be drawn more than once.
@@ -134,16 +135,17 @@ def select(
     Raises:
         ValueError: naming the layer, if ``r`` does not fit or the weight cannot be drawn from.
     """
-    where = f"layer {name!r} with weight of shape {tuple(weight.shape)}: " if name else ""
-    if not 1 <= r <= min(weight.shape):
+    shape = len(norms[1]), len(norms[0])
+    where = f"layer {name!r} with weight of shape {shape}: " if name else ""
+    if not 1 <= r <= min(shape):
         raise ValueError(
-            f"{where}rank r={r} is not between 1 and {min(weight.shape)}. Choose a smaller r, give this "
+            f"{where}rank r={r} is not between 1 and {min(shape)}. Choose a smaller r, give this "
             "layer its own in rank_pattern, or leave it out with exclude_modules"
         )
     drawn = []
-    for axis, norms in zip(("columns", "rows"), squared_norms(weight), strict=True):
+    for axis, squares in zip(("columns", "rows"), norms, strict=True):
         try:
-            p = probabilities(norms, sampling)
+            p = probabilities(squares, sampling)
             drawn.append(draw(p, r, _generator(seed, name, axis), replacement).to(torch.int32))
         except ValueError as error:
             raise ValueError(f"{where}{axis}: {error}") from None

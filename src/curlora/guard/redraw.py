@@ -13,6 +13,7 @@ from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.text import pass_over, ready, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.weight import device_of, read
 
 __all__ = ["redraw"]
 
@@ -121,8 +122,8 @@ class _Use:
 
     def __init__(self, layer: Any, mean_loss: bool = False) -> None:
         base = layer.get_base_layer()
-        self.base, self.weight_is_transposed, self.mean_loss = base, layer.stores_outputs_last, mean_loss
-        device = base.weight.device
+        self.base, self.mean_loss = base, mean_loss
+        device = device_of(base)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
@@ -130,10 +131,10 @@ class _Use:
     def add(self, output: Tensor, gradient: Tensor, examples: int) -> None:
         output, gradient = output.flatten(0, -2), gradient.flatten(0, -2)
         seen = (gradient != 0).any(-1)  # padding is not
-        base = self.base
-        output = output[seen] if base.bias is None else output[seen] - base.bias.to(output.dtype)
-        weight = base.weight.detach().to(gradient.dtype)
-        back = gradient[seen] @ (weight.T if self.weight_is_transposed else weight)
+        bias = getattr(self.base, "bias", None)
+        output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
+        with read(self.base) as weight:
+            back = weight.input_gradient(gradient[seen])
         back = back.to(self.inputs.dtype) * (examples if self.mean_loss else 1)
         self.outputs += output.to(self.outputs.dtype).square().sum(0)
         self.inputs += back.square().sum(0)

@@ -24,22 +24,23 @@ _SAME = 1e-5
 _SAME_BASE = 0.35
 
 
-def fingerprint(factor: Tensor) -> Tensor:
+def fingerprint(factor: Tensor, exact: bool = True) -> Tensor:
     """Fingerprint of the selected columns of a base weight.
 
     Args:
         factor: shape ``(m, r)``.
+        exact: whether these are the stored numbers, and not those that a quantized weight stands for.
 
     Returns:
         int32, CPU, shape ``(8,)``: a code of the dtype, then the bits of seven float32 sums
         ``a @ factor @ b`` over fixed vectors of signs. Integers, so that ``model.half()`` and the
         like cannot round them.
     """
-    exact = factor.detach().to(device="cpu", dtype=torch.float64)
-    left = _signs(_SUMS, exact.shape[0], salt=1)
-    right = _signs(_SUMS, exact.shape[1], salt=2)
-    sums = ((left @ exact) * right).sum(1).to(torch.float32)
-    code = torch.tensor([_DTYPE_CODES.get(factor.dtype, 0)], dtype=torch.int32)
+    wide = factor.detach().to(device="cpu", dtype=torch.float64)
+    left = _signs(_SUMS, wide.shape[0], salt=1)
+    right = _signs(_SUMS, wide.shape[1], salt=2)
+    sums = ((left @ wide) * right).sum(1).to(torch.float32)
+    code = torch.tensor([_DTYPE_CODES.get(factor.dtype, 0) if exact else 0], dtype=torch.int32)
     return torch.cat([code, sums.view(torch.int32)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,22 +11,24 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
 from curlora.functional import gather_update
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
+from curlora.tuner.merging import merged_copy
+from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
 
 
 class CurloraLayer(nn.Module, BaseTunerLayer):
-    """A frozen ``nn.Linear`` or transformers ``Conv1D`` with CURLoRA adapters.
+    """A frozen linear layer with CURLoRA adapters: ``nn.Linear``, transformers' ``Conv1D`` or a quantized one.
 
     With ``W`` the weight as the layer stores it, an adapter makes the layer act as if it were
     ``W + alpha * W[:, columns] @ U @ W[rows, :]``. An ``nn.Linear`` stores ``(m, n)`` for ``n``
     inputs and ``m`` outputs, a ``Conv1D`` stores ``(n, m)``: so in the first the rows, and in the
-    second the columns, are gathered from the output, and the other side is kept as ``factor``.
+    second the columns, are gathered from the output, and the other side is kept as ``factor``. Nothing but the output
+    of the base layer is used in training and inference, so that it may be quantized in any way.
 
     Args:
         base_layer: the layer to adapt.
@@ -42,10 +45,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
-        _check_adaptable(self.get_base_layer(), name)
-        weight = self.get_base_layer().weight
-        self.stores_outputs_last = isinstance(self.get_base_layer(), Conv1D)
-        self.out_features, self.in_features = weight.T.shape if self.stores_outputs_last else weight.shape
+        base = self.get_base_layer()
+        check_adaptable(base, name)
+        self.stores_outputs_last = isinstance(base, Conv1D)
+        self.in_features, self.out_features = features(base)
+        # Of a model that torchao has quantized: how to do so again, after a merge.
+        self.get_apply_tensor_subclass: Callable[[], Any] | None = None
 
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
@@ -62,6 +67,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self._taken_at: dict[str, Tensor] = {}
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
+        # The base layer before a merge into it, if it is quantized. In a list: it is no module of this one.
+        self._unmerged: list[nn.Module] = []
         self.register_load_state_dict_post_hook(_rebuild_after_load)
 
     def update_layer(self, adapter_name: str, config: CurloraConfig) -> None:
@@ -78,22 +85,25 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             )
         r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), self.name), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), self.name), config.alpha)
-        weight = self.get_base_layer().weight
-        if weight.device.type == "meta":  # shapes only; real indices come with a saved adapter
-            indices = torch.zeros(2, r, dtype=torch.int32, device="meta")
-        else:
+        base = self.get_base_layer()
+        device = device_of(base)
+        if device.type == "meta":  # shapes only; real indices come with a saved adapter
+            dtype = base.weight.dtype if is_plain(base) else torch.float32
+            self._add(adapter_name, alpha, torch.zeros(2, r, dtype=torch.int32, device="meta"), dtype, config)
+            return
+        with read(base, self.name) as weight:
             columns, rows = sampling.select(
-                weight, r, sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name
-            )
-            indices = torch.stack([columns, rows]).to(weight.device)
+                weight.squared_norms(), r,
+                sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name,
+            )  # fmt: skip
+            indices = torch.stack([columns, rows]).to(device)
+            self._add(adapter_name, alpha, indices, weight.dtype if weight.exact else torch.float32, config, weight)
 
-        self.r[adapter_name] = r
-        self.alpha[adapter_name] = alpha
-        U = torch.zeros(r, r, dtype=weight.dtype, device=weight.device)
-        self.curlora_U[adapter_name] = nn.Parameter(U if config.init_weights else nn.init.normal_(U))
-        self.curlora_indices[adapter_name] = indices
-        self._rebuild(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """Of the base weight, as the layer stores it."""
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.stores_outputs_last else shape
 
     def factor_at(self, indices: Tensor) -> Tensor:
         """The selected side that is kept: ``W[:, columns]``, or ``W[rows, :].T`` in a ``Conv1D``.
@@ -102,13 +112,14 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             indices: shape ``(2, r)``, columns above rows.
 
         Returns:
-            Shape ``(out_features, r)``, contiguous, in the weight's dtype.
+            Shape ``(out_features, r)``, contiguous, in the weight's dtype, or that in which a quantized layer computes.
         """
-        weight = self.get_base_layer().weight.detach()
-        columns, rows = indices.to(weight.device)
-        if self.stores_outputs_last:
-            return weight.index_select(0, rows).T.contiguous()
-        return weight.index_select(1, columns).contiguous()
+        with read(self.get_base_layer(), self.name) as weight:
+            return self._factor(weight, indices)
+
+    def fingerprint_of(self, factor: Tensor) -> Tensor:
+        """See :func:`curlora.tuner.fingerprint.fingerprint`."""
+        return fingerprint(factor, exact=is_plain(self.get_base_layer()))
 
     def sides(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Which outputs an adapter gathers, and the directions that it adds along.
@@ -146,32 +157,34 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             ``alpha * C @ U``, shape ``(m, r)``, and ``R``, shape ``(r, n)``, for a weight that is stored as ``(m, n)``
             and has nothing merged into it; at least float32.
         """
-        weight = self.get_base_layer().weight.detach()
-        columns, rows = self.curlora_indices[adapter_name].to(weight.device)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        U = self.curlora_U[adapter_name].detach().to(device=weight.device, dtype=dtype)
-        left = self.alpha[adapter_name] * (weight.index_select(1, columns).to(dtype) @ U)
-        return left, weight.index_select(0, rows).to(dtype)
+        columns, rows = self.curlora_indices[adapter_name]
+        with read(self.get_base_layer(), self.name) as weight:
+            C, R = weight.columns(columns), weight.rows(rows)
+        dtype = torch.promote_types(C.dtype, torch.float32)
+        U = self.curlora_U[adapter_name].detach().to(device=C.device, dtype=dtype)
+        return self.alpha[adapter_name] * (C.to(dtype) @ U), R.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight."""
+        """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight; of a quantized one, float32."""
         left, right = self._merged_factors.get(adapter_name) or self.delta_factors(adapter_name)
-        weight = self.get_base_layer().weight
-        return (left.to(weight.device) @ right.to(weight.device)).to(weight.dtype)
+        base = self.get_base_layer()
+        device = device_of(base)
+        return (left.to(device) @ right.to(device)).to(base.weight.dtype if is_plain(base) else left.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Asked by :func:`peft.convert_to_lora`; :func:`curlora.convert_to_lora` is exact and quicker."""
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight.
+        """Add adapters to the base weight. A quantized one is quantized anew, as PEFT does it for LoRA.
 
         Args:
             safe_merge: refuse to merge if the merged weight would not be finite.
             adapter_names: the adapters; all active ones if ``None``.
 
         Raises:
-            ValueError: with ``safe_merge``, naming the adapter that makes the weight non-finite.
+            ValueError: with ``safe_merge``, naming the adapter that makes the weight non-finite; or if the base layer
+                is quantized in a way that PEFT cannot merge into.
         """
         adding = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.curlora_U]
         if not adding:
@@ -179,6 +192,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         # C and R belong to the base weight: compute every update before any is added.
         together = [*self.merged_adapters, *adding]
         base = self.get_base_layer()
+        if not is_plain(base):
+            self._merge_quantized(together, safe_merge)
+            return
         before = (base.weight.data.clone() if safe_merge else None, self._merged_factors, self.merged_adapters)
         if self.merged:
             self.unmerge()
@@ -195,14 +211,36 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self._merged_factors = factors
         self.merged_adapters = together
 
+    def _merge_quantized(self, adapters: list[str], safe_merge: bool) -> None:
+        merged, merged_factors, merged_adapters = self.base_layer, self._merged_factors, self.merged_adapters
+        unmerged = list(self._unmerged)
+        try:
+            if self.merged:
+                self.unmerge()
+            base = self.get_base_layer()
+            factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
+            left, right = zip(*factors.values(), strict=True)
+            self.base_layer = merged_copy(
+                base, (torch.cat(left, dim=1), torch.cat(right)), safe_merge=safe_merge, name=self.name,
+                get_apply_tensor_subclass=self.get_apply_tensor_subclass,
+            )  # fmt: skip
+        except ValueError:
+            self.base_layer, self._unmerged = merged, unmerged
+            self._merged_factors, self.merged_adapters = merged_factors, merged_adapters
+            raise
+        self._unmerged, self._merged_factors, self.merged_adapters = [base], factors, adapters
+
     def unmerge(self) -> None:
-        """Subtract what was merged. Exact up to rounding in the weight's dtype."""
+        """Subtract what was merged: exact up to rounding in the weight's dtype. Quantized layers are as they were."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        for adapter in reversed(self.merged_adapters):
-            weight.data -= self.get_delta_weight(adapter)
+        if self._unmerged:
+            self.base_layer = self._unmerged.pop().to(device_of(self.get_base_layer()))
+        else:
+            weight = self.get_base_layer().weight
+            for adapter in reversed(self.merged_adapters):
+                weight.data -= self.get_delta_weight(adapter)
         self.merged_adapters = []
         self._merged_factors = {}
 
@@ -224,7 +262,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             return output
 
         index, factor, mixing = self._combined(adapters)
-        bias = self.get_base_layer().bias
+        bias = getattr(self.get_base_layer(), "bias", None)
         offset = None if bias is None else bias.index_select(0, index)
         return gather_update(output, mixing, factor, index, offset)
 
@@ -243,42 +281,46 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         index, factor, mixings = zip(*parts, strict=True)
         return torch.cat(index), torch.cat(factor, dim=1), torch.block_diag(*mixings)
 
+    def _add(
+        self,
+        adapter_name: str,
+        alpha: float,
+        indices: Tensor,
+        dtype: torch.dtype,
+        config: CurloraConfig,
+        weight: StoredWeight | ProbedWeight | None = None,  # None on the meta device
+    ) -> None:
+        self.r[adapter_name] = r = indices.shape[1]
+        self.alpha[adapter_name] = alpha
+        U = torch.zeros(r, r, dtype=dtype, device=indices.device)
+        self.curlora_U[adapter_name] = nn.Parameter(U if config.init_weights else nn.init.normal_(U))
+        self.curlora_indices[adapter_name] = indices
+        if weight is None:
+            factor = torch.zeros(self.out_features, r, dtype=dtype, device="meta")
+            self._keep(adapter_name, factor, torch.zeros(LENGTH, dtype=torch.int32, device="meta"))
+        else:
+            factor = self._factor(weight, indices)
+            self._keep(adapter_name, factor, self.fingerprint_of(factor))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _factor(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Tensor:
+        columns, rows = indices
+        return (weight.rows(rows).T if self.stores_outputs_last else weight.columns(columns)).contiguous()
+
     def _rebuild(self, adapter_name: str) -> None:
         """Take the factor and its fingerprint from the base weight, at the adapter's indices."""
         factor = self.factor_at(self.curlora_indices[adapter_name])
-        if factor.device.type == "meta":
-            current = torch.zeros(LENGTH, dtype=torch.int32, device="meta")
-        else:
-            current = fingerprint(factor).to(factor.device)
+        self._keep(adapter_name, factor, self.fingerprint_of(factor))
+
+    def _keep(self, adapter_name: str, factor: Tensor, current: Tensor) -> None:
         self._taken_at[adapter_name] = self.curlora_indices[adapter_name].detach().clone()
         self.curlora_factor[adapter_name] = factor
-        self.curlora_fingerprint[adapter_name] = current
-
-
-def _check_adaptable(layer: nn.Module, name: str) -> None:
-    """Raise ``TypeError`` with a sentence if ``layer`` cannot carry a CURLoRA adapter."""
-    if not isinstance(layer, (nn.Linear, Conv1D)):
-        raise TypeError(
-            f"Target module {name!r} is a {type(layer).__name__}, which is not supported. CURLoRA adapts "
-            "torch.nn.Linear and transformers.pytorch_utils.Conv1D layers; narrow target_modules to those."
-        )
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"Target module {name!r} is the output projection of a torch.nn.MultiheadAttention, which reads its weight "
-            "and never calls it: an adapter there would do nothing. Narrow target_modules to other layers."
-        )
-    weight = layer.weight
-    if weight.ndim != 2 or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
-        raise TypeError(
-            f"Target module {name!r} is a {type(layer).__name__} whose weight is stored as {weight.dtype} of shape "
-            f"{tuple(weight.shape)}. CURLoRA does not read quantized weights yet: load the base model in "
-            "float32, bfloat16 or float16."
-        )
+        self.curlora_fingerprint[adapter_name] = current.to(factor.device)
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
     """After any ``load_state_dict`` the factor follows the indices and the base weight now present."""
-    if layer.get_base_layer().weight.device.type == "meta":
+    if device_of(layer.get_base_layer()).type == "meta":
         return
     if layer.merged:
         moved = [a for a, at in layer._taken_at.items() if not torch.equal(at, layer.curlora_indices[a].to(at.device))]

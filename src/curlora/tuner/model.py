@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
-from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
+from curlora.tuner.fingerprint import LENGTH, compare
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.weight import device_of
 
 
 def _with_keys(targets: list[str] | str) -> list[str] | str:
@@ -58,6 +59,8 @@ class CurloraModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         layer = CurloraLayer(target, current_key)
+        quantization = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
+        layer.get_apply_tensor_subclass = getattr(quantization, "get_apply_tensor_subclass", None)
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -158,8 +161,8 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         problem = _find_problem(layer, layer.r[adapter_name], U, indices, saved)
         if problem:
             problems.append(f"{name}: {problem}")
-        elif layer.get_base_layer().weight.device.type != "meta":
-            verdict = compare(saved, fingerprint(layer.factor_at(indices)))
+        elif device_of(layer.get_base_layer()).type != "meta":
+            verdict = compare(saved, layer.fingerprint_of(layer.factor_at(indices)))
             if verdict != "same":
                 (other_base if verdict == "other" else other_precision).append(name)
     ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")
@@ -196,7 +199,7 @@ def _find_problem(layer: CurloraLayer, r: int, U: Tensor, indices: Tensor, saved
         return "its tensors hold no values (they are on the meta device)"
     if not torch.isfinite(U).all():
         return "U contains NaN or infinite values"
-    height, width = layer.get_base_layer().weight.shape
+    height, width = layer.weight_shape
     for axis, index, size in (("column", indices[0], width), ("row", indices[1], height)):
         if index.min() < 0 or index.max() >= size:
             return f"{axis} index {int(index.min() if index.min() < 0 else index.max())} is outside 0..{size - 1}"
