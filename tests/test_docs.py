@@ -3,12 +3,16 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 from peft import PeftModel
 
 from curlora.continual import load_recipe
-from tests.models import WORDS, curlora, llama, tokens, word_tokenizer
+from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -53,6 +57,36 @@ def test_the_conversions_python_runs(tmp_path, monkeypatch):
     exec(*blocks("convert.md", "python"), {"model": model})
     loaded = PeftModel.from_pretrained(llama(), "my-lora").eval()
     assert torch.allclose(loaded(tokens()).logits, model(tokens()).logits, atol=1e-5)
+
+
+def test_the_trainers_python_runs(tmp_path, monkeypatch):
+    """In that order: the last block goes on from what the first has saved."""
+    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = WORDS[-1]
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    pair = {"prompt": "w1 w2 ", "completion": "w3", "chosen": "w3", "rejected": "w4 w5"}
+    names = {
+        "train_dataset": [{"input_ids": row, "labels": row} for row in tokens(batch=4)],
+        "conversations": Dataset.from_list([{k: pair[k] for k in ("prompt", "completion")}] * 4),
+        "preferences": Dataset.from_list([{k: pair[k] for k in ("prompt", "chosen", "rejected")}] * 4),
+    }
+    for block in blocks("trainers.md", "python"):
+        code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=16)", "(r=4)")
+        exec(code.replace('Config("out"', 'Config("out", bf16=False'), names)
+        assert all(layer.curlora_U["default"].any() for layer in layers(names["trainer"].model))
+    saved = PeftModel.from_pretrained(llama(initializer_range=0.2), "my-adapter")
+    for one, two in zip(layers(saved), layers(names["model"]), strict=True):
+        assert torch.equal(one.curlora_U["default"], two.curlora_U["ref"])
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_configurations_for_many_gpus_are_accelerates(number, tmp_path):
+    (tmp_path / "accelerate.yaml").write_text(blocks("scale.md", "yaml")[number])
+    config = load_config_from_file(str(tmp_path / "accelerate.yaml"))  # refuses entries that it does not know
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known
 
 
 def test_the_guards_recipe_is_one(tmp_path):

@@ -1,0 +1,140 @@
+"""What tests/test_scale.py starts twice: trains in two processes, and leaves behind what came of it.
+
+torchrun --nproc_per_node=2 -m tests.processes ddp|fsdp2 FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from peft import get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from curlora import CurloraConfig
+from tests.models import layers, llama, tokens
+
+STEPS = 4
+SHARDING = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
+SHARDING |= {"reshard_after_forward": True, "cpu_ram_efficient_loading": False}
+
+
+def base(dtype=torch.float64):
+    return llama(initializer_range=0.2).to(dtype)
+
+
+def fresh(dtype=torch.float64):
+    return get_peft_model(base(dtype), CurloraConfig(r=4))
+
+
+def train(model, accelerator=None):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    if accelerator is not None:
+        model, optimizer = accelerator.prepare(model, optimizer)
+    for step in range(STEPS):
+        ids = tokens(seed=step, batch=8)
+        if accelerator is None:
+            model(input_ids=ids, labels=ids).loss.backward()
+        else:
+            ids = ids[accelerator.process_index :: accelerator.num_processes]
+            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def trainer(model, folder, **arguments):
+    """Transformers' Trainer over 8 rows a step, however many processes share them."""
+    processes = PartialState().num_processes if PartialState._shared_state else 1
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8 * STEPS)]
+    arguments = {"per_device_train_batch_size": 8 // processes, "learning_rate": 0.05, "max_steps": STEPS, **arguments}
+    common = dict(report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=STEPS // 2)
+    return Trainer(model, TrainingArguments(str(folder), **common, **arguments), train_dataset=rows)
+
+
+def trained(model):
+    """``U`` of each layer, whole."""
+    whole = {}
+    for name, parameter in model.named_parameters():
+        if "curlora_U" in name:
+            U = parameter.detach()
+            whole[name.removeprefix("module.")] = U.full_tensor() if hasattr(U, "full_tensor") else U.clone()
+    return whole
+
+
+def indices(model):
+    return torch.stack([layer.curlora_indices["default"] for layer in layers(model)])
+
+
+def main(kind, folder):
+    arguments = {"use_cpu": True}
+    plugin = None
+    if kind == "fsdp2":
+        # Accelerate shards on accelerators only. Gloo can do it as well.
+        PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+        arguments = {"fsdp": True, "fsdp_config": SHARDING}
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=SHARDING["transformer_layer_cls_to_wrap"],
+            reshard_after_forward=True,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT",
+        )
+    accelerator = Accelerator(cpu=kind == "ddp", fsdp_plugin=plugin)
+    rank, found = accelerator.process_index, {}
+
+    def differently_seeded(dtype=torch.float64):
+        model = base(dtype)
+        torch.manual_seed(1000 + rank)
+        return get_peft_model(model, CurloraConfig(r=4))
+
+    model = train(differently_seeded(), accelerator)
+    plain = accelerator.unwrap_model(model)
+    found["parameters"] = {type(p).__name__ for p in plain.parameters()}
+    found["U"] = trained(plain)
+    found["indices"] = accelerator.gather(indices(plain)[None])
+
+    state = accelerator.get_state_dict(model)
+    plain.save_pretrained(folder / "saved", state_dict=state, is_main_process=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+
+    with torch.no_grad():
+        before = model.eval()(tokens()).logits
+        accelerator.save_state(folder / "state")
+        accelerator.wait_for_everyone()
+        for U in (p for p in plain.parameters() if p.requires_grad):
+            U.mul_(0)
+        accelerator.load_state(folder / "state")
+        found["after load_state"] = [before, model(tokens()).logits]
+        plain.load_adapter(folder / "saved", "second")
+        plain.set_adapter("second")
+        found["second"] = model(tokens()).logits
+
+    # U is float32 on a base in half precision.
+    model = train(differently_seeded(torch.bfloat16), accelerator)
+    plain = accelerator.unwrap_model(model)
+    found["dtypes"] = {p.dtype for p in plain.parameters()}
+    found["U on bfloat16"] = trained(plain)
+
+    AcceleratorState._reset_state()
+    whole = trainer(differently_seeded(), folder / "trainer", **arguments)
+    whole.train()
+    found["trainer"] = trained(whole.model)
+    AcceleratorState._reset_state()
+    resumed = trainer(differently_seeded(), folder / "trainer", **arguments)
+    resumed.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{STEPS // 2}"))
+    found["resumed"] = trained(resumed.model)
+
+    if rank == 0:
+        torch.save(found, folder / "found.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

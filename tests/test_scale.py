@@ -1,0 +1,89 @@
+"""Two processes train to what one trains to, whole or sharded, and save and load it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from tests import processes
+from tests.models import tokens
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+MOVED = 0.05  # U moves by more than this
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """What one process makes of the same batches."""
+    model = processes.train(processes.fresh())
+    trainer = processes.trainer(processes.fresh(), tmp_path_factory.mktemp("one"), use_cpu=True)
+    trainer.train()
+    with torch.no_grad():
+        logits, frozen = model.eval()(tokens()).logits, processes.base()(tokens()).logits
+    assert (logits - frozen).abs().max() > 1e-3
+    half = processes.train(processes.fresh(torch.bfloat16))
+    return {
+        "U": processes.trained(model),
+        "U on bfloat16": processes.trained(half),
+        "trainer": processes.trained(trainer.model),
+        "indices": processes.indices(model),
+        "logits": logits,
+    }
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def two(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    command = [*TORCHRUN, "-m", "tests.processes", request.param, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(folder / "found.pt", weights_only=False)
+    # That it has been sharded at all.
+    assert found["parameters"] == {"DTensor" if request.param == "fsdp2" else "Parameter"}
+    return {**found, "folder": folder}
+
+
+def same(found, expected, tolerance):
+    assert found.keys() == expected.keys()
+    assert all(U.abs().max() > MOVED for U in expected.values())
+    return all(torch.allclose(found[name], U, rtol=0, atol=tolerance) for name, U in expected.items())
+
+
+def test_a_loop_under_accelerate(one, two):
+    assert same(two["U"], one["U"], 1e-12)
+
+
+def test_U_is_float32_beside_weights_in_half_precision(one, two):
+    assert two["dtypes"] == {torch.float32, torch.bfloat16}
+    assert same(two["U on bfloat16"], one["U on bfloat16"], 1e-3)
+
+
+def test_the_trainer_and_its_checkpoints(one, two):
+    assert same(two["trainer"], one["trainer"], 1e-12)
+    assert same(two["resumed"], one["trainer"], 1e-12)
+
+
+def test_columns_and_rows_are_drawn_alike_whatever_the_generators_say(one, two):
+    for drawn in two["indices"]:
+        assert torch.equal(drawn, one["indices"])
+
+
+def test_what_is_saved_is_an_adapter_like_any_other(one, two):
+    loaded = PeftModel.from_pretrained(processes.base(), two["folder"] / "saved").eval()
+    assert torch.allclose(loaded(tokens()).logits, one["logits"], rtol=0, atol=1e-12)
+
+
+def test_loading_into_what_is_shared_out(one, two):
+    before, after = two["after load_state"]
+    assert torch.allclose(before, one["logits"], rtol=0, atol=1e-12)
+    assert torch.equal(after, before)
+    assert torch.allclose(two["second"], one["logits"], rtol=0, atol=1e-12)
+
+
+def test_the_trainers_checkpoint_holds_the_adapter_alone(two):
+    (folder,) = two["folder"].glob("trainer/checkpoint-4")
+    parts = {name.rpartition(".")[2] for name in load_file(folder / "adapter_model.safetensors")}
+    assert parts == {"curlora_U", "curlora_indices", "curlora_fingerprint"}
