@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from curlora import sampling
 from curlora.functional import gather_update
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
+from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 
 
 class CurloraLayer(nn.Module, BaseTunerLayer):
@@ -58,8 +60,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # The indices that each factor was taken at.
+        # The indices that each factor was taken at, and the same as bytes: adapters drawn alike have the same.
         self._taken_at: dict[str, Tensor] = {}
+        self.draws: dict[str, bytes] = {}
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.register_load_state_dict_post_hook(_rebuild_after_load)
@@ -211,33 +214,55 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.r.pop(adapter_name, None)
         self.alpha.pop(adapter_name, None)
         self._taken_at.pop(adapter_name, None)
+        self.draws.pop(adapter_name, None)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
+
+        With ``adapter_names``, one per row of ``x``, each row gets the update of its own adapter instead.
+        """
+        if adapter_names is not None:
+            check_adapter_names(self, x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
+        if adapter_names is not None:
+            return update_rows(self, output, adapter_names)
         adapters = [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
-        if not adapters:
-            return output
+        return self.update(output, adapters) if adapters else output
 
+    def update(self, output: Tensor, adapters: Sequence[str]) -> Tensor:
+        """``output`` of the base layer, shape ``(..., out_features)``, plus the update of one or more adapters."""
         index, factor, mixing = self._combined(adapters)
+        return gather_update(output, mixing, factor, index, self.offset(index))
+
+    def offset(self, index: Tensor) -> Tensor | None:
+        """The base layer's bias at ``index``, which is no part of ``R x``; ``None`` without a bias."""
         bias = self.get_base_layer().bias
-        offset = None if bias is None else bias.index_select(0, index)
-        return gather_update(output, mixing, factor, index, offset)
+        return None if bias is None else bias.index_select(0, index)
+
+    def mixing(self, adapter_name: str) -> Tensor:
+        """``alpha * U``, transposed in a ``Conv1D``: what :func:`curlora.functional.gather_update` takes."""
+        U = self.curlora_U[adapter_name].T if self.stores_outputs_last else self.curlora_U[adapter_name]
+        return U if self.alpha[adapter_name] == 1 else U * self.alpha[adapter_name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurloraLayer:
+        """Behind ``to``, ``half`` and the like: a factor that adapters hold together stays one."""
+        owner: dict[int, str] = {}
+        first = {adapter: owner.setdefault(id(factor), adapter) for adapter, factor in self.curlora_factor.items()}
+        super()._apply(fn, recurse)
+        for adapter, other in first.items():
+            self.curlora_factor[adapter] = self.curlora_factor[other]
+        return self
 
     def extra_repr(self) -> str:
         return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
 
-    def _combined(self, adapters: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _combined(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Index, factor and mixing for ``gather_update``. Several adapters act as one of the summed rank."""
-        parts = []
-        for adapter in adapters:
-            U = self.curlora_U[adapter].T if self.stores_outputs_last else self.curlora_U[adapter]
-            mixing = U if self.alpha[adapter] == 1 else U * self.alpha[adapter]
-            parts.append((*self.sides(adapter), mixing))
+        parts = [(*self.sides(adapter), self.mixing(adapter)) for adapter in adapters]
         if len(parts) == 1:
             return parts[0]
         index, factor, mixings = zip(*parts, strict=True)
@@ -250,7 +275,17 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             current = torch.zeros(LENGTH, dtype=torch.int32, device="meta")
         else:
             current = fingerprint(factor).to(factor.device)
-        self._taken_at[adapter_name] = self.curlora_indices[adapter_name].detach().clone()
+        indices = self.curlora_indices[adapter_name].detach()
+        self._taken_at[adapter_name] = indices.clone()
+        # Without values, alike is only what has the same name.
+        meta = indices.device.type == "meta"
+        draw = adapter_name.encode() if meta else indices.cpu().numpy().tobytes()
+        # A thousand adapters that were drawn alike hold one factor.
+        for other, drawn in self.draws.items():
+            if drawn == draw and other != adapter_name and torch.equal(self.curlora_factor[other], factor):
+                factor = self.curlora_factor[other]
+                break
+        self.draws[adapter_name] = draw
         self.curlora_factor[adapter_name] = factor
         self.curlora_fingerprint[adapter_name] = current
 

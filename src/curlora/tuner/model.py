@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.mixed_batch import adapter_names_passed
 
 
 def _with_keys(targets: list[str] | str) -> list[str] | str:
@@ -87,6 +90,18 @@ class CurloraModel(BaseTuner):
             U = layer.curlora_U[adapter_name]
             if U.dtype in (torch.float16, torch.bfloat16):
                 layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """Entered by PEFT around ``forward`` and ``generate``: batches with an adapter for each row."""
+        if adapter_names is None:
+            yield
+            return
+        present = {name for module in self.modules() if isinstance(module, CurloraLayer) for name in module.r}
+        with adapter_names_passed(self.model, adapter_names, present, kwargs.get("num_beams")):
+            yield
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
