@@ -290,6 +290,10 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.curlora_fingerprint[adapter_name] = current
 
 
+class CurloraLinear(CurloraLayer):
+    """What a model holds. PEFT knows by the word in its name that a further adapter on ``"all-linear"`` means it too."""
+
+
 def _check_adaptable(layer: nn.Module, name: str) -> None:
     """Raise ``TypeError`` with a sentence if ``layer`` cannot carry a CURLoRA adapter."""
     if not isinstance(layer, (nn.Linear, Conv1D)):

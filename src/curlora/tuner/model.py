@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
-from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.layer import CurloraLayer, CurloraLinear
 from curlora.tuner.mixed_batch import adapter_names_passed
 from curlora.tuner.weighted import add_weighted_adapter
 
@@ -61,7 +61,7 @@ class CurloraModel(BaseTuner):
         if isinstance(target, CurloraLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = CurloraLayer(target, current_key)
+        layer = CurloraLinear(target, current_key)
         layer.set_adapter(adapter_name)
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
