@@ -63,6 +63,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         # The indices that each factor was taken at, and the same as bytes: adapters drawn alike have the same.
         self._taken_at: dict[str, Tensor] = {}
         self.draws: dict[str, bytes] = {}
+        self._buffers_noted: list[Tensor] = []
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         self.register_load_state_dict_post_hook(_rebuild_after_load)
@@ -215,6 +216,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.alpha.pop(adapter_name, None)
         self._taken_at.pop(adapter_name, None)
         self.draws.pop(adapter_name, None)
+        self._note_buffers()
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
@@ -255,7 +257,31 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)
         for adapter, other in first.items():
             self.curlora_factor[adapter] = self.curlora_factor[other]
+        self._note_buffers()
         return self
+
+    def train(self, mode: bool = True) -> CurloraLayer:
+        """As of any module; what was put into the layer past ``load_state_dict`` is looked at now.
+
+        The ``load_adapter`` that transformers puts on its models sets tensors one by one, then calls ``eval``.
+
+        Raises:
+            ValueError: if such an adapter was made on another base.
+        """
+        now = self._buffers_now()
+        if len(now) != len(self._buffers_noted) or any(
+            a is not b for a, b in zip(now, self._buffers_noted, strict=True)
+        ):
+            _rebuild_after_load(self, None)
+            self._note_buffers()
+        super().train(mode)
+        return self
+
+    def _buffers_now(self) -> list[Tensor]:
+        return [*self.curlora_indices.values(), *self.curlora_fingerprint.values()]
+
+    def _note_buffers(self) -> None:
+        self._buffers_noted = self._buffers_now()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
@@ -286,12 +312,13 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
                 factor = self.curlora_factor[other]
                 break
         self.draws[adapter_name] = draw
+        self._note_buffers()
         self.curlora_factor[adapter_name] = factor
         self.curlora_fingerprint[adapter_name] = current
 
 
 class CurloraLinear(CurloraLayer):
-    """What a model holds. PEFT knows by the word in its name that a further adapter on ``"all-linear"`` means it too."""
+    """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
 
 
 def _check_adaptable(layer: nn.Module, name: str) -> None:
