@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["gather_update"]
+__all__ = ["gather_update", "gather_update_by_row"]
 
 
 def gather_update(
@@ -60,6 +60,35 @@ def gather_update(
     with _autocast_off(output.device.type):
         # Reshaped out here: an output of the Function that is a view could not be changed in place.
         result, _ = _GatherUpdate.apply(output.reshape(-1, output.shape[-1]), mixing, factor, index, offset)
+    return result.view(output.shape)
+
+
+def gather_update_by_row(
+    output: Tensor,
+    mixing: Tensor,
+    factor: Tensor,
+    index: Tensor,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """As :func:`gather_update`, with a mixing matrix of its own for each row of a batch.
+
+    For inference: what backward would need is kept by autograd, not by the method's own rule.
+
+    Args:
+        output: output of the base layer, bias included, shape ``(rows, ..., m)``.
+        mixing: shape ``(rows, r, r)``; its products are taken in its own dtype.
+        factor, index, offset: as for :func:`gather_update`, shared by the rows.
+
+    Returns:
+        A new tensor of ``output``'s shape and dtype.
+    """
+    with _autocast_off(output.device.type):
+        rows = output.reshape(output.shape[0], -1, output.shape[-1])
+        z = rows.index_select(-1, index)
+        if offset is not None:
+            z = z - offset.to(z.dtype)
+        mixed = torch.bmm(z.to(mixing.dtype), mixing.mT).to(output.dtype)
+        result = torch.addmm(rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
     return result.view(output.shape)
 
 

@@ -238,6 +238,14 @@ def test_a_failed_injection_leaves_the_model_as_it_was(config, error, message):
     assert all(set(layer.r) == {"default"} for layer in layers(model))
 
 
+@pytest.mark.parametrize("name", ["half", "a.b"])
+def test_names_that_torch_cannot_hold_are_refused(name):
+    model = curlora(llama())
+    with pytest.raises(ValueError, match=f"cannot hold an adapter that is called '{name}'"):
+        model.add_adapter(name, CurloraConfig(r=4))
+    assert all(set(layer.r) == {"default"} for layer in layers(model))
+
+
 def test_a_failed_injection_keeps_what_was_trainable():
     model = get_peft_model(llama(), CurloraConfig(r=4, target_modules=["q_proj"], bias="all"))
     before = {name: p.requires_grad for name, p in model.named_parameters()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -98,14 +101,24 @@ class CurloraConfig(PeftConfig):
     ) -> CurloraConfig:
         """Load the configuration of a saved adapter; see :meth:`peft.PeftConfig.from_pretrained`.
 
-        PEFT calls this before it touches the model. Where the adapter is a local folder its weights
-        file is looked at here, so that a damaged one is refused while nothing has changed yet.
+        PEFT calls this before it touches the model. So the adapter's weights file, in a local folder or fetched from
+        the hub, is looked at here: a damaged one is refused while nothing has changed yet.
 
         Raises:
             ValueError: if the weights file cannot be read, or is a pickle.
         """
-        _check_weights_file(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        if os.path.isdir(folder):
+            _check_weights_file(folder)
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+            with contextlib.suppress(EntryNotFoundError):  # PEFT says it if there is neither
+                hub_kwargs = cls._split_kwargs(kwargs)[0]
+                found = hf_hub_download(pretrained_model_name_or_path, file, subfolder=subfolder, **hub_kwargs)
+                _check_weights_file(os.path.dirname(found))
+                break
+        return config
 
 
 def _check_weights_file(folder: str) -> None:

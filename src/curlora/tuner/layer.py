@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
@@ -18,6 +19,7 @@ from curlora.functional import gather_update
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
 from curlora.tuner.merging import merged_copy
+from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
 
 
@@ -63,8 +65,10 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # The indices that each factor was taken at.
+        # The indices that each factor was taken at, and the same as bytes: adapters drawn alike have the same.
         self._taken_at: dict[str, Tensor] = {}
+        self.draws: dict[str, bytes] = {}
+        self._buffers_noted: list[Tensor] = []
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         # The base layer before a merge into it, if it is quantized. In a list: it is no module of this one.
@@ -161,7 +165,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         with read(self.get_base_layer(), self.name) as weight:
             C, R = weight.columns(columns), weight.rows(rows)
         dtype = torch.promote_types(C.dtype, torch.float32)
-        U = self.curlora_U[adapter_name].detach().to(device=C.device, dtype=dtype)
+        U = self.curlora_U[adapter_name].detach()
+        U = (U.full_tensor() if isinstance(U, DTensor) else U).to(device=C.device, dtype=dtype)
         return self.alpha[adapter_name] * (C.to(dtype) @ U), R.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -201,7 +206,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         factors = {adapter: self.delta_factors(adapter) for adapter in together}
         merged = base.weight.data
         for adapter, (left, right) in factors.items():
-            merged += (left @ right).to(merged.dtype)
+            merged += _sharded_as(merged, (left @ right).to(merged.dtype))
             if safe_merge and not torch.isfinite(merged).all():
                 base.weight.data, self._merged_factors, self.merged_adapters = before
                 raise ValueError(
@@ -240,7 +245,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         else:
             weight = self.get_base_layer().weight
             for adapter in reversed(self.merged_adapters):
-                weight.data -= self.get_delta_weight(adapter)
+                weight.data -= _sharded_as(weight, self.get_delta_weight(adapter))
         self.merged_adapters = []
         self._merged_factors = {}
 
@@ -249,33 +254,80 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.r.pop(adapter_name, None)
         self.alpha.pop(adapter_name, None)
         self._taken_at.pop(adapter_name, None)
+        self.draws.pop(adapter_name, None)
+        self._note_buffers()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
+
+        With ``adapter_names``, one per row of ``x``, each row gets the update of its own adapter instead.
+        """
+        if adapter_names is not None:
+            check_adapter_names(self, x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
+        if adapter_names is not None:
+            return update_rows(self, output, adapter_names)
         adapters = [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
-        if not adapters:
-            return output
+        return self.update(output, adapters) if adapters else output
 
+    def update(self, output: Tensor, adapters: Sequence[str]) -> Tensor:
+        """``output`` of the base layer, shape ``(..., out_features)``, plus the update of one or more adapters."""
         index, factor, mixing = self._combined(adapters)
+        return gather_update(output, mixing, factor, index, self.offset(index))
+
+    def offset(self, index: Tensor) -> Tensor | None:
+        """The base layer's bias at ``index``, which is no part of ``R x``; ``None`` without a bias."""
         bias = getattr(self.get_base_layer(), "bias", None)
-        offset = None if bias is None else bias.index_select(0, index)
-        return gather_update(output, mixing, factor, index, offset)
+        return None if bias is None else bias.index_select(0, index)
+
+    def mixing(self, adapter_name: str) -> Tensor:
+        """``alpha * U``, transposed in a ``Conv1D``: what :func:`curlora.functional.gather_update` takes."""
+        U = self.curlora_U[adapter_name].T if self.stores_outputs_last else self.curlora_U[adapter_name]
+        return U if self.alpha[adapter_name] == 1 else U * self.alpha[adapter_name]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurloraLayer:
+        """Behind ``to``, ``half`` and the like: a factor that adapters hold together stays one."""
+        owner: dict[int, str] = {}
+        first = {adapter: owner.setdefault(id(factor), adapter) for adapter, factor in self.curlora_factor.items()}
+        super()._apply(fn, recurse)
+        for adapter, other in first.items():
+            self.curlora_factor[adapter] = self.curlora_factor[other]
+        self._note_buffers()
+        return self
+
+    def train(self, mode: bool = True) -> CurloraLayer:
+        """As of any module; what was put into the layer past ``load_state_dict`` is looked at now.
+
+        The ``load_adapter`` that transformers puts on its models sets tensors one by one, then calls ``eval``.
+
+        Raises:
+            ValueError: if such an adapter was made on another base.
+        """
+        now = self._buffers_now()
+        if len(now) != len(self._buffers_noted) or any(
+            a is not b for a, b in zip(now, self._buffers_noted, strict=True)
+        ):
+            _rebuild_after_load(self, None)
+            self._note_buffers()
+        super().train(mode)
+        return self
+
+    def _buffers_now(self) -> list[Tensor]:
+        return [*self.curlora_indices.values(), *self.curlora_fingerprint.values()]
+
+    def _note_buffers(self) -> None:
+        self._buffers_noted = self._buffers_now()
 
     def extra_repr(self) -> str:
         return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
 
-    def _combined(self, adapters: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _combined(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Index, factor and mixing for ``gather_update``. Several adapters act as one of the summed rank."""
-        parts = []
-        for adapter in adapters:
-            U = self.curlora_U[adapter].T if self.stores_outputs_last else self.curlora_U[adapter]
-            mixing = U if self.alpha[adapter] == 1 else U * self.alpha[adapter]
-            parts.append((*self.sides(adapter), mixing))
+        parts = [(*self.sides(adapter), self.mixing(adapter)) for adapter in adapters]
         if len(parts) == 1:
             return parts[0]
         index, factor, mixings = zip(*parts, strict=True)
@@ -313,9 +365,29 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self._keep(adapter_name, factor, self.fingerprint_of(factor))
 
     def _keep(self, adapter_name: str, factor: Tensor, current: Tensor) -> None:
-        self._taken_at[adapter_name] = self.curlora_indices[adapter_name].detach().clone()
+        indices = self.curlora_indices[adapter_name].detach()
+        self._taken_at[adapter_name] = indices.clone()
+        # Without values, alike is only what has the same name.
+        meta = indices.device.type == "meta"
+        draw = adapter_name.encode() if meta else indices.cpu().numpy().tobytes()
+        # A thousand adapters that were drawn alike hold one factor.
+        for other, drawn in self.draws.items():
+            if drawn == draw and other != adapter_name and torch.equal(self.curlora_factor[other], factor):
+                factor = self.curlora_factor[other]
+                break
+        self.draws[adapter_name] = draw
         self.curlora_factor[adapter_name] = factor
         self.curlora_fingerprint[adapter_name] = current.to(factor.device)
+        self._note_buffers()
+
+
+class CurloraLinear(CurloraLayer):
+    """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
+
+
+def _sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
+    """``whole`` as FSDP2 has sharded ``weight``; itself if it has not."""
+    return distribute_tensor(whole, weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else whole
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,8 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare
-from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.layer import CurloraLayer, CurloraLinear
+from curlora.tuner.mixed_batch import adapter_names_passed
 from curlora.tuner.weight import device_of
+from curlora.tuner.weighted import add_weighted_adapter
 
 
 def _with_keys(targets: list[str] | str) -> list[str] | str:
@@ -58,7 +62,7 @@ class CurloraModel(BaseTuner):
         if isinstance(target, CurloraLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = CurloraLayer(target, current_key)
+        layer = CurloraLinear(target, current_key)
         quantization = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
         layer.get_apply_tensor_subclass = getattr(quantization, "get_apply_tensor_subclass", None)
         layer.set_adapter(adapter_name)
@@ -69,6 +73,8 @@ class CurloraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted layer, or to none: on an error the model is left as it was."""
+        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+            raise ValueError(f"torch cannot hold an adapter that is called {adapter_name!r}. Choose another name.")
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -90,6 +96,49 @@ class CurloraModel(BaseTuner):
             U = layer.curlora_U[adapter_name]
             if U.dtype in (torch.float16, torch.bfloat16):
                 layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(
+        self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Iterator[None]:
+        """Entered by PEFT around ``forward`` and ``generate``: batches with an adapter for each row."""
+        if adapter_names is None:
+            yield
+            return
+        present = {name for module in self.modules() if isinstance(module, CurloraLayer) for name in module.r}
+        with adapter_names_passed(self.model, adapter_names, present, kwargs.get("num_beams")):
+            yield
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is the weighted sum of others; call it on the :class:`peft.PeftModel`.
+
+        The new adapter is not active and not trained. Weights and alphas go into its ``U``; its own alpha is 1.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one for each; may be negative.
+            adapter_name: the new adapter's name.
+            combination_type: ``"cat"`` puts the adapters side by side, is exact for any, and has the sum of their
+                ranks. ``"linear"`` is exact too, and keeps the rank, where they have the same columns and rows in every
+                layer that they share: adapters with the same ``seed``, ``r`` and ``sampling`` have. So must they for
+                ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"``, PEFT's own, applied to ``U``.
+            density: share of the numbers of ``U`` to keep, in [0, 1]; for the last four.
+            majority_sign_method: ``"total"`` or ``"frequency"``, for ``"ties"`` and ``"dare_ties"``.
+
+        Raises:
+            ValueError: if an adapter is unknown or the new name is taken; if the weights are not as many; if the
+                adapters cannot be combined this way; if one is merged, trained biases, or saves the same module whole
+                as another. The model is then as it was.
+        """
+        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
