@@ -213,6 +213,13 @@ def test_unknown_targets_say_what_there_is():
     assert not layers(base)
 
 
+def test_unknown_targets_of_a_second_adapter_say_what_there_is():
+    model = curlora(llama())
+    with pytest.raises(NoMatchingPeftModuleError, match=r"down_proj, gate_proj, k_proj, lm_head, .*, v_proj\.$") as e:
+        model.add_adapter("second", CurloraConfig(target_modules=["query_proj"]))
+    assert "base_layer" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [

@@ -79,7 +79,9 @@ class CurloraModel(BaseTuner):
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+            linear = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
+            # One that is adapted already is inside of the layer that carries its name.
+            names = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear}
             present = ", ".join(sorted(names)) or "none"
             raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {present}.") from None
         except BaseException:
