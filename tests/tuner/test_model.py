@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
@@ -218,6 +219,15 @@ def test_unknown_targets_of_a_second_adapter_say_what_there_is():
     with pytest.raises(NoMatchingPeftModuleError, match=r"down_proj, gate_proj, k_proj, lm_head, .*, v_proj\.$") as e:
         model.add_adapter("second", CurloraConfig(target_modules=["query_proj"]))
     assert "base_layer" not in str(e.value)
+
+
+def test_a_forward_pass_without_casts_of_the_input_is_the_same():
+    model = curlora(llama())
+    ids = tokens()
+    expected = model(ids).logits
+    with disable_input_dtype_casting(model):
+        assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
 
 
 @pytest.mark.parametrize(

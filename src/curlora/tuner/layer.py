@@ -42,6 +42,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("curlora_U",)
     other_param_names = ("curlora_indices", "curlora_fingerprint", "curlora_factor")
+    # peft.helpers.disable_input_dtype_casting switches it off. No input is cast here.
+    cast_input_dtype_enabled = True
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
