@@ -226,6 +226,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             base = self.get_base_layer()
             factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
+            for adapter, sides in factors.items():
+                if safe_merge and not all(side.isfinite().all() for side in sides):
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
+                        f"(layer {self.name!r})"
+                    )
             left, right = zip(*factors.values(), strict=True)
             self.base_layer = merged_copy(
                 base, (torch.cat(left, dim=1), torch.cat(right)), safe_merge=safe_merge, name=self.name,
@@ -243,7 +249,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._unmerged:
-            self.base_layer = self._unmerged.pop().to(device_of(self.get_base_layer()))
+            merged, self.base_layer = self.get_base_layer(), self._unmerged.pop()
+            if device_of(self.base_layer) != device_of(merged):  # moved since
+                self.base_layer.to(device_of(merged))
         else:
             weight = self.get_base_layer().weight
             for adapter in reversed(self.merged_adapters):

@@ -41,7 +41,7 @@ def merged_copy(
     torchao = {} if get_apply_tensor_subclass is None else {"get_apply_tensor_subclass": get_apply_tensor_subclass}
     try:
         lora = LoraModel._create_new_module(
-            LoraConfig(r=rank, lora_alpha=rank), "merged", copy.deepcopy(layer), r=rank, lora_alpha=rank,
+            LoraConfig(r=rank, lora_alpha=rank), "merged", _twin(layer), r=rank, lora_alpha=rank,
             loaded_in_8bit=True, loaded_in_4bit=True, **torchao,
         )  # fmt: skip
         if type(lora) is Linear:  # which is for weights that are not quantized
@@ -58,3 +58,12 @@ def merged_copy(
             "(curlora.save_as_lora)."
         ) from error
     return lora.get_base_layer()
+
+
+def _twin(layer: nn.Module) -> Any:
+    """The same weight in a layer of its own, into which another may be put."""
+    twin: Any = copy.copy(layer)
+    twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    if hasattr(layer, "state"):  # of bitsandbytes: the scales of an 8-bit weight
+        twin.state = copy.copy(layer.state)
+    return twin

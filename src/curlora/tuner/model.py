@@ -71,6 +71,10 @@ class CurloraModel(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """An adapter is made where its base layer is, and a layer that is put back, maybe quantized, is left alone."""
+        setattr(parent, child_name, new_module)
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted layer, or to none: on an error the model is left as it was."""
         if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -109,12 +110,22 @@ def _dense(layer: nn.Module) -> Tensor | None:
         weight: Any = layer.weight
         return weight.full_tensor().detach() if isinstance(weight, DTensor) else weight.detach()
     try:
-        weight = dequantize_module_weight(layer).detach()
+        weight = _dequantized(layer).detach()
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
     inputs, outputs = features(layer)
     whole = weight.shape == (outputs, inputs) and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
     return weight if whole else None
+
+
+def _dequantized(layer: nn.Module) -> Tensor:
+    weight: Any = getattr(layer, "weight", None)
+    if type(weight).__name__ == "Int8Params":
+        # bitsandbytes keeps the scales with the weight until the layer runs, with its state from then on. By way of
+        # dequantize_module_weight, which puts the weight into the layer anew, they would be lost.
+        scales: Any = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales))
+    return dequantize_module_weight(layer)
 
 
 class StoredWeight:
@@ -164,12 +175,28 @@ class ProbedWeight:
             )
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
-        """Of columns and rows, float64 on the CPU."""
+        """Of columns and rows, float64 on the CPU.
+
+        Raises:
+            TypeError: if the layer is not linear. One of a kind that is not known might do more than multiply.
+        """
         columns, rows = [], torch.zeros(self.shape[0], dtype=torch.float64)
+        x = 10 * torch.randn(4, self.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        product = torch.zeros(4, self.shape[0], dtype=torch.float64)
+        done = 0
         for chunk in self._chunks():
-            square = chunk.to(device="cpu", dtype=torch.float64).square()
-            columns.append(square.sum(1))
-            rows += square.sum(0)
+            some = chunk.to(device="cpu", dtype=torch.float64)
+            product += x[:, done : done + len(some)] @ some
+            done += len(some)
+            columns.append(some.square().sum(1))
+            rows += some.square().sum(0)
+        with torch.no_grad():
+            found = self.layer.forward(x.to(self.device, self.inputs_dtype)) - self.offset
+        if not (found.cpu().double() - product).norm() <= 0.1 * product.norm():  # activations may be rounded
+            raise TypeError(
+                f"Target module {self.name!r} is a {type(self.layer).__name__} that is not linear: what it does is not "
+                "the product with a weight, and so it has no columns and rows. Leave it out with exclude_modules."
+            )
         return torch.cat(columns), rows
 
     def columns(self, index: Tensor) -> Tensor:
@@ -179,9 +206,7 @@ class ProbedWeight:
     def rows(self, index: Tensor) -> Tensor:
         """``W[index, :]``, shape ``(r, n)``."""
         index = index.to(self.device)
-        rows = torch.cat([chunk.index_select(1, index) for chunk in self._chunks()]).T
-        self._check_linear(index, rows)
-        return rows
+        return torch.cat([chunk.index_select(1, index) for chunk in self._chunks()]).T
 
     def input_gradient(self, d: Tensor) -> Tensor:
         """What ``d`` at the layer's output, shape ``(tokens, outputs)``, is at its input, ``(tokens, inputs)``."""
@@ -216,15 +241,3 @@ class ProbedWeight:
             f"cannot be applied on {self.device} either ({error}). Load the base model where it can run, or leave the "
             "layer out with exclude_modules."
         ) from error
-
-    @torch.no_grad()
-    def _check_linear(self, index: Tensor, rows: Tensor) -> None:
-        """A layer of a kind that is not known might do more than multiply."""
-        x = torch.randn(4, self.shape[1], generator=torch.Generator().manual_seed(0)).to(self.device, self.inputs_dtype)
-        found = (self.layer.forward(x) - self.offset).index_select(1, index).float()
-        expected = x.float() @ rows.float().T
-        if not (found - expected).norm() <= 0.1 * expected.norm():  # rounding of activations is allowed for
-            raise TypeError(
-                f"Target module {self.name!r} is a {type(self.layer).__name__} that is not linear: what it does is not "
-                "the product with a weight, and so it has no columns and rows. Leave it out with exclude_modules."
-            )
