@@ -114,6 +114,10 @@ def main(kind, folder):
         plain.load_adapter(folder / "saved", "second")
         plain.set_adapter("second")
         found["second"] = model(tokens()).logits
+        plain.merge_adapter()
+        found["merged"] = model(tokens()).logits
+        with plain.disable_adapter():  # which unmerges
+            found["unmerged"] = model(tokens()).logits
 
     # U is float32 on a base in half precision.
     model = train(differently_seeded(torch.bfloat16), accelerator)

@@ -83,6 +83,13 @@ def test_loading_into_what_is_shared_out(one, two):
     assert torch.allclose(two["second"], one["logits"], rtol=0, atol=1e-12)
 
 
+def test_merging_into_what_is_shared_out(one, two):
+    assert torch.allclose(two["merged"], one["logits"], rtol=0, atol=1e-12)
+    with torch.no_grad():
+        frozen = processes.base()(tokens()).logits
+    assert torch.allclose(two["unmerged"], frozen, rtol=0, atol=1e-12)
+
+
 def test_the_trainers_checkpoint_holds_the_adapter_alone(two):
     (folder,) = two["folder"].glob("trainer/checkpoint-4")
     parts = {name.rpartition(".")[2] for name in load_file(folder / "adapter_model.safetensors")}

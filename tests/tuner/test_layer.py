@@ -176,6 +176,14 @@ def test_a_refused_second_merge_keeps_the_first():
     assert torch.equal(layer.get_base_layer().weight, merged)
 
 
+def test_nothing_is_merged_into_weights_that_deepspeed_has_partitioned(monkeypatch):
+    layer = make_layer(make_base())
+    monkeypatch.setattr("curlora.tuner.merging.check_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(RuntimeError, match=r"'layer'.*ZeRO-3.*Save the adapter"):
+        layer.merge()
+    assert not layer.merged
+
+
 def test_the_projection_inside_multihead_attention_is_refused():
     with pytest.raises(TypeError, match="'out_proj' is the output projection of a torch.nn.MultiheadAttention"):
         CurloraLayer(nn.MultiheadAttention(8, 2).out_proj, "out_proj")

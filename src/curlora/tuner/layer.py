@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
 from curlora.functional import gather_update
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
-from curlora.tuner.merging import merged_copy
+from curlora.tuner.merging import merge, unmerge
 from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
 
@@ -72,9 +71,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.draws: dict[str, bytes] = {}
         self._buffers_noted: list[Tensor] = []
         # What each merged adapter added, as two factors: the weight they came from is gone.
-        self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
+        self.merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         # The base layer before a merge into it, if it is quantized. In a list: it is no module of this one.
-        self._unmerged: list[nn.Module] = []
+        self.unmerged_base: list[nn.Module] = []
         self.register_load_state_dict_post_hook(_rebuild_after_load)
 
     def update_layer(self, adapter_name: str, config: CurloraConfig) -> None:
@@ -173,7 +172,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight; of a quantized one, float32."""
-        left, right = self._merged_factors.get(adapter_name) or self.delta_factors(adapter_name)
+        left, right = self.merged_factors.get(adapter_name) or self.delta_factors(adapter_name)
         base = self.get_base_layer()
         device = device_of(base)
         return (left.to(device) @ right.to(device)).to(base.weight.dtype if is_plain(base) else left.dtype)
@@ -192,72 +191,13 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: with ``safe_merge``, naming the adapter that makes the weight non-finite; or if the base layer
                 is quantized in a way that PEFT cannot merge into.
+            RuntimeError: if the weights are partitioned by DeepSpeed's ZeRO-3.
         """
-        adding = [a for a in check_adapters_to_merge(self, adapter_names) if a in self.curlora_U]
-        if not adding:
-            return
-        # C and R belong to the base weight: compute every update before any is added.
-        together = [*self.merged_adapters, *adding]
-        base = self.get_base_layer()
-        if not is_plain(base):
-            self._merge_quantized(together, safe_merge)
-            return
-        before = (base.weight.data.clone() if safe_merge else None, self._merged_factors, self.merged_adapters)
-        if self.merged:
-            self.unmerge()
-        factors = {adapter: self.delta_factors(adapter) for adapter in together}
-        merged = base.weight.data
-        for adapter, (left, right) in factors.items():
-            merged += _sharded_as(merged, (left @ right).to(merged.dtype))
-            if safe_merge and not torch.isfinite(merged).all():
-                base.weight.data, self._merged_factors, self.merged_adapters = before
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
-                    f"(layer {self.name!r})"
-                )
-        self._merged_factors = factors
-        self.merged_adapters = together
-
-    def _merge_quantized(self, adapters: list[str], safe_merge: bool) -> None:
-        merged, merged_factors, merged_adapters = self.base_layer, self._merged_factors, self.merged_adapters
-        unmerged = list(self._unmerged)
-        try:
-            if self.merged:
-                self.unmerge()
-            base = self.get_base_layer()
-            factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
-            for adapter, sides in factors.items():
-                if safe_merge and not all(side.isfinite().all() for side in sides):
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken "
-                        f"(layer {self.name!r})"
-                    )
-            left, right = zip(*factors.values(), strict=True)
-            self.base_layer = merged_copy(
-                base, (torch.cat(left, dim=1), torch.cat(right)), safe_merge=safe_merge, name=self.name,
-                get_apply_tensor_subclass=self.get_apply_tensor_subclass,
-            )  # fmt: skip
-        except ValueError:
-            self.base_layer, self._unmerged = merged, unmerged
-            self._merged_factors, self.merged_adapters = merged_factors, merged_adapters
-            raise
-        self._unmerged, self._merged_factors, self.merged_adapters = [base], factors, adapters
+        merge(self, adapter_names, safe_merge)
 
     def unmerge(self) -> None:
         """Subtract what was merged: exact up to rounding in the weight's dtype. Quantized layers are as they were."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        if self._unmerged:
-            merged, self.base_layer = self.get_base_layer(), self._unmerged.pop()
-            if device_of(self.base_layer) != device_of(merged):  # moved since
-                self.base_layer.to(device_of(merged))
-        else:
-            weight = self.get_base_layer().weight
-            for adapter in reversed(self.merged_adapters):
-                weight.data -= _sharded_as(weight, self.get_delta_weight(adapter))
-        self.merged_adapters = []
-        self._merged_factors = {}
+        unmerge(self)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -393,11 +333,6 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
 class CurloraLinear(CurloraLayer):
     """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
-
-
-def _sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` as FSDP2 has sharded ``weight``; itself if it has not."""
-    return distribute_tensor(whole, weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else whole
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

@@ -1,60 +1,137 @@
-"""Merging into a quantized layer: by PEFT's own code for LoRA, which knows the libraries."""
+"""Merging adapters into a layer's weight and taking them out again; quantized ones by PEFT's code for LoRA."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-__all__ = ["merged_copy"]
+from curlora.tuner.weight import device_of, is_plain
+
+if TYPE_CHECKING:
+    from curlora.tuner.layer import CurloraLayer
+
+__all__ = ["merge", "unmerge"]
 
 
-@torch.no_grad()
-def merged_copy(
-    layer: nn.Module,
-    factors: tuple[Tensor, Tensor],
-    *,
-    safe_merge: bool,
-    name: str,
-    get_apply_tensor_subclass: Callable[[], Any] | None = None,
-) -> nn.Module:
-    """A quantized layer with an update added to its weight, quantized anew.
+def merge(layer: CurloraLayer, adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """See :meth:`curlora.CurloraLayer.merge`. On an error the layer is as it was."""
+    adding = [a for a in check_adapters_to_merge(layer, adapter_names) if a in layer.curlora_U]
+    if not adding:
+        return
+    if check_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            f"layer {layer.name!r}: the weights are partitioned by ZeRO-3, so that nothing can be merged into them. "
+            "Save the adapter, and merge it into the model in one process."
+        )
+    # C and R belong to the base weight: compute every update before any is added.
+    together = [*layer.merged_adapters, *adding]
+    if is_plain(layer.get_base_layer()):
+        _merge_plain(layer, together, safe_merge)
+    else:
+        _merge_quantized(layer, together, safe_merge)
 
-    Args:
-        layer: the quantized layer; left as it is.
-        factors: of the update, shapes ``(m, r)`` and ``(r, n)``.
-        safe_merge: refuse if the merged weight would not be finite.
-        name: the layer's, for errors.
-        get_apply_tensor_subclass: of torchao's configuration: how the weight is to be quantized.
+
+def unmerge(layer: CurloraLayer) -> None:
+    """See :meth:`curlora.CurloraLayer.unmerge`."""
+    if not layer.merged:
+        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
+        return
+    merged: Any = layer.get_base_layer()
+    if layer.unmerged_base:
+        before = layer.unmerged_base.pop()
+        if device_of(before) != device_of(merged):  # moved since
+            before.to(device_of(merged))
+        layer.base_layer = before
+    else:
+        for adapter in reversed(layer.merged_adapters):
+            merged.weight.data -= _sharded_as(merged.weight, layer.get_delta_weight(adapter))
+    layer.merged_adapters = []
+    layer.merged_factors = {}
+
+
+def _merge_plain(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> None:
+    base: Any = layer.get_base_layer()
+    before = (base.weight.data.clone() if safe_merge else None, layer.merged_factors, layer.merged_adapters)
+    if layer.merged:
+        unmerge(layer)
+    factors = {adapter: layer.delta_factors(adapter) for adapter in adapters}
+    merged = base.weight.data
+    for adapter, (left, right) in factors.items():
+        merged += _sharded_as(merged, (left @ right).to(merged.dtype))
+        if safe_merge and not torch.isfinite(merged).all():
+            base.weight.data, layer.merged_factors, layer.merged_adapters = before
+            raise _not_finite(layer, adapter)
+    layer.merged_factors = factors
+    layer.merged_adapters = adapters
+
+
+def _merge_quantized(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> None:
+    before = layer.base_layer, list(layer.unmerged_base), layer.merged_factors, layer.merged_adapters
+    try:
+        if layer.merged:
+            unmerge(layer)
+        base = layer.base_layer
+        factors = {adapter: layer.delta_factors(adapter) for adapter in adapters}
+        for adapter, sides in factors.items():
+            if safe_merge and not all(side.isfinite().all() for side in sides):
+                raise _not_finite(layer, adapter)
+        layer.base_layer = _merged_copy(layer, list(factors.values()), safe_merge)
+    except ValueError:
+        layer.base_layer, layer.unmerged_base, layer.merged_factors, layer.merged_adapters = before
+        raise
+    layer.unmerged_base, layer.merged_factors, layer.merged_adapters = [base], factors, adapters
+
+
+def _not_finite(layer: CurloraLayer, adapter: str) -> ValueError:
+    return ValueError(
+        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {layer.name!r})"
+    )
+
+
+def _sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
+    """``whole`` as FSDP2 has sharded ``weight``; itself if it has not."""
+    return distribute_tensor(whole, weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else whole
+
+
+def _merged_copy(layer: CurloraLayer, factors: Sequence[tuple[Tensor, Tensor]], safe_merge: bool) -> nn.Module:
+    """The quantized base layer with updates added to its weight, quantized anew. The layer itself is left as it is.
 
     Raises:
         ValueError: if PEFT cannot merge LoRA into such a layer either, or the result would not be finite.
     """
-    left, right = factors
+    base = layer.get_base_layer()
+    left, right = (torch.cat(side, dim=1 - i) for i, side in enumerate(zip(*factors, strict=True)))
     rank = len(right)
-    torchao = {} if get_apply_tensor_subclass is None else {"get_apply_tensor_subclass": get_apply_tensor_subclass}
+    quantize: Callable[[], Any] | None = layer.get_apply_tensor_subclass
+    torchao = {} if quantize is None else {"get_apply_tensor_subclass": quantize}
     try:
         lora = LoraModel._create_new_module(
-            LoraConfig(r=rank, lora_alpha=rank), "merged", _twin(layer), r=rank, lora_alpha=rank,
+            LoraConfig(r=rank, lora_alpha=rank), "merged", _twin(base), r=rank, lora_alpha=rank,
             loaded_in_8bit=True, loaded_in_4bit=True, **torchao,
         )  # fmt: skip
         if type(lora) is Linear:  # which is for weights that are not quantized
             raise NotImplementedError
         lora.lora_A["merged"].weight.data = right
         lora.lora_B["merged"].weight.data = left
-        lora.merge(safe_merge=safe_merge)
+        with torch.no_grad():
+            lora.merge(safe_merge=safe_merge)
     except ValueError as error:
-        raise ValueError(f"layer {name!r}: {error}") from error
+        raise ValueError(f"layer {layer.name!r}: {error}") from error
     except (NotImplementedError, AttributeError) as error:
         raise ValueError(
-            f"layer {name!r} is a {type(layer).__name__}, into whose quantized weight PEFT can merge nothing. Merge "
-            "into the model in float32, bfloat16 or float16, or serve the adapter unmerged, as it is or as LoRA "
+            f"layer {layer.name!r} is a {type(base).__name__}, into whose quantized weight PEFT can merge nothing. "
+            "Merge into the model in float32, bfloat16 or float16, or serve the adapter unmerged, as it is or as LoRA "
             "(curlora.save_as_lora)."
         ) from error
     return lora.get_base_layer()
