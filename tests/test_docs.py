@@ -89,6 +89,48 @@ def test_the_configurations_for_many_gpus_are_accelerates(number, tmp_path):
     assert {*config.fsdp_config, *config.deepspeed_config} <= known
 
 
+def test_the_quantized_python_runs(tmp_path, monkeypatch):
+    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in blocks("quantized.md", "python"):
+        exec(block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
+    assert type(layers(names["model"])[0].get_base_layer()).__name__ == "Linear4bit"
+    names["model"](tokens(), labels=tokens()).loss.backward()
+    assert all(layer.curlora_U["default"].grad.any() for layer in layers(names["model"]))
+
+
+def test_the_adapters_python_runs(tmp_path, monkeypatch):
+    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    logits = {"__base__": llama(initializer_range=0.2)(tokens()).logits}
+    for seed, name in enumerate(("sentiment", "topics")):
+        model = curlora(llama(initializer_range=0.2), seed=seed)
+        model.save_pretrained(f"adapters/{name}")
+        logits[name] = model(tokens()).logits
+    names = {"batch": {"input_ids": tokens()[[0, 0, 0]]}}
+    several, by_row, combined, merged = (
+        block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base"))
+        for block in blocks("adapters.md", "python")
+    )
+    exec(several, names)
+    names["model"].eval()
+    assert torch.allclose(names["model"](tokens()).logits, logits["topics"], atol=1e-5)
+    exec(by_row, names)
+    for row, name in zip(names["logits"], ("topics", "sentiment", "__base__"), strict=True):
+        assert torch.allclose(row, logits[name][0], atol=1e-5)
+    exec(combined, names)
+    both = names["model"](tokens()).logits
+    for layer in layers(names["model"]):
+        U = layer.curlora_U
+        assert torch.allclose(U["both"], 0.7 * U["sentiment"] + 0.3 * U["topics"], atol=1e-6)
+    merge, rest = merged.split("\n", 1)
+    exec(merge, names)
+    assert torch.allclose(names["model"](tokens()).logits, both, atol=1e-5)
+    exec(rest, names)
+    assert set(layers(names["model"])[0].r) == {"sentiment", "topics"}
+
+
 def test_the_guards_recipe_is_one(tmp_path):
     """Put into the README's."""
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
