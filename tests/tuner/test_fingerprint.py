@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curlora.tuner.fingerprint import compare, fingerprint
+from curlora.tuner.fingerprint import compare, compare_layers, fingerprint
 
 
 def make_factor(seed=0, m=300, r=8):
@@ -36,6 +36,28 @@ def test_quantization_is_recognized(bits):
     step = factor.abs().amax(0) / (2 ** (bits - 1) - 1)
     rounded = ((factor / step).round() * step).to(torch.bfloat16)
     assert compare(fingerprint(factor), fingerprint(rounded)) == "precision"
+
+
+def test_one_layer_may_be_rounded_more_than_most():
+    """Four bits, with a scale for several columns: one of low norm beside large ones loses most of its digits."""
+
+    def pair(noise, seed):
+        factor = make_factor(seed, r=2)
+        rounded = factor + noise * factor.std() * torch.randn(factor.shape, generator=torch.Generator().manual_seed(99))
+        return fingerprint(factor), fingerprint(rounded, exact=False)
+
+    layers = {f"layer {seed}": pair(0.25 if seed == 3 else 0.1, seed) for seed in range(9)}
+    assert set(compare_layers(layers).values()) == {"precision"}
+    alone = {"layer 3": layers["layer 3"]}
+    assert compare_layers(alone) == {"layer 3": "other"}  # nothing else speaks for it
+
+
+def test_another_base_is_another_whatever_single_layers_say():
+    """Of unrelated weights some layers are alike by chance: among them are all that a layer alone might pass."""
+    pairs = {f"{seed}": (fingerprint(make_factor(seed)), fingerprint(make_factor(10**6 + seed), exact=False))
+             for seed in range(400)}  # fmt: skip
+    assert "precision" in {compare(*pair) for pair in pairs.values()}
+    assert set(compare_layers(pairs).values()) == {"other"}
 
 
 def test_upcasting_a_half_precision_checkpoint_is_no_change():

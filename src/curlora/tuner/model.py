@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
-from curlora.tuner.fingerprint import LENGTH, compare
+from curlora.tuner.fingerprint import LENGTH, compare_layers
 from curlora.tuner.layer import CurloraLayer, CurloraLinear
 from curlora.tuner.mixed_batch import adapter_names_passed
 from curlora.tuner.weight import device_of
@@ -202,8 +202,7 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
             f"({_first_few(merged)}). Unmerge first."
         )
     problems: list[str] = []
-    other_base: list[str] = []
-    other_precision: list[str] = []
+    fingerprints: dict[str, tuple[Tensor, Tensor]] = {}
     expected = set()
     for name, layer in layers.items():
         keys = [f"{name}.{part}.{adapter_name}" for part in ("curlora_U", "curlora_indices", "curlora_fingerprint")]
@@ -217,9 +216,7 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         if problem:
             problems.append(f"{name}: {problem}")
         elif device_of(layer.get_base_layer()).type != "meta":
-            verdict = compare(saved, layer.fingerprint_of(layer.factor_at(indices)))
-            if verdict != "same":
-                (other_base if verdict == "other" else other_precision).append(name)
+            fingerprints[name] = saved, layer.fingerprint_of(layer.factor_at(indices))
     ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")
     problems += [f"{key} belongs to no adapted layer" for key in state_dict if ours.search(key) and key not in expected]
 
@@ -228,6 +225,10 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
         left = "The model is as it was."
     if problems:
         raise ValueError(f"The adapter does not fit this model and was not loaded: {_first_few(problems)}. {left}")
+    verdicts = compare_layers(fingerprints)
+    other_base, other_precision = (
+        [name for name, verdict in verdicts.items() if verdict == kind] for kind in ("other", "precision")
+    )
     if other_base:
         raise ValueError(
             "The adapter was made on another base model, or on this one before its weights changed or were rounded, "
