@@ -1,0 +1,186 @@
+"""What PEFT's users do with LoRA adapters, done with these; each beside what PEFT does for LoRA."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.helpers import rescale_adapter_scale
+from peft.utils.hotswap import hotswap_adapter
+from torch import nn
+from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+
+import curlora as package
+from curlora import CurloraConfig
+from tests.models import curlora, layers, llama, randomize, tokens
+
+HEADS = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenClassification}
+
+
+def with_head(task):
+    config = copy.deepcopy(llama().config)
+    config.num_labels, config.pad_token_id = 3, 0
+    torch.manual_seed(0)
+    return HEADS[task](config).eval()
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
+    model = get_peft_model(with_head(task), CurloraConfig(r=4, task_type=task))
+    randomize(model)
+    labels = torch.tensor([0, 2]) if task == "SEQ_CLS" else tokens() % 3
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    before = model(tokens(), labels=labels).loss
+    before.backward()
+    optimizer.step()
+    model.eval()
+    assert model(tokens(), labels=labels).loss < before
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(with_head(task), tmp_path).eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert not torch.equal(loaded(tokens()).logits, with_head(task)(tokens()).logits)
+
+
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_autocast_adapter_dtype(autocast, dtype, tmp_path):
+    model = get_peft_model(llama().bfloat16(), CurloraConfig(r=4), autocast_adapter_dtype=autocast)
+    lora = get_peft_model(llama().bfloat16(), LoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=autocast)
+    assert {p.dtype for p in lora.parameters() if p.requires_grad} == {dtype}
+    assert {layer.curlora_U["default"].dtype for layer in layers(model)} == {dtype}
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path, autocast_adapter_dtype=autocast)
+    assert {layer.curlora_U["default"].dtype for layer in layers(loaded)} == {dtype}
+
+
+def test_disabling_in_disabling_and_while_merged():
+    base, model = llama(), curlora(llama())
+    frozen, adapted = base(tokens()).logits, model(tokens()).logits
+    with model.disable_adapter(), model.disable_adapter():
+        assert torch.equal(model(tokens()).logits, frozen)
+    assert torch.equal(model(tokens()).logits, adapted)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(model(tokens()).logits, frozen, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model(tokens()).logits, adapted, rtol=0, atol=1e-5)
+
+
+def test_deleting_the_active_adapter_is_as_with_lora():
+    def after(config):
+        model = get_peft_model(llama(), config)
+        model.add_adapter("other", copy.deepcopy(config))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.delete_adapter("default")
+        return model, list(model.peft_config), model.active_adapters, [str(w.message) for w in caught]
+
+    ours, *found = after(CurloraConfig(r=4))
+    _, *expected = after(LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"]))
+    assert found == expected
+    assert all(set(layer.r) == {"other"} for layer in layers(ours))
+
+
+def test_status_and_requires_grad_are_as_with_lora():
+    ours, lora = curlora(llama()), get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "k_proj", "v_proj"]))
+    for model in (ours, lora):
+        model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+        model.set_requires_grad("default", requires_grad=False)
+    found, expected = ours.get_model_status(), lora.get_model_status()
+    for field in ("num_adapter_layers", "enabled", "active_adapters", "merged_adapters", "requires_grad"):
+        assert getattr(found, field) == getattr(expected, field), field
+    assert found.trainable_params == 0 == expected.trainable_params
+    for one, two in zip(ours.get_layer_status(), lora.get_layer_status(), strict=True):
+        assert (one.name, one.active_adapters, one.requires_grad) == (two.name, two.active_adapters, two.requires_grad)
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_injected_into_a_model_and_its_state_dict_given_back(low_memory):
+    source = curlora(llama())
+    state = get_peft_model_state_dict(source)
+    model = inject_adapter_in_model(CurloraConfig(r=4), llama(), low_cpu_mem_usage=low_memory).eval()
+    result = set_peft_model_state_dict(
+        model,
+        {key.removeprefix("base_model.model."): value for key, value in state.items()},
+        low_cpu_mem_usage=low_memory,
+    )
+    assert not result.unexpected_keys
+    assert torch.equal(model(tokens()).logits, source(tokens()).logits)
+
+
+def test_new_words_go_along(tmp_path):
+    """Embeddings that were resized are saved with the adapter, as PEFT does it."""
+    base = llama()
+    base.resize_token_embeddings(110)
+    model = curlora(base)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    fresh = llama(seed=0)
+    fresh.resize_token_embeddings(110)
+    nn.init.zeros_(fresh.get_input_embeddings().weight.data[100:])
+    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+    new_words = tokens() % 10 + 100
+    assert torch.equal(loaded(new_words).logits, model(new_words).logits)
+
+
+def test_a_tied_head_is_as_with_lora(tmp_path):
+    tied = lambda: llama(tie_word_embeddings=True)  # noqa: E731
+
+    def caught(make):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            made = make()
+        return made, [str(warning.message) for warning in found if "tie" in str(warning.message)]
+
+    model, ours = caught(lambda: curlora(tied(), target_modules=["lm_head"]))
+    _, theirs = caught(lambda: get_peft_model(tied(), LoraConfig(target_modules=["lm_head"])))
+    # PEFT's warning ends otherwise where a method could tie its adapters as well.
+    assert len(ours) == len(theirs) > 0
+    assert all("a tied layer is part of the adapter" in text for text in ours)
+    package.save_as_lora(tmp_path, model)
+    lora = PeftModel.from_pretrained(tied(), tmp_path).eval()
+    torch.testing.assert_close(model(tokens()).logits, lora(tokens()).logits)
+    for merged in (model, lora):
+        merged.merge_adapter()
+    torch.testing.assert_close(model(tokens()).logits, lora(tokens()).logits)
+
+
+def test_the_model_card_and_a_subfolder(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    model = curlora(base)
+    model.save_pretrained(tmp_path / "repository" / "inside")
+    card = ModelCard.load(tmp_path / "repository" / "inside" / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == str(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "repository", subfolder="inside").eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_what_knows_lora_alone_says_so_and_changes_nothing(tmp_path):
+    model = curlora(llama())
+    before = model(tokens()).logits
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="only supports LORA"):
+        hotswap_adapter(model, tmp_path, adapter_name="default")
+    with pytest.raises(ValueError, match="LoraLayer"), rescale_adapter_scale(model, 0.5):
+        pass
+    assert torch.equal(model(tokens()).logits, before)
+
+
+def test_rows_with_adapters_of_their_own_compile():
+    model = curlora(llama())
+    model.add_adapter("other", CurloraConfig(r=3, seed=5))
+    randomize(model, "other", seed=8)
+    names = ["other", "default"]
+    expected = model(tokens(), adapter_names=names).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(tokens(), adapter_names=names).logits, expected)
