@@ -4,7 +4,14 @@ import torch
 from peft import get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from curlora import CurloraConfig, CurloraLayer
 
@@ -41,6 +48,21 @@ def gpt2(seed=0):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def classifier(kind=LlamaForSequenceClassification, seed=0):
+    """With a fresh head of three labels."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=3,
+        pad_token_id=0,
+    )
+    return kind(config).eval()
 
 
 BASES = {"llama": llama, "gpt2": gpt2}

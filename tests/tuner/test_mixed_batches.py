@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import T5Config, T5ForConditionalGeneration
 
 from curlora import CurloraConfig
 from curlora.functional import gather_update, gather_update_by_row
-from tests.models import BASES, VOCABULARY, curlora, layers, llama, randomize, tokens
+from tests.models import BASES, VOCABULARY, classifier, curlora, layers, llama, randomize, tokens
 
 both = pytest.mark.parametrize("base", BASES)
 # Drawn alike: "default", "second" and "third". Another draw: "other". Another rank: "small".
@@ -120,17 +120,7 @@ def test_beam_search_repeats_the_names_for_the_decoder_alone():
 
 
 def test_heads_that_are_saved_whole_are_mixed_too():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    model = several(LlamaForSequenceClassification(config).eval().double(), task_type=TaskType.SEQ_CLS)
+    model = several(classifier().double(), task_type=TaskType.SEQ_CLS)
     for i, head in enumerate(model.base_model.model.score.modules_to_save.values()):
         torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(i))
     ids, names = tokens(batch=4) % 99 + 1, ["small", "default", "__base__", "second"]

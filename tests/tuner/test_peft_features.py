@@ -21,21 +21,14 @@ from transformers import LlamaForSequenceClassification, LlamaForTokenClassifica
 
 import curlora as package
 from curlora import CurloraConfig
-from tests.models import curlora, layers, llama, randomize, tokens
+from tests.models import classifier, curlora, layers, llama, randomize, tokens
 
 HEADS = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenClassification}
 
 
-def with_head(task):
-    config = copy.deepcopy(llama().config)
-    config.num_labels, config.pad_token_id = 3, 0
-    torch.manual_seed(0)
-    return HEADS[task](config).eval()
-
-
 @pytest.mark.parametrize("task", HEADS)
 def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
-    model = get_peft_model(with_head(task), CurloraConfig(r=4, task_type=task))
+    model = get_peft_model(classifier(HEADS[task]), CurloraConfig(r=4, task_type=task))
     randomize(model)
     labels = torch.tensor([0, 2]) if task == "SEQ_CLS" else tokens() % 3
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
@@ -45,9 +38,9 @@ def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
     model.eval()
     assert model(tokens(), labels=labels).loss < before
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(with_head(task), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(classifier(HEADS[task]), tmp_path).eval()
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-    assert not torch.equal(loaded(tokens()).logits, with_head(task)(tokens()).logits)
+    assert not torch.equal(loaded(tokens()).logits, classifier(HEADS[task])(tokens()).logits)
 
 
 @pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])

@@ -200,6 +200,26 @@ def test_merging_does_what_peft_does_for_lora_and_unmerging_gives_back_the_base(
     assert close(whole(tokens()).logits, merged, 1e-6)
 
 
+def test_torchao_in_four_bits_by_its_own_means():
+    """transformers loads no such weight on a CPU; and who quantizes by hand has not said how to do it after a merge."""
+    from torchao.quantization import IntxWeightOnlyConfig, quantize_
+    from torchao.quantization.granularity import PerGroup
+
+    model = base()
+    quantize_(model.model, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16)))
+    model = adapted(model)
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    for layer in layers(model):
+        assert type(layer.get_base_layer().weight).__module__.startswith("torchao.")
+        assert close(layer(x).double(), dense(layer)(x), 1e-4)
+        found = torch.autograd.grad(layer(x).square().sum(), layer.curlora_U["default"])[0]
+        assert close(found, torch.autograd.grad(_square(layer, x), layer.curlora_U["default"])[0], 1e-3)
+    before = model(tokens()).logits
+    with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
+        layers(model)[0].merge()
+    assert torch.equal(model(tokens()).logits, before)
+
+
 def test_a_refused_merge_changes_nothing(quantized):
     model = adapted(quantized())
     before = model(tokens()).logits

@@ -6,10 +6,9 @@ import sys
 import pytest
 import torch
 from peft import TaskType
-from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from curlora import CurloraConfig
-from tests.models import BASES, VOCABULARY, curlora, layers, llama, randomize, tokens
+from tests.models import BASES, classifier, curlora, layers, llama, randomize, tokens
 
 both = pytest.mark.parametrize("base", BASES)
 
@@ -139,20 +138,6 @@ def test_half_precision_keeps_the_dtype_of_U():
     model = several(llama().to(torch.bfloat16))
     model.add_weighted_adapter(NAMES, WEIGHTS, "sum")
     assert {layer.curlora_U["sum"].dtype for layer in layers(model)} == {torch.float32}
-
-
-def classifier():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    return LlamaForSequenceClassification(config).eval()
 
 
 def test_the_one_head_that_was_trained_comes_along():
