@@ -37,12 +37,17 @@ def with_head(task):
 def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
     model = get_peft_model(with_head(task), CurloraConfig(r=4, task_type=task))
     randomize(model)
+    lora = get_peft_model(with_head(task), LoraConfig(task_type=task, target_modules=["q_proj"]))
+    assert model.peft_config["default"].modules_to_save == lora.peft_config["default"].modules_to_save
+    head = model.base_model.model.score.modules_to_save["default"].weight
+    fresh = head.detach().clone()
     labels = torch.tensor([0, 2]) if task == "SEQ_CLS" else tokens() % 3
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     before = model(tokens(), labels=labels).loss
     before.backward()
     optimizer.step()
     model.eval()
+    assert not torch.equal(head, fresh)
     assert model(tokens(), labels=labels).loss < before
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(with_head(task), tmp_path).eval()
@@ -69,8 +74,25 @@ def test_disabling_in_disabling_and_while_merged():
     assert torch.equal(model(tokens()).logits, adapted)
     model.merge_adapter()
     with model.disable_adapter():
-        torch.testing.assert_close(model(tokens()).logits, frozen, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model(tokens()).logits, adapted, rtol=0, atol=1e-5)
+        assert torch.equal(model(tokens()).logits, frozen)
+    assert torch.equal(model(tokens()).logits, adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_and_unmerged_it_is_the_base_that_adapters_were_made_on(dtype, tmp_path):
+    other = curlora(llama().to(dtype), seed=9)
+    other.save_pretrained(tmp_path / "other")
+    model = curlora(llama().to(dtype))
+    before = model(tokens()).logits
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(model(tokens()).logits, before)
+    model.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*precision")
+        model.load_adapter(tmp_path / "other", "other")
+    model.set_adapter("other")
+    assert torch.equal(model.eval()(tokens()).logits, other(tokens()).logits)
 
 
 def test_deleting_the_active_adapter_is_as_with_lora():
