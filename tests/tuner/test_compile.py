@@ -1,5 +1,7 @@
 """Whole models compiled in one graph: any break in ours is an error under ``fullgraph``."""
 
+import shutil
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -49,3 +51,12 @@ def test_inference(base):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")
+def test_training_by_the_default_backend():
+    base = BASES["llama"]()
+    base.model.layers = base.model.layers[:1]  # inductor takes its time
+    model = curlora(base)
+    for got, expected in zip(step(torch.compile(model, fullgraph=True), model), step(model, model), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -121,7 +121,7 @@ def test_merge_and_unmerge(kind, safe):
     torch.testing.assert_close(layer.get_base_layer().weight, dense_from(original, layer).float())
     torch.testing.assert_close(layer(x), active, rtol=1e-4, atol=1e-5)
     layer.unmerge()
-    torch.testing.assert_close(layer.get_base_layer().weight, original)
+    assert torch.equal(layer.get_base_layer().weight, original)
     torch.testing.assert_close(layer(x), active, rtol=1e-4, atol=1e-5)
 
 
@@ -149,7 +149,17 @@ def test_unmerging_after_U_changed_restores_the_base():
     layer.merge()
     layer.curlora_U["default"].data.zero_()
     layer.unmerge()
-    torch.testing.assert_close(layer.get_base_layer().weight, original)
+    assert torch.equal(layer.get_base_layer().weight, original)
+
+
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float64])
+def test_unmerging_after_a_cast_gives_the_base_cast(cast):
+    layer = make_layer(make_base())
+    original = layer.get_base_layer().weight.clone()
+    layer.merge()
+    layer.to(cast)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, original.to(cast))
 
 
 def test_safe_merge_refuses_nan_and_changes_nothing():
@@ -198,7 +208,7 @@ def test_disabled_and_merged_layers_are_the_base():
     layer.enable_adapters(True)
     layer.merge()
     layer.enable_adapters(False)
-    torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(layer(x), expected)
     assert not layer.merged
 
 

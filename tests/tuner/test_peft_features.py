@@ -16,8 +16,8 @@ from peft import (
 )
 from peft.helpers import rescale_adapter_scale
 from peft.utils.hotswap import hotswap_adapter
-from torch import nn
-from transformers import LlamaForSequenceClassification, LlamaForTokenClassification
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification, LlamaForTokenClassification
 
 import curlora as package
 from curlora import CurloraConfig
@@ -30,12 +30,17 @@ HEADS = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenCl
 def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
     model = get_peft_model(classifier(HEADS[task]), CurloraConfig(r=4, task_type=task))
     randomize(model)
+    lora = get_peft_model(with_head(task), LoraConfig(task_type=task, target_modules=["q_proj"]))
+    assert model.peft_config["default"].modules_to_save == lora.peft_config["default"].modules_to_save
+    head = model.base_model.model.score.modules_to_save["default"].weight
+    fresh = head.detach().clone()
     labels = torch.tensor([0, 2]) if task == "SEQ_CLS" else tokens() % 3
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     before = model(tokens(), labels=labels).loss
     before.backward()
     optimizer.step()
     model.eval()
+    assert not torch.equal(head, fresh)
     assert model(tokens(), labels=labels).loss < before
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(classifier(HEADS[task]), tmp_path).eval()
@@ -49,9 +54,15 @@ def test_autocast_adapter_dtype(autocast, dtype, tmp_path):
     lora = get_peft_model(llama().bfloat16(), LoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=autocast)
     assert {p.dtype for p in lora.parameters() if p.requires_grad} == {dtype}
     assert {layer.curlora_U["default"].dtype for layer in layers(model)} == {dtype}
+    randomize(model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama().bfloat16(), tmp_path, autocast_adapter_dtype=autocast)
+    loaded = PeftModel.from_pretrained(
+        llama().bfloat16(), tmp_path, autocast_adapter_dtype=autocast, is_trainable=True
+    ).eval()
     assert {layer.curlora_U["default"].dtype for layer in layers(loaded)} == {dtype}
+    assert torch.equal(loaded(tokens()).logits, model.eval()(tokens()).logits)
+    loaded(tokens(), labels=tokens()).loss.backward()
+    assert {layer.curlora_U["default"].grad.dtype for layer in layers(loaded)} == {dtype}
 
 
 def test_disabling_in_disabling_and_while_merged():
@@ -62,8 +73,25 @@ def test_disabling_in_disabling_and_while_merged():
     assert torch.equal(model(tokens()).logits, adapted)
     model.merge_adapter()
     with model.disable_adapter():
-        torch.testing.assert_close(model(tokens()).logits, frozen, rtol=0, atol=1e-5)
-    torch.testing.assert_close(model(tokens()).logits, adapted, rtol=0, atol=1e-5)
+        assert torch.equal(model(tokens()).logits, frozen)
+    assert torch.equal(model(tokens()).logits, adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_and_unmerged_it_is_the_base_that_adapters_were_made_on(dtype, tmp_path):
+    other = curlora(llama().to(dtype), seed=9)
+    other.save_pretrained(tmp_path / "other")
+    model = curlora(llama().to(dtype))
+    before = model(tokens()).logits
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(model(tokens()).logits, before)
+    model.load_state_dict(model.state_dict())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*precision")
+        model.load_adapter(tmp_path / "other", "other")
+    model.set_adapter("other")
+    assert torch.equal(model.eval()(tokens()).logits, other(tokens()).logits)
 
 
 def test_deleting_the_active_adapter_is_as_with_lora():
@@ -108,17 +136,30 @@ def test_injected_into_a_model_and_its_state_dict_given_back(low_memory):
     assert torch.equal(model(tokens()).logits, source(tokens()).logits)
 
 
-def test_new_words_go_along(tmp_path):
-    """Embeddings that were resized are saved with the adapter, as PEFT does it."""
-    base = llama()
-    base.resize_token_embeddings(110)
-    model = curlora(base)
-    model.save_pretrained(tmp_path, save_embedding_layers=True)
-    fresh = llama(seed=0)
-    fresh.resize_token_embeddings(110)
-    nn.init.zeros_(fresh.get_input_embeddings().weight.data[100:])
-    loaded = PeftModel.from_pretrained(fresh, tmp_path).eval()
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_words_go_along_as_with_lora(tied, tmp_path):
+    """PEFT sees by the base's own configuration that embeddings were resized, and saves them with the adapter."""
+    llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+
+    def resized(seed):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(110)
+        return base.eval()
+
+    lora = get_peft_model(resized(0), LoraConfig(target_modules=["q_proj"]))
+    model = curlora(resized(0))
+    for kind, saved in (("lora", lora), ("curlora", model)):
+        with pytest.warns(UserWarning, match="embedding layer has been resized"):
+            saved.save_pretrained(tmp_path / kind)
+    found, expected = (load_file(tmp_path / kind / "adapter_model.safetensors") for kind in ("curlora", "lora"))
+    embeddings = {key for key in expected if "lora_" not in key}
+    assert {key for key in found if "curlora_" not in key} == embeddings
+    assert all(torch.equal(found[key], expected[key]) for key in embeddings)
     new_words = tokens() % 10 + 100
+    fresh = resized(1)
+    assert not torch.equal(fresh(new_words).logits, resized(0)(new_words).logits)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "curlora").eval()
     assert torch.equal(loaded(new_words).logits, model(new_words).logits)
 
 
@@ -147,11 +188,15 @@ def test_a_tied_head_is_as_with_lora(tmp_path):
 def test_the_model_card_and_a_subfolder(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     base = type(llama()).from_pretrained(tmp_path / "base")
-    model = curlora(base)
+    model = curlora(base, task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path / "repository" / "inside")
-    card = ModelCard.load(tmp_path / "repository" / "inside" / "README.md")
-    assert card.data.library_name == "peft"
-    assert card.data.base_model == str(tmp_path / "base")
+    card = ModelCard.load(tmp_path / "repository" / "inside" / "README.md").data
+    assert card.library_name == "peft"
+    assert card.base_model == str(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "lora")
+    lora = ModelCard.load(tmp_path / "lora" / "README.md").data.to_dict()
+    assert card.to_dict() == {**lora, "tags": [tag for tag in lora["tags"] if tag != "lora"]}
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "repository", subfolder="inside").eval()
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 

@@ -72,6 +72,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self._buffers_noted: list[Tensor] = []
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self.merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
+        # The weight before a merge into it.
+        self.unmerged_weight: Tensor | None = None
         # The base layer before a merge into it, if it is quantized. In a list: it is no module of this one.
         self.unmerged_base: list[nn.Module] = []
         self.register_load_state_dict_post_hook(_rebuild_after_load)
@@ -196,7 +198,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         merge(self, adapter_names, safe_merge)
 
     def unmerge(self) -> None:
-        """Subtract what was merged: exact up to rounding in the weight's dtype. Quantized layers are as they were."""
+        """Give the base layer back as it was, bit for bit; :meth:`merge` keeps it, a weight in the CPU's memory."""
         unmerge(self)
 
     def delete_adapter(self, adapter_name: str) -> None:

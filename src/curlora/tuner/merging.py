@@ -54,26 +54,30 @@ def unmerge(layer: CurloraLayer) -> None:
             before.to(device_of(merged))
         layer.base_layer = before
     else:
-        for adapter in reversed(layer.merged_adapters):
-            merged.weight.data -= _sharded_as(merged.weight, layer.get_delta_weight(adapter))
+        # Subtracting would leave rounding behind, in half precision enough to make this another base.
+        merged.weight.data.copy_(layer.unmerged_weight)
+        layer.unmerged_weight = None
     layer.merged_adapters = []
     layer.merged_factors = {}
 
 
 def _merge_plain(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> None:
     base: Any = layer.get_base_layer()
-    before = (base.weight.data.clone() if safe_merge else None, layer.merged_factors, layer.merged_adapters)
+    before = layer.unmerged_weight, layer.merged_factors, layer.merged_adapters
+    weight_before = base.weight.data.clone() if safe_merge else None
     if layer.merged:
         unmerge(layer)
     factors = {adapter: layer.delta_factors(adapter) for adapter in adapters}
     merged = base.weight.data
+    # Out of the accelerator's memory, which merging is often meant to save.
+    unmerged = merged.clone() if isinstance(merged, DTensor) else merged.to("cpu", copy=True)
     for adapter, (left, right) in factors.items():
         merged += _sharded_as(merged, (left @ right).to(merged.dtype))
         if safe_merge and not torch.isfinite(merged).all():
-            base.weight.data, layer.merged_factors, layer.merged_adapters = before
+            base.weight.data = weight_before
+            layer.unmerged_weight, layer.merged_factors, layer.merged_adapters = before
             raise _not_finite(layer, adapter)
-    layer.merged_factors = factors
-    layer.merged_adapters = adapters
+    layer.unmerged_weight, layer.merged_factors, layer.merged_adapters = unmerged, factors, adapters
 
 
 def _merge_quantized(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> None:
