@@ -30,7 +30,7 @@ HEADS = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenCl
 def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
     model = get_peft_model(classifier(HEADS[task]), CurloraConfig(r=4, task_type=task))
     randomize(model)
-    lora = get_peft_model(with_head(task), LoraConfig(task_type=task, target_modules=["q_proj"]))
+    lora = get_peft_model(classifier(HEADS[task]), LoraConfig(task_type=task, target_modules=["q_proj"]))
     assert model.peft_config["default"].modules_to_save == lora.peft_config["default"].modules_to_save
     head = model.base_model.model.score.modules_to_save["default"].weight
     fresh = head.detach().clone()
