@@ -49,13 +49,17 @@ def unmerge(layer: CurloraLayer) -> None:
         return
     merged: Any = layer.get_base_layer()
     if layer.unmerged_base:
-        before = layer.unmerged_base.pop()
-        if device_of(before) != device_of(merged):  # moved since
-            before.to(device_of(merged))
-        layer.base_layer = before
+        base = layer.unmerged_base.pop()
+        if device_of(base) != device_of(merged):  # moved since
+            base.to(device_of(merged))
+        layer.base_layer = base
     else:
         # Subtracting would leave rounding behind, in half precision enough to make this another base.
-        merged.weight.data.copy_(layer.unmerged_weight)
+        weight, before = merged.weight.data, layer.unmerged_weight
+        if isinstance(before, DTensor) and not isinstance(weight, DTensor):  # FSDP2 gathers weights for a forward pass
+            before = before.full_tensor()
+        assert before is not None
+        weight.copy_(_sharded_as(weight, before))
         layer.unmerged_weight = None
     layer.merged_adapters = []
     layer.merged_factors = {}
