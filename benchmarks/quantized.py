@@ -19,16 +19,20 @@ import time
 from pathlib import Path
 
 import torch
+import torchao.quantization as torchao
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
+from torchao.quantization.granularity import PerGroup
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 import curlora
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 RUNS = [("float32", "frozen"), ("float32", "curlora"), ("float32", "lora"),
-        ("nf4", "frozen"), ("nf4", "curlora"), ("nf4", "lora")]  # fmt: skip
+        ("nf4", "frozen"), ("nf4", "curlora"), ("nf4", "lora"),
+        *((base, "curlora") for base in ("int8", "torchao-int8", "torchao-int4", "hqq"))]  # fmt: skip
 RATES = {"curlora": 2e-3, "lora": 5e-4}
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 
@@ -55,12 +59,9 @@ def main():
 def run(arguments, base, method):
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    model = AutoModel.from_pretrained(
-        arguments.model, dtype=torch.float32, quantization_config=quantization if base == "nf4" else None
-    ).requires_grad_(False)
+    model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, quantization_config=by_transformers(base))
+    by_hand(base, model)
+    model.requires_grad_(False)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if method == "curlora":
         model = get_peft_model(model, curlora.CurloraConfig(r=16, target_modules=TARGETS, seed=arguments.seed))
@@ -105,6 +106,28 @@ def run(arguments, base, method):
         "training_seconds": round(trained, 1), "examples": len(train), "scored": len(scored),
         "torch": torch.__version__, "machine": platform.processor() or platform.machine(),
     }  # fmt: skip
+
+
+def by_transformers(base):
+    if base == "nf4":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    if base == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if base == "torchao-int8":
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    return None
+
+
+def by_hand(base, model):
+    """What transformers does not load, or not on a CPU."""
+    if base == "torchao-int4":
+        torchao.quantize_(model, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)))
+    if base == "hqq":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, child = name.rpartition(".")
+                layer = HQQLinear(module, BaseQuantizeConfig(nbits=4), compute_dtype=torch.float32, device="cpu")
+                setattr(model.get_submodule(parent), child, layer)
 
 
 def read(path):
