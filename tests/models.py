@@ -17,20 +17,12 @@ from curlora import CurloraConfig, CurloraLayer
 
 VOCABULARY = 100
 WORDS = [f"w{i}" for i in range(VOCABULARY - 2)]
+_LLAMA = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 
 
 def llama(seed=0, **kwargs):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        **kwargs,
-    )
+    config = LlamaConfig(**_LLAMA, num_key_value_heads=2, attention_bias=True, **kwargs)
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts them at zero, which would hide errors
@@ -53,16 +45,7 @@ def gpt2(seed=0):
 def classifier(kind=LlamaForSequenceClassification, seed=0):
     """With a fresh head of three labels."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=3,
-        pad_token_id=0,
-    )
-    return kind(config).eval()
+    return kind(LlamaConfig(**_LLAMA, num_labels=3, pad_token_id=0)).eval()
 
 
 BASES = {"llama": llama, "gpt2": gpt2}
