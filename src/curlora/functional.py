@@ -11,7 +11,8 @@ https://arxiv.org/abs/2408.14572) needs neither the layer's input nor a matrix o
     dU = gᵀ z                                   summed over tokens
     dy0 = dy, plus g U added at ``rows``        duplicates accumulate
 
-Only ``z`` is saved for backward.
+Only ``z`` is saved for backward. What is left is to read and write memory: ``dy`` is changed in place where nothing
+else can see it (:mod:`curlora.alone`), and ``y0`` where the caller says so.
 """
 
 import contextlib
@@ -19,8 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-__all__ = ["gather_update", "gather_update_by_row"]
+from curlora.alone import told_if_alone
+
+__all__ = ["gather_update", "gather_update_", "gather_update_by_row"]
 
 
 def gather_update(
@@ -49,18 +53,49 @@ def gather_update(
     Raises:
         ValueError: if the shapes do not fit together.
     """
-    r = index.shape[0]
-    if mixing.shape != (r, r) or factor.shape != (output.shape[-1], r):
-        raise ValueError(
-            f"gather_update: an output of shape {tuple(output.shape)} and an index of length {r} need "
-            f"mixing of shape {(r, r)} and factor of shape {(output.shape[-1], r)}, but got "
-            f"{tuple(mixing.shape)} and {tuple(factor.shape)}"
-        )
+    _check_shapes("gather_update", output, mixing, factor, index)
     # The dtypes are chosen here, product by product; autocast must not choose again.
     with _autocast_off(output.device.type):
         # Reshaped out here: an output of the Function that is a view could not be changed in place.
-        result, _ = _GatherUpdate.apply(output.reshape(-1, output.shape[-1]), mixing, factor, index, offset)
+        flat = output.reshape(-1, output.shape[-1])
+        if _needs_graph(output, mixing, offset):
+            result, _ = _GatherUpdate.apply(flat, mixing, factor, index, offset, False)
+        else:
+            result, _ = _add(flat, mixing, factor, index, offset)
     return result.view(output.shape)
+
+
+def gather_update_(
+    output: Tensor,
+    mixing: Tensor,
+    factor: Tensor,
+    index: Tensor,
+    offset: Tensor | None = None,
+) -> Tensor:
+    """As :func:`gather_update`, in the memory of ``output``, which is not to be used after it.
+
+    Args:
+        output: contiguous, and nobody else's (see :func:`curlora.alone.alone`).
+        mixing, factor, index, offset: as for :func:`gather_update`.
+
+    Returns:
+        The result, of ``output``'s shape and dtype. A new tensor if ``output`` is a view of a part of another.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    _check_shapes("gather_update_", output, mixing, factor, index)
+    with _autocast_off(output.device.type):
+        if not _needs_graph(output, mixing, offset):
+            _add(output.view(-1, output.shape[-1]), mixing, factor, index, offset, in_place=True)
+            return output
+        # A Function cannot change a view in place and have two outputs. What a linear layer with a bias returns is a
+        # view of all of its product, in another shape.
+        whole = output._base if output._base is not None else output
+        if whole.shape[-1:] != output.shape[-1:] or whole.numel() != output.numel() or not whole.is_contiguous():
+            return gather_update(output, mixing, factor, index, offset)
+        result, _ = _GatherUpdate.apply(whole, mixing, factor, index, offset, True)
+    return result if result.shape == output.shape else result.view(output.shape)
 
 
 def gather_update_by_row(
@@ -92,28 +127,67 @@ def gather_update_by_row(
     return result.view(output.shape)
 
 
+def _check_shapes(name: str, output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor) -> None:
+    r = index.shape[0]
+    if mixing.shape != (r, r) or factor.shape != (output.shape[-1], r):
+        raise ValueError(
+            f"{name}: an output of shape {tuple(output.shape)} and an index of length {r} need "
+            f"mixing of shape {(r, r)} and factor of shape {(output.shape[-1], r)}, but got "
+            f"{tuple(mixing.shape)} and {tuple(factor.shape)}"
+        )
+
+
+def _needs_graph(output: Tensor, mixing: Tensor, offset: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and (
+        output.requires_grad or mixing.requires_grad or (offset is not None and offset.requires_grad)
+    )
+
+
 def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
+def _add(
+    flat: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``flat``, shape ``(tokens, m)``, with the update, and ``z``."""
+    z = flat.index_select(-1, index)
+    if offset is not None:
+        z = z - _as(offset, z.dtype)
+    mixed = _as(linear(_as(z, mixing.dtype), mixing), flat.dtype)
+    # addmm adds while it multiplies: the update itself never exists as a tensor.
+    result = torch.addmm(flat, mixed, _as(factor, flat.dtype).T, out=flat if in_place else None)
+    return result, z
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor.to(dtype)``; to ask first is quicker, which tells where a step is many small products."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class _GatherUpdate(torch.autograd.Function):
     """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right.
 
-    ``output`` has shape ``(tokens, m)``.
+    ``output`` has shape ``(..., m)``, and ``z`` has shape ``(tokens, r)``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None
+        ctx: Any,
+        output: Tensor,
+        mixing: Tensor,
+        factor: Tensor,
+        index: Tensor,
+        offset: Tensor | None,
+        in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        z = output.index_select(-1, index)
-        if offset is not None:
-            z = z - offset.to(z.dtype)
-        mixed = (z.to(mixing.dtype) @ mixing.T).to(output.dtype)
-        # addmm adds while it multiplies: the update itself never exists as a tensor.
-        result = torch.addmm(output, mixed, factor.to(output.dtype).T)
+        flat = output.view(-1, output.shape[-1])
+        result, z = _add(flat, mixing, factor, index, offset, in_place)
+        if in_place:
+            ctx.mark_dirty(output)
+            result = output
 
         ctx.shape = output.shape
         ctx.offset_dtype = None if offset is None else offset.dtype
@@ -122,24 +196,29 @@ class _GatherUpdate(torch.autograd.Function):
         return result, z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+    @told_if_alone
+    def backward(ctx: Any, alone: bool, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         z, mixing, factor, index = ctx.saved_tensors
-        need_output, need_mixing, _, _, need_offset = ctx.needs_input_grad
+        need_output, need_mixing, _, _, need_offset, _ = ctx.needs_input_grad
         if grad is None:  # in second derivatives z may be used where the result is not
             if grad_z is None:
-                return None, None, None, None, None
+                return (None,) * 6
             grad = grad_z.new_zeros(ctx.shape)
 
-        g = (grad @ factor.to(grad.dtype)).to(mixing.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        g = _as(flat @ _as(factor, grad.dtype), mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
-            grad_mixing = g.T @ z.to(mixing.dtype)
+            grad_mixing = g.T @ _as(z, mixing.dtype)
         if need_output or need_offset:
-            through = (g @ mixing).to(grad.dtype)
+            through = _as(g @ mixing, grad.dtype)
             if grad_z is not None:
                 through = through + grad_z
-            if need_output:
-                grad_output = grad.index_add(-1, index, through)
+            if need_output and alone:
+                flat.index_add_(-1, index, through)
+                grad_output = grad
+            elif need_output:
+                grad_output = flat.index_add(-1, index, through).view(ctx.shape)
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
-        return grad_output, grad_mixing, None, None, grad_offset
+        return grad_output, grad_mixing, None, None, grad_offset, None

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
-from curlora.functional import gather_update
+from curlora.alone import alone
+from curlora.functional import gather_update, gather_update_
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
 from curlora.tuner.merging import merge, unmerge
@@ -224,7 +225,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return update_rows(self, output, adapter_names)
         adapters = [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
-        return self.update(output, adapters) if adapters else output
+        if not adapters:
+            return output
+        # Asked here, where this call alone should hold the output.
+        add = gather_update_ if alone(output) else gather_update
+        index, factor, mixing = self._combined(adapters)
+        return add(output, mixing, factor, index, self.offset(index))
 
     def update(self, output: Tensor, adapters: Sequence[str]) -> Tensor:
         """``output`` of the base layer, shape ``(..., out_features)``, plus the update of one or more adapters."""
@@ -233,7 +239,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     def offset(self, index: Tensor) -> Tensor | None:
         """The base layer's bias at ``index``, which is no part of ``R x``; ``None`` without a bias."""
-        bias = getattr(self.get_base_layer(), "bias", None)
+        bias = getattr(self.base_layer, "bias", None)
         return None if bias is None else bias.index_select(0, index)
 
     def mixing(self, adapter_name: str) -> Tensor:
