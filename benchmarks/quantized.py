@@ -24,6 +24,7 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.quantization.granularity import PerGroup
 from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
@@ -56,13 +57,20 @@ def main():
         subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", base, method], check=True)
 
 
+def nbytes(weight):
+    """What a weight takes; a quantized one may be made of several tensors."""
+    if not is_traceable_wrapper_subclass(weight):
+        return weight.nbytes
+    return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
+
+
 def run(arguments, base, method):
     torch.manual_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32, quantization_config=by_transformers(base))
     by_hand(base, model)
     model.requires_grad_(False)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(map(nbytes, model.parameters()))
     if method == "curlora":
         model = get_peft_model(model, curlora.CurloraConfig(r=16, target_modules=TARGETS, seed=arguments.seed))
     elif method == "lora":
