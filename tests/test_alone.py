@@ -1,16 +1,23 @@
 """Memory is changed in place where nobody else can see it, and nowhere else."""
 
+import sys
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 from curlora import CurloraConfig
 from curlora import alone as module
 from curlora.alone import alone
 from curlora.functional import gather_update, gather_update_
+from curlora.tuner import layer as layer_module
 
 TOKENS, M, R = 6, 5, 2
 WEIGHT = torch.randn(M, M, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -129,6 +136,22 @@ def checkpointed_reentrant(layer, x, U):
     checkpointed(layer, x, U, reentrant=True)
 
 
+def batched(layer, x, U):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` does."""
+    y = layer(x * 1, U)
+    directions = torch.eye(y.numel(), dtype=y.dtype)[:3].view(3, *y.shape)
+    return torch.autograd.grad(y.sin(), [x, U], directions, is_grads_batched=True)
+
+
+def from_numpy(layer, x, U):
+    """A gradient in memory that torch does not count the references to."""
+    array = np.ones((TOKENS, M))
+    y = layer(x * 1, U)
+    y.register_hook(lambda gradient: torch.from_numpy(array))
+    y.sin().sum().backward()
+    return [torch.from_numpy(array)]
+
+
 def halves_of_one_gradient(layer, x, U):
     torch.cat([layer(x * 1, U), x * 3, layer(x * 2, U)]).sin().sum().backward()
 
@@ -140,7 +163,8 @@ def transposed(layer, x, U):
 CASES = [
     residual, residual_other_order, used_twice, kept_by_a_hook, kept_as_a_view, kept_detached, kept_by_the_node,
     kept_before_a_view, retained, asked_for, given, given_in_another_shape, expanded, twice_through_one_graph,
-    second_derivatives, checkpointed, checkpointed_reentrant, halves_of_one_gradient, transposed,
+    second_derivatives, checkpointed, checkpointed_reentrant, halves_of_one_gradient, transposed, batched,
+    from_numpy,
 ]  # fmt: skip
 
 
@@ -234,6 +258,60 @@ def test_an_output_that_a_hook_keeps_is_left_alone(base, mode):
     torch.testing.assert_close(y.detach(), expected)
 
 
+class Reverses(torch.autograd.Function):
+    """Its result is a view of its input, with another gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return -grad
+
+
+def reversed_by_a_hook(base):
+    base.register_forward_hook(lambda module, args, output: Reverses.apply(output))
+
+
+def changed_by_a_backward_hook(base):
+    base.register_full_backward_hook(lambda module, grad_inputs, grad_outputs: (grad_inputs[0] * 10,))
+
+
+def changed_by_a_hook_on_the_output(base):
+    base.register_forward_hook(lambda module, args, output: output.register_hook(lambda grad: grad * 10) and None)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "meddle",
+    [reversed_by_a_hook, changed_by_a_backward_hook, changed_by_a_hook_on_the_output],
+    ids=lambda f: f.__name__,
+)
+def test_what_hooks_make_of_gradients_comes_through(base, meddle, monkeypatch):
+    gradients = []
+    for allowed in (True, False):
+        if not allowed:
+            monkeypatch.setattr(layer_module, "alone", lambda tensor: False)
+        model, layer, x, _ = layer_and_formula(BASES[base]())
+        meddle(layer.base_layer)
+        first = model.base_model.model.first.weight.requires_grad_()
+        model(x).sin().sum().backward()
+        gradients.append(first.grad)
+    assert torch.equal(*gradients)
+
+
+class UnderInference(nn.Linear):
+    @torch.inference_mode()
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_an_output_of_an_inference_mode_that_is_over_is_left_alone():
+    model, _, x, expected = layer_and_formula(UnderInference(8, 6))
+    torch.testing.assert_close(model(x).detach(), expected)
+
+
 class KeepsItsOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -268,26 +346,90 @@ def test_outputs_of_inference_are_alone_only_without_another_name():
     assert not alone(nn.Parameter(tensor)), "a subclass"
 
 
-def test_where_references_cannot_be_counted_nothing_is_alone(monkeypatch):
-    def gone(tensor):
-        raise AttributeError("_use_count")
+@pytest.fixture
+def forgotten():
+    """What was found out about counts is forgotten, before the test and after it."""
+    for known in (module._of_outputs, module._of_gradients):
+        known.cache_clear()
+    yield
+    for known in (module._of_outputs, module._of_gradients):
+        known.cache_clear()
 
-    for cached in (module._of_outputs, module._of_gradients):
-        cached.cache_clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "_counts", gone)
-        assert module._of_outputs() == module._of_gradients() == set()
-    for cached in (module._of_outputs, module._of_gradients):
-        cached.cache_clear()
+
+def first_step(form=lambda step: step()):
+    """The gradient of a layer's ``U`` in a step of a process that has never taken one."""
+    model, layer, x, _ = layer_and_formula(nn.Linear(8, 6))
+    form(lambda: checkpoint(model, x, use_reentrant=False).sin().sum()).backward()
+    return layer.curlora_U["default"].grad
+
+
+def keeping_what_is_saved(step):
+    with torch.autograd.graph.save_on_cpu():
+        return step()
+
+
+def selectively(step):
+    """Products are cached by one pass for the other."""
+    return checkpoint(step, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
+
+
+PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+
+
+@pytest.mark.parametrize("form", [lambda step: step(), keeping_what_is_saved, selectively])
+@pytest.mark.usefixtures("forgotten")
+def test_a_first_step_under_checkpointing(form):
+    expected = first_step()
+    for known in (module._of_outputs, module._of_gradients):
+        known.cache_clear()
+    torch.testing.assert_close(first_step(form), expected)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.inference_mode, lambda: torch.device("meta"), torch.no_grad, partial(FlopCounterMode, display=False)]
+)
+@pytest.mark.usefixtures("forgotten")
+def test_a_first_look_in_a_mode_finds_what_one_outside_finds(mode):
+    expected = module._of_outputs(), module._of_gradients()
+    for known in (module._of_outputs, module._of_gradients):
+        known.cache_clear()
+    with mode():
+        assert (module._of_outputs(), module._of_gradients()) == expected
+    assert all(expected)
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_a_first_look_draws_no_random_numbers_and_no_hook_keeps_what_it_looks_at():
+    before = torch.get_rng_state()
+    kept = []
+    handle = register_module_forward_hook(lambda module, args, output: kept.append(output))
+    try:
+        model, layer, x, expected = layer_and_formula(nn.Linear(8, 6))
+        torch.set_rng_state(before)
+        y = model(x)
+    finally:
+        handle.remove()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(y.detach(), expected)
+    with torch.no_grad():
+        base = layer.base_layer(model.base_model.model.first(x).tanh())
+    assert any(torch.equal(output, base) for output in kept), "the base layer's output was changed"
+
+
+def gone(tensor):
+    return None
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [(module, "_counts", gone), (module, "_counts", lambda tensor: 1), (sys, "_is_gil_enabled", lambda: False)],
+    ids=["cannot be counted", "do not tell kept tensors apart", "no interpreter's lock"],
+)
+@pytest.mark.usefixtures("forgotten")
+def test_where_counts_mean_nothing_nothing_is_alone(owner, name, value, monkeypatch):
     assert module._of_outputs()
     assert module._of_gradients()
-
-
-def test_where_counts_do_not_tell_kept_tensors_apart_nothing_is_alone(monkeypatch):
-    for cached in (module._of_outputs, module._of_gradients):
-        cached.cache_clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(module, "_counts", lambda tensor: 1)
-        assert module._of_outputs() == module._of_gradients() == set()
-    for cached in (module._of_outputs, module._of_gradients):
-        cached.cache_clear()
+    for known in (module._of_outputs, module._of_gradients):
+        known.cache_clear()
+    monkeypatch.setattr(owner, name, value, raising=False)
+    assert module._of_outputs() == module._of_gradients() == set()

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from curlora.functional import gather_update
+from curlora.functional import gather_update, gather_update_
 
 
 def make_problem(m=7, n=5, r=3, lead=(4,), bias=True, duplicates=True, dtype=torch.float64, seed=0):
@@ -139,3 +139,10 @@ def test_shapes_that_do_not_fit_are_named(bad):
     arguments[bad] = torch.zeros(5, 2)
     with pytest.raises(ValueError, match=r"\(2, 7\).*index of length 3.*\(5, 2\)"):
         gather_update(**arguments, index=torch.tensor([0, 1, 1]))
+
+
+@pytest.mark.parametrize("form", [gather_update, gather_update_])
+def test_the_factor_is_a_constant(form):
+    problem = make_problem()
+    factor = problem["W"][:, problem["columns"]].requires_grad_()
+    assert not form(torch.ones(2, 7, dtype=torch.float64), problem["U"], factor, problem["rows"]).requires_grad

@@ -8,25 +8,38 @@ caller may have passed it in. PyTorch's engine adds in place where it holds the 
 How many references there are when nobody else has one is the interpreter's and PyTorch's business. So it is looked at
 once, on tensors that are known to be nobody else's, and then a tensor is alone that has just as many. Where that does
 not tell such tensors from others (another version of PyTorch, say), none ever counts as alone.
+
+References are all that is seen: memory of which another library knows, or an address that was written down, is not.
 """
 
 import functools
 import sys
+import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import linear
 
-__all__ = ["alone", "told_if_alone"]
+__all__ = ["alone", "look_once", "told_if_alone"]
 
 
 def alone(tensor: Tensor) -> bool:
     """Whether the caller, who holds ``tensor`` in one local variable, may change it in place.
 
-    Never while ``torch.compile`` traces, or of a subclass, or of a tensor whose memory has gaps or overlaps.
+    Never while ``torch.compile`` traces or a dispatch mode looks on, nor for a subclass, a tensor inside of a transform
+    of ``torch.func``, one whose memory has gaps or overlaps or came from elsewhere, or one of an inference mode that
+    is over.
     """
     return _plain(tensor) and _counts(tensor) in _of_outputs()
+
+
+def look_once() -> None:
+    """Find out how tensors that are alone are told, unless that is known; best before a backward pass begins."""
+    if not torch.compiler.is_compiling():
+        _of_outputs()
+        _of_gradients()
 
 
 def told_if_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,33 +67,63 @@ def _plain(tensor: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and type(tensor) is Tensor
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not torch._C._len_torch_dispatch_stack()
         and tensor.is_contiguous()
         and not tensor._is_zerotensor()
+        and (not tensor.is_inference() or torch.is_inference_mode_enabled())
     )
 
 
 def _counts(tensor: Tensor) -> Hashable:
-    """References to a tensor, to its memory, and to the tensor that it is a view of: C++'s and Python's of each."""
-    base = tensor._base
-    storage = tensor.untyped_storage()
-    return (
-        tensor._use_count(),  # type: ignore[attr-defined]
-        sys.getrefcount(tensor),
-        torch._C._storage_Use_Count(storage._cdata),
-        sys.getrefcount(storage),
-        None if base is None else (base._use_count(), sys.getrefcount(base)),  # type: ignore[attr-defined]
-    )
+    """References to a tensor, to its memory, and to the tensor that it is a view of: C++'s and Python's of each.
+
+    ``None`` where they cannot be counted.
+    """
+    try:
+        base = tensor._base
+        storage = tensor.untyped_storage()
+        return (
+            tensor._use_count(),  # type: ignore[attr-defined]
+            sys.getrefcount(tensor),
+            torch._C._storage_Use_Count(storage._cdata),
+            sys.getrefcount(storage),
+            storage.resizable(),  # memory of numpy's is not
+            None if base is None else (base._use_count(), sys.getrefcount(base)),  # type: ignore[attr-defined]
+        )
+    except (AttributeError, TypeError, RuntimeError):
+        return None
 
 
-@functools.cache
-def _of_outputs() -> set[Hashable]:
-    """Counts of outputs that are known to be alone: as they come, and as views, with and without a graph."""
-    x = torch.ones(1, 2, 3)
-    plain, view = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
+def _calibration(look: Callable[[], tuple[set[Hashable], set[Hashable]]]) -> Callable[[], set[Hashable]]:
+    """What ``look`` finds of tensors that are alone, if it differs from what it finds of others; looked for once.
+
+    In a thread of its own: modes and hooks of saved tensors, which are the caller's thread's, would hold on to what is
+    looked at, or see it.
+    """
+
+    @functools.cache
+    def known() -> set[Hashable]:
+        result: list[tuple[set[Hashable], set[Hashable]]] = []
+        thread = threading.Thread(target=lambda: result.append(look()))
+        thread.start()
+        thread.join()
+        ((found, others),) = result
+        # Without the interpreter's lock references are counted in pieces.
+        locked = getattr(sys, "_is_gil_enabled", lambda: True)()
+        return found if locked and None not in found and found.isdisjoint(others) else set()
+
+    return known
+
+
+@_calibration
+def _of_outputs() -> tuple[set[Hashable], set[Hashable]]:
+    """Counts of outputs of linear layers: as they come, and as views, with and without a graph."""
+    x, weight, bias = (torch.ones(*shape, device="cpu") for shape in ((1, 2, 3), (3, 3), (3,)))
     kept: list[Any] = []
 
-    def counted(layer: nn.Module, keep: Callable[[Tensor], Any] | None = None) -> Hashable:
-        output = layer(x)
+    def counted(bias: Tensor | None, keep: Callable[[Tensor], Any] | None = None) -> Hashable:
+        output = linear(x, weight, bias)
         if keep is not None:
             kept.append(keep(output))
         return ask(output)
@@ -88,23 +131,22 @@ def _of_outputs() -> set[Hashable]:
     def ask(tensor: Tensor) -> Hashable:  # as ``alone`` does, so that as many references are its own
         return _counts(tensor)
 
-    def look() -> tuple[set[Hashable], set[Hashable]]:
-        found: set[Hashable] = set()
-        others: set[Hashable] = set()
-        for layer in (plain, view):
-            for graph in (True, False):
-                with torch.set_grad_enabled(graph):
-                    found.add(counted(layer))
-                    others.update(counted(layer, keep) for keep in _KEEPING)
-        return found, others
-
-    return _told_apart(look)
+    found: set[Hashable] = set()
+    others: set[Hashable] = set()
+    for with_graph in (True, False):
+        x.requires_grad_(with_graph)
+        for added in (None, bias):
+            with torch.set_grad_enabled(with_graph):
+                found.add(counted(added))
+                others.update(counted(added, keep) for keep in _KEEPING)
+    return found, others
 
 
-@functools.cache
-def _of_gradients() -> set[Hashable]:
-    """Counts of gradients that are known to be alone: as they come, and as views."""
+@_calibration
+def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
+    """Counts of gradients: as they come, and as views."""
     seen: list[Hashable] = []
+    kept: list[Any] = []
 
     def note(counts: Hashable) -> bool:
         seen.append(counts)
@@ -120,15 +162,13 @@ def _of_gradients() -> set[Hashable]:
         def backward(ctx: Any, alone: bool, gradient: Tensor) -> Tensor:
             return gradient
 
-    kept: list[Any] = []
-
     def counted(
         shape: tuple[int, ...],
         keep: Callable[[Tensor], Any] | None = None,
         before: bool = False,
         twice: bool = False,
     ) -> Hashable:
-        x = torch.ones(2, 3, requires_grad=True) * 1
+        x = torch.ones(2, 3, device="cpu", requires_grad=True) * 1
         y = Probe.apply(x)
         z = y.view(shape) if shape != y.shape else y
         if keep is not None:
@@ -137,17 +177,14 @@ def _of_gradients() -> set[Hashable]:
         ((x.view(shape) + z if twice else z) * 2).sum().backward()
         return seen.pop()
 
-    def look() -> tuple[set[Hashable], set[Hashable]]:
-        found: set[Hashable] = set()
-        others: set[Hashable] = set()
+    found: set[Hashable] = set()
+    others: set[Hashable] = set()
+    with torch.enable_grad():
         for shape in ((2, 3), (3, 2)):
             found.add(counted(shape))
             others.add(counted(shape, twice=True))
             others.update(counted(shape, keep, before) for keep in _KEEPING for before in (False, True))
-        return found, others
-
-    with torch.enable_grad():
-        return _told_apart(look)
+    return found, others
 
 
 # Ways to hold on to a tensor.
@@ -158,11 +195,3 @@ _KEEPING: tuple[Callable[[Tensor], Any], ...] = (
     lambda tensor: tensor.untyped_storage(),
     lambda tensor: tensor.numpy(force=True),
 )
-
-
-def _told_apart(look: Callable[[], tuple[set[Hashable], set[Hashable]]]) -> set[Hashable]:
-    try:
-        found, others = look()
-    except (AttributeError, TypeError):  # PyTorch without these counters
-        return set()
-    return found if found.isdisjoint(others) else set()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from curlora.alone import told_if_alone
+from curlora.alone import look_once, told_if_alone
 
 __all__ = ["gather_update", "gather_update_", "gather_update_by_row"]
 
@@ -53,16 +53,7 @@ def gather_update(
     Raises:
         ValueError: if the shapes do not fit together.
     """
-    _check_shapes("gather_update", output, mixing, factor, index)
-    # The dtypes are chosen here, product by product; autocast must not choose again.
-    with _autocast_off(output.device.type):
-        # Reshaped out here: an output of the Function that is a view could not be changed in place.
-        flat = output.reshape(-1, output.shape[-1])
-        if _needs_graph(output, mixing, offset):
-            result, _ = _GatherUpdate.apply(flat, mixing, factor, index, offset, False)
-        else:
-            result, _ = _add(flat, mixing, factor, index, offset)
-    return result.view(output.shape)
+    return _update(output, mixing, factor, index, offset, in_place=False)
 
 
 def gather_update_(
@@ -72,30 +63,20 @@ def gather_update_(
     index: Tensor,
     offset: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`gather_update`, in the memory of ``output``, which is not to be used after it.
+    """As :func:`gather_update`, in the memory of ``output``, whose values are gone after it.
 
     Args:
         output: contiguous, and nobody else's (see :func:`curlora.alone.alone`).
         mixing, factor, index, offset: as for :func:`gather_update`.
 
     Returns:
-        The result, of ``output``'s shape and dtype. A new tensor if ``output`` is a view of a part of another.
+        The result, of ``output``'s shape and dtype. As a rule autograd would refuse to change what ``output`` is in a
+        graph; the result is a tensor of its own to it.
 
     Raises:
         ValueError: if the shapes do not fit together.
     """
-    _check_shapes("gather_update_", output, mixing, factor, index)
-    with _autocast_off(output.device.type):
-        if not _needs_graph(output, mixing, offset):
-            _add(output.view(-1, output.shape[-1]), mixing, factor, index, offset, in_place=True)
-            return output
-        # A Function cannot change a view in place and have two outputs. What a linear layer with a bias returns is a
-        # view of all of its product, in another shape.
-        whole = output._base if output._base is not None else output
-        if whole.shape[-1:] != output.shape[-1:] or whole.numel() != output.numel() or not whole.is_contiguous():
-            return gather_update(output, mixing, factor, index, offset)
-        result, _ = _GatherUpdate.apply(whole, mixing, factor, index, offset, True)
-    return result if result.shape == output.shape else result.view(output.shape)
+    return _update(output, mixing, factor, index, offset, in_place=True)
 
 
 def gather_update_by_row(
@@ -127,20 +108,27 @@ def gather_update_by_row(
     return result.view(output.shape)
 
 
-def _check_shapes(name: str, output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor) -> None:
+def _update(
+    output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
+) -> Tensor:
     r = index.shape[0]
     if mixing.shape != (r, r) or factor.shape != (output.shape[-1], r):
         raise ValueError(
-            f"{name}: an output of shape {tuple(output.shape)} and an index of length {r} need "
+            f"gather_update: an output of shape {tuple(output.shape)} and an index of length {r} need "
             f"mixing of shape {(r, r)} and factor of shape {(output.shape[-1], r)}, but got "
             f"{tuple(mixing.shape)} and {tuple(factor.shape)}"
         )
-
-
-def _needs_graph(output: Tensor, mixing: Tensor, offset: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and (
-        output.requires_grad or mixing.requires_grad or (offset is not None and offset.requires_grad)
-    )
+    # The dtypes are chosen here, product by product; autocast must not choose again.
+    with _autocast_off(output.device.type):
+        # Reshaped out here: an output of the Function that is a view could not be changed in place.
+        flat = output.reshape(-1, output.shape[-1])
+        needs_graph = output.requires_grad or mixing.requires_grad or (offset is not None and offset.requires_grad)
+        if needs_graph and torch.is_grad_enabled():
+            look_once()
+            result, _ = _GatherUpdate.apply(flat, mixing, factor, index, offset, in_place)
+        else:
+            result, _ = _add(flat, mixing, factor.detach(), index, offset, in_place)
+    return result.view(output.shape)
 
 
 def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -156,9 +144,12 @@ def _add(
     z = flat.index_select(-1, index)
     if offset is not None:
         z = z - _as(offset, z.dtype)
+    # To autograd another tensor than ``flat``, in its memory. A version they have in common: had ``flat`` been saved by
+    # some backward, that would notice.
+    into = flat.detach() if in_place else None
     mixed = _as(linear(_as(z, mixing.dtype), mixing), flat.dtype)
     # addmm adds while it multiplies: the update itself never exists as a tensor.
-    result = torch.addmm(flat, mixed, _as(factor, flat.dtype).T, out=flat if in_place else None)
+    result = torch.addmm(flat, mixed, _as(factor, flat.dtype).T, out=into)
     return result, z
 
 
@@ -170,7 +161,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class _GatherUpdate(torch.autograd.Function):
     """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right.
 
-    ``output`` has shape ``(..., m)``, and ``z`` has shape ``(tokens, r)``.
+    ``output`` has shape ``(tokens, m)``.
     """
 
     @staticmethod
@@ -183,12 +174,7 @@ class _GatherUpdate(torch.autograd.Function):
         offset: Tensor | None,
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        flat = output.view(-1, output.shape[-1])
-        result, z = _add(flat, mixing, factor, index, offset, in_place)
-        if in_place:
-            ctx.mark_dirty(output)
-            result = output
-
+        result, z = _add(output, mixing, factor, index, offset, in_place)
         ctx.shape = output.shape
         ctx.offset_dtype = None if offset is None else offset.dtype
         ctx.set_materialize_grads(False)
@@ -205,8 +191,7 @@ class _GatherUpdate(torch.autograd.Function):
                 return (None,) * 6
             grad = grad_z.new_zeros(ctx.shape)
 
-        flat = grad.reshape(-1, grad.shape[-1])
-        g = _as(flat @ _as(factor, grad.dtype), mixing.dtype)
+        g = _as(grad @ _as(factor, grad.dtype), mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
             grad_mixing = g.T @ _as(z, mixing.dtype)
@@ -214,11 +199,8 @@ class _GatherUpdate(torch.autograd.Function):
             through = _as(g @ mixing, grad.dtype)
             if grad_z is not None:
                 through = through + grad_z
-            if need_output and alone:
-                flat.index_add_(-1, index, through)
-                grad_output = grad
-            elif need_output:
-                grad_output = flat.index_add(-1, index, through).view(ctx.shape)
+            if need_output:
+                grad_output = (grad.index_add_ if alone else grad.index_add)(-1, index, through)
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
         return grad_output, grad_mixing, None, None, grad_offset, None

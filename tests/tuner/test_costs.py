@@ -1,8 +1,8 @@
 """What a training step costs over the frozen model, in bytes kept for backward and in FLOPs.
 
 Both counts are exact and the same on every machine. SmolLM2-135M's shapes with random weights, all linear
-layers, rank 16, batch 4 x 128. The floor is the frozen model with gradients flowing to its first layer; an
-adapter's step is a training step as it is, where nothing before the first adapter needs a gradient.
+layers, rank 16, batch 4 x 128. The floor is the frozen model with gradients flowing to its first layer. Unless it is
+said otherwise an adapter's step is a training step as it is, where nothing before the first adapter needs a gradient.
 """
 
 import pytest
@@ -22,12 +22,13 @@ SMOLLM2 = LlamaConfig(
     num_key_value_heads=3,
     tie_word_embeddings=True,
 )
+TOKENS = 4 * 128
 
 
-def cost_of_a_step(adapter):
+def cost_of_a_step(adapter, config=SMOLLM2, to_embeddings=False):
     """Bytes saved for backward outside parameters and buffers, and FLOPs, of one step."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(SMOLLM2).requires_grad_(False)
+    model = LlamaForCausalLM(config).requires_grad_(False)
     if adapter is not None:
         model = get_peft_model(model, adapter).get_base_model()
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -39,7 +40,9 @@ def cost_of_a_step(adapter):
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    embedded = model.get_input_embeddings()(torch.arange(512).view(4, 128)).requires_grad_(adapter is None)
+    embedded = model.get_input_embeddings()(torch.arange(TOKENS).view(4, -1)).requires_grad_(
+        to_embeddings or adapter is None
+    )
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
@@ -61,3 +64,19 @@ def costs():
 def test_overhead_over_the_floor_against_lora(costs, count, share):
     floor, curlora, lora = (costs[name][count] for name in ("floor", "curlora", "lora"))
     assert 0 < curlora - floor <= share * (lora - floor), f"{curlora - floor} against LoRA's {lora - floor}"
+
+
+@pytest.mark.parametrize(("r", "width", "depth"), [(4, 192, 2), (16, 192, 1), (16, 384, 3)])
+def test_overhead_is_what_the_formulas_say(r, width, depth):
+    """docs/complexity.md, with gradients flowing to the embeddings in both models."""
+    config = LlamaConfig(
+        vocab_size=TOKENS, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
+        num_attention_heads=3, num_key_value_heads=1,
+    )  # fmt: skip
+    floor, adapted = (
+        cost_of_a_step(adapter, config, to_embeddings=True)
+        for adapter in (None, CurloraConfig(r=r, target_modules="all-linear"))
+    )
+    outputs = [width, width // 3, width // 3, width, 2 * width, 2 * width, width] * depth
+    assert adapted[0] - floor[0] == sum(4 * TOKENS * r for _ in outputs)
+    assert adapted[1] - floor[1] == sum(2 * TOKENS * (2 * m * r + 3 * r * r) for m in outputs)

@@ -14,6 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 
 from curlora.sampling import SAMPLINGS
+from curlora.tuner.saved import SavedDraws
 
 
 @dataclass
@@ -81,6 +82,8 @@ class CurloraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.CURLORA
+        # Where this was read beside an adapter's weights. No field: it is not saved.
+        self.saved_draws: SavedDraws | None = None
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
@@ -95,6 +98,11 @@ class CurloraConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both or neither")
 
+    @property
+    def drawn_by(self) -> tuple[object, ...]:
+        """All that draws depend on beside the rank, the layer's name and its weight."""
+        return self.sampling, self.replacement, self.seed
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
@@ -104,21 +112,32 @@ class CurloraConfig(PeftConfig):
         PEFT calls this before it touches the model. So the adapter's weights file, in a local folder or fetched from
         the hub, is looked at here: a damaged one is refused while nothing has changed yet.
 
+        An adapter that is made by the result on the same base, with its draws not changed, has the columns and rows of
+        the saved one, and no weight is read in full for it.
+
         Raises:
             ValueError: if the weights file cannot be read, or is a pickle.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         if os.path.isdir(folder):
             _check_weights_file(folder)
-            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+            return _with_draws_of(folder, config)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
             with contextlib.suppress(EntryNotFoundError):  # PEFT says it if there is neither
                 hub_kwargs = cls._split_kwargs(kwargs)[0]
                 found = hf_hub_download(pretrained_model_name_or_path, file, subfolder=subfolder, **hub_kwargs)
                 _check_weights_file(os.path.dirname(found))
-                break
+                return _with_draws_of(os.path.dirname(found), config)
         return config
+
+
+def _with_draws_of(folder: str, config: CurloraConfig) -> CurloraConfig:
+    path = os.path.abspath(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
+    if os.path.exists(path):
+        config.saved_draws = SavedDraws(path, config.drawn_by)
+    return config
 
 
 def _check_weights_file(folder: str) -> None:

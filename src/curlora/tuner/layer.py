@@ -69,6 +69,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         # The indices that each factor was taken at, and the same as bytes: adapters drawn alike have the same.
         self._taken_at: dict[str, Tensor] = {}
+        # What the last draw was made by, and its indices.
+        self._last_draw: tuple[tuple[object, ...], Tensor] | None = None
         self.draws: dict[str, bytes] = {}
         self._buffers_noted: list[Tensor] = []
         # What each merged adapter added, as two factors: the weight they came from is gone.
@@ -97,15 +99,15 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         device = device_of(base)
         if device.type == "meta":  # shapes only; real indices come with a saved adapter
             dtype = base.weight.dtype if is_plain(base) else torch.float32
-            self._add(adapter_name, alpha, torch.zeros(2, r, dtype=torch.int32, device="meta"), dtype, config)
+            indices, fingerprint = (
+                torch.zeros(*shape, dtype=torch.int32, device="meta") for shape in ((2, r), (LENGTH,))
+            )
+            factor = torch.zeros(self.out_features, r, dtype=dtype, device="meta")
+            self._add(adapter_name, alpha, indices, factor, fingerprint, dtype, config)
             return
         with read(base, self.name) as weight:
-            columns, rows = sampling.select(
-                weight.squared_norms(), r,
-                sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name,
-            )  # fmt: skip
-            indices = torch.stack([columns, rows]).to(device)
-            self._add(adapter_name, alpha, indices, weight.dtype if weight.exact else torch.float32, config, weight)
+            draw = self._drawn_before(config, r, weight) or self._draw(config, r, weight)
+            self._add(adapter_name, alpha, *draw, weight.dtype if weight.exact else torch.float32, config)
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -227,15 +229,14 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         adapters = [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
         if not adapters:
             return output
-        # Asked here, where this call alone should hold the output.
-        add = gather_update_ if alone(output) else gather_update
-        index, factor, mixing = self._combined(adapters)
-        return add(output, mixing, factor, index, self.offset(index))
+        in_place = alone(output)  # by itself: an argument of a call would be one more reference
+        return self.update(output, adapters, in_place)
 
-    def update(self, output: Tensor, adapters: Sequence[str]) -> Tensor:
+    def update(self, output: Tensor, adapters: Sequence[str], in_place: bool = False) -> Tensor:
         """``output`` of the base layer, shape ``(..., out_features)``, plus the update of one or more adapters."""
         index, factor, mixing = self._combined(adapters)
-        return gather_update(output, mixing, factor, index, self.offset(index))
+        add = gather_update_ if in_place else gather_update
+        return add(output, mixing, factor, index, self.offset(index))
 
     def offset(self, index: Tensor) -> Tensor | None:
         """The base layer's bias at ``index``, which is no part of ``R x``; ``None`` without a bias."""
@@ -291,26 +292,54 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         index, factor, mixings = zip(*parts, strict=True)
         return torch.cat(index), torch.cat(factor, dim=1), torch.block_diag(*mixings)
 
+    def _draw(
+        self, config: CurloraConfig, r: int, weight: StoredWeight | ProbedWeight
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Indices, factor and fingerprint, from the norms of the whole weight."""
+        columns, rows = sampling.select(
+            weight.squared_norms(), r,
+            sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name,
+        )  # fmt: skip
+        indices = torch.stack([columns, rows])
+        factor = self._factor(weight, indices)
+        current = self.fingerprint_of(factor)
+        self._last_draw = (r, *config.drawn_by, weight.checksum()), indices
+        return indices, factor, current
+
+    def _drawn_before(
+        self, config: CurloraConfig, r: int, weight: StoredWeight | ProbedWeight
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The same of an adapter that is about to be loaded, or of the last one, if it was drawn alike."""
+        saved = config.saved_draws
+        if saved is not None and saved.drawn_by == config.drawn_by and (draw := saved.of(self.name)) is not None:
+            indices, made_on = draw
+            if find_problem_of_indices(self, r, indices) is None:
+                factor = self._factor(weight, indices)
+                current = self.fingerprint_of(factor)
+                if compare(made_on, current) != "other":  # of which there are other columns and rows to draw
+                    return indices, factor, current
+        if self._last_draw is not None and self._last_draw[0] == (r, *config.drawn_by, weight.checksum()):
+            indices = self._last_draw[1]
+            factor = self._factor(weight, indices)
+            return indices, factor, self.fingerprint_of(factor)
+        return None
+
     def _add(
         self,
         adapter_name: str,
         alpha: float,
         indices: Tensor,
+        factor: Tensor,
+        current: Tensor,
         dtype: torch.dtype,
         config: CurloraConfig,
-        weight: StoredWeight | ProbedWeight | None = None,  # None on the meta device
     ) -> None:
         self.r[adapter_name] = r = indices.shape[1]
         self.alpha[adapter_name] = alpha
-        U = torch.zeros(r, r, dtype=dtype, device=indices.device)
+        U = torch.zeros(r, r, dtype=dtype, device=factor.device)
         self.curlora_U[adapter_name] = nn.Parameter(U if config.init_weights else nn.init.normal_(U))
-        self.curlora_indices[adapter_name] = indices
-        if weight is None:
-            factor = torch.zeros(self.out_features, r, dtype=dtype, device="meta")
-            self._keep(adapter_name, factor, torch.zeros(LENGTH, dtype=torch.int32, device="meta"))
-        else:
-            factor = self._factor(weight, indices)
-            self._keep(adapter_name, factor, self.fingerprint_of(factor))
+        self.curlora_indices[adapter_name] = indices.to(factor.device, copy=True)
+        self._keep(adapter_name, factor, current)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _factor(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Tensor:
@@ -341,6 +370,17 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
 class CurloraLinear(CurloraLayer):
     """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
+
+
+def find_problem_of_indices(layer: CurloraLayer, r: int, indices: Tensor) -> str | None:
+    """What is wrong with columns above rows that a file has for a layer; ``None`` if nothing."""
+    if indices.shape != (2, r) or indices.dtype != torch.int32:
+        return f"the indices are {indices.dtype} of shape {tuple(indices.shape)} instead of int32 of shape (2, {r})"
+    height, width = layer.weight_shape
+    for axis, index, size in (("column", indices[0], width), ("row", indices[1], height)):
+        if index.min() < 0 or index.max() >= size:
+            return f"{axis} index {int(index.min() if index.min() < 0 else index.max())} is outside 0..{size - 1}"
+    return None
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare_layers
-from curlora.tuner.layer import CurloraLayer, CurloraLinear
+from curlora.tuner.layer import CurloraLayer, CurloraLinear, find_problem_of_indices
 from curlora.tuner.mixed_batch import adapter_names_passed
 from curlora.tuner.weight import device_of
 from curlora.tuner.weighted import add_weighted_adapter
@@ -247,19 +247,13 @@ def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Te
 def _find_problem(layer: CurloraLayer, r: int, U: Tensor, indices: Tensor, saved: Tensor) -> str | None:
     if U.shape != (r, r):
         return f"U has shape {tuple(U.shape)}, but the configuration says r={r}"
-    if indices.shape != (2, r) or indices.dtype != torch.int32:
-        return f"the indices are {indices.dtype} of shape {tuple(indices.shape)} instead of int32 of shape (2, {r})"
     if saved.shape != (LENGTH,) or saved.dtype != torch.int32:
         return "the fingerprint of the base is damaged"
     if any(t.device.type == "meta" for t in (U, indices, saved)):
         return "its tensors hold no values (they are on the meta device)"
     if not torch.isfinite(U).all():
         return "U contains NaN or infinite values"
-    height, width = layer.weight_shape
-    for axis, index, size in (("column", indices[0], width), ("row", indices[1], height)):
-        if index.min() < 0 or index.max() >= size:
-            return f"{axis} index {int(index.min() if index.min() < 0 else index.max())} is outside 0..{size - 1}"
-    return None
+    return find_problem_of_indices(layer, r, indices)
 
 
 def _first_few(items: list[str], count: int = 3) -> str:

@@ -26,6 +26,7 @@ from curlora.sampling import squared_norms
 __all__ = ["check_adaptable", "device_of", "features", "is_plain", "read"]
 
 _CHUNK_ELEMENTS = 1 << 22  # of the identity, and of what a layer makes of it, at a time
+_CHECKED_AT_ONCE = 1024  # rows
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -139,6 +140,14 @@ class StoredWeight:
         """Of columns and rows, as :func:`curlora.sampling.squared_norms`."""
         return squared_norms(self.weight)
 
+    def checksum(self) -> object:
+        """The same for the same weight and, to the digits of float32, for no other; the weight is read once."""
+        rng = torch.Generator().manual_seed(0)
+        # Random numbers, not ones, so that columns that change places are noticed.
+        left, right = (torch.randn(size, generator=rng).to(self.weight.device) for size in self.weight.shape)
+        pieces = zip(self.weight.split(_CHECKED_AT_ONCE), left.split(_CHECKED_AT_ONCE), strict=True)
+        return self.dtype, sum(float(part @ (rows.float() @ right)) for rows, part in pieces)
+
     def columns(self, index: Tensor) -> Tensor:
         """``W[:, index]``, shape ``(m, r)``."""
         return self.weight.index_select(1, index.to(self.weight.device))
@@ -198,6 +207,10 @@ class ProbedWeight:
                 "the product with a weight, and so it has no columns and rows. Leave it out with exclude_modules."
             )
         return torch.cat(columns), rows
+
+    def checksum(self) -> object:
+        """Equal to nothing: to read the weight would take as long as to draw from it."""
+        return object()
 
     def columns(self, index: Tensor) -> Tensor:
         """``W[:, index]``, shape ``(m, r)``."""
