@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/curlora demo
@@ -17,6 +17,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# About half an hour on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/speed/step.py
+	$(BIN)/python benchmarks/speed/attach.py
+	$(BIN)/python benchmarks/speed/growth.py
+	$(BIN)/python benchmarks/speed/storage.py
+	$(BIN)/python benchmarks/speed/page.py
 
 # torch by itself and first: whatever comes after finds it there and does not pick another build.
 $(INSTALLED): pyproject.toml constraints.txt

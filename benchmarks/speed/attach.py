@@ -1,0 +1,183 @@
+"""What it takes to attach an adapter, to load one, and to hold many.
+
+python benchmarks/speed/attach.py           # all three, a line for each result in attach.jsonl
+python benchmarks/speed/attach.py --only many
+"""
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import measure
+import torch
+from peft import LoraConfig, OSFConfig, get_peft_model
+from torch import nn
+
+import curlora
+from curlora.tuner.layer import CurloraLayer
+from models import ALL, QKV, smollm2
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+# Of a model of 7 B numbers (Mistral-7B): outputs, inputs.
+SHAPES = {"key": (1024, 4096), "query": (4096, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
+# A singular value decomposition of the larger ones takes minutes.
+DECOMPOSED = ("key",)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=["attach", "load", "many"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if arguments.only is None:
+        arguments.out.unlink(missing_ok=True)
+    for name, rows in (("attach", attach), ("load", load), ("many", many)):
+        if arguments.only in (None, name):
+            for row in rows():
+                measure.add(arguments.out, {"kind": name, **row})
+
+
+def attach(r=16, rounds=5):
+    """Layer by layer, bfloat16. A pass: the weight read once, in pieces, into a sum of squares in float64."""
+    configs = {
+        "curlora": lambda: curlora.CurloraConfig(r=r, target_modules=["layer"]),
+        "lora": lambda: LoraConfig(r=r, target_modules=["layer"]),
+        "pissa": lambda: LoraConfig(r=r, target_modules=["layer"], init_lora_weights="pissa"),
+        "osf": lambda: OSFConfig(target_modules=["layer"], effective_rank=0.5),
+    }
+    for name, (m, n) in SHAPES.items():
+        torch.manual_seed(0)
+        weight = torch.randn(m, n, dtype=torch.bfloat16)
+        seconds, memory = {"one pass": []}, {}
+        for number in range(rounds):
+            began = time.perf_counter()
+            sum(chunk.to(torch.float64).square().sum() for chunk in weight.split(2**18 // n))
+            seconds["one pass"].append(time.perf_counter() - began)
+            for method, config in configs.items():
+                decomposes = method in ("pissa", "osf")
+                if decomposes and (name not in DECOMPOSED or number):
+                    continue
+                # PiSSA and OSF change the weight, and refuse half precision or compute in it; theirs is float32.
+                model = Alone(weight.float() if decomposes else weight)
+                before = reset_peak()
+                began = time.perf_counter()
+                get_peft_model(model, config())
+                seconds.setdefault(method, []).append(time.perf_counter() - began)
+                memory[method] = max(memory.get(method, 0), peak() - before)
+        yield {
+            "layer": name, "shape": [m, n], "r": r, "rounds": rounds, "weight_bytes": weight.nbytes,
+            "seconds": {method: round(statistics.median(times), 5) for method, times in seconds.items()},
+            "peak_bytes": memory,
+        }  # fmt: skip
+
+
+class Alone(nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        self.layer.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def load(r=16, rounds=7):
+    """An adapter from disk onto a model that has one already; beside it, reading the columns that it needs."""
+    base = smollm2()
+    with tempfile.TemporaryDirectory() as folder:
+        models = {}
+        for method, config in (
+            ("curlora", curlora.CurloraConfig(r=r, target_modules=ALL)),
+            ("lora", LoraConfig(r=r, target_modules=ALL)),
+        ):
+            models[method] = get_peft_model(base if method == "curlora" else smollm2(), config)
+            models[method].save_pretrained(f"{folder}/{method}")
+
+        def once(method):
+            models[method].load_adapter(f"{folder}/{method}", adapter_name="loaded")
+            models[method].delete_adapter("loaded")
+
+        layers = [module for module in models["curlora"].modules() if isinstance(module, CurloraLayer)]
+        seconds = measure.in_turn(
+            {
+                "curlora": lambda: once("curlora"),
+                "lora": lambda: once("lora"),
+                "columns": lambda: [layer.factor_at(layer.curlora_indices["default"]) for layer in layers],
+            },
+            rounds,
+        )
+        sizes = {m: (Path(folder) / m / "adapter_model.safetensors").stat().st_size for m in models}
+    yield {
+        "layers": len(layers), "r": r, "rounds": rounds, "bytes": sizes,
+        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
+    }  # fmt: skip
+
+
+def many(r=16, count=100, rounds=7, batch=32, length=32):
+    """Adapters that were drawn alike, on one model: memory, switching, and a batch whose rows have one each."""
+    for method in ("curlora", "lora"):
+        yield holding(method, count, r, rounds, batch, length)
+
+
+def holding(method, count, r, rounds, batch, length):
+    config = {
+        "curlora": lambda: curlora.CurloraConfig(r=r, target_modules=QKV, init_weights=False),
+        "lora": lambda: LoraConfig(r=r, target_modules=QKV, init_lora_weights=False),
+    }[method]
+    model = get_peft_model(smollm2(), config(), adapter_name="a0").eval()
+    before = held(model)
+    began = time.perf_counter()
+    for i in range(1, count):
+        model.add_adapter(f"a{i}", config())
+    adding = (time.perf_counter() - began) / (count - 1)
+    names = [f"a{i * count // batch}" for i in range(batch)]
+    x = torch.randn(batch, length, 576)
+
+    @torch.no_grad()
+    def run(**extra):
+        model(inputs_embeds=x, use_cache=False, **extra)
+
+    def bare():
+        with model.disable_adapter():
+            run()
+
+    turn = itertools.count()
+    seconds = measure.in_turn(
+        {
+            "floor": bare,
+            "one adapter": run,
+            "an adapter for each row": lambda: run(adapter_names=names),
+            "switch": lambda: model.set_adapter(f"a{next(turn) % count}"),
+        },
+        rounds,
+    )
+    return {
+        "method": method, "count": count, "r": r, "batch": batch, "length": length,
+        "bytes_of_one": round((held(model) - before) / (count - 1)),
+        "seconds": {"add": round(adding, 5), **{n: round(statistics.median(t), 5) for n, t in seconds.items()}},
+    }  # fmt: skip
+
+
+def held(model):
+    """Bytes of parameters and buffers, each piece of memory once."""
+    return sum({
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }.values())  # fmt: skip
+
+
+def reset_peak():
+    """Resident memory now; the peak starts from here (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak("VmRSS")
+
+
+def peak(which="VmHWM"):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(which))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

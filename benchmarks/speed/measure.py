@@ -1,0 +1,80 @@
+"""Times of several things in one process, in turn, so that whatever slows the machine slows them alike."""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+
+def in_turn(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each function in each round. The order changes from round to round."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    for number in range(-warmup, rounds):
+        random.Random(number).shuffle(order)
+        for name in order:
+            synchronize()
+            began = time.perf_counter()
+            functions[name]()
+            synchronize()
+            if number >= 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def over_floor(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Median over the rounds of what each method takes longer than the floor in the same round."""
+    return {
+        name: statistics.median(a - b for a, b in zip(times, seconds["floor"], strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def interval(seconds: dict[str, list[float]], method: str, rival: str, draws: int = 1000) -> tuple[float, float]:
+    """Of the ratio of two overheads: the middle nine tenths of it over bootstrap draws of rounds."""
+    rng = random.Random(0)
+    rounds = len(seconds["floor"])
+    ratios = []
+    for _ in range(draws):
+        chosen = rng.choices(range(rounds), k=rounds)
+        over = over_floor({name: [seconds[name][i] for i in chosen] for name in ("floor", method, rival)})
+        ratios.append(over[method] / over[rival])
+    ratios.sort()
+    return ratios[draws // 20], ratios[-draws // 20]
+
+
+def machine() -> dict[str, object]:
+    cuda = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def add(path: Path, row: dict[str, object]) -> None:
+    line = json.dumps({**row, **machine()})
+    print(line, flush=True)
+    with path.open("a") as file:
+        file.write(line + "\n")

@@ -1,0 +1,73 @@
+"""Models of SmolLM2-135M's shapes with random weights, one for each method, over the same frozen weights."""
+
+import copy
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import LlamaConfig, LlamaModel
+
+import curlora
+from curlora import sampling
+
+QKV = ["q_proj", "k_proj", "v_proj"]
+ALL = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"query, key, value": QKV, "all linear layers": ALL}
+
+
+def smollm2(layers: int = 30, **changes: int) -> LlamaModel:
+    """Without the table of the vocabulary: steps begin with embeddings and end with the last states."""
+    shape = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3) | changes
+    return LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=layers, **shape)).requires_grad_(False)
+
+
+class DenseCUR(nn.Module):
+    """The method as its author's code computes it: ``x Wᵀ + x (C U R)ᵀ``, with ``C U R`` built anew in every step.
+
+    A re-implementation after the formula, for comparison.
+    """
+
+    def __init__(self, base: nn.Linear, r: int, name: str) -> None:
+        super().__init__()
+        self.base = base
+        columns, rows = sampling.select(sampling.squared_norms(base.weight), r, seed=0, name=name)
+        self.register_buffer("C", base.weight[:, columns].clone())
+        self.register_buffer("R", base.weight[rows].clone())
+        self.U = nn.Parameter(torch.zeros(r, r))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + linear(x, self.C @ self.U @ self.R)
+
+
+def dense(model: nn.Module, r: int, targets: list[str]) -> nn.Module:
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] in targets:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, DenseCUR(module, r, name))
+    return model
+
+
+def adapted(base: nn.Module, method: str, r: int, targets: list[str]) -> nn.Module:
+    """A model of its own for the method, whose frozen weights are the very tensors of ``base``."""
+    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
+    model = copy.deepcopy(base, shared)
+    if method == "floor":
+        return model
+    if method == "reference":
+        return dense(model, r, targets)
+    # Where a layer's smaller side is below the rank, its own is the most there is; the same for every method.
+    sides = {
+        name.rpartition(".")[2]: min(module.weight.shape)
+        for name, module in base.named_modules() if isinstance(module, nn.Linear)
+    }  # fmt: skip
+    ranks = {name: sides[name] for name in targets if sides[name] < r}
+    common = dict(r=r, target_modules=targets, rank_pattern=ranks)
+    lora = dict(common, lora_alpha=r, alpha_pattern=ranks)
+    config = {
+        "curlora": lambda: curlora.CurloraConfig(**common),
+        "lora": lambda: LoraConfig(**lora),
+        "dora": lambda: LoraConfig(**lora, use_dora=True),
+        "pissa": lambda: LoraConfig(**lora, init_lora_weights="pissa"),
+    }[method]()
+    return get_peft_model(model, config).get_base_model()

@@ -1,0 +1,189 @@
+"""The tables and the plot of docs/benchmarks.md, from the lines of JSON beside this file.
+
+The page keeps its words; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
+
+    python benchmarks/speed/page.py
+"""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
+PAGE = DOCS / "benchmarks.md"
+NAMES = {"curlora": "CURLoRA", "lora": "LoRA", "dora": "DoRA", "reference": "the author's form", "pissa": "PiSSA",
+         "osf": "OSF"}  # fmt: skip
+COLORS = {"curlora": "#0b6e4f", "lora": "#b5541c", "formula": "#888888"}
+MIB = 2**20
+
+
+def tables():
+    return {
+        "machine": machine(), "headline": headline(), "sizes": sizes(), "attach": attach(), "load": load(),
+        "many": many(), "storage": storage(),
+    }  # fmt: skip
+
+
+def main():
+    made = tables()
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+    plot_sizes(DOCS / "overhead.svg")
+
+
+def filled(text, tables):
+    def fill(match):
+        return f"{match[1]}\n{tables[match[2]]}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+
+
+def lines(name):
+    path = HERE / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def table(header, rows):
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+
+
+def machine():
+    seen = {tuple((k, r[k]) for k in ("device", "threads", "python", "torch", "transformers", "peft"))
+            for name in ("step", "attach") for r in lines(name)}  # fmt: skip
+    return "\n".join(
+        f"{d['device']}, {d['threads']} threads; Python {d['python']}, torch {d['torch']}, transformers "
+        f"{d['transformers']}, peft {d['peft']}."
+        for d in map(dict, sorted(seen))
+    )
+
+
+def headline():
+    rows = []
+    for row in lines("step"):
+        if "reference" not in row["kept"]:
+            continue
+        for method in row["kept"]:
+            over, inference = row["step"]["over"], row["inference"]["over"]
+            rows.append([
+                row["targets"], NAMES[method], f"{row['numbers'][method]:,}",
+                f"{1000 * over[method]:,.0f} ms", f"{over[method] / over['lora']:.2f}",
+                f"{1000 * inference[method]:,.0f} ms", f"{inference[method] / inference['lora']:.2f}",
+                f"{row['kept'][method] / MIB:,.1f} MiB", f"{row['flops'][method] / 1e9:,.2f} G",
+            ])  # fmt: skip
+        rows.append([row["targets"], "*the frozen model*", 0, f"*{1000 * row['step']['floor']:,.0f} ms*", "",
+                     f"*{1000 * row['inference']['floor']:,.0f} ms*", "", "", ""])  # fmt: skip
+    return table(["adapted", "method", "trained numbers", "a step, over the floor", "of LoRA's",
+                  "inference, over the floor", "of LoRA's", "kept for backward", "FLOPs of a step"],
+                 rows)  # fmt: skip
+
+
+def small():
+    """Of all settings, those methods that are measured in each."""
+    return sorted(lines("step"), key=lambda row: (row["targets"], row["batch"] * row["length"], row["r"]))
+
+
+def sizes():
+    rows = []
+    for row in small():
+        cells = [row["targets"], row["r"], f"{row['batch']} x {row['length']}"]
+        for kind in ("step", "inference"):
+            over, floor = row[kind]["over"], row[kind]["floor"]
+            low, high = row[kind]["of_lora"]
+            cells += [f"{100 * over['curlora'] / floor:.1f} %", f"{100 * over['lora'] / floor:.1f} %",
+                      f"**{over['curlora'] / over['lora']:.2f}** ({low:.2f} to {high:.2f})"]  # fmt: skip
+        rows.append(cells)
+    return table(
+        ["adapted", "rank", "batch", "step: CURLoRA", "LoRA", "ratio", "inference: CURLoRA", "LoRA", "ratio"], rows
+    )
+
+
+def attach():
+    rows = []
+    for row in lines("attach"):
+        if row["kind"] != "attach":
+            continue
+        seconds = row["seconds"]
+        for method in NAMES:
+            if method in seconds:
+                rows.append([
+                    f"{row['layer']}, {row['shape'][0]} x {row['shape'][1]}", NAMES[method],
+                    f"{seconds[method]:.3f} s", f"{seconds[method] / seconds['one pass']:.1f}",
+                    f"{row['peak_bytes'][method] / MIB:,.0f} MiB", f"{row['weight_bytes'] / MIB:,.0f} MiB",
+                ])  # fmt: skip
+    return table(["layer", "method", "to attach", "passes over the weight", "memory at most", "the weight"], rows)
+
+
+def load():
+    (row,) = [row for row in lines("attach") if row["kind"] == "load"]
+    seconds = row["seconds"]
+    return table(
+        ["", "seconds", "file"],
+        [
+            ["CURLoRA", f"{seconds['curlora']:.2f}", f"{row['bytes']['curlora'] / 1024:,.0f} KiB"],
+            ["LoRA", f"{seconds['lora']:.2f}", f"{row['bytes']['lora'] / 1024:,.0f} KiB"],
+            ["to read the columns alone", f"{seconds['columns']:.2f}", ""],
+        ],
+    )
+
+
+def many():
+    rows = []
+    for row in lines("attach"):
+        if row["kind"] != "many":
+            continue
+        s = row["seconds"]
+        rows.append([
+            NAMES[row["method"]], f"{row['count']:,}", f"{row['bytes_of_one'] / 1024:,.0f} KiB",
+            f"{1000 * s['add']:,.0f} ms", f"{1000 * s['switch']:,.0f} ms", f"{s['floor']:.2f} s",
+            f"{s['one adapter']:.2f} s", f"{s['an adapter for each row']:.2f} s",
+        ])  # fmt: skip
+    return table(["", "adapters", "memory of one", "to add one", "to switch", "a batch without", "with one",
+                  "with one for each of its rows"], rows)  # fmt: skip
+
+
+def storage():
+    rows = []
+    for row in lines("storage"):
+        ours, theirs = row["curlora"], row["lora"]
+        rows.append([
+            row["model"], row["targets"], row["r"], f"{ours['numbers']:,}", f"{ours['bytes'] / 1024:,.0f} KiB",
+            f"{theirs['numbers']:,}", f"{theirs['bytes'] / MIB:,.1f} MiB", f"{theirs['bytes'] / ours['bytes']:,.0f}",
+        ])  # fmt: skip
+    return table(["model", "adapted", "rank", "CURLoRA: numbers", "file", "LoRA: numbers", "file",
+                  "LoRA's over CURLoRA's"], rows)  # fmt: skip
+
+
+def plot_sizes(path):
+    rows = [row for row in small() if row["targets"] == "all linear layers"]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for axis, label, key, chosen in (
+        (axes[0], "tokens of a batch (rank 16)", lambda r: r["batch"] * r["length"], lambda r: r["r"] == 16),
+        (axes[1], "rank (512 tokens)", lambda r: r["r"], lambda r: r["batch"] * r["length"] == 512),
+    ):
+        points = sorted(filter(chosen, rows), key=key)
+        for method in ("curlora", "lora"):
+            share = [100 * row["step"]["over"][method] / row["step"]["floor"] for row in points]
+            axis.plot([key(row) for row in points], share, "o-", color=COLORS[method], label=NAMES[method])
+        axis.set(xlabel=label, xscale="log", ylim=(0, None))
+        axis.set_xticks([key(row) for row in points], [str(key(row)) for row in points])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("a step over the frozen model, %")
+    axes[0].legend(frameon=False)
+    save(figure, path)
+
+
+def save(figure, path):
+    plt.rcParams["svg.hashsalt"] = "curlora"  # the same file from the same figures
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()

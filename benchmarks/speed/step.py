@@ -1,0 +1,102 @@
+"""What a training step, and a pass of inference, costs over the frozen model: time, FLOPs, bytes kept for backward.
+
+The floor is the frozen model, nothing trained; gradients flow to the embeddings in every method, so that what is over
+the floor is the adapter alone. Each line of ``step.jsonl`` is one setting, all of its methods side by side.
+
+    python benchmarks/speed/step.py             # every setting
+    python benchmarks/speed/step.py --quick     # the first, few rounds
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import measure
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import TARGETS, adapted, smollm2
+
+RESULTS = Path(__file__).with_suffix(".jsonl")
+ALL, QKV = "all linear layers", "query, key, value"
+EVERY = ["floor", "curlora", "lora", "dora", "reference"]
+FEW = ["floor", "curlora", "lora"]
+# targets, rank, batch, tokens of each, layers of the model, methods, rounds
+SETTINGS = [
+    (ALL, 16, 4, 128, 4, EVERY, 16),
+    (QKV, 16, 4, 128, 4, EVERY, 16),
+    *((ALL, 16, batch, length, 4, FEW, 16) for batch, length in ((1, 32), (2, 512), (4, 512))),
+    *((ALL, r, 4, 128, 4, FEW, 16) for r in (8, 64, 256)),
+    *((QKV, r, 4, 128, 4, FEW, 16) for r in (8, 64)),
+]  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not arguments.quick:
+        arguments.out.unlink(missing_ok=True)
+    for setting in SETTINGS[:1] if arguments.quick else SETTINGS:
+        measure.add(arguments.out, row(*setting[:-1], rounds=3 if arguments.quick else setting[-1]))
+
+
+def row(targets, r, batch, length, layers, methods, rounds):
+    torch.manual_seed(0)
+    base = smollm2(layers)
+    models = {method: adapted(base, method, r, TARGETS[targets]) for method in methods}
+    x = torch.randn(batch, length, base.config.hidden_size)
+    steps = {name: partial(train, model, x) for name, model in models.items()}
+    passes = {name: partial(infer, model, x) for name, model in models.items()}
+    result = {"targets": targets, "r": r, "batch": batch, "length": length, "layers": layers, "rounds": rounds}
+    for kind, functions in (("step", steps), ("inference", passes)):
+        seconds = measure.in_turn(functions, rounds)
+        over = measure.over_floor(seconds)
+        result[kind] = {
+            "floor": round(sorted(seconds["floor"])[rounds // 2], 5),
+            "over": {name: round(value, 5) for name, value in over.items() if name != "floor"},
+            "of_lora": [round(end, 3) for end in measure.interval(seconds, "curlora", "lora")],
+        }
+    counts = {name: counted(model, x) for name, model in models.items()}
+    result["kept"], result["flops"] = (
+        {name: counts[name][i] - counts["floor"][i] for name in methods if name != "floor"} for i in (0, 1)
+    )
+    result["numbers"] = {
+        name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()
+    }
+    return result
+
+
+def train(model, x):
+    model(inputs_embeds=x.clone().requires_grad_(), use_cache=False).last_hidden_state.square().mean().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@torch.no_grad()
+def infer(model, x):
+    model(inputs_embeds=x, use_cache=False)
+
+
+def counted(model, x):
+    """Bytes kept for backward, outside parameters and buffers, and FLOPs: exact, the same on every machine."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embedded = x.clone().requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            hidden = model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+        hidden.sum().backward()
+    return sum(kept.values()), counter.get_total_flops()
+
+
+if __name__ == "__main__":
+    main()
