@@ -9,7 +9,6 @@ take their steps in turn; gradients flow to the embeddings in each.
 """
 
 import argparse
-import statistics
 import sys
 import time
 from functools import partial
@@ -20,6 +19,7 @@ from transformers import AutoConfig, AutoModel
 
 sys.path.insert(0, str(Path(__file__).parent / "speed"))
 import measure
+from step import timed, train
 
 from models import ALL, adapted
 
@@ -78,37 +78,18 @@ def main():
 def row(models, tokens, checkpointing, compiled, rounds):
     base = models["floor"]
     x = torch.randn(1, tokens, base.config.hidden_size, dtype=torch.bfloat16, device=base.device)
-    steps, passes = {}, {}
+    runs = {}
     for method, model in models.items():
         model.train()
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
-        run = torch.compile(model) if compiled else model
-        steps[method] = partial(train, run, model, x)
-        passes[method] = partial(infer, run, x)
-    result = {"memory": {method: peak(step) for method, step in steps.items()}, "rounds": rounds}
-    for kind, functions in (("step", steps), ("inference", passes)):
-        seconds = measure.in_turn(functions, rounds)
-        result[kind] = {
-            "floor": round(statistics.median(seconds["floor"]), 6),
-            "over": {name: round(over, 6) for name, over in measure.over_floor(seconds).items() if name != "floor"},
-            "of_lora": [round(end, 3) for end in measure.interval(seconds, "curlora", "lora")],
-        }
+        runs[method] = torch.compile(model) if compiled else model
+    memory = {method: peak(partial(train, run, x)) for method, run in runs.items()}
+    result = {"memory": memory, "rounds": rounds, **timed(runs, x, rounds)}
     torch.compiler.reset()
     return result
-
-
-def train(run, model, x):
-    run(inputs_embeds=x.clone().requires_grad_(), use_cache=False).last_hidden_state.float().square().mean().backward()
-    for parameter in model.parameters():
-        parameter.grad = None
-
-
-@torch.no_grad()
-def infer(run, x):
-    run(inputs_embeds=x, use_cache=False)
 
 
 def peak(step):

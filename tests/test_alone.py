@@ -346,14 +346,17 @@ def test_outputs_of_inference_are_alone_only_without_another_name():
     assert not alone(nn.Parameter(tensor)), "a subclass"
 
 
+def forget():
+    for known in (module._of_outputs, module._of_gradients):
+        known.cache_clear()
+
+
 @pytest.fixture
 def forgotten():
     """What was found out about counts is forgotten, before the test and after it."""
-    for known in (module._of_outputs, module._of_gradients):
-        known.cache_clear()
+    forget()
     yield
-    for known in (module._of_outputs, module._of_gradients):
-        known.cache_clear()
+    forget()
 
 
 def first_step(form=lambda step: step()):
@@ -380,8 +383,7 @@ PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
 @pytest.mark.usefixtures("forgotten")
 def test_a_first_step_under_checkpointing(form):
     expected = first_step()
-    for known in (module._of_outputs, module._of_gradients):
-        known.cache_clear()
+    forget()
     torch.testing.assert_close(first_step(form), expected)
 
 
@@ -391,8 +393,7 @@ def test_a_first_step_under_checkpointing(form):
 @pytest.mark.usefixtures("forgotten")
 def test_a_first_look_in_a_mode_finds_what_one_outside_finds(mode):
     expected = module._of_outputs(), module._of_gradients()
-    for known in (module._of_outputs, module._of_gradients):
-        known.cache_clear()
+    forget()
     with mode():
         assert (module._of_outputs(), module._of_gradients()) == expected
     assert all(expected)
@@ -429,7 +430,6 @@ def gone(tensor):
 def test_where_counts_mean_nothing_nothing_is_alone(owner, name, value, monkeypatch):
     assert module._of_outputs()
     assert module._of_gradients()
-    for known in (module._of_outputs, module._of_gradients):
-        known.cache_clear()
+    forget()
     monkeypatch.setattr(owner, name, value, raising=False)
     assert module._of_outputs() == module._of_gradients() == set()

@@ -6,15 +6,15 @@ The formulas are in docs/complexity.md. A line of ``growth.jsonl`` for each poin
 """
 
 import argparse
-import tempfile
-from functools import partial
 from pathlib import Path
 
 import measure
 import torch
-from safetensors.torch import save_file
-from step import counted, infer, train
+from peft import get_peft_model
+from step import over_floor, timed
+from storage import size_on_disk
 
+import curlora
 from curlora.tuner.layer import CurloraLayer
 from models import ALL, adapted, smollm2
 
@@ -42,37 +42,19 @@ def main():
 def row(rounds, rank, width, depth, tokens):
     torch.manual_seed(0)
     heads = width // 64 if width % 192 == 0 else width // 96
-    shape = dict(hidden_size=width, intermediate_size=width * 8 // 3)
-    base = smollm2(depth, **shape, num_attention_heads=heads, num_key_value_heads=heads // 3)
+    shape = dict(
+        hidden_size=width, intermediate_size=width * 8 // 3, num_attention_heads=heads, num_key_value_heads=heads // 3
+    )
+    base = smollm2(depth, **shape)
     models = {method: adapted(base, method, rank, ALL) for method in ("floor", "curlora", "lora")}
     x = torch.randn(max(1, tokens // 128), min(tokens, 128), width)
     result = {"rank": rank, "width": width, "depth": depth, "tokens": tokens, "rounds": rounds}
-    for kind, run in (("step", train), ("inference", infer)):
-        functions = {name: partial(run, model, x) for name, model in models.items()}
-        seconds = measure.in_turn(functions, rounds)
-        over = measure.over_floor(seconds)
-        result[kind] = {"floor": round(sorted(seconds["floor"])[rounds // 2], 5),
-                        **{name: round(over[name], 5) for name in ("curlora", "lora")}}  # fmt: skip
-    counts = {name: counted(model, x) for name, model in models.items()}
-    for i, what in enumerate(("kept", "flops")):
-        result[what] = {name: counts[name][i] - counts["floor"][i] for name in ("curlora", "lora")}
-    result["file"] = size_on_disk(models["curlora"])
+    result |= timed(models, x, rounds) | over_floor(models, x)
+    with torch.device("meta"):
+        unread = get_peft_model(smollm2(depth, **shape), curlora.CurloraConfig(r=rank, target_modules=ALL))
+    result["file"] = size_on_disk(unread)
     result["formula"] = by_formula(models["curlora"], tokens)
     return result
-
-
-def size_on_disk(model):
-    """Of what PEFT saves of an adapter, with the names that it gives."""
-    parts = ("curlora_U", "curlora_indices", "curlora_fingerprint")
-    state = {
-        f"base_model.model.{name}".replace(".default", ""): tensor
-        for name, tensor in model.state_dict().items()
-        if any(part in name for part in parts)
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "adapter_model.safetensors"
-        save_file(state, path)
-        return path.stat().st_size
 
 
 def by_formula(model, tokens):

@@ -42,6 +42,19 @@ def over_floor(seconds: dict[str, list[float]]) -> dict[str, float]:
     }
 
 
+def beside_floor(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, object]:
+    """Seconds of the floor, and over it of the others, among which are ``curlora`` and ``lora``.
+
+    ``of_lora`` is :func:`interval` of CURLoRA's overhead over LoRA's.
+    """
+    seconds = in_turn(functions, rounds)
+    return {
+        "floor": round(statistics.median(seconds["floor"]), 6),
+        "over": {name: round(over, 6) for name, over in over_floor(seconds).items() if name != "floor"},
+        "of_lora": [round(end, 3) for end in interval(seconds, "curlora", "lora")],
+    }
+
+
 def interval(seconds: dict[str, list[float]], method: str, rival: str, draws: int = 1000) -> tuple[float, float]:
     """Of the ratio of two overheads: the middle nine tenths of it over bootstrap draws of rounds."""
     rng = random.Random(0)
@@ -68,9 +81,10 @@ def machine() -> dict[str, object]:
 
 def processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
-        if info.exists() else []  # fmt: skip
-    return names[0] if names else platform.processor() or platform.machine()
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def add(path: Path, row: dict[str, object]) -> None:

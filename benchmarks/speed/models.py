@@ -68,6 +68,5 @@ def adapted(base: nn.Module, method: str, r: int, targets: list[str]) -> nn.Modu
         "curlora": lambda: curlora.CurloraConfig(**common),
         "lora": lambda: LoraConfig(**lora),
         "dora": lambda: LoraConfig(**lora, use_dora=True),
-        "pissa": lambda: LoraConfig(**lora, init_lora_weights="pissa"),
     }[method]()
     return get_peft_model(model, config).get_base_model()

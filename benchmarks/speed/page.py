@@ -19,7 +19,7 @@ DOCS = HERE.parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
 NAMES = {"curlora": "CURLoRA", "lora": "LoRA", "dora": "DoRA", "reference": "the author's form", "pissa": "PiSSA",
          "osf": "OSF"}  # fmt: skip
-COLORS = {"curlora": "#0b6e4f", "lora": "#b5541c", "formula": "#888888"}
+COLORS = {"curlora": "#0b6e4f", "lora": "#b5541c"}
 MIB = 2**20
 
 
@@ -49,6 +49,8 @@ def lines(name):
 
 
 def table(header, rows):
+    if not rows:
+        return "Not measured yet."
     cells = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
 

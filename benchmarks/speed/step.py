@@ -47,29 +47,34 @@ def row(targets, r, batch, length, layers, methods, rounds):
     base = smollm2(layers)
     models = {method: adapted(base, method, r, TARGETS[targets]) for method in methods}
     x = torch.randn(batch, length, base.config.hidden_size)
-    steps = {name: partial(train, model, x) for name, model in models.items()}
-    passes = {name: partial(infer, model, x) for name, model in models.items()}
     result = {"targets": targets, "r": r, "batch": batch, "length": length, "layers": layers, "rounds": rounds}
-    for kind, functions in (("step", steps), ("inference", passes)):
-        seconds = measure.in_turn(functions, rounds)
-        over = measure.over_floor(seconds)
-        result[kind] = {
-            "floor": round(sorted(seconds["floor"])[rounds // 2], 5),
-            "over": {name: round(value, 5) for name, value in over.items() if name != "floor"},
-            "of_lora": [round(end, 3) for end in measure.interval(seconds, "curlora", "lora")],
-        }
-    counts = {name: counted(model, x) for name, model in models.items()}
-    result["kept"], result["flops"] = (
-        {name: counts[name][i] - counts["floor"][i] for name in methods if name != "floor"} for i in (0, 1)
-    )
+    result |= timed(models, x, rounds) | over_floor(models, x)
     result["numbers"] = {
         name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()
     }
     return result
 
 
+def timed(models, x, rounds):
+    return {
+        kind: measure.beside_floor({name: partial(run, model, x) for name, model in models.items()}, rounds)
+        for kind, run in (("step", train), ("inference", infer))
+    }
+
+
+def over_floor(models, x):
+    """What is counted, of each method but the floor, over it."""
+    counts = {name: counted(model, x) for name, model in models.items()}
+    return {
+        what: {name: count[i] - counts["floor"][i] for name, count in counts.items() if name != "floor"}
+        for i, what in enumerate(("kept", "flops"))
+    }
+
+
 def train(model, x):
-    model(inputs_embeds=x.clone().requires_grad_(), use_cache=False).last_hidden_state.square().mean().backward()
+    model(
+        inputs_embeds=x.clone().requires_grad_(), use_cache=False
+    ).last_hidden_state.float().square().mean().backward()
     for parameter in model.parameters():
         parameter.grad = None
 

@@ -57,7 +57,6 @@ def _judged(backward: Callable[..., Any], judge: Callable[[Hashable], bool]) -> 
         first = gradients[0]
         # With create_graph the gradient is part of a graph itself.
         may_change = first is not None and not torch.is_grad_enabled() and _plain(first) and judge(_counts(first))
-        del first
         return backward(ctx, may_change, *gradients)
 
     return told

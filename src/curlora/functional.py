@@ -138,7 +138,7 @@ def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]
 
 
 def _add(
-    flat: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool = False
+    flat: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """``flat``, shape ``(tokens, m)``, with the update, and ``z``."""
     z = flat.index_select(-1, index)

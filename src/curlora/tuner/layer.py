@@ -20,6 +20,7 @@ from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
 from curlora.tuner.merging import merge, unmerge
 from curlora.tuner.mixed_batch import check_adapter_names, update_rows
+from curlora.tuner.saved import problem_of_indices
 from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
 
 
@@ -99,14 +100,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         device = device_of(base)
         if device.type == "meta":  # shapes only; real indices come with a saved adapter
             dtype = base.weight.dtype if is_plain(base) else torch.float32
-            indices, fingerprint = (
-                torch.zeros(*shape, dtype=torch.int32, device="meta") for shape in ((2, r), (LENGTH,))
-            )
+            indices, current = (torch.zeros(*shape, dtype=torch.int32, device="meta") for shape in ((2, r), (LENGTH,)))
             factor = torch.zeros(self.out_features, r, dtype=dtype, device="meta")
-            self._add(adapter_name, alpha, indices, factor, fingerprint, dtype, config)
+            self._add(adapter_name, alpha, indices, factor, current, dtype, config)
             return
         with read(base, self.name) as weight:
-            draw = self._drawn_before(config, r, weight) or self._draw(config, r, weight)
+            draw = self._draw(config, r, weight)
             self._add(adapter_name, alpha, *draw, weight.dtype if weight.exact else torch.float32, config)
 
     @property
@@ -295,34 +294,26 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
     def _draw(
         self, config: CurloraConfig, r: int, weight: StoredWeight | ProbedWeight
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Indices, factor and fingerprint, from the norms of the whole weight."""
-        columns, rows = sampling.select(
-            weight.squared_norms(), r,
-            sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name,
-        )  # fmt: skip
-        indices = torch.stack([columns, rows])
-        factor = self._factor(weight, indices)
-        current = self.fingerprint_of(factor)
-        self._last_draw = (r, *config.drawn_by, weight.checksum()), indices
-        return indices, factor, current
+        """Indices, factor and fingerprint: of an adapter that is about to be loaded, or drawn from the norms.
 
-    def _drawn_before(
-        self, config: CurloraConfig, r: int, weight: StoredWeight | ProbedWeight
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The same of an adapter that is about to be loaded, or of the last one, if it was drawn alike."""
+        What was drawn alike from the same weight just before is not drawn again.
+        """
         saved = config.saved_draws
         if saved is not None and saved.drawn_by == config.drawn_by and (draw := saved.of(self.name)) is not None:
             indices, made_on = draw
-            if find_problem_of_indices(self, r, indices) is None:
-                factor = self._factor(weight, indices)
-                current = self.fingerprint_of(factor)
+            if problem_of_indices(indices, r, self.weight_shape) is None:
+                factor, current = self._take(weight, indices)
                 if compare(made_on, current) != "other":  # of which there are other columns and rows to draw
                     return indices, factor, current
-        if self._last_draw is not None and self._last_draw[0] == (r, *config.drawn_by, weight.checksum()):
-            indices = self._last_draw[1]
-            factor = self._factor(weight, indices)
-            return indices, factor, self.fingerprint_of(factor)
-        return None
+        drawn_by = r, *config.drawn_by, weight.checksum()
+        if self._last_draw is None or self._last_draw[0] != drawn_by:
+            columns, rows = sampling.select(
+                weight.squared_norms(), r,
+                sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=self.name,
+            )  # fmt: skip
+            self._last_draw = drawn_by, torch.stack([columns, rows])
+        indices = self._last_draw[1]
+        return indices, *self._take(weight, indices)
 
     def _add(
         self,
@@ -345,6 +336,11 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
     def _factor(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Tensor:
         columns, rows = indices
         return (weight.rows(rows).T if self.stores_outputs_last else weight.columns(columns)).contiguous()
+
+    def _take(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor at the indices, and its fingerprint."""
+        factor = self._factor(weight, indices)
+        return factor, self.fingerprint_of(factor)
 
     def _rebuild(self, adapter_name: str) -> None:
         """Take the factor and its fingerprint from the base weight, at the adapter's indices."""
@@ -370,17 +366,6 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
 class CurloraLinear(CurloraLayer):
     """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
-
-
-def find_problem_of_indices(layer: CurloraLayer, r: int, indices: Tensor) -> str | None:
-    """What is wrong with columns above rows that a file has for a layer; ``None`` if nothing."""
-    if indices.shape != (2, r) or indices.dtype != torch.int32:
-        return f"the indices are {indices.dtype} of shape {tuple(indices.shape)} instead of int32 of shape (2, {r})"
-    height, width = layer.weight_shape
-    for axis, index, size in (("column", indices[0], width), ("row", indices[1], height)):
-        if index.min() < 0 or index.max() >= size:
-            return f"{axis} index {int(index.min() if index.min() < 0 else index.max())} is outside 0..{size - 1}"
-    return None
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare_layers
-from curlora.tuner.layer import CurloraLayer, CurloraLinear, find_problem_of_indices
+from curlora.tuner.layer import CurloraLayer, CurloraLinear
 from curlora.tuner.mixed_batch import adapter_names_passed
+from curlora.tuner.saved import problem_of_indices
 from curlora.tuner.weight import device_of
 from curlora.tuner.weighted import add_weighted_adapter
 
@@ -253,7 +254,7 @@ def _find_problem(layer: CurloraLayer, r: int, U: Tensor, indices: Tensor, saved
         return "its tensors hold no values (they are on the meta device)"
     if not torch.isfinite(U).all():
         return "U contains NaN or infinite values"
-    return find_problem_of_indices(layer, r, indices)
+    return problem_of_indices(indices, r, layer.weight_shape)
 
 
 def _first_few(items: list[str], count: int = 3) -> str:

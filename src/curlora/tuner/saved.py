@@ -45,3 +45,14 @@ class SavedDraws:
                     if fingerprint.shape == (LENGTH,) and fingerprint.dtype == torch.int32:
                         draws[layer.removeprefix(_PREFIX)] = indices, fingerprint
         return draws
+
+
+def problem_of_indices(indices: Tensor, r: int, weight_shape: tuple[int, int]) -> str | None:
+    """What is wrong with columns above rows that a file has for a weight, as it is stored; ``None`` if nothing."""
+    if indices.shape != (2, r) or indices.dtype != torch.int32:
+        return f"the indices are {indices.dtype} of shape {tuple(indices.shape)} instead of int32 of shape (2, {r})"
+    height, width = weight_shape
+    for axis, index, size in (("column", indices[0], width), ("row", indices[1], height)):
+        if index.min() < 0 or index.max() >= size:
+            return f"{axis} index {int(index.min() if index.min() < 0 else index.max())} is outside 0..{size - 1}"
+    return None
