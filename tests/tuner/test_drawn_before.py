@@ -111,3 +111,20 @@ def test_what_is_drawn_otherwise_is_drawn_anew(change):
                     linear.weight = torch.nn.Parameter(changed, requires_grad=False)
     model.add_adapter("second", config)
     assert same(indices(model, "second"), indices(get_peft_model(plain, config)))
+
+
+def test_a_weight_is_told_from_others_by_a_few_of_its_rows():
+    """So that the first adapter does not pay a pass over the weight for those that may come."""
+    numbers = torch.randn(1000, 8)
+
+    def glance(numbers):
+        return module.StoredWeight(numbers, exact=True, stores_outputs_last=False).glance()
+
+    before = glance(numbers)
+    assert glance(numbers) == before
+    other = numbers.clone()
+    other[1] = torch.nan  # between those that are looked at
+    assert glance(other)[-1] == before[-1]
+    assert glance(numbers[:, [1, 0, *range(2, 8)]]) != before
+    numbers[1] += 1  # unseen, but for autograd's count of changes
+    assert glance(numbers) != before

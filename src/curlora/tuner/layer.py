@@ -305,7 +305,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
                 factor, current = self._take(weight, indices)
                 if compare(made_on, current) != "other":  # of which there are other columns and rows to draw
                     return indices, factor, current
-        drawn_by = r, *config.drawn_by, weight.checksum()
+        drawn_by = r, *config.drawn_by, weight.glance()
         if self._last_draw is None or self._last_draw[0] != drawn_by:
             columns, rows = sampling.select(
                 weight.squared_norms(), r,

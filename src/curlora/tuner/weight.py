@@ -26,7 +26,7 @@ from curlora.sampling import squared_norms
 __all__ = ["check_adaptable", "device_of", "features", "is_plain", "read"]
 
 _CHUNK_ELEMENTS = 1 << 22  # of the identity, and of what a layer makes of it, at a time
-_CHECKED_AT_ONCE = 1024  # rows
+_GLANCED_AT = 64  # rows, evenly spaced
 
 
 def features(layer: nn.Module) -> tuple[int, int]:
@@ -140,13 +140,20 @@ class StoredWeight:
         """Of columns and rows, as :func:`curlora.sampling.squared_norms`."""
         return squared_norms(self.weight)
 
-    def checksum(self) -> object:
-        """The same for the same weight and, to the digits of float32, for no other; the weight is read once."""
+    def glance(self) -> object:
+        """Tells this weight from others and from what it was before, by some of its rows; not to be relied on for more.
+
+        A change of a few numbers past autograd's notice (through ``.data``) may go unseen.
+        """
         rng = torch.Generator().manual_seed(0)
-        # Random numbers, not ones, so that columns that change places are noticed.
-        left, right = (torch.randn(size, generator=rng).to(self.weight.device) for size in self.weight.shape)
-        pieces = zip(self.weight.split(_CHECKED_AT_ONCE), left.split(_CHECKED_AT_ONCE), strict=True)
-        return self.dtype, sum(float(part @ (rows.float() @ right)) for rows, part in pieces)
+        count = min(_GLANCED_AT, len(self.weight))
+        rows = torch.linspace(0, len(self.weight) - 1, count).long()
+        # Random numbers, not ones, so that rows and columns that change places are noticed.
+        left, right = (
+            torch.randn(size, generator=rng).to(self.weight.device) for size in (count, self.weight.shape[1])
+        )
+        version = None if self.weight.is_inference() else self.weight._version
+        return self.dtype, version, float(left @ (self.rows(rows).float() @ right))
 
     def columns(self, index: Tensor) -> Tensor:
         """``W[:, index]``, shape ``(m, r)``."""
@@ -208,7 +215,7 @@ class ProbedWeight:
             )
         return torch.cat(columns), rows
 
-    def checksum(self) -> object:
+    def glance(self) -> object:
         """Equal to nothing: to read the weight would take as long as to draw from it."""
         return object()
 
