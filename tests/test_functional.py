@@ -33,7 +33,7 @@ def fast(W, b, U, x, rows, columns, alpha=1.0):
     return gather_update(output, alpha * U, W[:, columns].detach(), rows.int(), offset)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     m=st.integers(1, 12),
     n=st.integers(1, 12),

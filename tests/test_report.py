@@ -276,7 +276,7 @@ browser = pytest.mark.skipif(
 def chromium(folder, *arguments):
     base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000"]
     base += [f"--user-data-dir={folder / 'profile'}"]
-    return subprocess.run([*base, *arguments], capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run([*base, *arguments], capture_output=True, text=True, timeout=900, check=True).stdout
 
 
 @browser

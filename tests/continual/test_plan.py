@@ -290,7 +290,7 @@ def command(*arguments):
         [sys.executable, "-m", "curlora.cli", "run", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "COLUMNS": "80"},
     )
 

@@ -30,7 +30,7 @@ def recipe(recipe_path):
 def test_two_processes(recipe, recipe_path, tmp_path):
     one = run_recipe(recipe, tmp_path / "one")
     command = [*TORCHRUN, str(recipe_path), "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("After the last task") == 1  # one of them speaks
     two = RunResults.load(tmp_path / "two" / "results.json")
@@ -48,7 +48,7 @@ def test_two_processes(recipe, recipe_path, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_out_is_one_message(recipe_path, tmp_path):
     command = [*TORCHRUN, str(recipe_path), "--set", "training.batch_size=3", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
     assert "A batch_size of 3 cannot be shared out over 2 processes evenly" in done.stderr
     assert not (tmp_path / "run" / "recipe.json").exists()

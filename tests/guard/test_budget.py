@@ -50,7 +50,7 @@ def test_a_slope_and_a_bend_take_two(slope, bend, limit):
     assert measurements == 4
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(heights=st.lists(st.floats(0, 3), min_size=5, max_size=30), limit=st.floats(0.05, 1.0))
 def test_it_holds_on_any_curve(heights, limit):
     def curve(t):

@@ -13,7 +13,7 @@ def moment(r, rank, seed, scale=1.0):
     return scale * rows.T @ rows / rank
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     r=st.integers(1, 12), rank=st.integers(1, 30), seed=st.integers(0, 999), scale=st.sampled_from([1e-12, 1.0, 1e9])
 )
