@@ -65,7 +65,7 @@ def test_it_is_redraw_with_the_tasks_loss(classes, monkeypatch):
     drawn = indices(model)
     task = context(model.train(), classes)
     fresh = {key: value.clone() for key, value in model.heads.state_dict().items()}
-    plugin = Redraw(fit=400)
+    plugin = Redraw()
     before = torch.random.get_rng_state()
     plugin.before_task(task)
     (_, batches, general, _), (loss, heads) = given
@@ -108,7 +108,7 @@ def test_a_text_that_says_nothing_is_named():
         Redraw().before_task(context(untrained(), 2, text=HeldOut("word", TEXT.tokens[:1])))
 
 
-@pytest.mark.parametrize("options", [{"examples": 0}, {"fit": 0}, {"examples": 2.5}, {"fit": True}, {"batch_size": 0}])
+@pytest.mark.parametrize("options", [{"examples": 0}, {"examples": 2.5}, {"examples": True}, {"batch_size": 0}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match="redraw needs"):
         Redraw(**options)

@@ -21,8 +21,8 @@ class Frozen(Method):
     trains_backbone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.options or self.learning_rate or self.plugins:
-            raise ValueError("frozen trains the heads alone: leave out options, learning_rate and plugins")
+        if self.options or self.learning_rate or not all(make().for_heads for make in self.plugins):
+            raise ValueError("frozen trains the heads alone: leave out options, learning_rate and plugins but probe")
 
     @property
     def kind(self) -> str:

@@ -9,6 +9,7 @@ from curlora.continual.plugins.anchors import AnchorsPlugin
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.ewc import EWC
 from curlora.continual.plugins.guard import GuardPlugin
+from curlora.continual.plugins.probe import Probe
 from curlora.continual.plugins.redraw import Redraw
 from curlora.continual.plugins.replay import Replay
 from curlora.continual.plugins.toward_base import TowardBase
@@ -19,6 +20,7 @@ __all__ = [
     "AnchorsPlugin",
     "GuardPlugin",
     "Plugin",
+    "Probe",
     "Redraw",
     "Replay",
     "TaskContext",
@@ -30,6 +32,7 @@ PLUGINS: dict[str, type[Plugin]] = {
     "anchors": AnchorsPlugin,
     "ewc": EWC,
     "guard": GuardPlugin,
+    "probe": Probe,
     "redraw": Redraw,
     "replay": Replay,
     "toward_base": TowardBase,

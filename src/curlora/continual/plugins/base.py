@@ -52,6 +52,8 @@ class Plugin(TrainerCallback):
 
     only_for: ClassVar[str | None] = None
     """The one method that it can be combined with; any if ``None``."""
+    for_heads: ClassVar[bool] = False
+    """Whether it does something where heads are all that is trained."""
     needs_guard_text: ClassVar[bool] = False
     changes_start: ClassVar[bool] = False
     """Whether :meth:`before_task` changes the model: then it comes before those of plug-ins that look at it."""

@@ -10,27 +10,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from curlora.continual import probe
 from curlora.continual.errors import RunError
 from curlora.continual.plugins.base import Plugin, TaskContext
-from curlora.continual.tasks import IGNORED
 from curlora.guard import GuardError, redraw
 
 __all__ = ["Redraw"]
-
-# Of the head that the task is seen through.
-_FIT_BATCH_SIZE, _FIT_LEARNING_RATE = 32, 5e-3
 
 
 class Redraw(Plugin):
     """Before the first task, :func:`curlora.redraw` for it; the recipe's ``guard`` text is the general text.
 
-    A classification task is seen through a head that is fitted for it on the states of the untrained model: through a
-    fresh one gradients say nothing of the task. Training begins with a fresh one as ever. Later tasks are learned with
-    the same columns and rows.
+    A classification task is seen through a head that is fitted to the states of the untrained model
+    (:mod:`curlora.continual.probe`): through a fresh one gradients say nothing of the task. Training begins with a
+    fresh one as ever. Later tasks are learned with the same columns and rows.
 
     Args:
         examples: of the task's training split that are looked at; all where it has fewer.
-        fit: steps that the head is fitted for.
         batch_size: rows of the task, and of the text, that gradients are taken of together.
 
     Raises:
@@ -41,15 +37,15 @@ class Redraw(Plugin):
     needs_guard_text: ClassVar[bool] = True
     changes_start: ClassVar[bool] = True
 
-    def __init__(self, examples: int = 320, fit: int = 200, batch_size: int = 8) -> None:
-        for name, value in (("examples", examples), ("fit", fit), ("batch_size", batch_size)):
+    def __init__(self, examples: int = 320, batch_size: int = 8) -> None:
+        for name, value in (("examples", examples), ("batch_size", batch_size)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"redraw needs {name} of 1 or more, got {value!r}")
-        self.examples, self.fit, self.batch_size = examples, fit, batch_size
+        self.examples, self.batch_size = examples, batch_size
         self.drawn = False
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "redraw", "examples": self.examples, "fit": self.fit, "batch_size": self.batch_size}
+        return {"name": "redraw", "examples": self.examples, "batch_size": self.batch_size}
 
     def before_task(self, context: TaskContext) -> None:
         if self.drawn:  # for a task before this one, or before the run was cut off
@@ -65,7 +61,7 @@ class Redraw(Plugin):
             {key: value.to(device) for key, value in context.collate([context.rows[i] for i in chosen]).items()}
             for chosen in (order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size))
         ]
-        with self._fitted_head(context, batches, generator):
+        with self._fitted_head(context, batches):
             try:
                 redraw(
                     model.language_model,
@@ -88,27 +84,19 @@ class Redraw(Plugin):
         self.drawn = bool(state["drawn"])
 
     @contextlib.contextmanager
-    def _fitted_head(
-        self, context: TaskContext, batches: list[dict[str, Tensor]], generator: torch.Generator
-    ) -> Iterator[None]:
+    def _fitted_head(self, context: TaskContext, batches: list[dict[str, Tensor]]) -> Iterator[None]:
         """While it lasts the task's head is one that has been fitted."""
         heads, key = context.model.heads, str(context.number)
         if key not in heads:  # the language model answers itself
             yield
             return
         fresh = heads[key]
-        training = context.model.training
-        context.model.eval()
-        states = torch.cat([context.model.states(**batch) for batch in batches]).float()
-        context.model.train(training)
-        labels = torch.cat([batch["labels"][batch["labels"] != IGNORED] for batch in batches])
-        head = copy.deepcopy(fresh).float()
-        optimizer = torch.optim.AdamW(head.parameters(), lr=_FIT_LEARNING_RATE, weight_decay=0.0)
-        for _ in range(self.fit):
-            chosen = torch.randint(0, len(states), (_FIT_BATCH_SIZE,), generator=generator).to(states.device)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(head(states[chosen]), labels[chosen]).backward()
-            optimizer.step()
+        assert isinstance(fresh, nn.Linear)
+        head = copy.deepcopy(fresh).float()  # a new one would draw numbers
+        try:
+            probe.fit(head, *probe.states_and_labels(context.model, batches))
+        except ValueError as error:
+            raise RunError(f"plug-in redraw: {error}") from error
         heads[key] = head
         try:
             yield

@@ -1,0 +1,57 @@
+"""A classification task begins with the best head for the model as it is, not with a random one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import nn
+
+from curlora.continual import probe
+from curlora.continual.errors import RunError
+from curlora.continual.plugins.base import Plugin, TaskContext
+
+__all__ = ["Probe"]
+
+
+class Probe(Plugin):
+    """Before a task its head is fitted to the states of the model, as :mod:`curlora.continual.probe` has it.
+
+    Then both are trained. Through a random head the first steps would change the model in ways that have nothing to do
+    with the task, and distort what is in it (Kumar et al. 2022, https://arxiv.org/abs/2202.10054). Since the head is
+    good from the beginning, a tenth of the ``head_learning_rate`` that a fresh one wants is enough. With the method
+    ``frozen`` this is a baseline that is as good as heads can be. Tasks without a head are left alone.
+
+    Args:
+        ridge: see :func:`curlora.continual.probe.fit`.
+        batch_size: rows that states are computed of together.
+
+    Raises:
+        ValueError: if ``ridge`` is not positive, or ``batch_size`` not a whole number of 1 or more.
+    """
+
+    for_heads: ClassVar[bool] = True
+
+    def __init__(self, ridge: float = 0.1, batch_size: int = 32) -> None:
+        self.ridge, self.batch_size = float(ridge), batch_size
+        if not (self.ridge > 0 and math.isfinite(self.ridge)):
+            raise ValueError(f"probe needs a positive ridge, got {ridge}")
+        if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+            raise ValueError(f"probe needs a batch_size of 1 or more, got {batch_size!r}")
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "probe", "ridge": self.ridge, "batch_size": self.batch_size}
+
+    def before_task(self, context: TaskContext) -> None:
+        heads, key = context.model.heads, str(context.number)
+        if key not in heads:
+            return
+        head = heads[key]
+        assert isinstance(head, nn.Linear)
+        rows = sorted(context.rows, key=lambda row: -len(row["input_ids"]))  # little padding
+        pieces = (rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size))
+        try:
+            states, labels = probe.states_and_labels(context.model, map(context.collate, pieces))
+            probe.fit(head, states, labels, self.ridge)
+        except ValueError as error:
+            raise RunError(f"plug-in probe: {error}") from error
