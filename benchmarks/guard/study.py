@@ -45,6 +45,7 @@ DEFAULTS = dict(
     slack=1.0,  # guarded: the ball is so many times as wide, in nats, as the rise that is measured may be
     damping=0.1,  # guarded
     spread=1,  # guarded: the rise is reached by even steps from task to task
+    checks=0,  # guarded: so often while a task is learned the ball is made as wide as the limit allows by what it cost
     # The paper's draw; uniform; norm; leverage; task: curlora.redraw for the first task; or each: an adapter for each
     # task, its columns and rows redrawn for it, beside those of earlier tasks, which stay as they are.
     choose="inverse",
@@ -53,6 +54,9 @@ DEFAULTS = dict(
     penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
     ewc=0.0,  # strength
     anchors=0.0,  # strength
+    # 1: a task's head is fitted to the model as it is before both are trained; 2: and again after.
+    probe=0,
+    head_lr=5e-3,
     examples=0,  # of each task, if it has more; 0 for all
     epochs=1,
     batch_size=8,
@@ -98,7 +102,7 @@ class Run:
         model.set_input_embeddings(nn.Embedding.from_pretrained(self.data.pop("states")))
         self.base = model
         torch.manual_seed(o.seed)
-        targets = o.targets.split() if o.targets != "all-linear" else o.targets
+        self.targets = targets = o.targets.split() if o.targets != "all-linear" else o.targets
         config = {
             "frozen": lambda: None,
             "lora": lambda: LoraConfig(r=o.r, lora_alpha=o.r, target_modules=targets),
@@ -117,6 +121,7 @@ class Run:
         self.numbers = sum(p.numel() for _, p in self.trained)
         self.head = nn.Linear(model.config.hidden_size, 2)
         self.guard = self.ewc = self.anchors = self.ranks = None
+        self.budgets = []
         if o.ewc:
             self.ewc = EWC(strength=o.ewc)
         if o.anchors:
@@ -127,10 +132,16 @@ class Run:
         heads, matrix, kept = {}, [], []
         for number, task in enumerate(tasks):
             torch.manual_seed(1000 * self.o.seed + number)
-            self.head = heads[task] = nn.Linear(self.base.config.hidden_size, 2)
-            self.learn(task, number, len(tasks))
+            self.head = nn.Linear(self.base.config.hidden_size, 2)
+            if self.o.probe:
+                self.head = self.probe(task)
+            if self.o.method != "frozen" or not self.o.probe:
+                self.learn(task, number, len(tasks))
             if self.guard is not None:
                 kept.append(self.keep(number, len(tasks)))
+            if self.o.probe > 1 and self.o.method != "frozen":
+                self.head = self.probe(task)
+            heads[task] = self.head
             self.remember(task, number)
             row = {}
             for other in tasks[: number + 1] if number + 1 == len(tasks) else [task]:
@@ -148,6 +159,7 @@ class Run:
             "texts": {name: self.lost(name) for name in TOKENS},
             **({"kept": kept, "predicted": self.guard.drift()} if kept else {}),
             **({"by_layer": list(self.ranks.values())} if self.ranks else {}),
+            **({"budgets": self.budgets} if self.budgets else {}),
         }
 
     def of_base(self, path):
@@ -177,7 +189,8 @@ class Run:
                 self.model, self.calibration, budget=o.slack * math.log1p(rise), damping=o.damping, adapter=adapter
             )
             self.before = [U.detach().clone() for U in self.guard.parameters]
-        optimizers = [torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=0.0)]
+            self.rise_before = self.rise() if o.checks else 0.0
+        optimizers = [torch.optim.AdamW(self.head.parameters(), lr=o.head_lr, weight_decay=0.0)]
         if self.trained:
             trained = [p for _, p in self.trained]
             adam = o.optimizer == "adam"
@@ -192,7 +205,10 @@ class Run:
         ]
         schedules = [get_cosine_schedule_with_warmup(one, len(batches) // 10, len(batches)) for one in optimizers]
         pieces = itertools.cycle([row[:129] for row in self.data["guard"]["rows"]])
-        for batch in batches:
+        checked = [len(batches) * (i + 1) // (o.checks + 1) for i in range(o.checks)]
+        for number_of_batch, batch in enumerate(batches):
+            if self.guard is not None and number_of_batch in checked:
+                self.check(self.limit(number, count))
             loss = cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])
             if o.penalty:
                 piece = next(pieces)
@@ -242,9 +258,7 @@ class Run:
             yield {name: gradient for (name, _), gradient in zip(self.trained, found, strict=True)}
 
     def add_adapter(self, adapter, number):
-        config = curlora.CurloraConfig(
-            r=self.o.r, target_modules=self.o.targets.split(), seed=1000 * self.o.seed + number
-        )
+        config = curlora.CurloraConfig(r=self.o.r, target_modules=self.targets, seed=1000 * self.o.seed + number)
         self.model.add_adapter(adapter, config)
         self.model.base_model.set_adapter(["default", *(f"task{i}" for i in range(1, number + 1))])
         for name, parameter in self.model.named_parameters():
@@ -255,20 +269,60 @@ class Run:
     def redraw(self, task, texts, adapter, examples=320):
         """By a head that is fitted on the frozen model."""
         part = self.data[task]
-        keep, self.head = self.head, nn.Identity()
-        with torch.no_grad():
-            states = torch.cat([self.classes(part["rows"][i : i + 16]) for i in range(0, examples, 16)])
-        self.head = nn.Linear(self.base.config.hidden_size, 2)
-        optimizer = torch.optim.AdamW(self.head.parameters(), lr=5e-3, weight_decay=0.0)
-        for _ in range(200):
-            chosen = torch.randint(0, examples, (32,))
-            optimizer.zero_grad()
-            cross_entropy(self.head(states[chosen]), part["labels"][chosen]).backward()
-            optimizer.step()
+        keep = self.head
+        if not self.o.probe:
+            self.head = self.fitted_head(task, examples)
         batches = [list(range(i, i + 8)) for i in range(0, examples, 8)]
         loss = lambda batch: cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])  # noqa: E731
         curlora.redraw(self.model, batches, texts, loss=loss, adapter=adapter, progress=False)
         self.head = keep
+
+    @torch.no_grad()
+    def states(self, task, examples):
+        part, keep = self.data[task], self.head
+        self.head = nn.Identity()
+        order = sorted(range(examples), key=lambda i: len(part["rows"][i]))
+        states = torch.empty(examples, self.base.config.hidden_size)
+        for begin in range(0, examples, 32):
+            chosen = order[begin : begin + 32]
+            states[chosen] = self.classes([part["rows"][j] for j in chosen])
+        self.head = keep
+        return states
+
+    def probe(self, task, strength=0.1):
+        """Logistic regression on the states of all of the task's examples, with a ridge on standardized ones."""
+        states, labels = self.states(task, self.count(task)), self.data[task]["labels"][: self.count(task)]
+        mean, deviation = states.mean(0), states.std(0) + 1e-6
+        standard = nn.Linear(states.shape[1], 2)
+        nn.init.zeros_(standard.weight)
+        nn.init.zeros_(standard.bias)
+        optimizer = torch.optim.LBFGS(standard.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss():
+            optimizer.zero_grad()
+            ridge = strength * standard.weight.square().sum()
+            value = cross_entropy(standard((states - mean) / deviation), labels) + ridge
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        head = nn.Linear(states.shape[1], 2)
+        with torch.no_grad():
+            head.weight.copy_(standard.weight / deviation)
+            head.bias.copy_(standard.bias - head.weight @ mean)
+        return head
+
+    def fitted_head(self, task, examples):
+        """On the model as it is."""
+        part, states = self.data[task], self.states(task, examples)
+        head = nn.Linear(self.base.config.hidden_size, 2)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=5e-3, weight_decay=0.0)
+        for _ in range(200):
+            chosen = torch.randint(0, examples, (32,))
+            optimizer.zero_grad()
+            cross_entropy(head(states[chosen]), part["labels"][chosen]).backward()
+            optimizer.step()
+        return head
 
     def share_out(self, task, texts, least=4):
         """Ranks by layer.
@@ -301,8 +355,7 @@ class Run:
             ranks[best] += 1
         self.ranks = ranks
         self.model.unload()
-        targets = self.o.targets.split() if self.o.targets != "all-linear" else self.o.targets
-        config = curlora.CurloraConfig(r=self.o.r, rank_pattern=ranks, target_modules=targets, seed=self.o.seed)
+        config = curlora.CurloraConfig(r=self.o.r, rank_pattern=ranks, target_modules=self.targets, seed=self.o.seed)
         self.model = get_peft_model(self.base, config)
         self.trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         self.numbers = sum(p.numel() for _, p in self.trained)
@@ -315,12 +368,22 @@ class Run:
                 scores = right[: self.o.r].square().sum(0), left[:, : self.o.r].square().sum(1)
                 layer.redraw("default", torch.stack([score.topk(self.o.r).indices.sort().values for score in scores]))
 
+    def limit(self, number, count):
+        return self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
+
+    def rise(self):
+        return self.text("guard")["perplexity"] / self.start["guard"]["perplexity"] - 1
+
+    def check(self, limit):
+        """What a nat of drift has cost so far tells how many the limit allows."""
+        cost = (self.rise() - self.rise_before) / self.guard.drift()
+        wide = (limit - self.rise_before) / max(cost, 1e-9)
+        self.guard.budget = min(max(wide, self.guard.budget / 4), self.guard.budget * 4)
+        self.budgets.append(round(self.guard.budget, 5))
+
     def keep(self, number, count):
-        limit = self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
-        scale, rise = keep_within(
-            limit, lambda: self.text("guard")["perplexity"] / self.start["guard"]["perplexity"] - 1,
-            self.guard.parameters, self.before,
-        )  # fmt: skip
+        limit = self.limit(number, count)
+        scale, rise = keep_within(limit, self.rise, self.guard.parameters, self.before)
         return {"scale": round(scale, 4), "rise": round(rise, 5), "limit": limit}
 
     def classes(self, rows):
