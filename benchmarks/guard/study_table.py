@@ -32,7 +32,8 @@ def main():
     rows.sort(key=lambda row: (row["method"], row["articles"]))
     print_table(rows)
     if arguments.curve:
-        curve(rows, arguments.curve)
+        # Like with like: leads that were followed once are in the table alone.
+        curve([row for row in rows if row["seen"]], arguments.curve)
 
 
 def row(given, runs):
@@ -42,6 +43,7 @@ def row(given, runs):
         "method": name_of(given),
         "differs": ", ".join(f"{n} {v}" for n, v in given.items() if v != DEFAULTS[n] and n != "method"),
         "runs": len(runs),
+        "seen": all(given[name] == DEFAULTS[name] for name in ("probe", "checks", "targets")),
         "numbers": runs[0]["numbers"],
         "average": statistics.mean(averages),
         "error": error,
