@@ -2,12 +2,13 @@
 
 import os
 
-# As many as a process of pytest's has cores: more would wait for each other. Before torch is imported, and also for the
-# processes that tests start.
-_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _PROCESSES)))
+# Where pytest runs in several processes, as many threads as each has cores: more would wait for each other. Before
+# torch is imported, and also for the processes that tests start.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    processes = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
 
-from hypothesis import settings  # noqa: E402
+from hypothesis import settings
 
 settings.register_profile("curlora", deadline=None)
 settings.load_profile("curlora")
