@@ -43,7 +43,8 @@ def row(given, runs):
         "method": name_of(given),
         "differs": ", ".join(f"{n} {v}" for n, v in given.items() if v != DEFAULTS[n] and n != "method"),
         "runs": len(runs),
-        "seen": all(given[name] == DEFAULTS[name] for name in ("probe", "checks", "targets")),
+        "seen": given["method"] == "frozen"
+        or all(given[name] == DEFAULTS[name] for name in ("probe", "checks", "targets")),
         "numbers": runs[0]["numbers"],
         "average": statistics.mean(averages),
         "error": error,
@@ -58,6 +59,7 @@ def name_of(given):
     name = NAMES[given["method"]]
     for option, label in (("penalty", "penalty"), ("ewc", "EWC"), ("anchors", "anchors")):
         name += f" + {label}" if given[option] else ""
+    name += ", fitted" if given["probe"] and given["method"] == "frozen" else ""
     return name + (f", by {given['choose']}" if given["choose"] != DEFAULTS["choose"] else "")
 
 
@@ -89,6 +91,7 @@ def curve(rows, path):
     left.set_xlabel("rise of perplexity on other articles, %")
     left.set_ylabel("final average accuracy")
     right.set_xlabel("forgetting")
+    right.locator_params("x", nbins=5)
     right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path)
 
