@@ -163,6 +163,8 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # As from a terminal. Where tests run in the background of a shell, it has been told to ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 900
     while not list(out.glob("frozen/*/result.json")):  # the first method is done

@@ -21,7 +21,7 @@ def step(curve, limit, **options):
 
     scale, found = keep_within(limit, measure, [parameter], [torch.zeros(1)], **options)
     assert float(parameter) / 10 == pytest.approx(scale)  # it is left where it says
-    assert found == pytest.approx(curve(scale))
+    assert found == curve(float(parameter) / 10)  # of a curve that jumps, the scale is not exact enough
     return scale, found, len(seen)
 
 
@@ -56,9 +56,8 @@ def test_it_holds_on_any_curve(heights, limit):
     def curve(t):
         return 0.0 if t == 0 else heights[min(int(t * len(heights)), len(heights) - 1)]
 
-    scale, found, _ = step(curve, limit)
+    _, found, _ = step(curve, limit)
     assert found <= limit
-    assert curve(scale) <= limit
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
