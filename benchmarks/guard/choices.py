@@ -8,12 +8,12 @@ One rank, one rate, SST-2 as in ``sweep.py``. A seed is of the draw and of the o
 """
 
 import argparse
-import copy
-import json
 import statistics
 from pathlib import Path
 
 from sweep import ready
+
+from results import add, rows
 
 RESULTS = Path(__file__).parent / "choices.jsonl"
 CHOICES = ["inverse", "uniform", "norm", "leverage", "task"]
@@ -31,25 +31,18 @@ def main():
         return table()
     for seed in options.seeds:
         for choice in CHOICES:
-            if not any((row["choose"], row["seed"]) == (choice, seed) for row in rows()):
+            if not any((row["choose"], row["seed"]) == (choice, seed) for row in rows(RESULTS)):
                 learn(choice, seed, options)
 
 
 def learn(choice, seed, options):
-    run, head, before = ready(options, **GIVEN, choose=choice, seed=seed)
-    run.head = copy.deepcopy(head)
+    run, before = ready(options, **GIVEN, choose=choice, seed=seed)
     run.learn("sst2", 0, 1)
-    line = {
+    row = {
         "choose": choice, "seed": seed, **GIVEN, "numbers": run.numbers, "before": before, **run.score("sst2"),
         "predicted": run.guard.drift(), "articles": run.lost("articles"), "code": run.lost("code"),
     }  # fmt: skip
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
-
-
-def rows():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    add(RESULTS, row)
 
 
 def table():
@@ -59,7 +52,7 @@ def table():
         + "|"
     )
     for choice in CHOICES:
-        mine = [row for row in rows() if row["choose"] == choice]
+        mine = [row for row in rows(RESULTS) if row["choose"] == choice]
         if mine:
             mean = lambda of: statistics.mean(of(row) for row in mine)  # noqa: B023, E731
             print(

@@ -12,7 +12,6 @@ the curve of them.
 import argparse
 import importlib
 import itertools
-import json
 import math
 import os
 import random
@@ -31,8 +30,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 import curlora
 from curlora.continual.plugins import EWC
+from curlora.continual.probe import fit
 from curlora.guard import Anchors, keep_within
 from curlora.sampling import SAMPLINGS
+from results import add, rows
 
 RESULTS = Path(__file__).parent / "study.jsonl"
 DEFAULTS = dict(
@@ -76,19 +77,17 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("options", nargs="*", metavar="option=value", help=", ".join(DEFAULTS))
     arguments = parser.parse_args()
-    known = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
     options = dict(DEFAULTS)
     for given in arguments.options:
         name, _, value = given.partition("=")
         options[name] = type(options[name])(value)
-    if any(all(line.get(name, DEFAULTS[name]) == value for name, value in options.items()) for line in known):
+    if any(
+        all(line.get(name, DEFAULTS[name]) == value for name, value in options.items()) for line in rows(arguments.out)
+    ):
         return print("known:", *arguments.options)
     began = time.time()
     result = Run(SimpleNamespace(**options), arguments.model, arguments.cache).result()
-    line = {**options, **result, "seconds": round(time.time() - began)}
-    with arguments.out.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line))
+    add(arguments.out, {**options, **result, "seconds": round(time.time() - began)})
 
 
 class Run:
@@ -289,27 +288,10 @@ class Run:
         self.head = keep
         return states
 
-    def probe(self, task, strength=0.1):
-        """Logistic regression on the states of all of the task's examples, with a ridge on standardized ones."""
-        states, labels = self.states(task, self.count(task)), self.data[task]["labels"][: self.count(task)]
-        mean, deviation = states.mean(0), states.std(0) + 1e-6
-        standard = nn.Linear(states.shape[1], 2)
-        nn.init.zeros_(standard.weight)
-        nn.init.zeros_(standard.bias)
-        optimizer = torch.optim.LBFGS(standard.parameters(), max_iter=200, line_search_fn="strong_wolfe")
-
-        def loss():
-            optimizer.zero_grad()
-            ridge = strength * standard.weight.square().sum()
-            value = cross_entropy(standard((states - mean) / deviation), labels) + ridge
-            value.backward()
-            return value
-
-        optimizer.step(loss)
-        head = nn.Linear(states.shape[1], 2)
-        with torch.no_grad():
-            head.weight.copy_(standard.weight / deviation)
-            head.bias.copy_(standard.bias - head.weight @ mean)
+    def probe(self, task):
+        """The best head for all of the task's examples, on the model as it is."""
+        head = nn.Linear(self.base.config.hidden_size, 2)
+        fit(head, self.states(task, self.count(task)), self.data[task]["labels"][: self.count(task)])
         return head
 
     def fitted_head(self, task, examples):

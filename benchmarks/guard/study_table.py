@@ -5,7 +5,6 @@ python benchmarks/guard/study_table.py --curve docs/study.svg
 """
 
 import argparse
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -13,6 +12,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from study import DEFAULTS, RESULTS
+
+import results
 
 SAME = [name for name in DEFAULTS if name not in ("seed", "stream")]
 NAMES = {"lora": "LoRA", "osf": "OSF", "curlora": "CURLoRA", "guarded": "guarded", "frozen": "heads only"}
@@ -25,8 +26,8 @@ def main():
     parser.add_argument("--curve", type=Path, help="an SVG file to write")
     arguments = parser.parse_args()
     groups = defaultdict(list)
-    for line in arguments.results.read_text().splitlines():
-        run = DEFAULTS | json.loads(line)
+    for line in results.rows(arguments.results):
+        run = DEFAULTS | line
         groups[tuple(run[name] for name in SAME)].append(run)
     rows = [row(dict(zip(SAME, key, strict=True)), runs) for key, runs in groups.items()]
     rows.sort(key=lambda row: (row["method"], row["articles"]))

@@ -9,14 +9,14 @@ for every rate. Adds a line to ``sweep.jsonl`` for each; what is there already i
 """
 
 import argparse
-import copy
-import json
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from study import DEFAULTS, SCORED, Run
+
+from results import add, rows
 
 RESULTS = Path(__file__).parent / "sweep.jsonl"
 RATES = {
@@ -49,45 +49,37 @@ def sweep(method, targets, r, options):
     if not left:
         return
     # A budget that is wide beside what sixty steps use at a good rate, so that it does not hide a bad one.
-    run, head, before = ready(options, method=method, targets=targets, r=r, rise=0.05)
+    run, before = ready(options, method=method, targets=targets, r=r, rise=0.05)
     for rate in left:
         with torch.no_grad():
             for _, U in run.trained:
                 U.zero_()
         run.o.lr = rate
-        run.head = copy.deepcopy(head)
         run.learn("sst2", 0, 1)
-        line = {
+        row = {
             "method": method, "targets": targets, "r": r, "lr": rate, "numbers": run.numbers, "before": before,
             **run.score("sst2"), "drift": run.guard.drift() if run.guard else run.lost("articles")["drift"],
         }  # fmt: skip
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
+        add(RESULTS, row)
 
 
 def ready(options, **given):
     """A run of ``study.py``'s whose task is the examples that its head was not fitted to.
 
     Returns:
-        The run, the head, and the loss of the frozen model with it.
+        The run, and the loss of the frozen model with the head.
     """
     given = DEFAULTS | given | dict(stream="sst2", probe=1, head_lr=0.0, examples=FITTED)
     run = Run(SimpleNamespace(**given), options.model, options.cache)
-    head = run.probe("sst2")
+    run.head = run.probe("sst2")
     for kind, examples in run.data["sst2"].items():
         run.data["sst2"][kind] = examples[FITTED : FITTED + LEARNED]
     run.o.examples = LEARNED
-    run.head = head
-    return run, head, run.score("sst2")["loss"]
-
-
-def rows():
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    return run, run.score("sst2")["loss"]
 
 
 def found():
-    return {(row["method"], row["targets"], row["r"], row["lr"]) for row in rows()}
+    return {(row["method"], row["targets"], row["r"], row["lr"]) for row in rows(RESULTS)}
 
 
 def table():
@@ -96,7 +88,7 @@ def table():
         print("| " + " | ".join([method, "numbers", *(f"{rate:g}" for rate in rates)]) + " |")
         print("|---" * (len(rates) + 2) + "|")
         adapters = defaultdict(dict)
-        for row in rows():
+        for row in rows(RESULTS):
             if row["method"] == method:
                 adapters[row["targets"], row["r"], row["numbers"]][row["lr"]] = row
         for (targets, r, numbers), mine in sorted(adapters.items()):

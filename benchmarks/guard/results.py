@@ -1,0 +1,13 @@
+"""Results as lines of JSON, one for each run, so that what is there already need not be run again."""
+
+import json
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add(path, row):
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
