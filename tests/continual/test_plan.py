@@ -35,6 +35,7 @@ METHODS = {
     "full": "{name: full, method: full, learning_rate: 0.001}",
     "replay": "{name: replay, method: lora, learning_rate: 0.01, plugins: [{name: replay, examples: 5}]}",
     "hoard": "{name: hoard, method: lora, learning_rate: 0.01, plugins: [{name: replay, examples: 99}]}",
+    "each": "{name: each, method: curlora, learning_rate: 0.3, options: {r: 4}, adapter_per_task: true}",
     "ewc": "{name: ewc, method: curlora, learning_rate: 0.3, options: {r: 4}, plugins: [{name: ewc, strength: 1.0}]}",
 }
 

@@ -38,6 +38,13 @@ CHANGES = {
             "options": {"r": 4},
             "plugins": [{"name": "anchors", "examples": 5}],
         },
+        {
+            "name": "each",
+            "method": "lora",
+            "learning_rate": 0.01,
+            "options": {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.2},
+            "adapter_per_task": True,
+        },
     ],
     "training": {
         "epochs": 2,

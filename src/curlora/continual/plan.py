@@ -234,6 +234,10 @@ def _plan_method(
         except ValueError as error:  # such as modules that are not there: a run would say the same
             raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
         trained = _numbers(model)
+        for part in encoded[1:]:
+            method.begin_task(model, part.number, stream.seeds[0])
+            if method.adapter(part.number) != method.adapter(part.number - 1):
+                trained += _numbers(model)
         memory = _resident(method, model, fresh)
         largest = _largest([_shape(part, rows) for part, rows in learned])
         memory = _with_step(memory, model, stream, encoded, largest)

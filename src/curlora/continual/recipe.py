@@ -95,13 +95,17 @@ class ModelPart(_Part):
 
 
 class MethodPart(_Part):
-    """A method: ``frozen``, ``full``, or an adapter of PEFT with its configuration's options; and plug-ins."""
+    """A method: ``frozen``, ``full``, or an adapter of PEFT with its configuration's options; and plug-ins.
+
+    With ``adapter_per_task`` each task trains an adapter of its own, beside those of earlier tasks.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     method: str
     label: str | None = None
     options: dict[str, Any] = {}
     learning_rate: Annotated[float, Field(gt=0)] | None = None
+    adapter_per_task: bool = False
     plugins: list[dict[str, Any]] = []
 
     @model_validator(mode="after")
@@ -124,9 +128,14 @@ class MethodPart(_Part):
             if named.count(plugin["name"]) > 1:
                 raise ValueError(f"plug-in {plugin['name']!r} is there twice")
             rest = {key: value for key, value in plugin.items() if key != "name"}
-            only_for = make_plugin(plugin["name"], rest).only_for
-            if only_for not in (None, self.method):
-                raise ValueError(f"plug-in {plugin['name']!r} is for method {only_for!r} alone")
+            made = make_plugin(plugin["name"], rest)
+            if made.only_for not in (None, self.method):
+                raise ValueError(f"plug-in {plugin['name']!r} is for method {made.only_for!r} alone")
+            if self.adapter_per_task and made.holds_trained:
+                raise ValueError(
+                    f"plug-in {plugin['name']!r} holds what earlier tasks have trained, and with adapter_per_task "
+                    "nothing changes that"
+                )
             makers.append(lambda name=plugin["name"], rest=rest: make_plugin(name, rest))
         return make_method(
             self.method,
@@ -136,6 +145,7 @@ class MethodPart(_Part):
             options,
             makers,
             lora_start=protocol.lora_start,
+            adapter_per_task=self.adapter_per_task,
         )
 
 

@@ -281,7 +281,7 @@ def _gather(method: Method, finished: Sequence[_Finished | None]) -> MethodResul
         name=method.name,
         label=method.label,
         method=method.kind,
-        options=method.options,
+        options=method.describe(),
         plugins=[make().describe() for make in method.plugins],
         learning_rate=method.learning_rate,
         trainable_parameters=records[0].trainable_parameters,

@@ -171,10 +171,9 @@ class MethodRun:
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
         self.model = TaskModel(adapted.to(process_state().device))
-        self.trainable = sum(p.numel() for p in self.model.backbone_parameters())
         self.state = State(directory)
         self._left = 0.0
-        self._gone_on = False
+        self._begun = 0  # tasks, the last of them with all that it begins with
         self.plugins: list[Plugin] = [make() for make in method.plugins]
         self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
         self.result = SeedResult(
@@ -202,35 +201,45 @@ class MethodRun:
         """
         label = self.method.label if self.seed == 0 else f"{self.method.label} (seed {self.seed})"
         learned = 0  # tasks; the last of them may not have been scored
-        saved = self.state.load(self.model, self.plugins, [part.task.classes for part in self.stream])
+        saved = self.state.load(self.model, self.plugins, self._begin)
         if saved is not None:
-            learned, self.result = saved
-            self._gone_on = True
+            learned, self._begun, self.result = saved
         for part in self.stream:
             with self._portion(_learning_work(self.method, self.plugins, part)):
                 if part.number >= learned:
                     self.progress.stage(f"{label}: learning {part.task.name}")
                     with self._timed():
                         self._learn(part)
-                    self.state.save_weights(part.number + 1, self.model, self.plugins, self.result)
+                    self._save_weights(part.number + 1, part.number + 1)
             with self._portion(_scoring_work(self.method, self.stream, part.number, self.heldout)):
                 if part.number >= len(self.result.scores):
                     self.progress.stage(f"{label}: scoring after {part.task.name}")
                     with self._timed():
                         self._score(part)
-                    self.state.save_result(part.number + 1, self.result)
+                    self.state.save_result(part.number + 1, part.number + 1, self.result)
         size = self._finish() if process_state().is_main_process else 0
         process_state().wait_for_everyone()
-        return self.result, self.trainable, size
+        return self.result, sum(p.numel() for p in self.model.trained_parameters().values()), size
+
+    def _begin(self, number: int) -> None:
+        self.model.begin(number, self.stream[number].task.classes)
+        try:
+            self.method.begin_task(self.model.model, number, self.seed)
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+            raise RunError(f"method {self.method.name!r} cannot begin task {number + 1}: {error}") from error
 
     def _learn(self, part: Encoded) -> None:
-        self.model.begin(part.number, part.task.classes)
+        fresh = part.number >= self._begun
+        if fresh:
+            self._begin(part.number)
         if part.settings.forward_transfer and part.number > 0:
             before = self._trainer(part, []).score(part.evaluation)
             self._add(before=[*self.result.before, before])
         if not any(p.requires_grad for p in self.model.parameters()):
             return
         collate = Collator(self.tokenizer, part.settings.readout)
+        adapters = [self.method.adapter(number) for number in range(part.number + 1)]
+        since = adapters.index(adapters[-1])
         context = TaskContext(
             part.number,
             self.model,
@@ -240,12 +249,14 @@ class MethodRun:
             guard_text=self.guard_text,
             base_logits=self.base_logits,
             tasks=len(self.stream),
+            adapter=adapters[-1],
+            adapter_since=since,
         )
         for plugin in sorted(self.plugins, key=lambda plugin: not plugin.changes_start):
             plugin.before_task(context)
-        if part.number == 0 and not self._gone_on and any(plugin.changes_start for plugin in self.plugins):
+        if fresh and since == part.number and any(plugin.changes_start for plugin in self.plugins):
             # What was found out by measuring may come out otherwise on another machine: a run that goes on takes this.
-            self.state.save_weights(0, self.model, self.plugins, self.result)
+            self._save_weights(part.number, part.number + 1)
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:
             rows = plugin.training_rows(replace(context, rows=rows))
@@ -268,6 +279,9 @@ class MethodRun:
             guarded = plugin.after_task(context)
             if guarded is not None:
                 self._add(guarded=[*self.result.guarded, guarded])
+
+    def _save_weights(self, learned: int, begun: int) -> None:
+        self.state.save_weights(learned, begun, self.model, self.plugins, self.result)
 
     def _with_states(self, rows: Sequence[Row], settings: Settings, collate: Collator) -> list[Row]:
         """The rows with the hidden state that the head answers from: where nothing else is trained it stays the same.

@@ -1,14 +1,15 @@
 """What a method and seed have on the disk while they are being run, so that a run that is cut off can go on.
 
 ``progress.json`` says how many tasks have been learned and what was measured, ``weights-<that number>`` holds what was
-learned. The weights are there before ``progress.json`` names them, and older ones go after that; weights that it does
-not name may be replaced. ``checkpoints`` is transformers' Trainer's, within a task.
+learned, or ``weights-<that number>-begun`` that and what the next one begins with. The weights are there before
+``progress.json`` names them, and older ones go after that; weights that it does not name may be replaced.
+``checkpoints`` is transformers' Trainer's, within a task.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -34,6 +35,7 @@ class _Saved(BaseModel):
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
     learned: int
+    begun: int
     result: SeedResult
 
 
@@ -52,17 +54,17 @@ class State:
         return self.directory / _CHECKPOINTS / f"task-{task}"
 
     def load(
-        self, model: TaskModel, plugins: Sequence[Plugin], classes: Sequence[int | None]
-    ) -> tuple[int, SeedResult] | None:
+        self, model: TaskModel, plugins: Sequence[Plugin], begin: Callable[[int], None]
+    ) -> tuple[int, int, SeedResult] | None:
         """Take over what was saved, if anything was.
 
         Args:
             model: as a fresh run would begin with it.
             plugins: as a fresh run would begin with them.
-            classes: of each task's head.
+            begin: puts what the task of a number trains on the model: called for every task that has begun.
 
         Returns:
-            How many tasks have been learned, and what was measured.
+            How many tasks have been learned, how many have begun, and what was measured.
 
         Raises:
             RunError: if it cannot be read.
@@ -72,35 +74,37 @@ class State:
             return None
         try:
             saved = _Saved.model_validate_json(path.read_text(encoding="utf-8"))
-            weights = load_file(self.directory / f"{_WEIGHTS}{saved.learned}" / _FILE)
+            weights = load_file(self.directory / _name(saved.learned, saved.begun) / _FILE)
         except (ValueError, OSError, SafetensorError) as error:
             raise _unreadable(self.directory, error) from error
-        # Before the first task is learned its head is there, as fresh as it will be made again.
-        for number, count in enumerate(classes[: max(saved.learned, 1)]):
-            model.begin(number, count)
+        for number in range(saved.begun):
+            begin(number)
         try:
             load_trained_state(model, _part(weights, "model."))
         except ValueError as error:
             raise _unreadable(self.directory, error) from error
         for number, plugin in enumerate(plugins):
             plugin.load_state_dict(_part(weights, f"plugin{number}."))
-        return saved.learned, saved.result
+        return saved.learned, saved.begun, saved.result
 
-    def save_weights(self, learned: int, model: TaskModel, plugins: Sequence[Plugin], result: SeedResult) -> None:
-        """That many tasks have been learned; with none, what the first one begins with."""
+    def save_weights(
+        self, learned: int, begun: int, model: TaskModel, plugins: Sequence[Plugin], result: SeedResult
+    ) -> None:
+        """That many tasks have been learned, and as many have begun, or one more with all that it begins with."""
         if process_state().is_main_process:
             state = {f"model.{name}": value for name, value in trained_state(model).items()}
             for number, plugin in enumerate(plugins):
                 state.update({f"plugin{number}.{name}": value for name, value in plugin.state_dict().items()})
-            put_folder(self.directory / f"{_WEIGHTS}{learned}", lambda folder: save_file(state, folder / _FILE))
-        self.save_result(learned, result)
+            put_folder(self.directory / _name(learned, begun), lambda folder: save_file(state, folder / _FILE))
+        self.save_result(learned, begun, result)
 
-    def save_result(self, learned: int, result: SeedResult) -> None:
-        """What was measured; ``learned`` as it was saved with the weights."""
+    def save_result(self, learned: int, begun: int, result: SeedResult) -> None:
+        """What was measured; ``learned`` and ``begun`` as they were saved with the weights."""
         if process_state().is_main_process:
-            write_whole(self.directory / _PROGRESS, _Saved(learned=learned, result=result).model_dump_json())
+            saved = _Saved(learned=learned, begun=begun, result=result)
+            write_whole(self.directory / _PROGRESS, saved.model_dump_json())
             for older in self.directory.glob(f"{_WEIGHTS}*"):
-                if older.name != f"{_WEIGHTS}{learned}":
+                if older.name != _name(learned, begun):
                     shutil.rmtree(older)
             shutil.rmtree(self.checkpoints(learned - 1), ignore_errors=True)
         process_state().wait_for_everyone()
@@ -110,6 +114,10 @@ class State:
         (self.directory / _PROGRESS).unlink(missing_ok=True)
         for folder in [*self.directory.glob(f"{_WEIGHTS}*"), self.directory / _CHECKPOINTS]:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name(learned: int, begun: int) -> str:
+    return f"{_WEIGHTS}{learned}" + ("-begun" if begun > learned else "")
 
 
 def _unreadable(directory: Path, error: Exception) -> RunError:

@@ -45,9 +45,14 @@ class TaskModel(nn.Module):
         super().__init__()
         self.model = model
         self.heads = nn.ModuleDict()
+        self._begun_with: set[str] = set()
 
     def begin(self, task: int, classes: int | None) -> None:
-        """Begin a task: freeze the heads of others, and add a fresh one unless ``classes`` is ``None``."""
+        """Begin a task: freeze the heads of others, and add a fresh one unless ``classes`` is ``None``.
+
+        An adapter of its own, where it has one, is added after this.
+        """
+        self._begun_with |= self._trained_now()
         self.heads.requires_grad_(False)
         if classes is None:
             return
@@ -60,6 +65,14 @@ class TaskModel(nn.Module):
     def language_model(self) -> Any:
         """The transformers model, with whatever adapters are in it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """What this task trains and what earlier ones have trained, by name; heads excepted."""
+        names = self._begun_with | self._trained_now()
+        return {name: p for name, p in self.named_parameters() if name in names}
+
+    def _trained_now(self) -> set[str]:
+        return {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
         """The trained parameters but for the heads."""

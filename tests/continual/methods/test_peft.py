@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 
 from curlora.continual.heldout import HeldOut, measure
@@ -10,7 +11,7 @@ from curlora.continual.methods import make_method
 from curlora.continual.sequence import BaseScores, MethodRun, Silent, encode
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ClassificationTask
-from tests.models import VOCABULARY, gpt2, llama, word_examples, word_tokenizer
+from tests.models import VOCABULARY, gpt2, layers, llama, word_examples, word_tokenizer
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
 ADAPTERS = {
@@ -65,6 +66,58 @@ def test_drift_is_measured_from_the_base_itself(name):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("name", ["curlora", "lora", "dora"])
+def test_an_adapter_for_each_task(name, tmp_path):
+    """What the first task has trained stays as it is, acts on the second, and is saved beside it."""
+    kind, rate, options = ADAPTERS[name]
+    tokenizer = word_tokenizer()
+    tasks = [ClassificationTask(f"t{seed}", *word_examples(seed), labels=["a", "b"]) for seed in (2, 8)]
+    settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
+    method = make_method(kind, "m", "M", rate, options, adapter_per_task=True)
+
+    def run(count):
+        stream = encode(tasks[:count], tokenizer, settings)
+        directory = tmp_path / str(count)
+        return directory, MethodRun(
+            method, llama, tokenizer, stream, [HELDOUT],
+            seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=directory, progress=Silent(),
+        ).run()  # fmt: skip
+
+    (first, (_, numbers, size)), (both, (result, twice, sizes)) = run(1), run(2)
+    assert (twice, sizes > size) == (2 * numbers, True)
+    learned = load_file(first / "adapter/task0/adapter_model.safetensors")
+    kept = load_file(both / "adapter/task0/adapter_model.safetensors")
+    assert learned.keys() == kept.keys()
+    assert all(torch.equal(value, kept[key]) for key, value in learned.items())
+    assert any(value.any() for key, value in learned.items() if "curlora_U" in key or "lora_B" in key)
+
+    again = PeftModel.from_pretrained(llama(), both / "adapter/task0", adapter_name="task0")
+    again.load_adapter(both / "adapter/task1", "task1")
+    again.base_model.set_adapter(["task0", "task1"])
+    last = result.text()[-1]
+    assert measure(again.eval().get_base_model(), HELDOUT).perplexity == pytest.approx(last.perplexity, rel=1e-4)
+    if kind == "curlora":  # and was drawn by itself
+        drawn = [[layer.curlora_indices[task] for layer in layers(again)] for task in ("task0", "task1")]
+        assert not all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("osf", {}, "for curlora and lora"),
+        ("frozen", {}, "frozen has none"),
+        ("full", {}, "full has none"),
+        ("curlora", {"seed": 3}, "leave out options.seed"),
+        ("lora", {"init_lora_weights": "pissa"}, "leave the base model as it is"),
+        ("lora", {"bias": "all"}, "leave the base model as it is"),
+        ("curlora", {"modules_to_save": ["lm_head"]}, "leave the base model as it is"),
+    ],
+)
+def test_not_every_adapter_can_be_had_for_each_task(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_method(kind, "m", "M", 0.0 if kind == "frozen" else 0.1, options, adapter_per_task=True)
 
 
 @pytest.mark.parametrize("base", [llama, gpt2])

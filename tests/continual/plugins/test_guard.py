@@ -1,6 +1,7 @@
 """The guard over a stream on a small model."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -83,6 +84,40 @@ def test_with_slack_the_measurement_decides_in_the_place_of_the_prediction(guard
     assert all(outcome.perplexity_rise <= outcome.limit for outcome in guarded.guarded)
 
 
+def test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share(guarded_path, tmp_path, monkeypatch):
+    given = []
+    begin = GuardPlugin.before_task
+
+    def before(self, context):
+        begin(self, context)
+        given.append((self.guard.budget, self.calibration, set(self.guard.parameters), self.drift()))
+
+    monkeypatch.setattr(GuardPlugin, "before_task", before)
+    content = yaml.safe_load(guarded_path.read_text())
+    content["methods"] = [{**content["methods"][-1], "adapter_per_task": True}]
+    guarded_path.write_text(yaml.safe_dump(content))
+    recipe = load_recipe(guarded_path)
+    results = run_recipe(recipe, tmp_path / "run")
+    (budget, first, _, start), (other_budget, second, _, later) = given
+    assert budget == other_budget == pytest.approx(math.log1p(0.001))
+    assert first is not second
+    assert not given[0][2] & given[1][2]
+    guarded = results.methods[-1].seeds[0]
+    assert (start, later) == (0.0, guarded.guarded[0].predicted)  # what was learned before counts on
+    assert guarded.guarded[1].predicted <= later + budget * (1 + 1e-3)
+    assert [outcome.limit for outcome in guarded.guarded] == [0.001, 0.002]
+    text = guard_text(recipe)
+    base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
+    before_it = measure(base, text).perplexity
+    folder = tmp_path / "run/guarded/seed-0/adapter"
+    adapted = PeftModel.from_pretrained(base, folder / "task0", adapter_name="task0")
+    adapted.load_adapter(folder / "task1", "task1")
+    adapted.base_model.set_adapter(["task0", "task1"])
+    rise = measure(adapted, text).perplexity / before_it - 1
+    assert rise == pytest.approx(guarded.guarded[-1].perplexity_rise, abs=1e-5)
+    assert 0 < rise <= 0.002
+
+
 @pytest.mark.parametrize("task", [0, 1])
 def test_cut_off_while_learning_a_task_and_gone_on_with(guarded_path, tmp_path, monkeypatch, task):
     content = yaml.safe_load(guarded_path.read_text())
@@ -149,7 +184,10 @@ def test_refused_before_anything_is_loaded(guarded_path):
         ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
         ([{**guard, "spread": "yes"}], "spread that is true or false"),
+        ([{"name": "anchors"}], "holds what earlier tasks have trained"),
+        ([{"name": "ewc", "strength": 1}], "holds what earlier tasks have trained"),
     ):
+        guarded["adapter_per_task"] = "holds" in message
         guarded["plugins"] = plugins
         guarded_path.write_text(yaml.safe_dump(content))
         with pytest.raises(RecipeError, match=message):

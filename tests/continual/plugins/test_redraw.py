@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,9 +126,10 @@ def redrawn_path(recipe_path):
     return recipe_path
 
 
+@pytest.mark.parametrize("per_task", [False, True])
 @pytest.mark.parametrize("cut", ["learning 0", "scoring 0", "learning 1"])
-def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut):
-    recipe = load_recipe(redrawn_path)
+def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut, per_task):
+    recipe = load_recipe(redrawn_path, [f"methods.0.adapter_per_task={per_task}"])
     whole = run_recipe(recipe, tmp_path / "whole")
     what, number = cut.split()
     running = []  # the method and the task that is learned
@@ -152,15 +154,16 @@ def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut):
     with pytest.raises(Cut):
         run_recipe(recipe, tmp_path / "cut")
     monkeypatch.undo()
-    # Elsewhere it might come out otherwise: what was chosen stays chosen.
-    monkeypatch.setattr("curlora.continual.plugins.redraw.redraw", None)
+    if not per_task or number == "1":  # else there is more to be drawn
+        # Elsewhere it might come out otherwise: what was chosen stays chosen.
+        monkeypatch.setattr("curlora.continual.plugins.redraw.redraw", None)
     assert figures(run_recipe(recipe, tmp_path / "cut")) == figures(whole)
-    adapters = [
-        load_file(tmp_path / run / "redrawn/seed-0/adapter/adapter_model.safetensors") for run in ("whole", "cut")
-    ]
-    assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
+    folders = [Path("redrawn/seed-0/adapter", part) for part in (["task0", "task1"] if per_task else [""])]
+    for folder in folders:
+        adapters = [load_file(tmp_path / run / folder / "adapter_model.safetensors") for run in ("whole", "cut")]
+        assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
     # What was saved is what anyone loads: the choice is in the file.
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
-    loaded = PeftModel.from_pretrained(base, tmp_path / "cut/redrawn/seed-0/adapter")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "cut" / folders[0])
     drawn = indices(curlora(AutoModelForCausalLM.from_pretrained(recipe.model.name), seed=0))
     assert any(not torch.equal(at, drawn[name]) for name, at in indices(loaded).items())

@@ -22,6 +22,7 @@ def make_method(
     options: dict[str, Any] | None = None,
     plugins: Sequence[Callable[[], Plugin]] = (),
     lora_start: str = "peft",
+    adapter_per_task: bool = False,
 ) -> Method:
     """A method by its name: ``"frozen"``, ``"full"``, or an adapter of PEFT such as ``"lora"`` or ``"curlora"``.
 
@@ -31,6 +32,8 @@ def make_method(
     fields: dict[str, Any] = dict(
         name=name, label=label, learning_rate=learning_rate, options=options or {}, plugins=plugins
     )
+    if adapter_per_task and method in ("frozen", "full"):
+        raise ValueError(f"adapter_per_task is for adapters, and {method} has none")
     if method == "frozen":
         return Frozen(**fields)
     if learning_rate <= 0:
@@ -39,4 +42,4 @@ def make_method(
         return Full(**fields)
     if method not in peft_types():
         raise ValueError(f"{method!r} is not one of frozen, full, {', '.join(sorted(peft_types()))}")
-    return Peft(peft_type=method, lora_start=lora_start, **fields)
+    return Peft(peft_type=method, lora_start=lora_start, adapter_per_task=adapter_per_task, **fields)

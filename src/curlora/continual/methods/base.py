@@ -42,6 +42,10 @@ class Method:
         """What a recipe calls it."""
         raise NotImplementedError
 
+    def describe(self) -> dict[str, Any]:
+        """Its options, for the report."""
+        return self.options
+
     def apply(self, model: nn.Module, seed: int) -> nn.Module:
         """Prepare a fresh base model for training.
 
@@ -53,6 +57,13 @@ class Method:
             What is trained.
         """
         raise NotImplementedError
+
+    def adapter(self, task: int) -> str:
+        """The name of the adapter that the task of that number trains, where there are adapters."""
+        return "default"
+
+    def begin_task(self, model: nn.Module, task: int, seed: int) -> None:
+        """Prepare what :meth:`apply` gave for the task of that number; the tasks before it have begun."""
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:
         """The base model's predictions, however far ``model`` has been trained.

@@ -29,6 +29,10 @@ _NOT_ADAPTERS |= {"CARTRIDGE", "MIXED", "XLORA", "POLY"}
 _NOT_ADAPTERS |= {"ADALORA"}
 
 
+# Several of them in a layer act as one whose update is the sum of theirs.
+_SUMS = ("curlora", "lora")
+
+
 def peft_types() -> dict[str, type[PeftConfig]]:
     """The adapters of PEFT, by their names in small letters."""
     members = PEFT_TYPE_TO_CONFIG_MAPPING.items()
@@ -45,17 +49,38 @@ class Peft(Method):
     Args:
         peft_type: the adapter's name, such as ``"lora"``, ``"curlora"`` or ``"osf"``.
         lora_start: how LoRA's ``A`` starts: ``"peft"``, or as the paper's ``"reference"`` does it.
+        adapter_per_task: whether each task trains an adapter of its own, beside those of earlier tasks, which act on
+            and are not changed any more. They are called ``task0``, ``task1`` and so on.
+
+    Raises:
+        ValueError: if the adapter or one of its options is unknown, an option is not allowed, or there can be only one
+            adapter of the kind in a model.
     """
 
     peft_type: str = ""
     lora_start: str = "peft"
+    adapter_per_task: bool = False
 
     def __post_init__(self) -> None:
         self.configuration(seed=0)
+        if not self.adapter_per_task:
+            return
+        if self.peft_type not in _SUMS:
+            raise ValueError(f"adapter_per_task is for {' and '.join(_SUMS)}, whose updates add up")
+        if "seed" in self.options:
+            raise ValueError("adapter_per_task: leave out options.seed, or every task's adapter would be drawn alike")
+        if self._changes_the_base() or self.options.get("modules_to_save"):
+            raise ValueError(
+                "adapter_per_task is for options that leave the base model as it is: no bias, no modules_to_save, no "
+                "init_lora_weights that change it"
+            )
 
     @property
     def kind(self) -> str:
         return self.peft_type
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.options, **({"adapter_per_task": True} if self.adapter_per_task else {})}
 
     def configuration(self, seed: int) -> PeftConfig:
         """The adapter's configuration.
@@ -81,15 +106,36 @@ class Peft(Method):
             raise ValueError(f"{config_class.__name__}: {error}") from error
 
     def apply(self, model: nn.Module, seed: int) -> nn.Module:
-        adapted: Any = get_peft_model(model, self.configuration(seed))
-        if self.lora_start == "reference" and self.peft_type == "lora":
-            for module in adapted.modules():
-                if isinstance(module, LoraLayer):
-                    for adapter in module.lora_A.values():
-                        # kaiming_uniform_(a=sqrt(5)) of an (n x r) matrix takes the rank for its fan-in.
-                        bound = 1 / math.sqrt(adapter.weight.shape[0])
-                        torch.nn.init.uniform_(adapter.weight, -bound, bound)
+        adapted = get_peft_model(model, self.configuration(seed), adapter_name=self.adapter(0))
+        self._start_lora(adapted, self.adapter(0))
         return adapted
+
+    def adapter(self, task: int) -> str:
+        return f"task{task}" if self.adapter_per_task else "default"
+
+    def begin_task(self, model: nn.Module, task: int, seed: int) -> None:
+        """Where each task has an adapter, add one for it. A seed and a task always give the same."""
+        if not self.adapter_per_task or task == 0:
+            return
+        peft_model: Any = model
+        name = self.adapter(task)
+        with torch.random.fork_rng(devices=[]):
+            seed = (seed * 1_000_003 + task) % 2**32
+            torch.manual_seed(seed)
+            peft_model.add_adapter(name, self.configuration(seed))
+            self._start_lora(model, name)
+        peft_model.base_model.set_adapter([self.adapter(number) for number in range(task + 1)])
+        for number in range(task):
+            peft_model.set_requires_grad(self.adapter(number), requires_grad=False)
+
+    def _start_lora(self, model: nn.Module, adapter: str) -> None:
+        if self.lora_start != "reference" or self.peft_type != "lora":
+            return
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                # kaiming_uniform_(a=sqrt(5)) of an (n x r) matrix takes the rank for its fan-in.
+                weight = module.lora_A[adapter].weight
+                torch.nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[0]), 1 / math.sqrt(weight.shape[0]))
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:
         if self._changes_the_base():
@@ -112,5 +158,6 @@ class Peft(Method):
 
     def save(self, model: nn.Module, directory: Path) -> int:
         peft_model: Any = model
+        # Into the folder itself, or where each task has an adapter into a folder for each.
         peft_model.save_pretrained(directory / "adapter", save_embedding_layers=False)
-        return (directory / "adapter" / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+        return sum(file.stat().st_size for file in (directory / "adapter").rglob(SAFETENSORS_WEIGHTS_NAME))

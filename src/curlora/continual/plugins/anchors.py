@@ -31,6 +31,7 @@ class AnchorsPlugin(Plugin):
     """
 
     only_for: ClassVar[str | None] = "curlora"
+    holds_trained: ClassVar[bool] = True
 
     def __init__(self, strength: float = 1.0, examples: int = 200) -> None:
         self.strength = float(strength)

@@ -31,6 +31,8 @@ class TaskContext:
         base_logits: of the base model, as :meth:`curlora.continual.methods.Method.base_logits` gives them; ``None``
             where the base model is all there is.
         tasks: how many the stream has.
+        adapter: that is trained, of a method with adapters.
+        adapter_since: the number of the task that this adapter begins with.
     """
 
     number: int
@@ -41,6 +43,8 @@ class TaskContext:
     guard_text: HeldOut | None = None
     base_logits: Callable[[Tensor, int], Tensor] | None = None
     tasks: int = 1
+    adapter: str = "default"
+    adapter_since: int = 0
 
 
 class Plugin(TrainerCallback):
@@ -57,6 +61,8 @@ class Plugin(TrainerCallback):
     needs_guard_text: ClassVar[bool] = False
     changes_start: ClassVar[bool] = False
     """Whether :meth:`before_task` changes the model: then it comes before those of plug-ins that look at it."""
+    holds_trained: ClassVar[bool] = False
+    """Whether it keeps later tasks from changing what earlier ones have trained."""
     changes_weights: ClassVar[bool] = False
     """Whether :meth:`after_task` does: then it comes before those of plug-ins that look at what was learned."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ class EWC(Plugin):
     Raises:
         ValueError: if ``strength`` or ``examples`` is not positive.
     """
+
+    holds_trained: ClassVar[bool] = True
 
     def __init__(self, strength: float, examples: int = 200) -> None:
         strength = float(strength)  # YAML takes 1e3 for a string

@@ -21,14 +21,16 @@ __all__ = ["GuardPlugin"]
 class GuardPlugin(Plugin):
     """Trains a CURLoRA adapter under :class:`curlora.Guard`, with the recipe's ``guard`` text.
 
-    Before the first task the base model is calibrated. In training the predicted forgetting stays within the budget.
-    After each task the rise of the text's perplexity is measured, over all that has been learned so far, and what the
-    task changed is scaled back until it is allowed (:func:`curlora.guard.budget.keep_within`).
+    Before an adapter's first task, as a rule the stream's, the model is calibrated as it is then. In training the
+    predicted forgetting stays within the budget. After each task the rise of the text's perplexity is measured, over
+    all that has been learned so far, and what the task changed is scaled back until it is allowed
+    (:func:`curlora.guard.budget.keep_within`).
 
     Args:
         max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
         spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it,
-            and each later one can only learn at the cost of those before it.
+            and each later one can only learn at the cost of those before it. Of adapters that are trained for one task
+            each, every one has an equal share.
         slack: the ball that training stays in is so many times as wide, in nats, as the rise that is allowed. What is
             measured decides in the end: perplexity of a text at hand may rise by less than the model drifts, and the
             more slack there is, the more of that is found and used.
@@ -64,6 +66,9 @@ class GuardPlugin(Plugin):
             raise ValueError(f"guard needs a spread that is true or false, got {spread!r}")
         self.batch_size, self.spread = batch_size, spread
         self.calibration: Calibration | None = None
+        self.calibrated_at = 0  # the task before which it was
+        self.drift_before = 0.0  # predicted of adapters that are not trained any more
+        self.learned = 0.0  # predicted of all of them after the last task
         self.base_perplexity = math.nan
         self.guard: Guard | None = None
         self.before: list[Tensor] = []
@@ -84,18 +89,22 @@ class GuardPlugin(Plugin):
             if self.calibration is None:
                 # The base model: no task has been learned, or this would have been saved with it.
                 self.base_perplexity = measure(context.model.language_model, text).perplexity
+            if self.calibration is None or self.calibrated_at < context.adapter_since:
                 self.calibration = calibrate(
                     context.model.language_model,
                     text.pieces(),
                     batch_size=self.batch_size,
+                    adapter=context.adapter,
                     seed=context.seed,
                     progress=False,
                 )
+                self.calibrated_at, self.drift_before = context.number, self.learned
             self.guard = Guard(
                 context.model.language_model,
                 self.calibration,
-                budget=self.slack * math.log1p(self._limit(context)),
+                budget=self.slack * math.log1p(self._limit(context, since=context.adapter_since)),
                 damping=self.damping,
+                adapter=context.adapter,
             )
         except GuardError as error:
             raise RunError(f"plug-in guard: {error}") from error
@@ -112,7 +121,7 @@ class GuardPlugin(Plugin):
         self.guard.detach()
 
     def drift(self) -> float | None:
-        return None if self.guard is None else self.guard.drift()
+        return None if self.guard is None else self.drift_before + self.guard.drift()
 
     def after_task(self, context: TaskContext) -> Guarded:
         assert self.guard is not None
@@ -123,22 +132,26 @@ class GuardPlugin(Plugin):
 
         limit = self._limit(context)
         scale, found = keep_within(limit, rise, self.guard.parameters, self.before)
-        return Guarded(predicted=self.guard.drift(), perplexity_rise=found, limit=limit, scale=scale)
+        self.learned = self.drift_before + self.guard.drift()
+        return Guarded(predicted=self.learned, perplexity_rise=found, limit=limit, scale=scale)
 
-    def _limit(self, context: TaskContext) -> float:
-        return self.limit * (context.number + 1) / context.tasks if self.spread else self.limit
+    def _limit(self, context: TaskContext, since: int = 0) -> float:
+        """What the text may have lost after the task, of what it had before the task of number ``since``."""
+        return self.limit * (context.number + 1 - since) / context.tasks if self.spread else self.limit
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.calibration is None:
             return {}
-        state = {"base_perplexity": torch.tensor(self.base_perplexity, dtype=torch.float64)}
+        numbers = (self.base_perplexity, self.calibrated_at, self.drift_before, self.learned)
+        state = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
         return {**state, **{f"calibration.{name}": value for name, value in self.calibration.state_dict().items()}}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         prefix = "calibration."
         moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         self.calibration = Calibration.from_state_dict(moments)
-        self.base_perplexity = float(state["base_perplexity"])
+        self.base_perplexity, calibrated_at, self.drift_before, self.learned = state["numbers"].tolist()
+        self.calibrated_at = int(calibrated_at)
 
 
 def _text(context: TaskContext) -> HeldOut:

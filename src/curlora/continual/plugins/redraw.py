@@ -1,4 +1,4 @@
-"""Columns and rows of a CURLoRA adapter by what the stream's first task uses, in the place of the paper's draw."""
+"""Columns and rows of a CURLoRA adapter by what its first task uses, in the place of the paper's draw."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["Redraw"]
 
 
 class Redraw(Plugin):
-    """Before the first task, :func:`curlora.redraw` for it; the recipe's ``guard`` text is the general text.
+    """Before an adapter's first task, :func:`curlora.redraw` for it; the recipe's ``guard`` text is the general text.
 
     A classification task is seen through a head that is fitted to the states of the untrained model
     (:mod:`curlora.continual.probe`): through a fresh one gradients say nothing of the task. Training begins with a
-    fresh one as ever. Later tasks are learned with the same columns and rows.
+    fresh one as ever. Later tasks are learned with the same columns and rows, unless each has an adapter of its own.
 
     Args:
         examples: of the task's training split that are looked at; all where it has fewer.
@@ -42,13 +42,13 @@ class Redraw(Plugin):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"redraw needs {name} of 1 or more, got {value!r}")
         self.examples, self.batch_size = examples, batch_size
-        self.drawn = False
+        self.tasks_drawn = 0  # up to the last that an adapter was redrawn for
 
     def describe(self) -> dict[str, Any]:
         return {"name": "redraw", "examples": self.examples, "batch_size": self.batch_size}
 
     def before_task(self, context: TaskContext) -> None:
-        if self.drawn:  # for a task before this one, or before the run was cut off
+        if self.tasks_drawn > context.adapter_since:  # for a task before this one, or before the run was cut off
             return
         assert context.guard_text is not None  # the recipe sees to it
         model, text = context.model, context.guard_text
@@ -70,18 +70,19 @@ class Redraw(Plugin):
                     # Each row's sum over its labels, and so each label weighs the same, whatever batch it is in.
                     loss=lambda batch: model(**batch, num_items_in_batch=len(batch["task"]))["loss"],
                     batch_size=self.batch_size,
+                    adapter=context.adapter,
                     seed=context.seed,
                     progress=False,
                 )
             except GuardError as error:
                 raise RunError(f"plug-in redraw: {error}") from error
-        self.drawn = True
+        self.tasks_drawn = context.number + 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {"drawn": torch.tensor(self.drawn)}
+        return {"tasks_drawn": torch.tensor(self.tasks_drawn)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.drawn = bool(state["drawn"])
+        self.tasks_drawn = int(state["tasks_drawn"])
 
     @contextlib.contextmanager
     def _fitted_head(self, context: TaskContext, batches: list[dict[str, Tensor]]) -> Iterator[None]:
