@@ -158,6 +158,14 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
+def _onto(grad: Tensor, factor: Tensor) -> Tensor:
+    """``grad @ factor``, shape ``(tokens, r)``."""
+    if grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64):
+        # The long side first: otherwise MKL takes up to three times as long where r is no multiple of 16.
+        return (factor.T @ grad.T).T
+    return grad @ factor
+
+
 class _GatherUpdate(torch.autograd.Function):
     """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right.
 
@@ -191,7 +199,7 @@ class _GatherUpdate(torch.autograd.Function):
                 return (None,) * 6
             grad = grad_z.new_zeros(ctx.shape)
 
-        g = _as(grad @ _as(factor, grad.dtype), mixing.dtype)
+        g = _as(_onto(grad, _as(factor, grad.dtype)), mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
             grad_mixing = g.T @ _as(z, mixing.dtype)
