@@ -54,10 +54,11 @@ def test_everything_is_called_once_a_round_and_in_changing_order(monkeypatch):
     assert {name: len(times) for name, times in seconds.items()} == {"a": 6, "b": 6, "c": 6}
 
 
-def test_tables_of_the_page_are_of_the_raw_lines(monkeypatch):
+def test_tables_of_the_pages_are_of_the_raw_lines(monkeypatch):
     monkeypatch.syspath_prepend(SPEED)
     import page
 
-    text = page.PAGE.read_text(encoding="utf-8")
-    assert "<!-- table:" in text
-    assert page.filled(text, page.tables()) == text
+    for path in page.PAGES:
+        text = path.read_text(encoding="utf-8")
+        assert "<!-- table:" in text
+        assert page.filled(text, page.tables()) == text

@@ -1,6 +1,6 @@
-"""The tables and the plot of docs/benchmarks.md, from the lines of JSON beside this file.
+"""The tables and plots of docs/benchmarks.md and docs/complexity.md, from the lines of JSON beside this file.
 
-The page keeps its words; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
+The pages keep their words; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
 
     python benchmarks/speed/page.py
 """
@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent.parent / "docs"
-PAGE = DOCS / "benchmarks.md"
+PAGES = [DOCS / "benchmarks.md", DOCS / "complexity.md"]
 NAMES = {"curlora": "CURLoRA", "lora": "LoRA", "dora": "DoRA", "reference": "the author's form", "pissa": "PiSSA",
          "osf": "OSF"}  # fmt: skip
 COLORS = {"curlora": "#0b6e4f", "lora": "#b5541c"}
@@ -26,14 +26,16 @@ MIB = 2**20
 def tables():
     return {
         "machine": machine(), "headline": headline(), "sizes": sizes(), "attach": attach(), "load": load(),
-        "many": many(), "storage": storage(),
+        "many": many(), "storage": storage(), "growth": growth(),
     }  # fmt: skip
 
 
 def main():
     made = tables()
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), made), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     plot_sizes(DOCS / "overhead.svg")
+    plot_growth(DOCS / "growth.svg")
 
 
 def filled(text, tables):
@@ -87,22 +89,23 @@ def headline():
 
 def small():
     """Of all settings, those methods that are measured in each."""
-    return sorted(lines("step"), key=lambda row: (row["targets"], row["batch"] * row["length"], row["r"]))
+    return sorted(
+        lines("step"), key=lambda row: (row["targets"], row["batch"] * row["length"], row["r"], -row["threads"])
+    )
 
 
 def sizes():
     rows = []
     for row in small():
-        cells = [row["targets"], row["r"], f"{row['batch']} x {row['length']}"]
+        cells = [row["targets"], row["r"], f"{row['batch']} x {row['length']}", row["threads"]]
         for kind in ("step", "inference"):
             over, floor = row[kind]["over"], row[kind]["floor"]
             low, high = row[kind]["of_lora"]
             cells += [f"{100 * over['curlora'] / floor:.1f} %", f"{100 * over['lora'] / floor:.1f} %",
                       f"**{over['curlora'] / over['lora']:.2f}** ({low:.2f} to {high:.2f})"]  # fmt: skip
         rows.append(cells)
-    return table(
-        ["adapted", "rank", "batch", "step: CURLoRA", "LoRA", "ratio", "inference: CURLoRA", "LoRA", "ratio"], rows
-    )
+    return table(["adapted", "rank", "batch", "threads", "step: CURLoRA", "LoRA", "ratio", "inference: CURLoRA", "LoRA",
+                  "ratio"], rows)  # fmt: skip
 
 
 def attach():
@@ -161,8 +164,45 @@ def storage():
                   "LoRA's over CURLoRA's"], rows)  # fmt: skip
 
 
+def growth():
+    """One thing varies at a time; what is counted stands beside its formula."""
+    rows = []
+    for row in lines("growth"):
+        over, inference, formula = row["step"]["over"], row["inference"]["over"], row["formula"]
+        rows.append([
+            row["grows"], f"{row[row['grows']]:,}", f"{1000 * row['step']['floor']:,.0f} ms",
+            f"{1000 * over['curlora']:,.1f} ms", f"{1000 * over['lora']:,.1f} ms",
+            f"{1000 * inference['curlora']:,.1f} ms", f"{1000 * inference['lora']:,.1f} ms",
+            f"{row['flops']['curlora'] / 1e9:.3f} G ({formula['flops'] / 1e9:.3f})",
+            f"{row['kept']['curlora'] / MIB:.2f} MiB ({formula['kept'] / MIB:.2f})",
+            f"{row['file'] / 1024:,.0f} KiB ({formula['file'] / 1024:,.0f})",
+        ])  # fmt: skip
+    return table(["", "", "a step without", "CURLoRA adds", "LoRA adds", "to inference, CURLoRA", "LoRA",
+                  "FLOPs of a step", "kept for backward", "file"], rows)  # fmt: skip
+
+
+def plot_growth(path):
+    rows = lines("growth")
+    if not rows:
+        return
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.8), layout="constrained")
+    for axis, what in zip(axes, dict.fromkeys(row["grows"] for row in rows), strict=True):
+        points = [row for row in rows if row["grows"] == what]
+        for method in ("curlora", "lora"):
+            added = [1000 * row["step"]["over"][method] for row in points]
+            axis.plot([row[what] for row in points], added, "o-", color=COLORS[method], label=NAMES[method])
+        axis.set(xlabel=what, xscale="log", yscale="log")
+        axis.set_xticks([row[what] for row in points], [str(row[what]) for row in points])
+        axis.minorticks_off()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("added to a step, ms")
+    axes[0].legend(frameon=False)
+    save(figure, path)
+
+
 def plot_sizes(path):
-    rows = [row for row in small() if row["targets"] == "all linear layers"]
+    most = max(row["threads"] for row in small())
+    rows = [row for row in small() if row["targets"] == "all linear layers" and row["threads"] == most]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for axis, label, key, chosen in (
         (axes[0], "tokens of a batch (rank 16)", lambda r: r["batch"] * r["length"], lambda r: r["r"] == 16),

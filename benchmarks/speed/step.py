@@ -21,14 +21,16 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 ALL, QKV = "all linear layers", "query, key, value"
 EVERY = ["floor", "curlora", "lora", "dora", "reference"]
 FEW = ["floor", "curlora", "lora"]
-# targets, rank, batch, tokens of each, layers of the model, methods, rounds
+# targets, rank, batch, tokens of each, layers of the model, methods, rounds; on as many threads as there are cores
 SETTINGS = [
-    (ALL, 16, 4, 128, 4, EVERY, 16),
-    (QKV, 16, 4, 128, 4, EVERY, 16),
+    (ALL, 16, 4, 128, 4, EVERY, 40),
+    (QKV, 16, 4, 128, 4, EVERY, 40),
     *((ALL, 16, batch, length, 4, FEW, 16) for batch, length in ((1, 32), (2, 512), (4, 512))),
     *((ALL, r, 4, 128, 4, FEW, 16) for r in (8, 64, 256)),
     *((QKV, r, 4, 128, 4, FEW, 16) for r in (8, 64)),
 ]  # fmt: skip
+# And on one thread, where times vary less.
+ON_ONE = [(ALL, 16, 4, 128, 4, FEW, 40)]
 
 
 def main():
@@ -40,6 +42,9 @@ def main():
         arguments.out.unlink(missing_ok=True)
     for setting in SETTINGS[:1] if arguments.quick else SETTINGS:
         measure.add(arguments.out, row(*setting[:-1], rounds=3 if arguments.quick else setting[-1]))
+    torch.set_num_threads(1)
+    for setting in () if arguments.quick else ON_ONE:
+        measure.add(arguments.out, row(*setting))
 
 
 def row(targets, r, batch, length, layers, methods, rounds):

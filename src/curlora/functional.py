@@ -160,8 +160,9 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
-    if grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64):
-        # The long side first: otherwise MKL takes up to three times as long where r is no multiple of 16.
+    if grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64) and len(grad) >= 32:
+        # The long side first: the other way round MKL takes three to five times as long at a rank below 16, and longer
+        # at any that is no multiple of it.
         return (factor.T @ grad.T).T
     return grad @ factor
 
@@ -208,6 +209,8 @@ class _GatherUpdate(torch.autograd.Function):
             if grad_z is not None:
                 through = through + grad_z
             if need_output:
+                if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+                    index = index.long()  # with int32 the addition takes up to six times as long, if rows are long
                 grad_output = (grad.index_add_ if alone else grad.index_add)(-1, index, through)
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)

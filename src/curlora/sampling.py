@@ -35,14 +35,18 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``(columns, rows)``: float64 on the CPU, shapes ``(n,)`` and ``(m,)``.
     """
-    columns = torch.zeros(weight.shape[1], dtype=torch.float64)
-    rows = []
-    for chunk in weight.detach().split(max(1, _CHUNK_ELEMENTS // max(1, weight.shape[1]))):
+    m, n = weight.shape
+    columns, rows = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
+    height = max(1, _CHUNK_ELEMENTS // max(1, n))
+    # One piece of memory for all chunks: what is freed after each would not always be given back.
+    squares = torch.empty(min(height, m), n, dtype=torch.float64)
+    for begin in range(0, m, height):
+        chunk = weight.detach()[begin : begin + height]
         # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15)
-        square = chunk.to(device="cpu", dtype=torch.float64).square()
+        square = squares[: len(chunk)].copy_(chunk).square_()
         columns += square.sum(0)
-        rows.append(square.sum(1))
-    return columns, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.float64)
+        rows[begin : begin + height] = square.sum(1)
+    return columns, rows
 
 
 def probabilities(squared_norms: Tensor, sampling: str = "inverse") -> Tensor:

@@ -65,6 +65,7 @@ def test_counts_are_those_that_a_run_reports(recipe_path, tmp_path):
     results = run_recipe(recipe, tmp_path / "run")
     for method in results.methods:
         expected = by_name(planned)[method.name]
+        assert not expected.unknown, method.name
         assert expected.trained == method.trainable_parameters, method.name
         assert expected.steps == sum(seed.steps for seed in method.seeds), method.name
         assert expected.tokens == sum(seed.train_tokens for seed in method.seeds), method.name

@@ -44,8 +44,10 @@ CHANGES = {
             "learning_rate": 0.01,
             "options": {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.2},
             "adapter_per_task": True,
+            "plugins": [{"name": "toward_base", "strength": 1.0, "tokens": 16}],
         },
     ],
+    "guard": {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16},
     "training": {
         "epochs": 2,
         "batch_size": 4,
@@ -53,6 +55,7 @@ CHANGES = {
         "logging_steps": 1,
         "checkpoint_steps": 3,
         "forward_transfer": True,
+        "max_grad_norm": 0.01,
     },
 }
 

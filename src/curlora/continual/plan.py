@@ -233,11 +233,12 @@ def _plan_method(
             model = method.apply(fresh(), stream.seeds[0])
         except ValueError as error:  # such as modules that are not there: a run would say the same
             raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
-        trained = _numbers(model)
+        numbers = _numbers(model)
         for part in encoded[1:]:
             method.begin_task(model, part.number, stream.seeds[0])
             if method.adapter(part.number) != method.adapter(part.number - 1):
-                trained += _numbers(model)
+                numbers += _numbers(model)
+        trained = numbers
         memory = _resident(method, model, fresh)
         largest = _largest([_shape(part, rows) for part, rows in learned])
         memory = _with_step(memory, model, stream, encoded, largest)

@@ -232,7 +232,7 @@ class MethodRun:
         fresh = part.number >= self._begun
         if fresh:
             self._begin(part.number)
-        if part.settings.forward_transfer and part.number > 0:
+        if part.settings.forward_transfer and part.number >= len(self.result.before):  # the first is of the base model
             before = self._trainer(part, []).score(part.evaluation)
             self._add(before=[*self.result.before, before])
         if not any(p.requires_grad for p in self.model.parameters()):

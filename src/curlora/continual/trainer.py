@@ -48,7 +48,7 @@ class TaskTrainer(Trainer):
         tokenizer: pads.
         settings: how to train.
         seed: of the order of the rows, and of dropout.
-        directory: for checkpoints, each with nothing but what is trained and the state of the training.
+        directory: for checkpoints, each with what training has changed and the state of the training.
         logs: for what ``report_to`` asks for.
         plugins: add their penalties, and hear the Trainer's events.
         on_step, on_prediction_step: called after each.

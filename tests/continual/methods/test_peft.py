@@ -68,7 +68,7 @@ def test_drift_is_measured_from_the_base_itself(name):
                     parameter.add_(0.1 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("name", ["curlora", "lora", "dora"])
+@pytest.mark.parametrize("name", ["curlora", "lora"])
 def test_an_adapter_for_each_task(name, tmp_path):
     """What the first task has trained stays as it is, acts on the second, and is saved beside it."""
     kind, rate, options = ADAPTERS[name]
@@ -103,16 +103,42 @@ def test_an_adapter_for_each_task(name, tmp_path):
         assert not all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
 
 
+def test_each_tasks_adapter_is_trained_in_its_own_task():
+    """Also after the base model was asked, for which PEFT switches adapters off and on again."""
+    method = make_method("lora", "m", "M", 0.1, {"r": 4, **LAYERS}, adapter_per_task=True)
+    model = method.apply(llama(), seed=0)
+    base_logits = method.base_logits(model, llama)
+    for task in range(3):
+        method.begin_task(model, task, seed=0)
+        base_logits(HELDOUT.tokens[None, :20], 5)
+        trained = {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {f"task{task}"}
+
+
+def test_adapters_of_tasks_and_of_seeds_are_drawn_apart():
+    drawn = []
+    for seed in range(3):
+        method = make_method("curlora", "m", "M", 0.1, {"r": 4}, adapter_per_task=True)
+        model = method.apply(llama(), seed=seed)
+        for task in range(3):
+            method.begin_task(model, task, seed=seed)
+            at = torch.cat([layer.curlora_indices[f"task{task}"].flatten() for layer in layers(model)])
+            assert not any(torch.equal(at, other) for other in drawn)
+            drawn.append(at)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "message"),
     [
         ("osf", {}, "for curlora and lora"),
         ("frozen", {}, "frozen has none"),
         ("full", {}, "full has none"),
-        ("curlora", {"seed": 3}, "leave out options.seed"),
-        ("lora", {"init_lora_weights": "pissa"}, "leave the base model as it is"),
-        ("lora", {"bias": "all"}, "leave the base model as it is"),
-        ("curlora", {"modules_to_save": ["lm_head"]}, "leave the base model as it is"),
+        ("curlora", {"seed": 3}, "leave out the option seed"),
+        ("curlora", {"init_weights": False}, "leave out the option init_weights"),
+        ("curlora", {"modules_to_save": ["lm_head"]}, "leave out the option modules_to_save"),
+        ("lora", {"init_lora_weights": "pissa"}, "leave out the option init_lora_weights"),
+        ("lora", {"bias": "all"}, "leave out the option bias"),
+        ("lora", {"use_dora": True}, "leave out the option use_dora"),
     ],
 )
 def test_not_every_adapter_can_be_had_for_each_task(kind, options, message):

@@ -121,7 +121,7 @@ def redrawn_path(recipe_path):
     content["guard"] = {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16}
     plugins = [{"name": "guard", "max_perplexity_increase": 0.5}, {"name": "redraw", "examples": 16}]
     content["methods"] = [{**content["methods"][-1], "name": "redrawn", "plugins": plugins}]
-    content["training"].update(checkpoint_steps=2, logging_steps=1)
+    content["training"].update(checkpoint_steps=2, logging_steps=1, forward_transfer=True)
     recipe_path.write_text(yaml.safe_dump(content))
     return recipe_path
 

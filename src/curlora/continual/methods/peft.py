@@ -29,8 +29,14 @@ _NOT_ADAPTERS |= {"CARTRIDGE", "MIXED", "XLORA", "POLY"}
 _NOT_ADAPTERS |= {"ADALORA"}
 
 
-# Several of them in a layer act as one whose update is the sum of theirs.
+# Adapters of which several in a layer act as one whose update is the sum of theirs, and which leave the base model as
+# it is; and the options with which that is so.
 _SUMS = ("curlora", "lora")
+_SUMMING = {
+    "r", "alpha", "lora_alpha", "lora_dropout", "use_rslora", "sampling", "replacement", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "task_type",
+}  # fmt: skip
 
 
 def peft_types() -> dict[str, type[PeftConfig]]:
@@ -44,17 +50,17 @@ class Peft(Method):
     """An adapter of PEFT.
 
     ``options`` are those of its configuration class. A CURLoRA adapter draws its columns and rows with the run's seed
-    unless ``options`` hold a ``seed``.
+    unless ``options`` hold a ``seed``; adapters of later tasks with a seed that is made of the run's and the task.
 
     Args:
         peft_type: the adapter's name, such as ``"lora"``, ``"curlora"`` or ``"osf"``.
         lora_start: how LoRA's ``A`` starts: ``"peft"``, or as the paper's ``"reference"`` does it.
-        adapter_per_task: whether each task trains an adapter of its own, beside those of earlier tasks, which act on
-            and are not changed any more. They are called ``task0``, ``task1`` and so on.
+        adapter_per_task: whether each task trains an adapter of its own, beside those of earlier tasks, which stay
+            active and are not trained. They are called ``task0``, ``task1`` and so on.
 
     Raises:
-        ValueError: if the adapter or one of its options is unknown, an option is not allowed, or there can be only one
-            adapter of the kind in a model.
+        ValueError: if the adapter or one of its options is unknown, an option is not allowed, or adapters of the kind
+            do not simply add up where each task is to have one.
     """
 
     peft_type: str = ""
@@ -67,12 +73,10 @@ class Peft(Method):
             return
         if self.peft_type not in _SUMS:
             raise ValueError(f"adapter_per_task is for {' and '.join(_SUMS)}, whose updates add up")
-        if "seed" in self.options:
-            raise ValueError("adapter_per_task: leave out options.seed, or every task's adapter would be drawn alike")
-        if self._changes_the_base() or self.options.get("modules_to_save"):
+        if other := sorted(self.options.keys() - _SUMMING):
             raise ValueError(
-                "adapter_per_task is for options that leave the base model as it is: no bias, no modules_to_save, no "
-                "init_lora_weights that change it"
+                f"adapter_per_task: leave out the option {other[0]}. Adapters must be drawn each for itself, change "
+                f"nothing before they are trained, and add up: it goes with {', '.join(sorted(_SUMMING))}"
             )
 
     @property
@@ -120,7 +124,7 @@ class Peft(Method):
         peft_model: Any = model
         name = self.adapter(task)
         with torch.random.fork_rng(devices=[]):
-            seed = (seed * 1_000_003 + task) % 2**32
+            seed = ((seed + 1) * 1_000_003 + task) % 2**32
             torch.manual_seed(seed)
             peft_model.add_adapter(name, self.configuration(seed))
             self._start_lora(model, name)
@@ -144,8 +148,13 @@ class Peft(Method):
         peft_model: Any = model
 
         def logits(ids: Tensor, kept: int) -> Tensor:
-            with peft_model.disable_adapter():
-                return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+            frozen = [p for p in peft_model.parameters() if not p.requires_grad]
+            try:
+                with peft_model.disable_adapter():
+                    return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+            finally:
+                for parameter in frozen:  # an adapter that is switched on again is trained again, PEFT has it
+                    parameter.requires_grad_(False)
 
         return logits
 

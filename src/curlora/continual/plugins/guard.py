@@ -29,8 +29,8 @@ class GuardPlugin(Plugin):
     Args:
         max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
         spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it,
-            and each later one can only learn at the cost of those before it. Of adapters that are trained for one task
-            each, every one has an equal share.
+            and each later one can only learn at the cost of those before it; with an adapter for each task, only what
+            they have left of it.
         slack: the ball that training stays in is so many times as wide, in nats, as the rise that is allowed. What is
             measured decides in the end: perplexity of a text at hand may rise by less than the model drifts, and the
             more slack there is, the more of that is found and used.

@@ -21,7 +21,7 @@ __all__ = ["Redraw"]
 class Redraw(Plugin):
     """Before an adapter's first task, :func:`curlora.redraw` for it; the recipe's ``guard`` text is the general text.
 
-    A classification task is seen through a head that is fitted to the states of the untrained model
+    A classification task is seen through a head that is fitted to the states of the model as it is
     (:mod:`curlora.continual.probe`): through a fresh one gradients say nothing of the task. Training begins with a
     fresh one as ever. Later tasks are learned with the same columns and rows, unless each has an adapter of its own.
 
