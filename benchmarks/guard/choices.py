@@ -16,7 +16,9 @@ from sweep import ready
 from results import add, rows
 
 RESULTS = Path(__file__).parent / "choices.jsonl"
-CHOICES = ["inverse", "uniform", "norm", "leverage", "task"]
+CHOICES = {name: {"choose": name} for name in ("inverse", "uniform", "norm", "leverage", "task")}
+# As far as the task's own choice moves the model where it is measured, on other articles.
+CHOICES["inverse, 1.8 x the budget"] = {"choose": "inverse", "slack": 1.8}
 GIVEN = dict(method="guarded", targets="q_proj k_proj v_proj", r=16, lr=0.03, rise=0.01)
 
 
@@ -36,7 +38,7 @@ def main():
 
 
 def learn(choice, seed, options):
-    run, before = ready(options, **GIVEN, choose=choice, seed=seed)
+    run, before = ready(options, **GIVEN, **CHOICES[choice], seed=seed)
     run.learn("sst2", 0, 1)
     row = {
         "choose": choice, "seed": seed, **GIVEN, "numbers": run.numbers, "before": before, **run.score("sst2"),

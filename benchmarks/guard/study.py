@@ -10,7 +10,6 @@ the curve of them.
 """
 
 import argparse
-import importlib
 import itertools
 import math
 import os
@@ -21,7 +20,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from along_gradient import AlongGradient
 from lower_layers import states_below
 from peft import LoraConfig, OSFConfig, get_peft_model
 from torch import nn
@@ -46,12 +44,9 @@ DEFAULTS = dict(
     slack=1.0,  # guarded: the ball is so many times as wide, in nats, as the rise that is measured may be
     damping=0.1,  # guarded
     spread=1,  # guarded: the rise is reached by even steps from task to task
-    checks=0,  # guarded: so often while a task is learned the ball is made as wide as the limit allows by what it cost
     # The paper's draw; uniform; norm; leverage; task: curlora.redraw for the first task; or each: an adapter for each
     # task, its columns and rows redrawn for it, beside those of earlier tasks, which stay as they are.
     choose="inverse",
-    # uniform; or auto: as many numbers in all as r a layer, shared out over layers by what the first task wants.
-    ranks="uniform",
     penalty=0.0,  # strength of a KL penalty toward the base on the guard's text
     ewc=0.0,  # strength
     anchors=0.0,  # strength
@@ -61,7 +56,6 @@ DEFAULTS = dict(
     examples=0,  # of each task, if it has more; 0 for all
     epochs=1,
     batch_size=8,
-    optimizer="adam",  # of the adapter; or length: every step as long as Adam's first, along the mean gradient
     layers=15,  # from here on they are adapted
     targets="q_proj k_proj v_proj",
 )
@@ -119,8 +113,7 @@ class Run:
             self.by_leverage()
         self.numbers = sum(p.numel() for _, p in self.trained)
         self.head = nn.Linear(model.config.hidden_size, 2)
-        self.guard = self.ewc = self.anchors = self.ranks = None
-        self.budgets = []
+        self.guard = self.ewc = self.anchors = None
         if o.ewc:
             self.ewc = EWC(strength=o.ewc)
         if o.anchors:
@@ -157,8 +150,6 @@ class Run:
             "scores": matrix,
             "texts": {name: self.lost(name) for name in TOKENS},
             **({"kept": kept, "predicted": self.guard.drift()} if kept else {}),
-            **({"by_layer": list(self.ranks.values())} if self.ranks else {}),
-            **({"budgets": self.budgets} if self.budgets else {}),
         }
 
     def of_base(self, path):
@@ -177,8 +168,6 @@ class Run:
             if adapter != "default":
                 self.add_adapter(adapter, number)
             if self.guard is None or adapter != "default":
-                if o.ranks == "auto":
-                    self.share_out(task, texts)
                 if o.choose in ("task", "each"):
                     self.redraw(task, texts, adapter)
                 self.calibration = curlora.calibrate(self.model, texts, adapter=adapter, progress=False)
@@ -188,14 +177,9 @@ class Run:
                 self.model, self.calibration, budget=o.slack * math.log1p(rise), damping=o.damping, adapter=adapter
             )
             self.before = [U.detach().clone() for U in self.guard.parameters]
-            self.rise_before = self.rise() if o.checks else 0.0
         optimizers = [torch.optim.AdamW(self.head.parameters(), lr=o.head_lr, weight_decay=0.0)]
         if self.trained:
-            trained = [p for _, p in self.trained]
-            adam = o.optimizer == "adam"
-            optimizers.append(
-                torch.optim.AdamW(trained, lr=o.lr, weight_decay=0.0) if adam else AlongGradient(trained, lr=o.lr)
-            )
+            optimizers.append(torch.optim.AdamW([p for _, p in self.trained], lr=o.lr, weight_decay=0.0))
         if self.guard is not None:
             self.guard.attach(optimizers[-1])
         generator = torch.Generator().manual_seed(1000 * o.seed + number)
@@ -204,10 +188,7 @@ class Run:
         ]
         schedules = [get_cosine_schedule_with_warmup(one, len(batches) // 10, len(batches)) for one in optimizers]
         pieces = itertools.cycle([row[:129] for row in self.data["guard"]["rows"]])
-        checked = [len(batches) * (i + 1) // (o.checks + 1) for i in range(o.checks)]
-        for number_of_batch, batch in enumerate(batches):
-            if self.guard is not None and number_of_batch in checked:
-                self.check(self.limit(number, count))
+        for batch in batches:
             loss = cross_entropy(self.classes([part["rows"][j] for j in batch]), part["labels"][batch])
             if o.penalty:
                 piece = next(pieces)
@@ -306,42 +287,6 @@ class Run:
             optimizer.step()
         return head
 
-    def share_out(self, task, texts, least=4):
-        """Ranks by layer.
-
-        Within a ball the steepest step lowers the loss by ``sqrt(2 budget sum g^T F^-1 g)``, a sum over layers, and of
-        a layer by the product of what its rows and its columns are worth to redraw. One rank more goes to where it adds
-        the most to that sum for each of its ``2 r + 1`` numbers.
-        """
-        uses = {}
-
-        def see(task_use, general_use, r, name):
-            worth = (task_use / (general_use + 0.01 * general_use.mean())).sort(descending=True).values
-            uses.setdefault(name.removeprefix("base_model.model."), []).append(worth.cumsum(0))
-            return torch.arange(r)
-
-        redraws = importlib.import_module("curlora.guard.redraw")
-        patched, redraws._most = redraws._most, see
-        self.redraw(task, texts, "default")
-        redraws._most = patched
-        worth = {name: (lambda r, rows=rows, columns=columns: float(rows[r - 1] * columns[r - 1]))
-                 for name, (rows, columns) in uses.items()}  # fmt: skip
-        ranks = dict.fromkeys(worth, least)
-        left = (self.o.r**2 - least**2) * len(ranks)
-        while True:
-            more = {n: (worth[n](r + 1) - worth[n](r)) / (2 * r + 1) for n, r in ranks.items() if 2 * r + 1 <= left}
-            if not more:
-                break
-            best = max(more, key=more.get)
-            left -= 2 * ranks[best] + 1
-            ranks[best] += 1
-        self.ranks = ranks
-        self.model.unload()
-        config = curlora.CurloraConfig(r=self.o.r, rank_pattern=ranks, target_modules=self.targets, seed=self.o.seed)
-        self.model = get_peft_model(self.base, config)
-        self.trained = [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.numbers = sum(p.numel() for _, p in self.trained)
-
     def by_leverage(self):
         """The columns and rows that the best approximation of rank r of the weight leans on most."""
         for layer in self.model.modules():
@@ -350,21 +295,11 @@ class Run:
                 scores = right[: self.o.r].square().sum(0), left[:, : self.o.r].square().sum(1)
                 layer.redraw("default", torch.stack([score.topk(self.o.r).indices.sort().values for score in scores]))
 
-    def limit(self, number, count):
-        return self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
-
     def rise(self):
         return self.text("guard")["perplexity"] / self.start["guard"]["perplexity"] - 1
 
-    def check(self, limit):
-        """What a nat of drift has cost so far tells how many the limit allows."""
-        cost = (self.rise() - self.rise_before) / self.guard.drift()
-        wide = (limit - self.rise_before) / max(cost, 1e-9)
-        self.guard.budget = min(max(wide, self.guard.budget / 4), self.guard.budget * 4)
-        self.budgets.append(round(self.guard.budget, 5))
-
     def keep(self, number, count):
-        limit = self.limit(number, count)
+        limit = self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
         scale, rise = keep_within(limit, self.rise, self.guard.parameters, self.before)
         return {"scale": round(scale, 4), "rise": round(rise, 5), "limit": limit}
 

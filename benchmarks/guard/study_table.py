@@ -17,18 +17,24 @@ import results
 
 SAME = [name for name in DEFAULTS if name not in ("seed", "stream")]
 NAMES = {"lora": "LoRA", "osf": "OSF", "curlora": "CURLoRA", "guarded": "guarded", "frozen": "heads only"}
-TEXTS = ("articles", "code", "tweets")
+# Orders and seeds that methods are compared on.
+PAIRS = [("mrpc sst2 s140", 0), ("mrpc sst2 s140", 1), ("mrpc sst2 s140", 2), ("s140 sst2 mrpc", 0)]
+TEXTS = ("guard", "articles", "code", "tweets")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--curve", type=Path, help="an SVG file to write")
+    parser.add_argument("--paired", action="store_true", help="only what was run with the same seeds and orders: PAIRS")
     arguments = parser.parse_args()
     groups = defaultdict(list)
     for line in results.rows(arguments.results):
         run = DEFAULTS | line
-        groups[tuple(run[name] for name in SAME)].append(run)
+        if not arguments.paired or (run["stream"], run["seed"]) in PAIRS:
+            groups[tuple(run[name] for name in SAME)].append(run)
+    if arguments.paired:
+        groups = {key: runs for key, runs in groups.items() if len(runs) == len(PAIRS)}
     rows = [row(dict(zip(SAME, key, strict=True)), runs) for key, runs in groups.items()]
     rows.sort(key=lambda row: (row["method"], row["articles"]))
     print_table(rows)
@@ -44,8 +50,7 @@ def row(given, runs):
         "method": name_of(given),
         "differs": ", ".join(f"{n} {v}" for n, v in given.items() if v != DEFAULTS[n] and n != "method"),
         "runs": len(runs),
-        "seen": given["method"] == "frozen"
-        or all(given[name] == DEFAULTS[name] for name in ("probe", "checks", "targets")),
+        "seen": given["method"] == "frozen" or all(given[name] == DEFAULTS[name] for name in ("probe", "targets")),
         "numbers": runs[0]["numbers"],
         "average": statistics.mean(averages),
         "error": error,
