@@ -54,6 +54,14 @@ QUANTIZATIONS = {
 TOLERANCE = {"int8": 0.03}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def same_on_every_processor():
+    """On those with AVX512-BF16 bitsandbytes computes otherwise, and refuses layers as narrow as these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="module", params=QUANTIZATIONS)
 def quantized(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
@@ -198,6 +206,56 @@ def test_merging_does_what_peft_does_for_lora_and_unmerging_gives_back_the_base(
     whole = model.merge_and_unload()
     assert not [module for module in whole.modules() if isinstance(module, CurloraLayer)]
     assert close(whole(tokens()).logits, merged, 1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_that_was_packed_for_inference_is_still_read_right(nested):
+    """As bitsandbytes does it in the first pass of inference on processors with AVX512-BF16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+            weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+            self.layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=nested)
+            self.layer.to("cpu")
+
+    def packed():
+        alone = Alone().eval()
+        layer = alone.layer
+        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+            layer.weight.data, layer.weight.quant_state
+        )
+        return alone
+
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1))
+    everything = torch.arange(128)
+    with read(Alone().layer) as before, read(packed().layer) as after:
+        assert isinstance(after, StoredWeight)
+        expected = before.columns(everything)
+        assert close(after.columns(everything), expected, 0.004)  # scales of eight bits
+
+    config = CurloraConfig(r=4, target_modules=["layer"])
+    models = [get_peft_model(make(), config).eval() for make in (Alone, packed)]
+    randomize(models[0])
+    first, second = (layers(model)[0] for model in models)
+    second.redraw("default", first.curlora_indices["default"])
+    second.curlora_U["default"].data.copy_(first.curlora_U["default"])
+    for model in models:
+        model.merge_adapter()
+    merged = []
+    for model in models:
+        with read(layers(model)[0].get_base_layer()) as weight:
+            merged.append(weight.columns(everything))
+    assert not close(merged[0], expected, 0.1)
+    assert close(merged[1], merged[0], 0.05)  # some entries are rounded the other way
+
+    if has_avx512bf16():
+        model = packed()
+        with torch.no_grad():
+            assert close(model.layer(x), x @ expected.T, 0.03)
 
 
 def test_torchao_in_four_bits_by_its_own_means():

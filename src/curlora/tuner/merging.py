@@ -16,7 +16,7 @@ from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from curlora.tuner.weight import device_of, is_plain
+from curlora.tuner.weight import device_of, is_plain, unpacked
 
 if TYPE_CHECKING:
     from curlora.tuner.layer import CurloraLayer
@@ -149,6 +149,8 @@ def _twin(layer: nn.Module) -> Any:
     """The same weight in a layer of its own, into which another may be put."""
     twin: Any = copy.copy(layer)
     twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
+    if "weight" in twin._parameters:
+        twin._parameters["weight"] = unpacked(layer.weight)
     if hasattr(layer, "state"):  # of bitsandbytes: the scales of an 8-bit weight
         twin.state = copy.copy(layer.state)
     return twin

@@ -7,6 +7,7 @@ time. Of any other layer that is linear only what it does is known: it is applie
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.sampling import squared_norms
 
-__all__ = ["check_adaptable", "device_of", "features", "is_plain", "read"]
+__all__ = ["check_adaptable", "device_of", "features", "is_plain", "read", "unpacked"]
 
 _CHUNK_ELEMENTS = 1 << 22  # of the identity, and of what a layer makes of it, at a time
 _GLANCED_AT = 64  # rows, evenly spaced
@@ -50,6 +51,28 @@ def is_plain(layer: nn.Module) -> bool:
 
 def _is_bitsandbytes(weight: Tensor) -> bool:
     return type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def unpacked(weight: Any) -> Any:
+    """A weight that bitsandbytes has packed anew for its passes of inference, as it was before; any other as it is.
+
+    It does so with 4-bit weights on processors with AVX512-BF16, rounds the scales to bfloat16, and says so in the state
+    alone: whoever dequantizes the weight then is not told and gets other numbers.
+    """
+    state = getattr(weight, "quant_state", None)
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)
+    state.original_nested = False  # or the scales would be quantized, and rounded once more
+    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
+    state.absmax = state.absmax.T.reshape(-1).float()
+    return type(weight)(
+        data, requires_grad=False, quant_state=state, blocksize=state.blocksize,
+        compress_statistics=weight.compress_statistics, quant_type=state.quant_type, quant_storage=data.dtype,
+        bnb_quantized=True,
+    )  # fmt: skip
 
 
 def device_of(layer: nn.Module) -> torch.device:
@@ -126,6 +149,9 @@ def _dequantized(layer: nn.Module) -> Tensor:
         # dequantize_module_weight, which puts the weight into the layer anew, they would be lost.
         scales: Any = weight.SCB if weight.SCB is not None else layer.state.SCB
         return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales))
+    plain = unpacked(weight)
+    if plain is not weight:
+        return dequantize_bnb_weight(plain)
     return dequantize_module_weight(layer)
 
 
