@@ -56,10 +56,10 @@ def _is_bitsandbytes(weight: Tensor) -> bool:
 def unpacked(weight: Any) -> Any:
     """A weight that bitsandbytes has packed anew for its passes of inference, as it was before; any other as it is.
 
-    It does so with 4-bit weights on processors with AVX512-BF16, rounds the scales to bfloat16, and says so in the state
-    alone: whoever dequantizes the weight then is not told and gets other numbers.
+    It does so with 4-bit weights on processors with AVX512-BF16, rounds the scales to bfloat16, and notes it in the
+    state alone: whoever dequantizes the weight then is not told and gets other numbers.
     """
-    state = getattr(weight, "quant_state", None)
+    state: Any = getattr(weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
         return weight
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
