@@ -1,7 +1,7 @@
 """The table and the curve of what ``study.py`` found: means over seeds and orders, and the standard error of accuracy.
 
 python benchmarks/guard/study_table.py
-python benchmarks/guard/study_table.py --curve docs/study.svg
+python benchmarks/guard/study_table.py --paired --curve docs/study.svg
 """
 
 import argparse
@@ -66,6 +66,8 @@ def name_of(given):
     for option, label in (("penalty", "penalty"), ("ewc", "EWC"), ("anchors", "anchors")):
         name += f" + {label}" if given[option] else ""
     name += ", fitted" if given["probe"] and given["method"] == "frozen" else ""
+    if given["choose"] == "each":
+        return f"{name}, an adapter a task"
     return name + (f", by {given['choose']}" if given["choose"] != DEFAULTS["choose"] else "")
 
 
