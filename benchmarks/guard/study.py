@@ -171,8 +171,7 @@ class Run:
                 if o.choose in ("task", "each"):
                     self.redraw(task, texts, adapter)
                 self.calibration = curlora.calibrate(self.model, texts, adapter=adapter, progress=False)
-            share = (number + 1) / count if o.spread else 1.0
-            rise = o.rise * (1 / count if o.choose == "each" else share)
+            rise = o.rise * (1 / count) if o.choose == "each" else self.limit(number, count)
             self.guard = curlora.Guard(
                 self.model, self.calibration, budget=o.slack * math.log1p(rise), damping=o.damping, adapter=adapter
             )
@@ -295,11 +294,14 @@ class Run:
                 scores = right[: self.o.r].square().sum(0), left[:, : self.o.r].square().sum(1)
                 layer.redraw("default", torch.stack([score.topk(self.o.r).indices.sort().values for score in scores]))
 
+    def limit(self, number, count):
+        return self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
+
     def rise(self):
         return self.text("guard")["perplexity"] / self.start["guard"]["perplexity"] - 1
 
     def keep(self, number, count):
-        limit = self.o.rise * ((number + 1) / count if self.o.spread else 1.0)
+        limit = self.limit(number, count)
         scale, rise = keep_within(limit, self.rise, self.guard.parameters, self.before)
         return {"scale": round(scale, 4), "rise": round(rise, 5), "limit": limit}
 

@@ -192,17 +192,16 @@ def plot_growth(path):
             added = [1000 * row["step"]["over"][method] for row in points]
             axis.plot([row[what] for row in points], added, "o-", color=COLORS[method], label=NAMES[method])
         axis.set(xlabel=what, xscale="log", yscale="log")
-        axis.set_xticks([row[what] for row in points], [str(row[what]) for row in points])
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
+        ticks(axis, [row[what] for row in points])
     axes[0].set_ylabel("added to a step, ms")
     axes[0].legend(frameon=False)
     save(figure, path)
 
 
 def plot_sizes(path):
-    most = max(row["threads"] for row in small())
-    rows = [row for row in small() if row["targets"] == "all linear layers" and row["threads"] == most]
+    rows = [row for row in small() if row["targets"] == "all linear layers"]
+    most = max(row["threads"] for row in rows)
+    rows = [row for row in rows if row["threads"] == most]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
     for axis, label, key, chosen in (
         (axes[0], "tokens of a batch (rank 16)", lambda r: r["batch"] * r["length"], lambda r: r["r"] == 16),
@@ -213,12 +212,17 @@ def plot_sizes(path):
             share = [100 * row["step"]["over"][method] / row["step"]["floor"] for row in points]
             axis.plot([key(row) for row in points], share, "o-", color=COLORS[method], label=NAMES[method])
         axis.set(xlabel=label, xscale="log", ylim=(0, None))
-        axis.set_xticks([key(row) for row in points], [str(key(row)) for row in points])
-        axis.minorticks_off()
-        axis.spines[["top", "right"]].set_visible(False)
+        ticks(axis, [key(row) for row in points])
     axes[0].set_ylabel("a step over the frozen model, %")
     axes[0].legend(frameon=False)
     save(figure, path)
+
+
+def ticks(axis, values):
+    """At the values that were measured, and nothing else around the axis."""
+    axis.set_xticks(values, list(map(str, values)))
+    axis.minorticks_off()
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure, path):

@@ -38,12 +38,13 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    if not arguments.quick:
-        arguments.out.unlink(missing_ok=True)
-    for setting in SETTINGS[:1] if arguments.quick else SETTINGS:
-        measure.add(arguments.out, row(*setting[:-1], rounds=3 if arguments.quick else setting[-1]))
+    if arguments.quick:
+        return measure.add(arguments.out, row(*SETTINGS[0][:-1], rounds=3))
+    arguments.out.unlink(missing_ok=True)
+    for setting in SETTINGS:
+        measure.add(arguments.out, row(*setting))
     torch.set_num_threads(1)
-    for setting in () if arguments.quick else ON_ONE:
+    for setting in ON_ONE:
         measure.add(arguments.out, row(*setting))
 
 

@@ -149,9 +149,8 @@ def _dequantized(layer: nn.Module) -> Tensor:
         # dequantize_module_weight, which puts the weight into the layer anew, they would be lost.
         scales: Any = weight.SCB if weight.SCB is not None else layer.state.SCB
         return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales))
-    plain = unpacked(weight)
-    if plain is not weight:
-        return dequantize_bnb_weight(plain)
+    if type(weight).__name__ == "Params4bit":
+        return dequantize_bnb_weight(unpacked(weight))
     return dequantize_module_weight(layer)
 
 

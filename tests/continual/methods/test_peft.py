@@ -31,17 +31,20 @@ ADAPTERS = {
 HELDOUT = HeldOut("noise", torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(0)), window=20)
 
 
+def through_stream(method, directory, tasks=2):
+    tokenizer = word_tokenizer()
+    stream = [ClassificationTask(f"t{seed}", *word_examples(seed), labels=["a", "b"]) for seed in (2, 8)[:tasks]]
+    settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
+    return MethodRun(
+        method, llama, tokenizer, encode(stream, tokenizer, settings), [HELDOUT],
+        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=directory, progress=Silent(),
+    ).run()  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_whole_stream(name, tmp_path):
     kind, rate, options = ADAPTERS[name]
-    tokenizer = word_tokenizer()
-    tasks = [ClassificationTask(f"t{seed}", *word_examples(seed), labels=["a", "b"]) for seed in (2, 8)]
-    settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
-    method = make_method(kind, "m", "M", rate, options)
-    result, trainable, size = MethodRun(
-        method, llama, tokenizer, encode(tasks, tokenizer, settings), [HELDOUT],
-        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=Silent(),
-    ).run()  # fmt: skip
+    result, trainable, size = through_stream(make_method(kind, "m", "M", rate, options), tmp_path)
     assert trainable > 0
     assert size > 0
     before, *_, after = result.text()
@@ -72,20 +75,10 @@ def test_drift_is_measured_from_the_base_itself(name):
 def test_an_adapter_for_each_task(name, tmp_path):
     """What the first task has trained stays as it is, acts on the second, and is saved beside it."""
     kind, rate, options = ADAPTERS[name]
-    tokenizer = word_tokenizer()
-    tasks = [ClassificationTask(f"t{seed}", *word_examples(seed), labels=["a", "b"]) for seed in (2, 8)]
-    settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
     method = make_method(kind, "m", "M", rate, options, adapter_per_task=True)
-
-    def run(count):
-        stream = encode(tasks[:count], tokenizer, settings)
-        directory = tmp_path / str(count)
-        return directory, MethodRun(
-            method, llama, tokenizer, stream, [HELDOUT],
-            seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=directory, progress=Silent(),
-        ).run()  # fmt: skip
-
-    (first, (_, numbers, size)), (both, (result, twice, sizes)) = run(1), run(2)
+    first, both = tmp_path / "first", tmp_path / "both"
+    _, numbers, size = through_stream(method, first, tasks=1)
+    result, twice, sizes = through_stream(method, both)
     assert (twice, sizes > size) == (2 * numbers, True)
     learned = load_file(first / "adapter/task0/adapter_model.safetensors")
     kept = load_file(both / "adapter/task0/adapter_model.safetensors")

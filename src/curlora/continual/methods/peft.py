@@ -153,7 +153,7 @@ class Peft(Method):
                 with peft_model.disable_adapter():
                     return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
             finally:
-                for parameter in frozen:  # an adapter that is switched on again is trained again, PEFT has it
+                for parameter in frozen:  # PEFT, switching adapters on again, has all of them trained
                     parameter.requires_grad_(False)
 
         return logits
