@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -33,9 +34,9 @@ def by_formula(x, U):
     return x @ (WEIGHT + WEIGHT[:, :R] @ U @ WEIGHT[INDEX]).T
 
 
-def inputs():
+def inputs(shape=(TOKENS, M)):
     rng = torch.Generator().manual_seed(1)
-    x = torch.randn(TOKENS, M, generator=rng, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(shape, generator=rng, dtype=torch.float64, requires_grad=True)
     return x, torch.randn(R, R, generator=rng, dtype=torch.float64, requires_grad=True)
 
 
@@ -145,8 +146,8 @@ def batched(layer, x, U):
 
 def from_numpy(layer, x, U):
     """A gradient in memory that torch does not count the references to."""
-    array = np.ones((TOKENS, M))
     y = layer(x * 1, U)
+    array = np.ones(y.shape)
     y.register_hook(lambda gradient: torch.from_numpy(array))
     y.sin().sum().backward()
     return [torch.from_numpy(array)]
@@ -170,13 +171,14 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("in_place", [False, True], ids=["copied", "in_place"])
-def test_nothing_that_anyone_else_sees_is_changed(case, in_place):
+@pytest.mark.parametrize("shape", [(TOKENS, M), (2, 3, M)], ids=["tokens", "rows of tokens"])
+def test_nothing_that_anyone_else_sees_is_changed(case, in_place, shape):
     def layer(x, U):
         return gather_update_(x @ WEIGHT.T, U, WEIGHT[:, :R].contiguous(), INDEX)
 
     results = []
     for form in (by_formula, layer if in_place else adapted):
-        x, U = inputs()
+        x, U = inputs(shape)
         seen = case(form, x, U) or []
         results.append([*seen, x.grad, U.grad])
     for expected, got in zip(*results, strict=True):
@@ -184,19 +186,36 @@ def test_nothing_that_anyone_else_sees_is_changed(case, in_place):
             torch.testing.assert_close(got, expected)
 
 
-def test_a_gradient_that_is_nobody_elses_is_changed_in_place():
+@pytest.mark.parametrize("shape", [(TOKENS, M), (2, 3, M)], ids=["tokens", "rows of tokens"])
+def test_a_gradient_that_is_nobody_elses_is_changed_in_place(shape):
     places = {}
 
     def note(name):
         return lambda gradient: places.update({name: gradient.data_ptr()})
 
-    x, U = inputs()
+    x, U = inputs(shape)
     output = x @ WEIGHT.T
     output.register_hook(note("of the output"))
     y = gather_update(output, U, WEIGHT[:, :R].contiguous(), INDEX)
     y.register_hook(note("of the result"))
     y.sin().sum().backward()
     assert places["of the output"] == places["of the result"]
+
+
+def test_a_gradient_that_was_looked_at_can_still_be_added_to_in_place():
+    """By PyTorch's engine, where both sides of a residual connection have given theirs."""
+    places = {}
+
+    def note(name):
+        return lambda gradient: places.update({name: gradient.data_ptr()})
+
+    x, U = inputs()
+    h = x * 1
+    h.register_hook(note("of both"))
+    y = h + adapted(h, U)
+    y.register_hook(note("of the sum"))
+    y.sin().sum().backward()
+    assert places["of both"] == places["of the sum"]
 
 
 class Noted(nn.Module):
@@ -312,6 +331,16 @@ def test_an_output_of_an_inference_mode_that_is_over_is_left_alone():
     torch.testing.assert_close(model(x).detach(), expected)
 
 
+def test_forward_mode_derivatives_come_through():
+    model, _, x, _ = layer_and_formula(nn.Linear(8, 6))
+    direction = torch.randn(x.shape)
+    with torch.no_grad():
+        _, expected = torch.func.jvp(model.base_model.model, (x,), (direction,))
+    with torch.no_grad(), forward_ad.dual_level():
+        got = forward_ad.unpack_dual(model(forward_ad.make_dual(x, direction))).tangent
+    torch.testing.assert_close(got, expected)
+
+
 class KeepsItsOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -341,7 +370,7 @@ def test_outputs_of_inference_are_alone_only_without_another_name():
     other = of(tensor)
     assert not alone(tensor)
     del other
-    assert alone(tensor)
+    tensor = torch.ones(2, 3) * 2
     assert not alone(tensor.T), "not contiguous"
     assert not alone(nn.Parameter(tensor)), "a subclass"
 
@@ -361,6 +390,7 @@ def forgotten():
 
 def first_step(form=lambda step: step()):
     """The gradient of a layer's ``U`` in a step of a process that has never taken one."""
+    torch.manual_seed(0)
     model, layer, x, _ = layer_and_formula(nn.Linear(8, 6))
     form(lambda: checkpoint(model, x, use_reentrant=False).sin().sum()).backward()
     return layer.curlora_U["default"].grad

@@ -38,7 +38,7 @@ def fast(W, b, U, x, rows, columns, alpha=1.0):
     m=st.integers(1, 12),
     n=st.integers(1, 12),
     r=st.integers(1, 5),
-    lead=st.sampled_from([(1,), (3,), (2, 3), (2, 1, 3), ()]),
+    lead=st.sampled_from([(1,), (3,), (2, 3), (2, 1, 3), (), (5, 8)]),
     bias=st.booleans(),
     alpha=st.sampled_from([1.0, 0.5, -2.0]),
     seed=st.integers(0, 10**6),
@@ -120,8 +120,19 @@ def test_saves_nothing_of_the_tokens_when_only_the_input_needs_a_gradient():
     assert all(t.shape[0] != 100 for t in saved)
 
 
-def test_the_result_can_be_changed_in_place():
-    problem = make_problem()
+@pytest.mark.parametrize("lead", [(4,), (2, 3)])
+def test_forward_mode_derivatives(lead):
+    problem = make_problem(lead=lead)
+    W, U, rows = problem["W"], problem["U"], problem["rows"]
+    factor = W[:, problem["columns"]]
+    y0, dy0 = torch.randn(2, *lead, 7, dtype=torch.float64)
+    _, got = torch.func.jvp(lambda y: gather_update(y, U, factor, rows), (y0,), (dy0,))
+    torch.testing.assert_close(got, dy0 + dy0[..., rows] @ U.T @ factor.T)
+
+
+@pytest.mark.parametrize("lead", [(4,), (2, 3)])
+def test_the_result_can_be_changed_in_place(lead):
+    problem = make_problem(lead=lead)
     U = problem["U"].requires_grad_()
     expected = torch.autograd.grad(dense(**problem).relu().sum(), U)[0]
     got = torch.autograd.grad(nn.functional.relu(fast(**problem), inplace=True).sum(), U)[0]

@@ -63,7 +63,7 @@ def by_formula(model, tokens):
     flops = kept = file = 0
     for layer in layers:
         r, m = layer.r["default"], layer.out_features
-        flops += 2 * tokens * (2 * m * r + 3 * r * r)
+        flops += 2 * tokens * (m * r + m * (r + -r % 16) + 3 * r * r)
         kept += 4 * tokens * r
         file += 4 * r * r + 8 * r + 32
     return {"flops": flops, "kept": kept, "file": file}

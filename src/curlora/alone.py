@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
 __all__ = ["alone", "look_once", "told_if_alone"]
@@ -28,11 +29,11 @@ __all__ = ["alone", "look_once", "told_if_alone"]
 def alone(tensor: Tensor) -> bool:
     """Whether the caller, who holds ``tensor`` in one local variable, may change it in place.
 
-    Never while ``torch.compile`` traces or a dispatch mode looks on, nor for a subclass, a tensor inside of a transform
-    of ``torch.func``, one whose memory has gaps or overlaps or came from elsewhere, or one of an inference mode that
-    is over.
+    Never while ``torch.compile`` traces, a dispatch mode looks on or forward-mode derivatives are taken, nor for a
+    subclass, a tensor inside of a transform of ``torch.func``, one whose memory has gaps or overlaps or came from
+    elsewhere, or one of an inference mode that is over.
     """
-    return _plain(tensor) and _counts(tensor) in _of_outputs()
+    return _plain(tensor) and _counts(tensor) in _of_outputs() and _own_memory(tensor)
 
 
 def look_once() -> None:
@@ -56,7 +57,13 @@ def _judged(backward: Callable[..., Any], judge: Callable[[Hashable], bool]) -> 
     def told(ctx: Any, *gradients: Tensor | None) -> Any:
         first = gradients[0]
         # With create_graph the gradient is part of a graph itself.
-        may_change = first is not None and not torch.is_grad_enabled() and _plain(first) and judge(_counts(first))
+        may_change = (
+            first is not None
+            and not torch.is_grad_enabled()
+            and _plain(first)
+            and judge(_counts(first))
+            and _own_memory(first)
+        )
         return backward(ctx, may_change, *gradients)
 
     return told
@@ -68,6 +75,7 @@ def _plain(tensor: Tensor) -> bool:
         and type(tensor) is Tensor
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
         and tensor.is_contiguous()
         and not tensor._is_zerotensor()
         and (not tensor.is_inference() or torch.is_inference_mode_enabled())
@@ -77,21 +85,25 @@ def _plain(tensor: Tensor) -> bool:
 def _counts(tensor: Tensor) -> Hashable:
     """References to a tensor, to its memory, and to the tensor that it is a view of: C++'s and Python's of each.
 
-    ``None`` where they cannot be counted.
+    ``None`` where they cannot be counted. Of the memory by its address: Python's object of it would be one more
+    reference for as long as there is the tensor, and PyTorch's engine would no longer add in place.
     """
     try:
         base = tensor._base
-        storage = tensor.untyped_storage()
+        memory = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
         return (
             tensor._use_count(),  # type: ignore[attr-defined]
             sys.getrefcount(tensor),
-            torch._C._storage_Use_Count(storage._cdata),
-            sys.getrefcount(storage),
-            storage.resizable(),  # memory of numpy's is not
+            torch._C._storage_Use_Count(memory),
             None if base is None else (base._use_count(), sys.getrefcount(base)),  # type: ignore[attr-defined]
         )
     except (AttributeError, TypeError, RuntimeError):
         return None
+
+
+def _own_memory(tensor: Tensor) -> bool:
+    """Whether PyTorch has allocated it: numpy's, for one, cannot be resized."""
+    return bool(tensor.untyped_storage().resizable())
 
 
 def _calibration(look: Callable[[], tuple[set[Hashable], set[Hashable]]]) -> Callable[[], set[Hashable]]:

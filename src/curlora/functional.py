@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from curlora.alone import look_once, told_if_alone
 
@@ -120,15 +120,13 @@ def _update(
         )
     # The dtypes are chosen here, product by product; autocast must not choose again.
     with _autocast_off(output.device.type):
-        # Reshaped out here: an output of the Function that is a view could not be changed in place.
-        flat = output.reshape(-1, output.shape[-1])
         needs_graph = output.requires_grad or mixing.requires_grad or (offset is not None and offset.requires_grad)
         if needs_graph and torch.is_grad_enabled():
             look_once()
-            result, _ = _GatherUpdate.apply(flat, mixing, factor, index, offset, in_place)
+            result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset, in_place)
         else:
-            result, _ = _add(flat, mixing, factor.detach(), index, offset, in_place)
-    return result.view(output.shape)
+            result, _ = _add(output, mixing, factor.detach(), index, offset, in_place)
+    return result
 
 
 def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
@@ -138,19 +136,24 @@ def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]
 
 
 def _add(
-    flat: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
+    output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """``flat``, shape ``(tokens, m)``, with the update, and ``z``."""
+    """``output``, shape ``(..., m)``, with the update, and ``z``, shape ``(tokens, r)``."""
+    flat = output.reshape(-1, output.shape[-1])
     z = flat.index_select(-1, index)
     if offset is not None:
         z = z - _as(offset, z.dtype)
-    # To autograd another tensor than ``flat``, in its memory. A version they have in common: had ``flat`` been saved by
-    # some backward, that would notice.
-    into = flat.detach() if in_place else None
-    mixed = _as(linear(_as(z, mixing.dtype), mixing), flat.dtype)
+    mixed = _as(linear(_as(z, mixing.dtype), mixing), output.dtype)
+    directions = _as(factor, output.dtype).T
     # addmm adds while it multiplies: the update itself never exists as a tensor.
-    result = torch.addmm(flat, mixed, _as(factor, flat.dtype).T, out=into)
-    return result, z
+    if in_place:
+        # To autograd another tensor than ``output``, in its memory. A version they have in common: had ``output`` been
+        # saved by some backward, that would notice.
+        result = output.detach()
+        into = result.view(flat.shape)
+        torch.addmm(into, mixed, directions, out=into)
+        return result, z
+    return torch.addmm(flat, mixed, directions).view(output.shape), z
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,18 +163,15 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
-    if grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64) and len(grad) >= 32:
-        # The long side first: the other way round MKL takes three to five times as long at a rank below 16, and longer
-        # at any that is no multiple of it.
-        return (factor.T @ grad.T).T
+    r = factor.shape[1]
+    if r % 16 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64) and len(grad) >= 32:
+        # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
+        return (grad @ pad(factor, (0, -r % 16)))[:, :r]
     return grad @ factor
 
 
 class _GatherUpdate(torch.autograd.Function):
-    """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right.
-
-    ``output`` has shape ``(tokens, m)``.
-    """
+    """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right."""
 
     @staticmethod
     def forward(
@@ -184,6 +184,8 @@ class _GatherUpdate(torch.autograd.Function):
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
         result, z = _add(output, mixing, factor, index, offset, in_place)
+        # To autograd no view: one that comes out of a Function could not be changed in place by whoever gets it.
+        result = result.detach()
         ctx.shape = output.shape
         ctx.offset_dtype = None if offset is None else offset.dtype
         ctx.set_materialize_grads(False)
@@ -200,7 +202,8 @@ class _GatherUpdate(torch.autograd.Function):
                 return (None,) * 6
             grad = grad_z.new_zeros(ctx.shape)
 
-        g = _as(_onto(grad, _as(factor, grad.dtype)), mixing.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        g = _as(_onto(flat, _as(factor, grad.dtype)), mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
             grad_mixing = g.T @ _as(z, mixing.dtype)
@@ -211,7 +214,7 @@ class _GatherUpdate(torch.autograd.Function):
             if need_output:
                 if grad.device.type == "cpu" and not torch.compiler.is_compiling():
                     index = index.long()  # with int32 the addition takes up to six times as long, if rows are long
-                grad_output = (grad.index_add_ if alone else grad.index_add)(-1, index, through)
+                grad_output = (flat.index_add_ if alone else flat.index_add)(-1, index, through).view(ctx.shape)
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
         return grad_output, grad_mixing, None, None, grad_offset, None

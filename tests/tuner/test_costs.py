@@ -79,4 +79,5 @@ def test_overhead_is_what_the_formulas_say(r, width, depth):
     )
     outputs = [width, width // 3, width // 3, width, 2 * width, 2 * width, width] * depth
     assert adapted[0] - floor[0] == sum(4 * TOKENS * r for _ in outputs)
-    assert adapted[1] - floor[1] == sum(2 * TOKENS * (2 * m * r + 3 * r * r) for m in outputs)
+    padded = r + -r % 16
+    assert adapted[1] - floor[1] == sum(2 * TOKENS * (m * r + m * padded + 3 * r * r) for m in outputs)
