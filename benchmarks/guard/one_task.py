@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from lower_layers import states_below
 from peft import LoraConfig, get_peft_model
+from study_data import lines
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -310,10 +311,6 @@ class Run:
             "drift": round(drift / count, 5),
             **({} if guard is None else {"predicted": round(guard.drift(), 5)}),
         }
-
-
-def lines(path, encoding="utf-8"):
-    return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the curve of them.
 import argparse
 import itertools
 import math
-import os
 import random
 import statistics
 import time
@@ -20,8 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from lower_layers import states_below
 from peft import LoraConfig, OSFConfig, get_peft_model
+from study_data import SCORED, TOKENS, TRAIN, prepared
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -59,9 +58,6 @@ DEFAULTS = dict(
     layers=15,  # from here on they are adapted
     targets="q_proj k_proj v_proj",
 )
-TRAIN = {"mrpc": 400, "sst2": 1200, "s140": 800}
-SCORED = {"mrpc": 408, "sst2": 872, "s140": 500}
-TOKENS = {"guard": 8192, "articles": 4096, "code": 2048, "tweets": 2048}
 
 
 def main():
@@ -359,64 +355,6 @@ def grouped(rows, count, size, generator):
     pieces = [sorted(order[i : i + 16 * size], key=lambda j: len(rows[j])) for i in range(0, count, 16 * size)]
     batches = [piece[i : i + size] for piece in pieces for i in range(0, len(piece), size)]
     return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def prepared(model, tokenizer, layers, cache):
-    """Texts as numbers of states, with their labels or tokens."""
-    path = cache / f"study-{layers}.pt"
-    if path.exists():
-        return torch.load(path)
-    root = Path(os.environ["CURLORA_DATA_DIR"])
-    data = {}
-    for task in TRAIN:
-        for split, limit in (("", TRAIN[task]), ("-dev", SCORED[task])):
-            examples = shuffled(read(root, task, split))[:limit]
-            data[task + split] = {
-                # Without the space at the end of SST-2's sentences, which would be a token of its own and the last one.
-                "rows": [tokenizer(text.strip())["input_ids"][:128] for text, _ in examples],
-                "labels": torch.tensor([label for _, label in examples]),
-            }
-    wiki = tokenizer((root / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
-    texts = {
-        "articles": wiki,
-        "guard": wiki[200_000:],
-        "code": tokenizer(Path(argparse.__file__).read_text())["input_ids"],
-        # Other tweets than the task's own.
-        "tweets": tokenizer("\n".join(text for text, _ in shuffled(read(root, "s140", "-dev"))[500:]))["input_ids"],
-    }
-    for name, tokens in texts.items():
-        tokens = tokens[: TOKENS[name]]
-        data[name] = {"rows": [tokens[i : i + 512] for i in range(0, len(tokens), 512)]}
-        data[name]["tokens"] = [torch.tensor(row) for row in data[name]["rows"]]
-    states = states_below(model, layers, [row for part in data.values() for row in part["rows"]])
-    begin = 0
-    for part in data.values():
-        for number, row in enumerate(part["rows"]):
-            part["rows"][number] = torch.arange(begin, begin + len(row))
-            begin += len(row)
-    data["states"] = torch.cat(states)
-    cache.mkdir(parents=True, exist_ok=True)
-    torch.save(data, path)
-    return data
-
-
-def read(root, task, split):
-    dev = split == "-dev"
-    if task == "mrpc":
-        rows = lines(root / "mrpc" / f"{'dev' if dev else 'train'}.tsv", "utf-8-sig")
-        return [(f"{row[3]}\n{row[4]}", int(row[0])) for row in rows]
-    if task == "sst2":
-        return [(row[0], int(row[1])) for row in lines(root / "sst2" / f"{'dev' if dev else 'train'}.tsv")]
-    rows = lines(root / "sentiment140" / f"train_sample_{'eval' if dev else 'fit'}.tsv")
-    return [(row[1], int(row[0])) for row in rows]
-
-
-def shuffled(examples):
-    return random.Random(0).sample(examples, len(examples))
-
-
-def lines(path, encoding="utf-8"):
-    return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ than those of the sixty steps, and stays as it is. Each rank's adapter is made a
 for every rate. Adds a line to ``sweep.jsonl`` for each; what is there already is not repeated.
 
     python benchmarks/guard/sweep.py --model DIR --targets all-linear
+    python benchmarks/guard/sweep.py --model SMALLER --called smaller --layers 5 --cache smaller_cache
     python benchmarks/guard/sweep.py --table
 """
 
@@ -14,11 +15,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from study import DEFAULTS, SCORED, Run
+from study import DEFAULTS, Run
+from study_data import SCORED
 
 from results import add, rows
 
 RESULTS = Path(__file__).parent / "sweep.jsonl"
+MODEL = "SmolLM2-135M"
 RATES = {
     "guarded": [0.015, 0.03, 0.06, 0.12],
     "curlora": [0.001, 0.002, 0.004, 0.008],
@@ -31,6 +34,8 @@ FITTED, LEARNED = 720, 480
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, or a hub id")
+    parser.add_argument("--called", default=MODEL, help="the model's name in the table; give each its own --cache")
+    parser.add_argument("--layers", type=int, default=DEFAULTS["layers"], help="from here on they are adapted")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--methods", nargs="+", default=list(RATES), choices=list(RATES))
     parser.add_argument("--targets", nargs="+", default=["q_proj", "k_proj", "v_proj"], help="or all-linear")
@@ -45,11 +50,11 @@ def main():
 
 
 def sweep(method, targets, r, options):
-    left = [rate for rate in RATES[method] if (method, targets, r, rate) not in found()]
+    left = [rate for rate in RATES[method] if (options.called, method, targets, r, rate) not in found()]
     if not left:
         return
     # A budget that is wide beside what sixty steps use at a good rate, so that it does not hide a bad one.
-    run, before = ready(options, method=method, targets=targets, r=r, rise=0.05)
+    run, before = ready(options, method=method, targets=targets, r=r, rise=0.05, layers=options.layers)
     for rate in left:
         with torch.no_grad():
             for _, U in run.trained:
@@ -57,7 +62,8 @@ def sweep(method, targets, r, options):
         run.o.lr = rate
         run.learn("sst2", 0, 1)
         row = {
-            "method": method, "targets": targets, "r": r, "lr": rate, "numbers": run.numbers, "before": before,
+            "model": options.called, "method": method, "targets": targets, "r": r, "lr": rate,
+            "numbers": run.numbers, "before": before,
             **run.score("sst2"), "drift": run.guard.drift() if run.guard else run.lost("articles")["drift"],
         }  # fmt: skip
         add(RESULTS, row)
@@ -79,7 +85,7 @@ def ready(options, **given):
 
 
 def found():
-    return {(row["method"], row["targets"], row["r"], row["lr"]) for row in rows(RESULTS)}
+    return {(row.get("model", MODEL), row["method"], row["targets"], row["r"], row["lr"]) for row in rows(RESULTS)}
 
 
 def table():
@@ -90,10 +96,11 @@ def table():
         adapters = defaultdict(dict)
         for row in rows(RESULTS):
             if row["method"] == method:
-                adapters[row["targets"], row["r"], row["numbers"]][row["lr"]] = row
-        for (targets, r, numbers), mine in sorted(adapters.items()):
+                adapters[row.get("model", MODEL), row["targets"], row["r"], row["numbers"]][row["lr"]] = row
+        for (model, targets, r, numbers), mine in sorted(adapters.items()):
             least = min(row["loss"] for row in mine.values())
-            cells = [f"{targets.replace('_proj', '')}, r {r}", f"{numbers:,}"]
+            name = "" if model == MODEL else f"{model}, "
+            cells = [f"{name}{targets.replace('_proj', '')}, r {r}", f"{numbers:,}"]
             for row in map(mine.get, rates):
                 bold = "**" if row and row["loss"] == least else ""
                 cells.append(f"{bold}{row['loss']:.3f}{bold} ({row['drift']:.3f})" if row else "")
