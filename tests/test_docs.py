@@ -28,9 +28,12 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16)]
     names = {"general_texts": [" ".join(WORDS)] * 12, "train_dataset": rows}
-    whole, measured, redrawn = blocks("guard.md", "python")
+    whole, by_callback, measured, redrawn = blocks("guard.md", "python")
     exec(whole.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
     assert 0 < names["guard"].drift() <= 0.01
+    exec(by_callback, names)
+    assert names["callback"].kept.rise <= 0.01
+    assert PeftModel.from_pretrained(llama(), "my-adapter").active_adapter == "default"
     moved = []
 
     def rise():
@@ -39,7 +42,7 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
         return 0.02 * moved[-1] / moved[0]
 
     names["perplexity_rise"] = rise
-    exec(measured, names)
+    exec(measured.replace("...\n", "trainer.train()\n"), names)
     assert 0 < names["scale"] < 1
     names["task_batches"] = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8).split(4)]
     for U in names["guard"].parameters:

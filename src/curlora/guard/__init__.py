@@ -8,6 +8,7 @@ from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.redraw import redraw
+from curlora.guard.text import perplexity
 
 __all__ = [
     "Anchors",
@@ -18,5 +19,6 @@ __all__ = [
     "Moments",
     "calibrate",
     "keep_within",
+    "perplexity",
     "redraw",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -100,6 +101,21 @@ class Guard:
     def parameters(self) -> list[Tensor]:
         """Every ``U`` that it guards."""
         return list(self._places)
+
+    @contextlib.contextmanager
+    def as_calibrated(self) -> Iterator[None]:
+        """While it lasts the model is as it was calibrated, as far as this adapter goes."""
+        self._leave()
+        now = [U.detach().clone() for U in self._places]
+        try:
+            with torch.no_grad():
+                for U, (_, start) in self._places.items():
+                    U.copy_(start)
+            yield
+        finally:
+            with torch.no_grad():
+                for U, value in zip(self._places, now, strict=True):
+                    U.copy_(value)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the optimizer's steps are in the guard's coordinates and within its budget.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +13,18 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["Counts", "pass_over", "ready", "sum_over_processes"]
+__all__ = ["Counts", "pass_over", "perplexity", "ready", "sum_over_processes"]
+
+
+_NOTHING = (
+    "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer turn it "
+    "into nothing?"
+)
 
 
 @dataclass(frozen=True)
@@ -80,11 +88,55 @@ def pass_over(
     (counted,) = sum_over_processes([torch.tensor([predicted, tokens, rows])], device)
     counts = Counts(*(int(number) for number in counted))
     if not counts.predicted:
-        raise GuardError(
-            "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer "
-            "turn it into nothing?"
-        )
+        raise GuardError(_NOTHING)
     return counts
+
+
+def perplexity(
+    model: nn.Module,
+    data: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
+    tokenizer: Any = None,
+    *,
+    max_length: int = 128,
+    batch_size: int = 8,
+) -> float:
+    """``exp`` of the mean negative log-likelihood of a token, given those before it in its row.
+
+    Of the same rows that :func:`curlora.calibrate` makes of the same text. The model is as it was afterwards. Where
+    ``torch.distributed`` runs, texts and rows are shared out over the processes, each of which gets the perplexity
+    of all of them.
+
+    Args:
+        model: a causal language model.
+        data, tokenizer, max_length, batch_size: as for :func:`curlora.calibrate`.
+
+    Returns:
+        Infinity where it is too large for a float.
+
+    Raises:
+        GuardError: if the model is not a causal language model, if the text has no two tokens in a row, or if a row is
+            longer than the model's positions.
+    """
+    rank, processes = _distributed()
+    batches, _ = _batches(data, tokenizer, max_length, batch_size, rank, processes)
+    device = next(model.parameters()).device
+    loss = torch.zeros(2, dtype=torch.float64)
+    with ready(model, {}, "", gradients=False):
+        for _, batch in batches:
+            inputs = _inputs(model, batch, device)
+            ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+            logits = _logits_of(model(**inputs, use_cache=False), ids)
+            answered = mask[:, :-1] & mask[:, 1:]
+            lost = cross_entropy(logits[:, :-1][answered].float(), ids[:, 1:][answered], reduction="sum")
+            loss += torch.tensor([lost.item(), answered.sum().item()])
+    (loss,) = sum_over_processes([loss], device)
+    total, count = loss.tolist()
+    if not count:
+        raise GuardError(_NOTHING)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
 
 
 @contextlib.contextmanager
@@ -134,7 +186,7 @@ def _logits_of(output: Any, ids: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise GuardError(
-            f"Calibration needs a causal language model, with logits of shape (batch, length, vocabulary) for "
+            f"A causal language model is needed, with logits of shape (batch, length, vocabulary) for "
             f"input_ids of shape {tuple(ids.shape)}; found {found}."
         )
     return logits

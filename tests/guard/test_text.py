@@ -1,0 +1,56 @@
+"""Perplexity of a text, by the rows that a calibration makes of it."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from curlora.guard import GuardError, perplexity
+from tests.models import BASES, curlora, llama, tokens, word_tokenizer
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_it_is_the_plain_formula(base):
+    model = curlora(BASES[base]())
+    ids = tokens(batch=5, length=9)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[:, :-1].double()
+    expected = math.exp(cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+    assert perplexity(model, ids.unbind()) == pytest.approx(expected, rel=1e-6)
+    assert perplexity(model, [{"input_ids": ids}]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_how_the_text_is_put_into_batches_does_not_matter():
+    model = curlora(llama())
+    rows = [row[: 3 + i] for i, row in enumerate(tokens(batch=6, length=9).unbind())]
+    found = [perplexity(model, rows, batch_size=size) for size in (1, 4, 6)]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-6)
+
+
+def test_texts_are_cut_into_rows():
+    model, tokenizer = curlora(llama()), word_tokenizer()
+    text = " ".join(f"w{i}" for i in range(20))
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    assert perplexity(model, text, tokenizer, max_length=7) == pytest.approx(perplexity(model, ids.split(7)), rel=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    model = curlora(llama()).train()
+    model.base_model.model.model.norm.eval()
+    modes = [module.training for module in model.modules()]
+    perplexity(model, tokens().unbind())
+    assert [module.training for module in model.modules()] == modes
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_too_large_for_a_float_is_infinite():
+    model = llama()
+    model.lm_head.weight.data.mul_(1e6)
+    assert perplexity(model, tokens().unbind()) == math.inf
+
+
+@pytest.mark.parametrize("nothing", [[], [torch.tensor([3])]], ids=["no text", "one token"])
+def test_nothing_to_predict_is_said(nothing):
+    with pytest.raises(GuardError, match="no two tokens in a row"):
+        perplexity(llama(), nothing)
