@@ -14,7 +14,8 @@ from accelerate.utils import DistributedType
 from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from curlora import CurloraConfig
+from curlora import CurloraConfig, Guard, GuardCallback, calibrate
+from curlora.guard import perplexity
 from tests.models import layers, llama, tokens
 
 STEPS = 4
@@ -46,13 +47,38 @@ def train(model, accelerator=None):
     return model
 
 
-def trainer(model, folder, **arguments):
+def trainer(model, folder, callbacks=(), **arguments):
     """Transformers' Trainer over 8 rows a step, however many processes share them."""
     processes = PartialState().num_processes if PartialState._shared_state else 1
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8 * STEPS)]
     arguments = {"per_device_train_batch_size": 8 // processes, "learning_rate": 0.05, "max_steps": STEPS, **arguments}
     common = dict(report_to="none", disable_tqdm=True, save_strategy="steps", save_steps=STEPS // 2)
-    return Trainer(model, TrainingArguments(str(folder), **common, **arguments), train_dataset=rows)
+    given = TrainingArguments(str(folder), **common, **arguments)
+    return Trainer(model, given, train_dataset=rows, callbacks=list(callbacks))
+
+
+def guarded(model, folder, **arguments):
+    """A guarded adapter, what it has cost, and how much of it was kept.
+
+    Nine rows of text in batches of two are shared out unevenly.
+    """
+    text = tokens(seed=11, batch=9, length=12).unbind()
+    calibration = calibrate(model, text, batch_size=2, progress=False)
+    callback = GuardCallback(
+        Guard(model, calibration, budget=0.02), lambda: perplexity(model, text, batch_size=2), max_rise=0.01
+    )
+    train = trainer(model, folder, callbacks=[callback], **arguments)
+    train.train()
+    drifts = [log["drift"] for log in train.state.log_history if "drift" in log]
+    again = calibrate(model, text, batch_size=2, progress=False)  # of the model as the trainer has left it, in pieces
+    return {
+        "U": trained(train.model), "kept": torch.tensor(callback.kept), "drifts": torch.tensor(drifts),
+        "end": torch.tensor(callback.guard.drift()),
+        "calibrations": [
+            torch.stack([getattr(of, part) for of in one.layers.values()])
+            for one in (calibration, again) for part in ("left", "right", "start")
+        ],
+    }  # fmt: skip
 
 
 def trained(model):
@@ -133,6 +159,9 @@ def main(kind, folder):
     resumed = trainer(differently_seeded(), folder / "trainer", **arguments)
     resumed.train(resume_from_checkpoint=str(folder / "trainer" / f"checkpoint-{STEPS // 2}"))
     found["resumed"] = trained(resumed.model)
+
+    AcceleratorState._reset_state()
+    found["guarded"] = guarded(differently_seeded(), folder / "guarded", logging_steps=1, **arguments)
 
     if rank == 0:
         torch.save(found, folder / "found.pt")

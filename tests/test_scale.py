@@ -25,10 +25,12 @@ def one(tmp_path_factory):
         logits, frozen = model.eval()(tokens()).logits, processes.base()(tokens()).logits
     assert (logits - frozen).abs().max() > 1e-3
     half = processes.train(processes.fresh(torch.bfloat16))
+    guarded = processes.guarded(processes.fresh(), tmp_path_factory.mktemp("guarded"), logging_steps=1, use_cpu=True)
     return {
         "U": processes.trained(model),
         "U on bfloat16": processes.trained(half),
         "trainer": processes.trained(trainer.model),
+        "guarded": guarded,
         "indices": processes.indices(model),
         "logits": logits,
     }
@@ -64,6 +66,15 @@ def test_U_is_float32_beside_weights_in_half_precision(one, two):
 def test_the_trainer_and_its_checkpoints(one, two):
     assert same(two["trainer"], one["trainer"], 1e-12)
     assert same(two["resumed"], one["trainer"], 1e-12)
+
+
+def test_the_guard_holds_what_it_holds_in_one_process(one, two):
+    expected, found = one["guarded"], two["guarded"]
+    assert 0 < expected["kept"][0] < 1, "the limit should bind"
+    assert all(U.abs().max() > 0.001 for U in expected["U"].values())
+    for part in ("U", "kept", "drifts", "end", "calibrations"):
+        # Gradients of rows and perplexities are summed up in float32, in another order.
+        torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
 
 
 def test_columns_and_rows_are_drawn_alike_whatever_the_generators_say(one, two):

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curlora.tuner.sharded import laid_out_like
+
 __all__ = ["keep_within"]
 
 
@@ -39,11 +41,15 @@ def keep_within(
         the limit only if it was so before the step.
     """
     after = [parameter.detach().clone() for parameter in parameters]
+    # FSDP2 may have put parameters into pieces since.
+    before = [
+        laid_out_like(old, new).to(device=new.device, dtype=new.dtype) for old, new in zip(before, after, strict=True)
+    ]
 
     def at(scale: float) -> float:
         for parameter, old, new in zip(parameters, before, after, strict=True):
             # The ends as they are: between a number and one that is not finite there is nothing.
-            parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old.to(new), new, scale))
+            parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old, new, scale))
         value = measure()
         return value if math.isfinite(value) else math.inf
 

@@ -14,6 +14,7 @@ from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_o
 from curlora.guard.errors import GuardError
 from curlora.guard.text import Counts, pass_over, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.sharded import whole
 
 __all__ = ["calibrate"]
 
@@ -80,7 +81,7 @@ def calibrate(
 
     with _listening(sums, layers, adapter, gradients) as begin:
         counts = pass_over(
-            model, layers, adapter, data, tokenizer, max_length=max_length, batch_size=batch_size, gradients=gradients,
+            model, layers, data, tokenizer, max_length=max_length, batch_size=batch_size, gradients=gradients,
             seed=seed, progress="Calibrating" if progress else "", begin=begin, end=end,
         )  # fmt: skip
     packed = sum_over_processes([s.packed() for s in sums.values()], next(model.parameters()).device)
@@ -132,7 +133,7 @@ class _Sums:
         return Moments(
             indices=layer.curlora_indices[adapter].cpu().clone(),
             fingerprint=layer.curlora_fingerprint[adapter].cpu().clone(),
-            start=layer.curlora_U[adapter].detach().cpu().clone(),
+            start=whole(layer.curlora_U[adapter].detach()).cpu().clone(),
             inputs=inputs / counts.tokens,
             output=float(total[-1]) / counts.tokens,
             left=left / counts.predicted if gradients else None,

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,7 @@ from curlora.guard.calibration import Calibration, Moments, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.sharded import assign, whole
 
 __all__ = ["Guard"]
 
@@ -73,24 +74,24 @@ class Guard:
         self.budget = math.log1p(max_perplexity_increase) if max_perplexity_increase is not None else budget
         self.damping = damping
         layers = calibration.check(model, self.adapter)
-        self._places: dict[nn.Parameter, tuple[Coordinates, Tensor]] = {}
-        self._unknown = []
+        self._places: list[_Place] = []
+        self._unknown: list[CurloraLayer] = []
         for name, layer in layers.items():
-            U, moments = layer.curlora_U[self.adapter], calibration.layers[name]
+            moments = calibration.layers[name]
             place = _coordinates_of(layer, self.adapter, moments, damping + _roughness(calibration, moments))
             if place is None:
-                self._unknown.append(U)
+                self._unknown.append(layer)
             else:
-                self._places[U] = place, moments.start
+                self._places.append(_Place(layer, place, moments.start))
         if not self._places:
             raise GuardError("The calibration's text uses none of the adapted layers, so nothing can be guarded by it")
-        self.numbers = sum(U.numel() for U in self._places)
+        self.numbers = sum(place.start.numel() for place in self._places)
         self._grouped: list[_Stack] = []
-        self._homes: list[tuple[torch.device, torch.dtype]] = []
+        self._homes: list[tuple[int, torch.device, torch.dtype]] = []
         self._hooks: list[Any] = []
         self._inside = False
         # Rounding of a U of half precision is large in coordinates that make much of small directions.
-        wide = all(U.dtype in (torch.float32, torch.float64) for U in self._places)
+        wide = all(U.dtype in (torch.float32, torch.float64) for U in self.parameters)
         if self.budget is not None and self.drift() > self.budget * (1.01 if wide else 2.0):
             raise GuardError(
                 f"The adapter is {self.drift():.2g} nats from where it was calibrated, further than the budget of "
@@ -99,22 +100,21 @@ class Guard:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Every ``U`` that it guards."""
-        return list(self._places)
+        """Every ``U`` that it guards, as they are in the model now: FSDP2 puts others in their place."""
+        return [place.layer.curlora_U[self.adapter] for place in self._places]
 
     @contextlib.contextmanager
     def as_calibrated(self) -> Iterator[None]:
         """While it lasts the model is as it was calibrated, as far as this adapter goes."""
         self._leave()
-        now = [U.detach().clone() for U in self._places]
+        now = [U.detach().clone() for U in self.parameters]
         try:
             with torch.no_grad():
-                for U, (_, start) in self._places.items():
-                    U.copy_(start)
+                assign(self.parameters, [place.start for place in self._places])
             yield
         finally:
             with torch.no_grad():
-                for U, value in zip(self._places, now, strict=True):
+                for U, value in zip(self.parameters, now, strict=True):
                     U.copy_(value)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -136,7 +136,8 @@ class Guard:
             )
         self.detach()
         others = [guard for guard in _GUARDS.get(optimizer, ()) if guard._hooks]
-        if any(U in guard._places for guard in others for U in self._places):
+        held = {id(U) for guard in others for U in guard.parameters}
+        if any(id(U) in held for U in self.parameters):
             raise GuardError("The optimizer has a guard for this adapter: detach that one first.")
         _GUARDS[optimizer] = [*others, self]
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
@@ -177,19 +178,19 @@ class Guard:
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         if self.budget is not None:
-            squares = [torch.stack(stack.parameters).to(stack.left.dtype).square().sum() for stack in self._stacks()]
+            squares = [stack.values().square().sum() for stack in self._stacks()]
             total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.numbers
             # No number of it is read, so that a GPU need not stop for it. What is not finite stays in its own layer.
             scale = torch.where(total.isfinite(), (self.budget / total).sqrt().clamp(max=1.0), 1.0)
             for stack in self._stacks():
-                torch._foreach_mul_(stack.parameters, scale.to(stack.parameters[0].device))
+                stack.multiply(scale)
         self._leave()
 
     @torch.no_grad()
     def _enter(self, gradients: bool = True) -> None:
         self._leave()
-        for U in self._unknown:
-            U.grad = None
+        for layer in self._unknown:
+            layer.curlora_U[self.adapter].grad = None
         for stack in self._stacks():
             stack.enter()
             if gradients:
@@ -206,14 +207,23 @@ class Guard:
 
     def _stacks(self) -> list[_Stack]:
         """Made anew where the model has been moved: a Trainer does so after a guard was made."""
-        homes = [(U.device, U.dtype) for U in self._places]
+        parameters = self.parameters
+        homes = [(id(U), U.device, U.dtype) for U in parameters]
         if homes != self._homes:
             groups = defaultdict(list)
-            for U, (place, start) in self._places.items():
-                groups[U.shape[0], U.device, U.dtype].append((U, place, start))
+            for U, place in zip(parameters, self._places, strict=True):
+                groups[U.shape[0], U.device, U.dtype].append((U, place.coordinates, place.start))
             self._grouped = [_Stack(group, math.sqrt(2 / self.numbers)) for group in groups.values()]
             self._homes = homes
         return self._grouped
+
+
+class _Place(NamedTuple):
+    """Where a layer's ``U`` is in the guard's coordinates."""
+
+    layer: CurloraLayer
+    coordinates: Coordinates
+    start: Tensor
 
 
 _GUARDS: WeakKeyDictionary[torch.optim.Optimizer, list[Guard]] = WeakKeyDictionary()
@@ -222,7 +232,7 @@ _GUARDS: WeakKeyDictionary[torch.optim.Optimizer, list[Guard]] = WeakKeyDictiona
 class _Stack:
     """The ``U`` of one size, device and dtype, mapped together: ``U = start + left @ V @ right``."""
 
-    def __init__(self, members: Sequence[tuple[nn.Parameter, Coordinates, Tensor]], unit: float) -> None:
+    def __init__(self, members: Sequence[tuple[Tensor, Coordinates, Tensor]], unit: float) -> None:
         self.parameters: list[Tensor] = [U for U, _, _ in members]
         U = self.parameters[0]
         dtype = torch.promote_types(U.dtype, torch.float32)
@@ -230,15 +240,23 @@ class _Stack:
         self.left, self.right, self.left_inverse, self.right_inverse = (s.to(U.device, dtype) for s in sides)
         self.left, self.left_inverse = self.left * unit, self.left_inverse / unit
         self.start = torch.stack([start for _, _, start in members]).to(U.device, dtype)
-        self.gradients: list[tuple[Tensor, Tensor]] = []
+        self.gradients: tuple[list[Tensor], Tensor] = [], self.start[:0]
+
+    def values(self) -> Tensor:
+        """What the parameters hold, shape ``(count, r, r)``."""
+        return torch.stack([whole(parameter.detach()) for parameter in self.parameters]).to(self.left.dtype)
 
     def moved(self) -> Tensor:
         """``V`` of each ``U``, shape ``(count, r, r)``."""
-        return self.left_inverse @ (torch.stack(self.parameters).to(self.start.dtype) - self.start) @ self.right_inverse
+        return self.left_inverse @ (self.values() - self.start) @ self.right_inverse
 
     def enter(self) -> None:
         """Put ``V`` in the place of ``U``."""
-        torch._foreach_copy_(self.parameters, list(self.moved().unbind()))
+        assign(self.parameters, self.moved().unbind())
+
+    def multiply(self, scale: Tensor) -> None:
+        """What the parameters hold, by a number."""
+        assign(self.parameters, (self.values() * scale.to(self.left.device)).unbind())
 
     def map_gradients(self) -> None:
         """Make gradients with respect to ``U`` those with respect to ``V``."""
@@ -248,17 +266,16 @@ class _Stack:
             left, right = (self.left, self.right) if len(index) == len(self.parameters) else (
                 self.left[list(index)], self.right[list(index)]
             )  # fmt: skip
-            given = torch.stack(gradients)
-            self.gradients = list(zip(gradients, given.unbind(), strict=True))
-            torch._foreach_copy_(list(gradients), list((left @ given.to(left.dtype) @ right).unbind()))
+            given = torch.stack([whole(gradient) for gradient in gradients])
+            self.gradients = list(gradients), given
+            assign(gradients, (left @ given.to(left.dtype) @ right).unbind())
 
     def leave(self) -> None:
         """Put ``U`` in the place of ``V`` again, and its gradients in the place of those."""
-        mapped = self.start + self.left @ torch.stack(self.parameters).to(self.left.dtype) @ self.right
-        torch._foreach_copy_(self.parameters, list(mapped.unbind()))
-        for gradient, given in self.gradients:
-            gradient.copy_(given)
-        self.gradients = []
+        assign(self.parameters, (self.start + self.left @ self.values() @ self.right).unbind())
+        gradients, given = self.gradients
+        assign(gradients, given.unbind())
+        self.gradients = [], given[:0]
 
 
 def _roughness(calibration: Calibration, moments: Moments) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
-from curlora.guard.text import pass_over, ready, sum_over_processes
+from curlora.guard.text import backward, pass_over, ready, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.weight import device_of, read
 
@@ -73,17 +73,16 @@ def redraw(
     of_general = {name: _Use(layer) for name, layer in layers.items()}
     with _listening(of_general, layers):
         pass_over(
-            model, layers, adapter, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
+            model, layers, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
             seed=seed, progress="Reading general text" if progress else "", begin=lambda mask: None, end=lambda: None,
         )  # fmt: skip
     of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
-    trained = [layer.curlora_U[adapter] for layer in layers.values()]
     device = next(model.parameters()).device
     batches = 0
-    with ready(model, layers, adapter, gradients=True), _listening(of_task, layers):
+    with ready(model, layers, gradients=True) as lowest, _listening(of_task, layers):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
-            torch.autograd.grad(value, trained, allow_unused=True)
+            backward(value, lowest)
             batches += 1
     if not batches:
         raise GuardError("There is no batch of the task to see by what it uses")

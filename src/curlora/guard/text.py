@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["Counts", "pass_over", "perplexity", "ready", "sum_over_processes"]
+__all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "sum_over_processes"]
 
 
 _NOTHING = (
@@ -39,7 +39,6 @@ class Counts:
 def pass_over(
     model: nn.Module,
     layers: Mapping[str, CurloraLayer],
-    adapter: str,
     data: Any,
     tokenizer: Any,
     *,
@@ -55,8 +54,7 @@ def pass_over(
 
     Args:
         model: a causal language model.
-        layers: the adapted layers, whose ``U`` gradients are taken of.
-        adapter: whose ``U`` they are.
+        layers: the adapted layers, whose outputs gradients are taken of.
         data, tokenizer, max_length, batch_size, gradients, seed: as ``calibrate`` has them.
         progress: a word for the bar; none if empty.
         begin: called with each batch's mask, of shape ``(batch, length)``, before the batch is run.
@@ -69,18 +67,15 @@ def pass_over(
     batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
     predicted = tokens = rows = 0
-    with ready(model, layers, adapter, gradients):
+    with ready(model, layers, gradients) as lowest:
         shown = track(batches, progress, total=count, transient=True) if progress and rank == 0 else batches
         for numbers, batch in shown:
-            inputs = _inputs(model, batch, device)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+            inputs, mask = _inputs(model, batch, numbers, device)
             begin(mask)
-            logits = _logits_of(model(**inputs, use_cache=False), ids)
+            logits = _logits_of(model(**inputs, use_cache=False), mask)
             answered = mask[:, :-1] & mask[:, 1:]
             if gradients:
-                trained = [layer.curlora_U[adapter] for layer in layers.values()]
-                at_logits = _drawn_gradient(logits.detach(), answered, numbers, seed)
-                torch.autograd.grad(logits, trained, at_logits, allow_unused=True)
+                backward(logits, lowest, _drawn_gradient(logits.detach(), answered, numbers, seed))
             end()
             predicted += int(answered.sum())
             tokens += int(mask.sum())
@@ -121,13 +116,13 @@ def perplexity(
     batches, _ = _batches(data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
     loss = torch.zeros(2, dtype=torch.float64)
-    with ready(model, {}, "", gradients=False):
-        for _, batch in batches:
-            inputs = _inputs(model, batch, device)
-            ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-            logits = _logits_of(model(**inputs, use_cache=False), ids)
+    with ready(model, {}, gradients=False):
+        for numbers, batch in batches:
+            inputs, mask = _inputs(model, batch, numbers, device)
+            logits = _logits_of(model(**inputs, use_cache=False), mask)
             answered = mask[:, :-1] & mask[:, 1:]
-            lost = cross_entropy(logits[:, :-1][answered].float(), ids[:, 1:][answered], reduction="sum")
+            next_ids = inputs["input_ids"][:, 1:][answered]
+            lost = cross_entropy(logits[:, :-1][answered].float(), next_ids, reduction="sum")
             loss += torch.tensor([lost.item(), answered.sum().item()])
     (loss,) = sum_over_processes([loss], device)
     total, count = loss.tolist()
@@ -140,25 +135,46 @@ def perplexity(
 
 
 @contextlib.contextmanager
-def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], adapter: str, gradients: bool) -> Iterator[None]:
-    """In evaluation mode, with gradients that reach the lowest adapted layer and go no further."""
+def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool) -> Iterator[list[Tensor]]:
+    """In evaluation mode, with gradients that reach the lowest adapted layers and go no further.
+
+    What it gives is for :func:`backward`: the outputs of these layers' bases. (Gradients of ``U`` would not do: FSDP2
+    has others in the graph than those in the model.)
+    """
     modes = {module: module.training for module in model.modules()}
-    trained = {layer.curlora_U[adapter]: layer.curlora_U[adapter].requires_grad for layer in layers.values()}
+    lowest: list[Tensor] = []
+
+    def begin_here(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if not output.requires_grad:
+            lowest.append(output.requires_grad_())
+
+    handles = [layer.base_layer.register_forward_hook(begin_here) for layer in layers.values() if gradients]
     try:
         model.eval()
-        for U in trained:
-            U.requires_grad_(gradients)
         with torch.set_grad_enabled(gradients):
-            yield
+            yield lowest
     finally:
+        for handle in handles:
+            handle.remove()
         for module, training in modes.items():
             module.training = training
-        for U, requires_grad in trained.items():
-            U.requires_grad_(requires_grad)
 
 
-def _inputs(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What the model is given; positions are counted from each row's first token, as in training and generation."""
+def backward(value: Tensor, lowest: list[Tensor], gradient: Tensor | None = None) -> None:
+    """Run backward for the hooks of adapted layers' outputs alone; ``lowest`` is as :func:`ready` gives it."""
+    if lowest:  # none where none of the layers was used
+        torch.autograd.grad(value, lowest, gradient, allow_unused=True)
+    lowest.clear()
+
+
+def _inputs(
+    model: nn.Module, batch: Mapping[str, Any], numbers: Sequence[int], device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What the model is given, and which tokens of it count.
+
+    Positions are counted from each row's first token, as in training and generation. Nothing counts of a batch that
+    has no numbers.
+    """
     ids = batch["input_ids"].to(device)
     mask = torch.as_tensor(batch["attention_mask"]).to(device) if "attention_mask" in batch else torch.ones_like(ids)
     if ids.ndim != 2 or mask.shape != ids.shape:
@@ -178,16 +194,16 @@ def _inputs(model: nn.Module, batch: Mapping[str, Any], device: torch.device) ->
         inputs["position_ids"] = batch["position_ids"].to(device)
     elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
-    return inputs
+    return inputs, mask.bool() if len(numbers) else torch.zeros_like(mask, dtype=torch.bool)
 
 
-def _logits_of(output: Any, ids: Tensor) -> Tensor:
+def _logits_of(output: Any, mask: Tensor) -> Tensor:
     logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != mask.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise GuardError(
             f"A causal language model is needed, with logits of shape (batch, length, vocabulary) for "
-            f"input_ids of shape {tuple(ids.shape)}; found {found}."
+            f"input_ids of shape {tuple(mask.shape)}; found {found}."
         )
     return logits
 
@@ -223,7 +239,11 @@ def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], se
 def _batches(
     data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
 ) -> tuple[Iterator[tuple[Sequence[int], Mapping[str, Tensor]]], int | None]:
-    """Batches with the numbers of their rows, and how many there will be."""
+    """Batches with the numbers of their rows, and how many there will be.
+
+    Every process gets as many: a model that is in pieces runs in all of them or in none. What has no numbers is there
+    for that alone.
+    """
     if max_length < 2 or batch_size < 1:
         raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
     if isinstance(data, Mapping):
@@ -240,10 +260,15 @@ def _batches(
     else:
         return _numbered(itertools.chain(first, items)), length
     rows = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
-    mine = [(number, row) for number, row in enumerate(rows) if len(row) > 1][rank::processes]
-    mine.sort(key=lambda numbered: len(numbered[1]))  # little padding
+    useful = [(number, row) for number, row in enumerate(rows) if len(row) > 1]
+    mine = sorted(useful[rank::processes], key=lambda numbered: len(numbered[1]))  # little padding
     groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
-    return (([number for number, _ in group], _padded([row for _, row in group])) for group in groups), len(groups)
+    shares = [([number for number, _ in group], [row for _, row in group]) for group in groups]
+    count = -(-len(useful[::processes]) // batch_size)  # the first process has the most
+    if len(shares) < count:
+        shares.append(([], [useful[0][1]]))
+    batches = ((numbers, _padded(of_batch)) for numbers, of_batch in shares)
+    return batches, count
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[str, Tensor]]]:

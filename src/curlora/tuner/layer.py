@@ -10,7 +10,6 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
@@ -21,6 +20,7 @@ from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
 from curlora.tuner.merging import merge, unmerge
 from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 from curlora.tuner.saved import problem_of_indices
+from curlora.tuner.sharded import whole
 from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
 
 
@@ -170,8 +170,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         with read(self.get_base_layer(), self.name) as weight:
             C, R = weight.columns(columns), weight.rows(rows)
         dtype = torch.promote_types(C.dtype, torch.float32)
-        U = self.curlora_U[adapter_name].detach()
-        U = (U.full_tensor() if isinstance(U, DTensor) else U).to(device=C.device, dtype=dtype)
+        U = whole(self.curlora_U[adapter_name].detach()).to(device=C.device, dtype=dtype)
         return self.alpha[adapter_name] * (C.to(dtype) @ U), R.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

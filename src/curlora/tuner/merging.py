@@ -14,8 +14,9 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
+from curlora.tuner.sharded import laid_out_like
 from curlora.tuner.weight import device_of, is_plain, unpacked
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def unmerge(layer: CurloraLayer) -> None:
         if isinstance(before, DTensor) and not isinstance(weight, DTensor):  # FSDP2 gathers weights for a forward pass
             before = before.full_tensor()
         assert before is not None
-        weight.copy_(_sharded_as(weight, before))
+        weight.copy_(laid_out_like(before, weight))
         layer.unmerged_weight = None
     layer.merged_adapters = []
     layer.merged_factors = {}
@@ -76,7 +77,7 @@ def _merge_plain(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> 
     # Out of the accelerator's memory, which merging is often meant to save.
     unmerged = merged.clone() if isinstance(merged, DTensor) else merged.to("cpu", copy=True)
     for adapter, (left, right) in factors.items():
-        merged += _sharded_as(merged, (left @ right).to(merged.dtype))
+        merged += laid_out_like((left @ right).to(merged.dtype), merged)
         if safe_merge and not torch.isfinite(merged).all():
             base.weight.data = weight_before
             layer.unmerged_weight, layer.merged_factors, layer.merged_adapters = before
@@ -105,11 +106,6 @@ def _not_finite(layer: CurloraLayer, adapter: str) -> ValueError:
     return ValueError(
         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {layer.name!r})"
     )
-
-
-def _sharded_as(weight: Tensor, whole: Tensor) -> Tensor:
-    """``whole`` as FSDP2 has sharded ``weight``; itself if it has not."""
-    return distribute_tensor(whole, weight.device_mesh, weight.placements) if isinstance(weight, DTensor) else whole
 
 
 def _merged_copy(layer: CurloraLayer, factors: Sequence[tuple[Tensor, Tensor]], safe_merge: bool) -> nn.Module:

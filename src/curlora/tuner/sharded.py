@@ -1,0 +1,38 @@
+"""Tensors of which each process holds a piece, as FSDP2 has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+__all__ = ["assign", "laid_out_like", "whole"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, in every process; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def laid_out_like(value: Tensor, tensor: Tensor) -> Tensor:
+    """``value``, which every process holds in whole, in pieces as those of ``tensor``, if it is in pieces.
+
+    A value that is in pieces already stays as it is.
+    """
+    if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
+        return value
+    mesh = tensor.device_mesh
+    replicated = DTensor.from_local(value.to(tensor.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(mesh, tensor.placements)
+
+
+def assign(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> None:
+    """Copy ``values``, each of which every process holds in whole, into ``tensors``."""
+    pairs = list(zip(tensors, values, strict=True))
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        for tensor, value in pairs:
+            tensor.copy_(laid_out_like(value, tensor))
+    elif pairs:
+        torch._foreach_copy_(list(tensors), [value for _, value in pairs])
