@@ -161,6 +161,8 @@ def main(kind, folder):
     found["resumed"] = trained(resumed.model)
 
     AcceleratorState._reset_state()
+    if kind == "fsdp2":  # Gathered parameters stay after a forward pass, as where there is memory for it.
+        arguments["fsdp_config"] = {**SHARDING, "reshard_after_forward": False}
     found["guarded"] = guarded(differently_seeded(), folder / "guarded", logging_steps=1, **arguments)
 
     if rank == 0:

@@ -370,9 +370,11 @@ def test_outputs_of_inference_are_alone_only_without_another_name():
     other = of(tensor)
     assert not alone(tensor)
     del other
-    tensor = torch.ones(2, 3) * 2
-    assert not alone(tensor.T), "not contiguous"
-    assert not alone(nn.Parameter(tensor)), "a subclass"
+    for strides, alike in (((3, 1), True), ((1, 2), False)):  # rows that follow each other, and columns that do
+        tensor = torch.empty_strided((2, 3), strides).fill_(1)
+        assert alone(tensor) == alike
+    parameter = nn.Parameter(torch.ones(2, 3))
+    assert not alone(parameter)
 
 
 def forget():

@@ -1,7 +1,7 @@
 """Ways to predict forgetting, beside what is measured: layer by layer, and with the terms across layers.
 
 One adapter learns SST-2 as in ``sweep.py``. Its ``U`` is scaled down and up, and for each scale the divergence from the
-base is measured on the guard's own text and on other articles, and predicted
+base is measured on the guard's own text, by its rows of 128 tokens and of 512, and on other articles, and predicted
 
 - by the guard: two moments for each layer, damped;
 - by the same moments without damping;
@@ -28,7 +28,6 @@ RESULTS = Path(__file__).parent / "predictors.jsonl"
 ADAPTERS = {
     "guarded": dict(method="guarded", lr=0.06, rise=0.02),
     "guarded, redrawn": dict(method="guarded", lr=0.06, rise=0.02, choose="task"),
-    "plain": dict(method="curlora", lr=4e-3),
 }
 SCALES = (0.3, 1.0, 2.0, 4.0)
 
@@ -37,10 +36,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
+    parser.add_argument("--adapters", nargs="+", default=list(ADAPTERS), choices=list(ADAPTERS))
     parser.add_argument("--draws", type=int, default=4, help="of answers, for each row")
     options = parser.parse_args()
-    for name, given in ADAPTERS.items():
-        run, _ = ready(options, r=16, **given)
+    for name in options.adapters:
+        run, _ = ready(options, r=16, **ADAPTERS[name])
         run.learn("sst2", 0, 1)
         add(RESULTS, {"adapter": name, "draws": options.draws, "scales": compared(run, options.draws)})
 
@@ -56,10 +56,16 @@ def compared(run, draws):
     }  # fmt: skip
     shares = row_shares(run, rows, draws, learned)  # (draws, rows, layers)
     tokens = sum(len(row) - 1 for row in rows)
+    base = [states(run, row) for row in rows]
     lines = []
     for scale in SCALES:
         scaled(mixings, learned, scale)
-        line = {"scale": scale, "own": drift(run, "guard"), "articles": run.text("articles")["drift"]}
+        line = {
+            "scale": scale,
+            "own": drift(run, rows, base),
+            "own, 512": drift(run, run.data["guard"]["rows"]),
+            "articles": run.text("articles")["drift"],
+        }
         line |= {name: guard.drift() for name, guard in guards.items()}
         unit = scale**2 / 2 / tokens / draws
         line["rows, each layer"] = unit * shares.square().sum().item()
@@ -92,10 +98,17 @@ def row_shares(run, rows, draws, learned):
 
 
 @torch.no_grad()
-def drift(run, name):
+def states(run, row):
+    return run.base.model(input_ids=row[None], use_cache=False).last_hidden_state[0, :-1]
+
+
+@torch.no_grad()
+def drift(run, rows, base=None):
+    """From the states of the base, or those that the run has kept of rows of 512 tokens."""
     total = count = 0
-    for row in run.data[name]["rows"]:
-        total += kl_div(run.log_p(row), run.base_log_p(row), reduction="sum", log_target=True).item()
+    for i, row in enumerate(rows):
+        before = run.base_log_p(row) if base is None else run.base.lm_head(base[i]).log_softmax(-1)
+        total += kl_div(run.log_p(row), before, reduction="sum", log_target=True).item()
         count += len(row) - 1
     return total / count
 

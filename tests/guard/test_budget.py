@@ -83,3 +83,15 @@ def test_parameters_that_are_not_finite_are_taken_back_at_once():
     assert keep_within(0.5, measure, parameters, [torch.tensor([0.25]), torch.tensor([0.125])]) == (0.0, 0.375)
     assert [float(p) for p in parameters] == [0.25, 0.125]
     assert len(seen) == 2
+
+
+def test_an_error_while_measuring_loses_nothing():
+    U = torch.full((2, 2), 3.0)
+    answers = iter([9.0, 0.0])
+
+    def measure():
+        return next(answers)  # then there is nothing more
+
+    with pytest.raises(StopIteration):
+        keep_within(1.0, measure, [U], [torch.zeros(2, 2)])
+    assert (U == 3).all()

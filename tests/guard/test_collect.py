@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
-from curlora.guard import Calibration, GuardError, calibrate
+from curlora.guard import Calibration, GuardError, calibrate, collect, text
 from curlora.guard.text import _drawn_gradient
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
@@ -83,6 +83,41 @@ def test_gradients_are_those_of_answers_the_model_itself_would_give(base):
         # 16 numbers a side, of which none should be five standard errors off.
         assert (error.abs() <= 5 * each.std(0) / len(draws) ** 0.5).all(), (name, side)
         assert error.norm() < 0.25 * expected.norm(), (name, side)
+
+
+def inputs_require_gradients(model):
+    """As for checkpointing, or to train a quantized model."""
+    model.enable_input_require_grads()
+
+
+def another_adapter_is_trained_below(model):
+    model.add_adapter("other", CurloraConfig(r=2, target_modules=r".*layers\.0\..*o_proj"))
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize("change", [inputs_require_gradients, another_adapter_is_trained_below])
+def test_what_else_has_gradients_does_not_matter(change):
+    ids = tokens(batch=4, length=9)
+    expected = calibrate(adapted(), [batch(ids)], progress=False)
+    model = adapted()
+    change(model)
+    close(calibrate(model, [batch(ids)], adapter="default", progress=False), expected)
+
+
+def test_a_process_that_has_a_batch_less_runs_one_that_counts_for_nothing(monkeypatch):
+    """Of three rows, one at a time, the second of two processes has one."""
+    rows = tokens(batch=3, length=9)
+    expected = calibrate(adapted(), [batch(rows[1:2])], progress=False)
+    model, passes = adapted(), []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    monkeypatch.setattr(text, "_distributed", lambda: (1, 2))
+    monkeypatch.setattr(text, "sum_over_processes", lambda tensors, device: tensors)
+    monkeypatch.setattr(collect, "sum_over_processes", lambda tensors, device: tensors)
+    found = calibrate(model, rows.unbind(), batch_size=1, progress=False)
+    assert len(passes) == 2
+    assert (found.tokens, found.rows) == (9, 1)
+    for name, of in expected.layers.items():
+        torch.testing.assert_close(found.layers[name].inputs, of.inputs)
 
 
 def test_how_the_text_is_put_into_batches_does_not_matter():

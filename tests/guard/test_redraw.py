@@ -189,3 +189,16 @@ def test_bad_input_is_named():
     merged.merge_adapter()
     with pytest.raises(GuardError, match="merged"):
         redraw(merged, batches(), [GENERAL], progress=False)
+
+
+def test_inputs_that_require_gradients_do_not_matter():
+    chosen = []
+    for required in (False, True):
+        model = untrained()
+        if required:  # as for checkpointing, or to train a quantized model
+            model.enable_input_require_grads()
+        redraw(model, batches(), [GENERAL], progress=False)
+        chosen.append(torch.stack([layer.curlora_indices["default"] for layer in layers_of(model)]))
+    assert torch.equal(*chosen)
+    before = torch.stack([layer.curlora_indices["default"] for layer in layers_of(untrained())])
+    assert not torch.equal(chosen[0], before)

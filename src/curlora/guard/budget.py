@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from curlora.tuner.sharded import laid_out_like
+from curlora.tuner.sharded import laid_out_like, whole
 
 __all__ = ["keep_within"]
 
@@ -26,7 +26,9 @@ def keep_within(
 
     Between a point that was measured to be within the limit and one that was not, the next is where a parabola through
     the last two and the start would have it, or a power where the last is far from the limit, and every third time
-    their middle. Whatever the curve between them, the end is a point that was measured to be within.
+    their middle. Whatever the curve between them, the end is a point that was measured to be within. Where
+    ``torch.distributed`` runs every process calls it, and what the first one measures decides for all. After an error
+    in ``measure`` the parameters are as they were.
 
     Args:
         limit: the most that ``measure`` may give, positive.
@@ -41,6 +43,7 @@ def keep_within(
         the limit only if it was so before the step.
     """
     after = [parameter.detach().clone() for parameter in parameters]
+    finite = all(bool(whole(new).isfinite().all()) for new in after)
     # FSDP2 may have put parameters into pieces since.
     before = [
         laid_out_like(old, new).to(device=new.device, dtype=new.dtype) for old, new in zip(before, after, strict=True)
@@ -50,14 +53,25 @@ def keep_within(
         for parameter, old, new in zip(parameters, before, after, strict=True):
             # The ends as they are: between a number and one that is not finite there is nothing.
             parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old, new, scale))
-        value = measure()
+        value = _agreed(measure())
         return value if math.isfinite(value) else math.inf
 
+    try:
+        return _within(limit, at, finite, tolerance, trials)
+    except BaseException:
+        for parameter, new in zip(parameters, after, strict=True):
+            parameter.copy_(new)
+        raise
+
+
+def _within(
+    limit: float, at: Callable[[float], float], finite: bool, tolerance: float, trials: int
+) -> tuple[float, float]:
     over, found = 1.0, at(1.0)
     if found <= limit:
         return 1.0, found
     within, best = 0.0, at(0.0)
-    if best > limit or not all(bool(new.isfinite().all()) for new in after):
+    if best > limit or not finite:
         return 0.0, best
     start, aim = best, (1 - tolerance / 2) * limit
     known = [(1.0, found - start)]
@@ -76,6 +90,15 @@ def keep_within(
     if scale != within:  # the last one measured was not the best
         at(within)
     return within, best
+
+
+def _agreed(value: float) -> float:
+    """What the first process has measured: by numbers that differ in their last digit processes would part."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
+    return value
 
 
 def _crossing(height: float, points: Sequence[tuple[float, float]]) -> float:

@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curlora.guard.budget import keep_within
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
+from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["GuardCallback", "Kept"]
 
@@ -29,10 +31,11 @@ class GuardCallback(TrainerCallback):
     ``drift``, in nats per token, is then in the Trainer's logs, ``trainer.state.log_history``. Trackers that were added
     by ``report_to`` read the logs before any callback of a user's, and do not see it.
 
-    With a ``measure`` the limit holds by measurement as well: when training has ended, what it changed is scaled back
-    along itself until the measure allows it (:func:`curlora.guard.keep_within`), and :attr:`kept` says how far it
-    was. Checkpoints of the training are from before that; save the model after ``train``. Make the callback where
-    training begins, before a checkpoint is gone on from: what training changed is counted from there.
+    With a ``measure`` the limit holds by measurement as well: when training has ended, what it changed in ``U`` is
+    scaled back along itself until the measure allows it (:func:`curlora.guard.keep_within`), and :attr:`kept` says how
+    far it was. Whatever else was trained stays as it is, and counts. Checkpoints of the training are from before that;
+    save the model after ``train``. Make the callback where training begins, before a checkpoint is gone on from: what
+    training changed is counted from there, and of a further training from where the last one ended.
 
     Args:
         guard: of the model that is trained.
@@ -55,7 +58,7 @@ class GuardCallback(TrainerCallback):
             raise GuardError("max_rise is of a measure: give that too, or a budget to the guard")
         self.guard, self.measure, self.max_rise = guard, measure, max_rise
         self.kept: Kept | None = None
-        self._before = [U.detach().clone() for U in guard.parameters]
+        self._before = self._now()
         self._at_start = math.nan
 
     def on_train_begin(
@@ -63,7 +66,7 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         if self.measure is not None:
             with self.guard.as_calibrated():
-                self._at_start = self.measure()
+                self._at_start = self._measured()
             if not (self._at_start > 0 and math.isfinite(self._at_start)):
                 raise GuardError(f"The measure must be a positive number, and is {self._at_start} before training")
         self.guard.attach(kwargs["optimizer"])
@@ -72,20 +75,37 @@ class GuardCallback(TrainerCallback):
         self.guard.detach()
         if self.measure is None or self.max_rise is None:
             return
-        measure = self.measure
-        self.kept = Kept(
-            *keep_within(self.max_rise, lambda: measure() / self._at_start - 1, self.guard.parameters, self._before)
+        finite = all(bool(U.isfinite().all()) for U in self._now())
+        found = keep_within(
+            self.max_rise, lambda: self._measured() / self._at_start - 1, self.guard.parameters, self._before
         )
+        self.kept = Kept(*found)
         state.log_history.append({"kept": self.kept.scale, "rise": self.kept.rise, "step": state.global_step})
-        if not self.kept.scale:
-            warnings.warn(
-                f"The measure has risen by {self.kept.rise:.3g} where {self.max_rise:.3g} is allowed even with all of "
-                "this training taken back"
-                if self.kept.rise > self.max_rise
-                else f"No part of what was learned keeps the measure within a rise of {self.max_rise:.3g}: all of it "
-                "was taken back",
-                stacklevel=2,
+        self._before = self._now()
+        if self.kept.scale:
+            return
+        if not finite:
+            why = "The training ended in numbers that are not finite: all that it changed in U was taken back"
+        elif self.kept.rise > self.max_rise:
+            why = (
+                f"The measure has risen by {self.kept.rise:.3g} where {self.max_rise:.3g} is allowed, even with all "
+                "that this training changed in U taken back"
             )
+        else:
+            why = (
+                f"No part of what was learned keeps the measure within a rise of {self.max_rise:.3g}: all that was "
+                "changed in U was taken back"
+            )
+        warnings.warn(why, stacklevel=2)
+
+    def _now(self) -> list[Tensor]:
+        return [whole(U.detach()).clone() for U in self.guard.parameters] if self.measure is not None else []
+
+    def _measured(self) -> float:
+        assert self.measure is not None
+        value = self.measure()
+        reshard(self.guard.model)
+        return value
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if "loss" in kwargs["logs"]:

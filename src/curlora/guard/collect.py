@@ -43,7 +43,8 @@ def calibrate(
     The model is as it was afterwards; gradients that it holds stay.
 
     Where ``torch.distributed`` runs, texts and rows are shared out over the processes, each of which gets the moments
-    of all of them. Batches that are given are taken to be shared out already.
+    of all of them. Batches that are given are taken to be shared out already, and to be as many in each where the model
+    is in pieces.
 
     Args:
         model: a causal language model with a CURLoRA adapter. Forgetting counts from the model as it is now: an adapter
@@ -163,14 +164,16 @@ def _listening(
 
     def base_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            sums[name].add_output(output, getattr(module, "bias", None), current[0].to(output.device))
+            if current:
+                sums[name].add_output(output, getattr(module, "bias", None), current[0].to(output.device))
 
         return hook
 
     def layer_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            mask, z = current[0], sums[name].z
-            output.register_hook(lambda gradient: sums[name].add_gradient(gradient, z, mask.to(gradient.device)))
+            if current:
+                mask, z = current[0], sums[name].z
+                output.register_hook(lambda gradient: sums[name].add_gradient(gradient, z, mask.to(gradient.device)))
 
         return hook
 
@@ -181,7 +184,8 @@ def _listening(
                 handles.append(layer.register_forward_hook(layer_hook(name)))
             for handle in handles:
                 stack.callback(handle.remove)
-        yield lambda mask: current.__setitem__(slice(None), [mask])
+        # Nothing is listened to in a batch of which nothing counts.
+        yield lambda mask: current.__setitem__(slice(None), [mask] if mask.any() else [])
 
 
 def _check(moments: Mapping[str, Moments], counts: Counts) -> None:

@@ -16,7 +16,7 @@ from curlora.guard.calibration import Calibration, Moments, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
-from curlora.tuner.sharded import assign, whole
+from curlora.tuner.sharded import assign, reshard, whole
 
 __all__ = ["Guard"]
 
@@ -69,7 +69,7 @@ class Guard:
         ):  # fmt: skip
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise GuardError(f"{name} must be a positive number, got {value!r}")
-        self.adapter = adapter_of(model, adapter)
+        self.model, self.adapter = model, adapter_of(model, adapter)
         self.calibration = calibration
         self.budget = math.log1p(max_perplexity_increase) if max_perplexity_increase is not None else budget
         self.damping = damping
@@ -101,21 +101,24 @@ class Guard:
     @property
     def parameters(self) -> list[Tensor]:
         """Every ``U`` that it guards, as they are in the model now: FSDP2 puts others in their place."""
+        reshard(self.model)
+        return self._found()
+
+    def _found(self) -> list[Tensor]:
         return [place.layer.curlora_U[self.adapter] for place in self._places]
 
     @contextlib.contextmanager
     def as_calibrated(self) -> Iterator[None]:
-        """While it lasts the model is as it was calibrated, as far as this adapter goes."""
+        """While it lasts the model is as it was calibrated, as far as what is guarded goes."""
         self._leave()
-        now = [U.detach().clone() for U in self.parameters]
+        now = [whole(U.detach()).clone() for U in self.parameters]
         try:
             with torch.no_grad():
                 assign(self.parameters, [place.start for place in self._places])
             yield
         finally:
             with torch.no_grad():
-                for U, value in zip(self.parameters, now, strict=True):
-                    U.copy_(value)
+                assign(self.parameters, now)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """From now on the optimizer's steps are in the guard's coordinates and within its budget.
@@ -124,8 +127,10 @@ class Guard:
         a step call :meth:`detach` before the model is used or saved: it puts ``U`` back.
 
         Raises:
-            GuardError: if it does not train all of the adapter's ``U``, or another guard holds one of them.
+            GuardError: if it does not train all of the adapter's ``U``, or another guard holds one of them; if the
+                adapter is another one by now.
         """
+        self.calibration.check(self.model, self.adapter)
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is around another
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         guarded = [id(U) in trained for U in self.parameters]
@@ -207,7 +212,7 @@ class Guard:
 
     def _stacks(self) -> list[_Stack]:
         """Made anew where the model has been moved: a Trainer does so after a guard was made."""
-        parameters = self.parameters
+        parameters = self._found()
         homes = [(id(U), U.device, U.dtype) for U in parameters]
         if homes != self._homes:
             groups = defaultdict(list)

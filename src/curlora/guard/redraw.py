@@ -79,10 +79,10 @@ def redraw(
     of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
     device = next(model.parameters()).device
     batches = 0
-    with ready(model, layers, gradients=True) as lowest, _listening(of_task, layers):
+    with ready(model, layers, gradients=True) as reached, _listening(of_task, layers):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
-            backward(value, lowest)
+            backward(value, reached)
             batches += 1
     if not batches:
         raise GuardError("There is no batch of the task to see by what it uses")

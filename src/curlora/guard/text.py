@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.sharded import reshard
 
 __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "sum_over_processes"]
 
@@ -67,7 +68,7 @@ def pass_over(
     batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
     predicted = tokens = rows = 0
-    with ready(model, layers, gradients) as lowest:
+    with ready(model, layers, gradients) as reached:
         shown = track(batches, progress, total=count, transient=True) if progress and rank == 0 else batches
         for numbers, batch in shown:
             inputs, mask = _inputs(model, batch, numbers, device)
@@ -75,7 +76,7 @@ def pass_over(
             logits = _logits_of(model(**inputs, use_cache=False), mask)
             answered = mask[:, :-1] & mask[:, 1:]
             if gradients:
-                backward(logits, lowest, _drawn_gradient(logits.detach(), answered, numbers, seed))
+                backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
             end()
             predicted += int(answered.sum())
             tokens += int(mask.sum())
@@ -106,7 +107,7 @@ def perplexity(
         data, tokenizer, max_length, batch_size: as for :func:`curlora.calibrate`.
 
     Returns:
-        Infinity where it is too large for a float.
+        Infinity where it is too large for a float; NaN where a prediction is.
 
     Raises:
         GuardError: if the model is not a causal language model, if the text has no two tokens in a row, or if a row is
@@ -135,36 +136,47 @@ def perplexity(
 
 
 @contextlib.contextmanager
-def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool) -> Iterator[list[Tensor]]:
+def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool) -> Iterator[Tensor]:
     """In evaluation mode, with gradients that reach the lowest adapted layers and go no further.
 
-    What it gives is for :func:`backward`: the outputs of these layers' bases. (Gradients of ``U`` would not do: FSDP2
-    has others in the graph than those in the model.)
+    What it gives is for :func:`backward`: a number that every adapted layer seems to depend on. (``U`` would not do:
+    FSDP2 has other parameters in the graph than those in the model.)
     """
     modes = {module: module.training for module in model.modules()}
-    lowest: list[Tensor] = []
+    reached = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
 
-    def begin_here(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        if not output.requires_grad:
-            lowest.append(output.requires_grad_())
+    def from_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return _Reaches.apply(output, reached)
 
-    handles = [layer.base_layer.register_forward_hook(begin_here) for layer in layers.values() if gradients]
+    handles = [layer.base_layer.register_forward_hook(from_here) for layer in layers.values() if gradients]
     try:
         model.eval()
         with torch.set_grad_enabled(gradients):
-            yield lowest
+            yield reached
     finally:
+        reshard(model)
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
 
 
-def backward(value: Tensor, lowest: list[Tensor], gradient: Tensor | None = None) -> None:
-    """Run backward for the hooks of adapted layers' outputs alone; ``lowest`` is as :func:`ready` gives it."""
-    if lowest:  # none where none of the layers was used
-        torch.autograd.grad(value, lowest, gradient, allow_unused=True)
-    lowest.clear()
+def backward(value: Tensor, reached: Tensor, gradient: Tensor | None = None) -> None:
+    """Run backward for the hooks of adapted layers' outputs alone; ``reached`` is as :func:`ready` gives it."""
+    if value.requires_grad:  # not where none of the layers was used
+        torch.autograd.grad(value, reached, gradient, allow_unused=True)
+
+
+class _Reaches(torch.autograd.Function):
+    """``output``, as if it depended on another tensor as well, of which there is no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, reached: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _inputs(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = ["assign", "laid_out_like", "whole"]
+__all__ = ["assign", "laid_out_like", "reshard", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -26,6 +27,13 @@ def laid_out_like(value: Tensor, tensor: Tensor) -> Tensor:
     mesh = tensor.device_mesh
     replicated = DTensor.from_local(value.to(tensor.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return replicated.redistribute(mesh, tensor.placements)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drop what FSDP2 may have gathered and kept after a forward pass: writing to the pieces would not change that."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def assign(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> None:
