@@ -22,7 +22,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=6, help="layers that stay at the beginning")
     parser.add_argument("--last", type=int, default=4, help="layers that stay at the end")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3e-4)
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -58,13 +58,18 @@ def table(header, rows):
 
 
 def machine():
-    seen = {tuple((k, r[k]) for k in ("device", "threads", "python", "torch", "transformers", "peft"))
-            for name in ("step", "attach") for r in lines(name)}  # fmt: skip
-    return "\n".join(
-        f"{d['device']}, {d['threads']} threads; Python {d['python']}, torch {d['torch']}, transformers "
-        f"{d['transformers']}, peft {d['peft']}."
-        for d in map(dict, sorted(seen))
-    )
+    said = []
+    for name, what in (
+        ("step", "steps and inference"),
+        ("growth", "how they grow"),
+        ("attach", "attaching and loading"),
+    ):
+        rows = lines(name)
+        threads = " and ".join(map(str, sorted({row["threads"] for row in rows})))
+        devices = " and ".join(sorted({row["device"] for row in rows}))
+        versions = ", ".join(f"{package} {rows[0][package]}" for package in ("torch", "transformers", "peft"))
+        said.append(f"- {what}: {devices}, {threads} threads; Python {rows[0]['python']}, {versions}")
+    return "\n".join(said)
 
 
 def headline():

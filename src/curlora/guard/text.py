@@ -22,6 +22,7 @@ from curlora.tuner.sharded import reshard
 __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "sum_over_processes"]
 
 
+_IGNORED = -100
 _NOTHING = (
     "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer turn it "
     "into nothing?"
@@ -122,9 +123,10 @@ def perplexity(
             inputs, mask = _inputs(model, batch, numbers, device)
             logits = _logits_of(model(**inputs, use_cache=False), mask)
             answered = mask[:, :-1] & mask[:, 1:]
-            next_ids = inputs["input_ids"][:, 1:][answered]
-            lost = cross_entropy(logits[:, :-1][answered].float(), next_ids, reduction="sum")
-            loss += torch.tensor([lost.item(), answered.sum().item()])
+            answers = inputs["input_ids"][:, 1:].masked_fill(~answered, _IGNORED)
+            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
+                lost = cross_entropy(of_row.float(), answer, ignore_index=_IGNORED, reduction="sum")
+                loss += torch.stack([lost, (answer != _IGNORED).sum()]).cpu()
     (loss,) = sum_over_processes([loss], device)
     total, count = loss.tolist()
     if not count:
