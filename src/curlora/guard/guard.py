@@ -182,14 +182,14 @@ class Guard:
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
+        held = [stack.values() for stack in self._grouped]
         if self.budget is not None:
-            squares = [stack.values().square().sum() for stack in self._stacks()]
+            squares = [values.square().sum() for values in held]
             total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.numbers
             # No number of it is read, so that a GPU need not stop for it. What is not finite stays in its own layer.
             scale = torch.where(total.isfinite(), (self.budget / total).sqrt().clamp(max=1.0), 1.0)
-            for stack in self._stacks():
-                stack.multiply(scale)
-        self._leave()
+            held = [values * scale.to(values.device) for values in held]
+        self._leave(held)
 
     @torch.no_grad()
     def _enter(self, gradients: bool = True) -> None:
@@ -203,11 +203,12 @@ class Guard:
         self._inside = True
 
     @torch.no_grad()
-    def _leave(self) -> None:
+    def _leave(self, held: Sequence[Tensor] | None = None) -> None:
         """Also, later, where a step of the optimizer was broken off by an error, after which no hook is called."""
         if self._inside:
-            for stack in self._stacks():
-                stack.leave()
+            held = [stack.values() for stack in self._grouped] if held is None else held
+            for stack, values in zip(self._grouped, held, strict=True):
+                stack.leave(values)
             self._inside = False
 
     def _stacks(self) -> list[_Stack]:
@@ -259,10 +260,6 @@ class _Stack:
         """Put ``V`` in the place of ``U``."""
         assign(self.parameters, self.moved().unbind())
 
-    def multiply(self, scale: Tensor) -> None:
-        """What the parameters hold, by a number."""
-        assign(self.parameters, (self.values() * scale.to(self.left.device)).unbind())
-
     def map_gradients(self) -> None:
         """Make gradients with respect to ``U`` those with respect to ``V``."""
         known = [(i, U.grad) for i, U in enumerate(self.parameters) if U.grad is not None]
@@ -275,9 +272,9 @@ class _Stack:
             self.gradients = list(gradients), given
             assign(gradients, (left @ given.to(left.dtype) @ right).unbind())
 
-    def leave(self) -> None:
-        """Put ``U`` in the place of ``V`` again, and its gradients in the place of those."""
-        assign(self.parameters, (self.start + self.left @ self.values() @ self.right).unbind())
+    def leave(self, values: Tensor) -> None:
+        """Put the ``U`` of these ``V`` in the place of what there is, and its gradients in the place of theirs."""
+        assign(self.parameters, (self.start + self.left @ values @ self.right).unbind())
         gradients, given = self.gradients
         assign(gradients, given.unbind())
         self.gradients = [], given[:0]
