@@ -21,3 +21,20 @@ def states_below(model, below, sequences):
             states[i] = found[row, : len(sequences[i])].clone()
     model.model.layers, model.model.norm = layers, norm
     return states
+
+
+def kept(model, below, data, path):
+    """``data`` in which the rows of every part are numbers of states, with a table of the ``states``; saved.
+
+    A token's number is its place in the table.
+    """
+    states = states_below(model, below, [row for part in data.values() for row in part["rows"]])
+    begin = 0
+    for part in data.values():
+        for number, row in enumerate(part["rows"]):
+            part["rows"][number] = torch.arange(begin, begin + len(row))
+            begin += len(row)
+    data["states"] = torch.cat(states)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(data, path)
+    return data

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from study import DEFAULTS, Run
+from study import DEFAULTS, Run, changed
 
 from results import add
 
@@ -28,10 +28,7 @@ def main():
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("options", nargs="*", metavar="option=value", help="see study.py")
     arguments = parser.parse_args()
-    options = DEFAULTS | GIVEN
-    for given in arguments.options:
-        name, _, value = given.partition("=")
-        options[name] = type(options[name])(value)
+    options = changed(DEFAULTS | GIVEN, arguments.options)
     run = Run(SimpleNamespace(**options), arguments.model, arguments.cache)
     ends = []
     remember = run.remember

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from lower_layers import states_below
+from lower_layers import kept
 from peft import LoraConfig, get_peft_model
 from study_data import lines
 from torch import nn
@@ -121,24 +121,14 @@ class Run:
         }
         wiki = self.tokenizer((root / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
         texts = {"scored": wiki[:SCORED], "guard": wiki[200_000 : 200_000 + TEXT]}
-        sequences, data = [], {}
+        data = {}
         for name, rows in tasks.items():
             data[name] = {"rows": [self.tokenizer(text)["input_ids"] for text, _ in rows]}
             data[name]["labels"] = torch.tensor([label for _, label in rows])
         for name, tokens in texts.items():
             data[name] = {"rows": [tokens[i : i + 512] for i in range(0, len(tokens), 512)]}
             data[name]["tokens"] = [torch.tensor(row) for row in data[name]["rows"]]
-        sequences = [row for part in data.values() for row in part["rows"]]
-        states = states_below(model, self.o.layers, sequences)
-        begin = 0
-        for part in data.values():
-            for number, row in enumerate(part["rows"]):
-                part["rows"][number] = torch.arange(begin, begin + len(row))
-                begin += len(row)
-        data["states"] = torch.cat(states)
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(data, path)
-        return data
+        return kept(model, self.o.layers, data, path)
 
     def fresh_head(self):
         torch.manual_seed(1311)

@@ -6,8 +6,8 @@ base is measured on the guard's own text, by its rows of 128 tokens and of 512, 
 - by the guard: two moments for each layer, damped;
 - by the same moments without damping;
 - by gradients of rows of the guard's text, ``1/2 sum over rows of (g . u)^2 / tokens``, of each layer by itself (what
-  the moments would be if they were not split in two), and of all layers together, with the terms across them. Half of
-  the draws of answers, and of the rows, is kept aside to tell how much of it is noise.
+  the moments would be if they were not split in two), and of all layers together, with the terms across them. One
+  half of the draws of answers beside the other tells how much of it is noise.
 
 Adds a line to ``predictors.jsonl`` for each adapter.
 

@@ -67,10 +67,7 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("options", nargs="*", metavar="option=value", help=", ".join(DEFAULTS))
     arguments = parser.parse_args()
-    options = dict(DEFAULTS)
-    for given in arguments.options:
-        name, _, value = given.partition("=")
-        options[name] = type(options[name])(value)
+    options = changed(DEFAULTS, arguments.options)
     if any(
         all(line.get(name, DEFAULTS[name]) == value for name, value in options.items()) for line in rows(arguments.out)
     ):
@@ -78,6 +75,15 @@ def main():
     began = time.time()
     result = Run(SimpleNamespace(**options), arguments.model, arguments.cache).result()
     add(arguments.out, {**options, **result, "seconds": round(time.time() - began)})
+
+
+def changed(options, given):
+    """``options`` with those that are given as ``name=value``."""
+    options = dict(options)
+    for one in given:
+        name, _, value = one.partition("=")
+        options[name] = type(options[name])(value)
+    return options
 
 
 class Run:

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import torch
-from lower_layers import states_below
+from lower_layers import kept
 
 TRAIN = {"mrpc": 400, "sst2": 1200, "s140": 800}
 SCORED = {"mrpc": 408, "sst2": 872, "s140": 500}
@@ -40,16 +40,7 @@ def prepared(model, tokenizer, layers, cache):
         tokens = tokens[: TOKENS[name]]
         data[name] = {"rows": [tokens[i : i + 512] for i in range(0, len(tokens), 512)]}
         data[name]["tokens"] = [torch.tensor(row) for row in data[name]["rows"]]
-    states = states_below(model, layers, [row for part in data.values() for row in part["rows"]])
-    begin = 0
-    for part in data.values():
-        for number, row in enumerate(part["rows"]):
-            part["rows"][number] = torch.arange(begin, begin + len(row))
-            begin += len(row)
-    data["states"] = torch.cat(states)
-    cache.mkdir(parents=True, exist_ok=True)
-    torch.save(data, path)
-    return data
+    return kept(model, layers, data, path)
 
 
 def read(root, task, split):

@@ -16,7 +16,7 @@ from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from curlora.tuner.sharded import laid_out_like
+from curlora.tuner.sharded import laid_out_like, whole
 from curlora.tuner.weight import device_of, is_plain, unpacked
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def unmerge(layer: CurloraLayer) -> None:
         # Subtracting would leave rounding behind, in half precision enough to make this another base.
         weight, before = merged.weight.data, layer.unmerged_weight
         if isinstance(before, DTensor) and not isinstance(weight, DTensor):  # FSDP2 gathers weights for a forward pass
-            before = before.full_tensor()
+            before = whole(before)
         assert before is not None
         weight.copy_(laid_out_like(before, weight))
         layer.unmerged_weight = None
