@@ -202,6 +202,25 @@ def test_a_gradient_that_is_nobody_elses_is_changed_in_place(shape):
     assert places["of the output"] == places["of the result"]
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_few_numbers_are_copied_and_many_are_changed_in_place(monkeypatch, in_place):
+    monkeypatch.setattr(module, "WORTH_ASKING", TOKENS * M + (not in_place))
+    module._of_gradients.cache_clear()
+    places = {}
+
+    def note(name):
+        return lambda gradient: places.update({name: gradient.data_ptr()})
+
+    x, U = inputs()
+    output = x @ WEIGHT.T
+    assert alone(output) == in_place
+    output.register_hook(note("of the output"))
+    y = gather_update(output, U, WEIGHT[:, :R].contiguous(), INDEX)
+    y.register_hook(note("of the result"))
+    y.sin().sum().backward()
+    assert (places["of the output"] == places["of the result"]) == in_place
+
+
 def test_a_gradient_that_was_looked_at_can_still_be_added_to_in_place():
     """By PyTorch's engine, where both sides of a residual connection have given theirs."""
     places = {}

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 
 import torch
 from peft import LoraConfig, OSFConfig, get_peft_model
-from study_data import SCORED, TOKENS, TRAIN, prepared
+from study_data import SCORED, TOKENS, TRAIN, longer, prepared
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
@@ -53,6 +53,7 @@ DEFAULTS = dict(
     probe=0,
     head_lr=5e-3,
     examples=0,  # of each task, if it has more; 0 for all
+    times=1,  # so many times the examples of each task
     epochs=1,
     batch_size=8,
     layers=15,  # from here on they are adapted
@@ -91,7 +92,7 @@ class Run:
         self.o = o = options
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval().requires_grad_(False)
-        self.data = prepared(model, tokenizer, o.layers, cache)
+        self.data = prepared(model, tokenizer, o.layers, cache, o.times)
         model.model.layers = nn.ModuleList(list(model.model.layers)[o.layers :])
         # A token's number is its place in the table of states, so that everything takes input_ids as ever.
         model.set_input_embeddings(nn.Embedding.from_pretrained(self.data.pop("states")))
@@ -106,7 +107,8 @@ class Run:
                 r=o.r, target_modules=targets, seed=o.seed, sampling=o.choose if o.choose in SAMPLINGS else "inverse"
             ),
         }["curlora" if o.method == "guarded" else o.method]()
-        self.start, self.base_states = self.of_base(cache / f"base-{o.layers}.pt")  # before an adapter may change it
+        # Before an adapter may change it.
+        self.start, self.base_states = self.of_base(cache / f"base-{o.layers}{longer(o.times)}.pt")
         self.model = None if config is None else get_peft_model(model, config)
         self.trained = (
             [] if self.model is None else [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -209,7 +211,7 @@ class Run:
             self.guard.detach()
 
     def count(self, task):
-        return min(TRAIN[task], self.o.examples or TRAIN[task])
+        return min(self.o.times * TRAIN[task], self.o.examples or self.o.times * TRAIN[task])
 
     def held_by_ewc(self):
         return None if self.ewc is None else self.ewc.penalty(SimpleNamespace(model=self.model))

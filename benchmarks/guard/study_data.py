@@ -13,15 +13,15 @@ SCORED = {"mrpc": 408, "sst2": 872, "s140": 500}
 TOKENS = {"guard": 8192, "articles": 4096, "code": 2048, "tweets": 2048}
 
 
-def prepared(model, tokenizer, layers, cache):
-    """Texts as numbers of states, with their labels or tokens."""
-    path = cache / f"study-{layers}.pt"
+def prepared(model, tokenizer, layers, cache, times=1):
+    """Texts as numbers of states, with their labels or tokens; ``times`` as many examples of each task to learn."""
+    path = cache / f"study-{layers}{longer(times)}.pt"
     if path.exists():
         return torch.load(path)
     root = Path(os.environ["CURLORA_DATA_DIR"])
     data = {}
     for task in TRAIN:
-        for split, limit in (("", TRAIN[task]), ("-dev", SCORED[task])):
+        for split, limit in (("", times * TRAIN[task]), ("-dev", SCORED[task])):
             examples = shuffled(read(root, task, split))[:limit]
             data[task + split] = {
                 # Without the space at the end of SST-2's sentences, which would be a token of its own and the last one.
@@ -41,6 +41,11 @@ def prepared(model, tokenizer, layers, cache):
         data[name] = {"rows": [tokens[i : i + 512] for i in range(0, len(tokens), 512)]}
         data[name]["tokens"] = [torch.tensor(row) for row in data[name]["rows"]]
     return kept(model, layers, data, path)
+
+
+def longer(times):
+    """What tells the files of a longer stream from those of the usual one."""
+    return f"-{times}" if times > 1 else ""
 
 
 def read(root, task, split):

@@ -25,6 +25,9 @@ from torch.nn.functional import linear
 
 __all__ = ["alone", "look_once", "told_if_alone"]
 
+# Fewer numbers than these are copied sooner than it is found out whether they have to be.
+WORTH_ASKING = 1 << 14
+
 
 def alone(tensor: Tensor) -> bool:
     """Whether the caller, who holds ``tensor`` in one local variable, may change it in place.
@@ -33,7 +36,8 @@ def alone(tensor: Tensor) -> bool:
     subclass, a tensor inside of a transform of ``torch.func``, one whose memory has gaps or overlaps or came from
     elsewhere, or one of an inference mode that is over.
     """
-    return _plain(tensor) and _counts(tensor) in _of_outputs() and _own_memory(tensor)
+    worth = tensor.numel() >= WORTH_ASKING
+    return worth and _plain(tensor) and _counts(tensor) in _of_outputs() and _own_memory(tensor)
 
 
 def look_once() -> None:
@@ -59,6 +63,7 @@ def _judged(backward: Callable[..., Any], judge: Callable[[Hashable], bool]) -> 
         # With create_graph the gradient is part of a graph itself.
         may_change = (
             first is not None
+            and first.numel() >= WORTH_ASKING
             and not torch.is_grad_enabled()
             and _plain(first)
             and judge(_counts(first))
@@ -158,6 +163,7 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
     """Counts of gradients: as they come, and as views."""
     seen: list[Hashable] = []
     kept: list[Any] = []
+    size = max(1, WORTH_ASKING)
 
     def note(counts: Hashable) -> bool:
         seen.append(counts)
@@ -179,7 +185,7 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
         before: bool = False,
         twice: bool = False,
     ) -> Hashable:
-        x = torch.ones(2, 3, device="cpu", requires_grad=True) * 1
+        x = torch.ones(2, size, device="cpu", requires_grad=True) * 1
         y = Probe.apply(x)
         z = y.view(shape) if shape != y.shape else y
         if keep is not None:
@@ -191,7 +197,7 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
     found: set[Hashable] = set()
     others: set[Hashable] = set()
     with torch.enable_grad():
-        for shape in ((2, 3), (3, 2)):
+        for shape in ((2, size), (size, 2)):
             found.add(counted(shape))
             others.add(counted(shape, twice=True))
             others.update(counted(shape, keep, before) for keep in _KEEPING for before in (False, True))

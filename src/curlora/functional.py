@@ -15,7 +15,6 @@ Only ``z`` is saved for backward. What is left is to read and write memory: ``dy
 else can see it (:mod:`curlora.alone`), and ``y0`` where the caller says so.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -98,13 +97,15 @@ def gather_update_by_row(
     Returns:
         A new tensor of ``output``'s shape and dtype.
     """
-    with _autocast_off(output.device.type):
-        rows = output.reshape(output.shape[0], -1, output.shape[-1])
-        z = rows.index_select(-1, index)
-        if offset is not None:
-            z = z - offset.to(z.dtype)
-        mixed = torch.bmm(z.to(mixing.dtype), mixing.mT).to(output.dtype)
-        result = torch.addmm(rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
+    if _autocast_is_on(output):
+        with torch.autocast(output.device.type, enabled=False):
+            return gather_update_by_row(output, mixing, factor, index, offset)
+    rows = output.reshape(output.shape[0], -1, output.shape[-1])
+    z = rows.index_select(-1, index)
+    if offset is not None:
+        z = z - offset.to(z.dtype)
+    mixed = torch.bmm(z.to(mixing.dtype), mixing.mT).to(output.dtype)
+    result = torch.addmm(rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
     return result.view(output.shape)
 
 
@@ -118,28 +119,34 @@ def _update(
             f"mixing of shape {(r, r)} and factor of shape {(output.shape[-1], r)}, but got "
             f"{tuple(mixing.shape)} and {tuple(factor.shape)}"
         )
-    # The dtypes are chosen here, product by product; autocast must not choose again.
-    with _autocast_off(output.device.type):
-        needs_graph = output.requires_grad or mixing.requires_grad or (offset is not None and offset.requires_grad)
-        if needs_graph and torch.is_grad_enabled():
-            look_once()
-            result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset, in_place)
-        else:
-            result, _ = _add(output, mixing, factor.detach(), index, offset, in_place)
+    if _autocast_is_on(output):
+        with torch.autocast(output.device.type, enabled=False):
+            return _update(output, mixing, factor, index, offset, in_place)
+    needs_graph = output.requires_grad or mixing.requires_grad or (offset is not None and offset.requires_grad)
+    if needs_graph and torch.is_grad_enabled():
+        look_once()
+        result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset, in_place)
+    else:
+        factor = factor.detach() if factor.requires_grad else factor
+        result, _ = _add(output, mixing, factor, index, offset, in_place)
     return result
 
 
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+def _autocast_is_on(tensor: Tensor) -> bool:
+    """Then it has to be off here: the dtypes are chosen product by product, and it would choose again."""
+    if tensor.is_cpu:  # to ask for a device's name takes longer than to look whether it is this one
+        return torch.is_autocast_enabled("cpu")
+    if tensor.is_cuda:
+        return torch.is_autocast_enabled("cuda")
+    kind = tensor.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def _add(
     output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """``output``, shape ``(..., m)``, with the update, and ``z``, shape ``(tokens, r)``."""
-    flat = output.reshape(-1, output.shape[-1])
+    flat = output.reshape(-1, factor.shape[0])
     z = flat.index_select(-1, index)
     if offset is not None:
         z = z - _as(offset, z.dtype)
@@ -149,11 +156,11 @@ def _add(
     if in_place:
         # To autograd another tensor than ``output``, in its memory. A version they have in common: had ``output`` been
         # saved by some backward, that would notice.
-        result = output.detach()
-        into = result.view(flat.shape)
+        result = output.detach() if output.requires_grad else output
+        into = flat.detach() if flat.requires_grad else flat
         torch.addmm(into, mixed, directions, out=into)
         return result, z
-    return torch.addmm(flat, mixed, directions).view(output.shape), z
+    return torch.addmm(flat, mixed, directions).view_as(output), z
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,7 +171,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
-    if r % 16 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64) and len(grad) >= 32:
+    if r % 16 and grad.is_cpu and grad.dtype in (torch.float32, torch.float64) and len(grad) >= 32:
         # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
         return (grad @ pad(factor, (0, -r % 16)))[:, :r]
     return grad @ factor
@@ -202,7 +209,7 @@ class _GatherUpdate(torch.autograd.Function):
                 return (None,) * 6
             grad = grad_z.new_zeros(ctx.shape)
 
-        flat = grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, factor.shape[0])
         g = _as(_onto(flat, _as(factor, grad.dtype)), mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
@@ -212,9 +219,13 @@ class _GatherUpdate(torch.autograd.Function):
             if grad_z is not None:
                 through = through + grad_z
             if need_output:
-                if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+                if index.dtype != torch.int64 and grad.is_cpu and not torch.compiler.is_compiling():
                     index = index.long()  # with int32 the addition takes up to six times as long, if rows are long
-                grad_output = (flat.index_add_ if alone else flat.index_add)(-1, index, through).view(ctx.shape)
+                if alone:
+                    flat.index_add_(-1, index, through)  # into ``grad``, of which it is a view
+                    grad_output = grad
+                else:
+                    grad_output = flat.index_add(-1, index, through).view_as(grad)
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
         return grad_output, grad_mixing, None, None, grad_offset, None

@@ -285,6 +285,21 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(a, b)
 
 
+def test_a_replica_that_holds_U_as_an_attribute():
+    """As ``nn.DataParallel`` makes them, which transformers' Trainer uses on its own where it sees several GPUs."""
+    layer = make_layer(make_base())
+    x = torch.randn(3, 12)
+    expected = layer(x)
+    replica = copy.copy(layer)
+    replica._modules = {**layer._modules, "curlora_U": layer.curlora_U._replicate_for_data_parallel()}
+    U = layer.curlora_U["default"] * 1
+    replica.curlora_U.default = U
+    assert not replica.curlora_U._parameters
+    replica(x).sum().backward()
+    assert layer.curlora_U["default"].grad.any()
+    torch.testing.assert_close(replica(x), expected)
+
+
 def test_deepcopy_is_independent():
     layer = make_layer(make_base())
     twin = copy.deepcopy(layer)

@@ -42,7 +42,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("curlora_U",)
-    other_param_names = ("curlora_indices", "curlora_fingerprint", "curlora_factor")
+    other_param_names = ("curlora_indices", "curlora_fingerprint", "curlora_factor", "curlora_gathered")
     # peft.helpers.disable_input_dtype_casting switches it off. No input is cast here.
     cast_input_dtype_enabled = True
 
@@ -63,8 +63,10 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.curlora_U = nn.ParameterDict()
         self.curlora_indices = BufferDict(persistent=True)
         self.curlora_fingerprint = BufferDict(persistent=True)
-        # Rebuilt from the base: W[:, columns], or W[rows, :].T in a Conv1D; (out_features, r).
+        # Rebuilt from the base: W[:, columns], or W[rows, :].T in a Conv1D; (out_features, r). And the indices of the
+        # other side, which are gathered from the output: int64, with which PyTorch is quickest.
         self.curlora_factor = BufferDict(persistent=False)
+        self.curlora_gathered = BufferDict(persistent=False)
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -137,8 +139,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             ``index``, integers of shape ``(r,)``, and ``factor``, shape ``(out_features, r)``, as
             :func:`curlora.functional.gather_update` takes them.
         """
-        columns_or_rows = 0 if self.stores_outputs_last else 1
-        return self.curlora_indices[adapter_name][columns_or_rows], self.curlora_factor[adapter_name]
+        gathered, factor = self._held("curlora_gathered"), self._held("curlora_factor")
+        return gathered._buffers[adapter_name], factor._buffers[adapter_name]
 
     def redraw(self, adapter_name: str, indices: Tensor) -> None:
         """Give an adapter that has not been trained other columns and rows.
@@ -219,12 +221,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             check_adapter_names(self, x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        output = self.base_layer(x, *args, **kwargs)
+        output = self._held("base_layer")(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return output
         if adapter_names is not None:
             return update_rows(self, output, adapter_names)
-        adapters = [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
+        adapters = [adapter for adapter in self.active_adapters if adapter in self.r]
         if not adapters:
             return output
         in_place = alone(output)  # by itself: an argument of a call would be one more reference
@@ -238,13 +240,20 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     def offset(self, index: Tensor) -> Tensor | None:
         """The base layer's bias at ``index``, which is no part of ``R x``; ``None`` without a bias."""
-        bias = getattr(self.base_layer, "bias", None)
+        bias = getattr(self._held("base_layer"), "bias", None)
         return None if bias is None else bias.index_select(0, index)
 
     def mixing(self, adapter_name: str) -> Tensor:
         """``alpha * U``, transposed in a ``Conv1D``: what :func:`curlora.functional.gather_update` takes."""
-        U = self.curlora_U[adapter_name].T if self.stores_outputs_last else self.curlora_U[adapter_name]
+        U = self._held("curlora_U")._parameters.get(adapter_name)
+        if U is None:  # replicas of nn.DataParallel have attributes in the place of parameters
+            U = self.curlora_U[adapter_name]
+        U = U.T if self.stores_outputs_last else U
         return U if self.alpha[adapter_name] == 1 else U * self.alpha[adapter_name]
+
+    def _held(self, name: str) -> Any:
+        """A module of the layer, past nn.Module's own lookup of attributes, which takes as long as a small product."""
+        return self._modules[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurloraLayer:
         """Behind ``to``, ``half`` and the like: a factor that adapters hold together stays one."""
@@ -252,7 +261,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         first = {adapter: owner.setdefault(id(factor), adapter) for adapter, factor in self.curlora_factor.items()}
         super()._apply(fn, recurse)
         for adapter, other in first.items():
-            self.curlora_factor[adapter] = self.curlora_factor[other]
+            self._share(adapter, other)
         self._note_buffers()
         return self
 
@@ -279,15 +288,19 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
     def _note_buffers(self) -> None:
         self._buffers_noted = self._buffers_now()
 
+    def _share(self, adapter_name: str, other: str) -> None:
+        """An adapter that was drawn as another one holds what is rebuilt together with it."""
+        self.curlora_factor[adapter_name] = self.curlora_factor[other]
+        self.curlora_gathered[adapter_name] = self.curlora_gathered[other]
+
     def extra_repr(self) -> str:
         return ", ".join(f"{adapter}: r={r}, alpha={self.alpha[adapter]}" for adapter, r in self.r.items())
 
     def _combined(self, adapters: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Index, factor and mixing for ``gather_update``. Several adapters act as one of the summed rank."""
-        parts = [(*self.sides(adapter), self.mixing(adapter)) for adapter in adapters]
-        if len(parts) == 1:
-            return parts[0]
-        index, factor, mixings = zip(*parts, strict=True)
+        if len(adapters) == 1:
+            return *self.sides(adapters[0]), self.mixing(adapters[0])
+        index, factor, mixings = zip(*((*self.sides(one), self.mixing(one)) for one in adapters), strict=True)
         return torch.cat(index), torch.cat(factor, dim=1), torch.block_diag(*mixings)
 
     def _draw(
@@ -355,10 +368,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         # A thousand adapters that were drawn alike hold one factor.
         for other, drawn in self.draws.items():
             if drawn == draw and other != adapter_name and torch.equal(self.curlora_factor[other], factor):
-                factor = self.curlora_factor[other]
+                self._share(adapter_name, other)
                 break
+        else:
+            self.curlora_factor[adapter_name] = factor
+            self.curlora_gathered[adapter_name] = indices[0 if self.stores_outputs_last else 1].long()
         self.draws[adapter_name] = draw
-        self.curlora_factor[adapter_name] = factor
         self.curlora_fingerprint[adapter_name] = current.to(factor.device)
         self._note_buffers()
 
