@@ -12,7 +12,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from sweep import ready
+from sweep import SCORED, ready
 
 from results import add, rows
 
@@ -58,7 +58,7 @@ def learned(given, seed, options):
     run, before = ready(options, **given, seed=seed)
     run.learn("sst2", 0, 1)
     return {
-        **given, "seed": seed, "numbers": run.numbers, "before": before, **run.score("sst2"),
+        **given, "seed": seed, "numbers": run.numbers, "before": before, **run.score("sst2", SCORED),
         "predicted": run.guard.drift(), **{text: run.lost(text) for text in ("guard", "articles", "code")},
     }  # fmt: skip
 

@@ -325,8 +325,8 @@ class Run:
         return self.base.lm_head(self.base_states[int(row[0])][: len(row) - 1]).log_softmax(-1)
 
     @torch.no_grad()
-    def score(self, task):
-        part, count = self.data[f"{task}-dev"], SCORED[task]
+    def score(self, task, count=None):
+        part, count = self.data[f"{task}-dev"], count or SCORED[task]
         order = sorted(range(count), key=lambda i: len(part["rows"][i]))
         right = loss = 0.0
         for i in range(0, count, 32):

@@ -1,13 +1,16 @@
 """What a training step, and a pass of inference, costs over the frozen model: time, FLOPs, bytes kept for backward.
 
 The floor is the frozen model, nothing trained; gradients flow to the embeddings in every method, so that what is over
-the floor is the adapter alone. Each line of ``step.jsonl`` is one setting, all of its methods side by side.
+the floor is the adapter alone. Each line of ``step.jsonl`` is one setting, all of its methods side by side in a process
+of their own.
 
     python benchmarks/speed/step.py             # every setting
     python benchmarks/speed/step.py --quick     # the first, few rounds
 """
 
 import argparse
+import multiprocessing
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,16 +24,15 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 ALL, QKV = "all linear layers", "query, key, value"
 EVERY = ["floor", "curlora", "lora", "dora", "reference"]
 FEW = ["floor", "curlora", "lora"]
-# targets, rank, batch, tokens of each, layers of the model, methods, rounds; on as many threads as there are cores
-SETTINGS = [
-    (ALL, 16, 4, 128, 4, EVERY, 40),
-    (QKV, 16, 4, 128, 4, EVERY, 40),
-    *((ALL, 16, batch, length, 4, FEW, 16) for batch, length in ((1, 32), (2, 512), (4, 512))),
-    *((ALL, r, 4, 128, 4, FEW, 16) for r in (8, 64, 256)),
-    *((QKV, r, 4, 128, 4, FEW, 16) for r in (8, 64)),
+# targets, rank, batch, tokens of each, layers of the model, methods, rounds
+BESIDE_ALL = [(ALL, 16, 4, 128, 4, EVERY, 40), (QKV, 16, 4, 128, 4, EVERY, 40)]
+SIZES = [
+    *((ALL, 16, batch, length, 4, FEW, rounds) for batch, length, rounds in (
+        (1, 1, 200), (1, 32, 100), (4, 128, 60), (2, 512, 30), (4, 512, 24))),
+    *((ALL, r, 4, 128, 4, FEW, 30) for r in (8, 64, 256)),
+    *((QKV, r, 4, 128, 4, FEW, 60) for r in (8, 16, 64)),
 ]  # fmt: skip
-# And on one thread, where times vary less.
-ON_ONE = [(ALL, 16, 4, 128, 4, FEW, 40)]
+ON_ONE = [(ALL, 16, 1, 1, 4, FEW, 200), (ALL, 16, 4, 128, 4, FEW, 40)]
 
 
 def main():
@@ -39,13 +41,27 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.quick:
-        return measure.add(arguments.out, row(*SETTINGS[0][:-1], rounds=3))
+        return measure.add(arguments.out, row(*BESIDE_ALL[0][:-1], rounds=3))
     arguments.out.unlink(missing_ok=True)
-    for setting in SETTINGS:
-        measure.add(arguments.out, row(*setting))
-    torch.set_num_threads(1)
-    for setting in ON_ONE:
-        measure.add(arguments.out, row(*setting))
+    threads = torch.get_num_threads()  # as many as there are cores
+    for setting in BESIDE_ALL + SIZES:
+        alone(arguments.out, threads, setting)
+    for setting in ON_ONE:  # where times vary less
+        alone(arguments.out, 1, setting)
+
+
+def alone(out, threads, setting):
+    """Each setting in a process of its own: in one, how quickly memory is had would depend on what went before."""
+    process = multiprocessing.get_context("spawn").Process(target=write, args=(out, threads, setting))
+    process.start()
+    process.join()
+    if process.exitcode:
+        sys.exit(f"{setting} failed")
+
+
+def write(out, threads, setting):
+    torch.set_num_threads(threads)
+    measure.add(out, row(*setting))
 
 
 def row(targets, r, batch, length, layers, methods, rounds):
