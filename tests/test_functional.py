@@ -139,6 +139,12 @@ def test_the_result_can_be_changed_in_place(lead):
     torch.testing.assert_close(got, expected)
 
 
+def test_in_place_needs_an_output_without_gaps():
+    output = torch.randn(2, 3, 9).transpose(0, 1)
+    with pytest.raises(RuntimeError, match="view"):
+        gather_update_(output, torch.randn(4, 4), torch.randn(9, 4), torch.arange(4))
+
+
 def test_an_empty_batch():
     problem = make_problem(lead=(0,))
     assert fast(**problem).shape == (0, 7)

@@ -7,7 +7,8 @@ caller may have passed it in. PyTorch's engine adds in place where it holds the 
 
 How many references there are when nobody else has one is the interpreter's and PyTorch's business. So it is looked at
 once, on tensors that are known to be nobody else's, and then a tensor is alone that has just as many. Where that does
-not tell such tensors from others (another version of PyTorch, say), none ever counts as alone.
+not tell such tensors from others (another version of PyTorch, say), none ever counts as alone. Nor do small tensors:
+to copy one takes less time than to ask.
 
 References are all that is seen: memory of which another library knows, or an address that was written down, is not.
 """
@@ -34,10 +35,12 @@ def alone(tensor: Tensor) -> bool:
 
     Never while ``torch.compile`` traces, a dispatch mode looks on or forward-mode derivatives are taken, nor for a
     subclass, a tensor inside of a transform of ``torch.func``, one whose memory has gaps or overlaps or came from
-    elsewhere, or one of an inference mode that is over.
+    elsewhere, or one of an inference mode that is over. Nor for one that is too small to be worth the question.
     """
-    worth = tensor.numel() >= WORTH_ASKING
-    return worth and _plain(tensor) and _counts(tensor) in _of_outputs() and _own_memory(tensor)
+    # While torch.compile traces, a size that is compared would be a constant of the graph from there on.
+    if torch.compiler.is_compiling() or tensor.numel() < WORTH_ASKING:
+        return False
+    return _plain(tensor) and _counts(tensor) in _of_outputs() and _own_memory(tensor)
 
 
 def look_once() -> None:
@@ -51,19 +54,22 @@ def told_if_alone(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorate the ``backward`` of an :class:`torch.autograd.Function` to be told if it may change its first gradient.
 
     Args:
-        backward: called as ``backward(ctx, alone, *gradients)``.
+        backward: called as ``backward(ctx, alone, *gradients)``; ``alone`` is as :func:`alone` has it.
     """
-    return _judged(backward, lambda counts: counts in _of_gradients())
+    return _judged(backward, lambda counts: counts in _of_gradients(), lambda: WORTH_ASKING)
 
 
-def _judged(backward: Callable[..., Any], judge: Callable[[Hashable], bool]) -> Callable[..., Any]:
+def _judged(
+    backward: Callable[..., Any], judge: Callable[[Hashable], bool], least: Callable[[], int]
+) -> Callable[..., Any]:
     @functools.wraps(backward)
     def told(ctx: Any, *gradients: Tensor | None) -> Any:
         first = gradients[0]
         # With create_graph the gradient is part of a graph itself.
         may_change = (
             first is not None
-            and first.numel() >= WORTH_ASKING
+            and not torch.compiler.is_compiling()
+            and first.numel() >= least()
             and not torch.is_grad_enabled()
             and _plain(first)
             and judge(_counts(first))
@@ -76,8 +82,7 @@ def _judged(backward: Callable[..., Any], judge: Callable[[Hashable], bool]) -> 
 
 def _plain(tensor: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and type(tensor) is Tensor
+        type(tensor) is Tensor
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
@@ -163,7 +168,6 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
     """Counts of gradients: as they come, and as views."""
     seen: list[Hashable] = []
     kept: list[Any] = []
-    size = max(1, WORTH_ASKING)
 
     def note(counts: Hashable) -> bool:
         seen.append(counts)
@@ -175,7 +179,7 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
             return x.clone()
 
         @staticmethod
-        @functools.partial(_judged, judge=note)
+        @functools.partial(_judged, judge=note, least=lambda: 0)
         def backward(ctx: Any, alone: bool, gradient: Tensor) -> Tensor:
             return gradient
 
@@ -185,7 +189,7 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
         before: bool = False,
         twice: bool = False,
     ) -> Hashable:
-        x = torch.ones(2, size, device="cpu", requires_grad=True) * 1
+        x = torch.ones(2, 3, device="cpu", requires_grad=True) * 1
         y = Probe.apply(x)
         z = y.view(shape) if shape != y.shape else y
         if keep is not None:
@@ -197,7 +201,7 @@ def _of_gradients() -> tuple[set[Hashable], set[Hashable]]:
     found: set[Hashable] = set()
     others: set[Hashable] = set()
     with torch.enable_grad():
-        for shape in ((2, size), (size, 2)):
+        for shape in ((2, 3), (3, 2)):
             found.add(counted(shape))
             others.add(counted(shape, twice=True))
             others.update(counted(shape, keep, before) for keep in _KEEPING for before in (False, True))

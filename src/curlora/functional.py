@@ -12,7 +12,7 @@ https://arxiv.org/abs/2408.14572) needs neither the layer's input nor a matrix o
     dy0 = dy, plus g U added at ``rows``        duplicates accumulate
 
 Only ``z`` is saved for backward. What is left is to read and write memory: ``dy`` is changed in place where nothing
-else can see it (:mod:`curlora.alone`), and ``y0`` where the caller says so.
+else can see it and it is large enough to ask (:mod:`curlora.alone`), and ``y0`` where the caller says so.
 """
 
 from typing import Any
@@ -69,11 +69,12 @@ def gather_update_(
         mixing, factor, index, offset: as for :func:`gather_update`.
 
     Returns:
-        The result, of ``output``'s shape and dtype. As a rule autograd would refuse to change what ``output`` is in a
-        graph; the result is a tensor of its own to it.
+        The result, of ``output``'s shape and dtype: ``output`` itself where there is no graph. As a rule autograd would
+        refuse to change what ``output`` is in one; the result is then a tensor of its own to it.
 
     Raises:
         ValueError: if the shapes do not fit together.
+        RuntimeError: if ``output`` is not contiguous.
     """
     return _update(output, mixing, factor, index, offset, in_place=True)
 
@@ -127,13 +128,12 @@ def _update(
         look_once()
         result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset, in_place)
     else:
-        factor = factor.detach() if factor.requires_grad else factor
-        result, _ = _add(output, mixing, factor, index, offset, in_place)
+        result, _ = _add(output, mixing, factor.detach(), index, offset, in_place)
     return result
 
 
 def _autocast_is_on(tensor: Tensor) -> bool:
-    """Then it has to be off here: the dtypes are chosen product by product, and it would choose again."""
+    """For the tensor's device. The dtypes are chosen here, product by product, and it would choose again."""
     if tensor.is_cpu:  # to ask for a device's name takes longer than to look whether it is this one
         return torch.is_autocast_enabled("cpu")
     if tensor.is_cuda:
@@ -146,7 +146,8 @@ def _add(
     output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
 ) -> tuple[Tensor, Tensor]:
     """``output``, shape ``(..., m)``, with the update, and ``z``, shape ``(tokens, r)``."""
-    flat = output.reshape(-1, factor.shape[0])
+    m = factor.shape[0]
+    flat = output.view(-1, m) if in_place else output.reshape(-1, m)  # which may be a copy
     z = flat.index_select(-1, index)
     if offset is not None:
         z = z - _as(offset, z.dtype)
@@ -154,8 +155,8 @@ def _add(
     directions = _as(factor, output.dtype).T
     # addmm adds while it multiplies: the update itself never exists as a tensor.
     if in_place:
-        # To autograd another tensor than ``output``, in its memory. A version they have in common: had ``output`` been
-        # saved by some backward, that would notice.
+        # To autograd another tensor than an ``output`` that is in a graph, in its memory. A version they have in
+        # common: had ``output`` been saved by some backward, that would notice.
         result = output.detach() if output.requires_grad else output
         into = flat.detach() if flat.requires_grad else flat
         torch.addmm(into, mixed, directions, out=into)
@@ -171,7 +172,9 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
-    if r % 16 and grad.is_cpu and grad.dtype in (torch.float32, torch.float64) and len(grad) >= 32:
+    # What is compiled asks for no size: it would be a graph for some tokens only.
+    many = torch.compiler.is_compiling() or len(grad) >= 32
+    if r % 16 and many and grad.is_cpu and grad.dtype in (torch.float32, torch.float64):
         # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
         return (grad @ pad(factor, (0, -r % 16)))[:, :r]
     return grad @ factor

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig
+from curlora.alone import WORTH_ASKING
 from tests.models import BASES, curlora, layers, randomize, tokens
 
 
@@ -51,6 +52,36 @@ def test_inference(base):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_for_all_sizes(training):
+    """No size is a constant of it, as that from which on a tensor may be changed in place would be."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = curlora(BASES["llama"](), target_modules="all-linear")
+    layer = max(layers(model), key=lambda layer: layer.out_features)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    most = 2 * WORTH_ASKING // layer.out_features
+    for length in (2, 30, most):
+        x = torch.randn(3, length, layer.in_features, requires_grad=training)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) == 1
+
+
+def test_an_exported_layer_takes_any_number_of_tokens():
+    layer = layers(curlora(BASES["llama"]()))[0]
+    most = 2 * WORTH_ASKING // layer.out_features
+    shapes = {"x": {0: torch.export.Dim("tokens", max=most)}}
+    exported = torch.export.export(layer, (torch.randn(7, layer.in_features),), dynamic_shapes=shapes).module()
+    for length in (2, most):
+        x = torch.randn(length, layer.in_features)
+        torch.testing.assert_close(exported(x), layer(x))
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")

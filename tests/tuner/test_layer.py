@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from curlora import CurloraConfig, CurloraLayer
+from curlora.alone import WORTH_ASKING
 
 
 def make_base(kind="linear", bias=True, inputs=12, outputs=9, dtype=torch.float32):
@@ -298,6 +299,35 @@ def test_a_replica_that_holds_U_as_an_attribute():
     replica(x).sum().backward()
     assert layer.curlora_U["default"].grad.any()
     torch.testing.assert_close(replica(x), expected)
+
+
+def test_U_is_asked_for_as_an_item():
+    """DeepSpeed's ZeRO-3 puts a dictionary into each module that gathers a parameter when it is asked for."""
+
+    class Gathering(dict):
+        def __getitem__(self, name):
+            return whole[name] if name in whole else super().__getitem__(name)
+
+    layer = make_layer(make_base())
+    x = torch.randn(3, 12)
+    expected = layer(x)
+    whole = dict(layer.curlora_U._parameters)
+    empty = {name: nn.Parameter(torch.empty(0)) for name in whole}
+    layer.curlora_U._parameters = Gathering(empty)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("tokens", [1819, 1821])  # 9 outputs each: fewer numbers and more than are worth asking about
+def test_few_and_many_tokens_are_the_dense_formula(tokens):
+    layer = make_layer(make_base())
+    assert (tokens * 9 < WORTH_ASKING) == (tokens == 1819)
+    x, by_formula = torch.randn(2, tokens, 12).double().unbind()[0], dense(layer)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(by_formula(x).square().sum(), x)
+    result = layer(x.float() * 1)
+    torch.testing.assert_close(result.double(), by_formula(x), rtol=1e-5, atol=1e-5)
+    (got,) = torch.autograd.grad(result.double().square().sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_deepcopy_is_independent():

@@ -245,9 +245,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     def mixing(self, adapter_name: str) -> Tensor:
         """``alpha * U``, transposed in a ``Conv1D``: what :func:`curlora.functional.gather_update` takes."""
-        U = self._held("curlora_U")._parameters.get(adapter_name)
-        if U is None:  # replicas of nn.DataParallel have attributes in the place of parameters
-            U = self.curlora_U[adapter_name]
+        # As an item: ZeRO-3 gathers what is asked for so. Replicas of nn.DataParallel have attributes in their place.
+        parameters = self._held("curlora_U")._parameters
+        U = parameters[adapter_name] if adapter_name in parameters else self.curlora_U[adapter_name]
         U = U.T if self.stores_outputs_last else U
         return U if self.alpha[adapter_name] == 1 else U * self.alpha[adapter_name]
 
@@ -256,7 +256,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         return self._modules[name]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurloraLayer:
-        """Behind ``to``, ``half`` and the like: a factor that adapters hold together stays one."""
+        """Behind ``to``, ``half`` and the like: what adapters hold together stays one."""
         owner: dict[int, str] = {}
         first = {adapter: owner.setdefault(id(factor), adapter) for adapter, factor in self.curlora_factor.items()}
         super()._apply(fn, recurse)
@@ -337,12 +337,12 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         dtype: torch.dtype,
         config: CurloraConfig,
     ) -> None:
-        self.r[adapter_name] = r = indices.shape[1]
-        self.alpha[adapter_name] = alpha
+        r = indices.shape[1]
         U = torch.zeros(r, r, dtype=dtype, device=factor.device)
         self.curlora_U[adapter_name] = nn.Parameter(U if config.init_weights else nn.init.normal_(U))
         self.curlora_indices[adapter_name] = indices.to(factor.device, copy=True)
         self._keep(adapter_name, factor, current)
+        self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _factor(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Tensor:
@@ -365,14 +365,15 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         # Without values, alike is only what has the same name.
         meta = indices.device.type == "meta"
         draw = adapter_name.encode() if meta else indices.cpu().numpy().tobytes()
-        # A thousand adapters that were drawn alike hold one factor.
+        # A thousand adapters that were drawn alike hold one factor, and one copy of what is gathered.
         for other, drawn in self.draws.items():
             if drawn == draw and other != adapter_name and torch.equal(self.curlora_factor[other], factor):
                 self._share(adapter_name, other)
                 break
         else:
             self.curlora_factor[adapter_name] = factor
-            self.curlora_gathered[adapter_name] = indices[0 if self.stores_outputs_last else 1].long()
+            gathered = indices[0 if self.stores_outputs_last else 1]
+            self.curlora_gathered[adapter_name] = gathered.to(torch.int64, copy=True)
         self.draws[adapter_name] = draw
         self.curlora_fingerprint[adapter_name] = current.to(factor.device)
         self._note_buffers()
