@@ -2,6 +2,7 @@
 
 python benchmarks/guard/study_table.py
 python benchmarks/guard/study_table.py --paired --curve docs/study.svg
+python benchmarks/guard/study_table.py --paired --times 3
 """
 
 import argparse
@@ -17,8 +18,11 @@ import results
 
 SAME = [name for name in DEFAULTS if name not in ("seed", "stream")]
 NAMES = {"lora": "LoRA", "osf": "OSF", "curlora": "CURLoRA", "guarded": "guarded", "frozen": "heads only"}
-# Orders and seeds that methods are compared on.
-PAIRS = [("mrpc sst2 s140", 0), ("mrpc sst2 s140", 1), ("mrpc sst2 s140", 2), ("s140 sst2 mrpc", 0)]
+# Orders and seeds that methods are compared on: over the usual stream, and over one of three times as many examples.
+PAIRS = {
+    1: [("mrpc sst2 s140", 0), ("mrpc sst2 s140", 1), ("mrpc sst2 s140", 2), ("s140 sst2 mrpc", 0)],
+    3: [("mrpc sst2 s140", 0), ("mrpc sst2 s140", 1), ("s140 sst2 mrpc", 0)],
+}
 TEXTS = ("guard", "articles", "code", "tweets")
 
 
@@ -26,15 +30,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--curve", type=Path, help="an SVG file to write")
+    parser.add_argument("--times", type=int, default=1, choices=list(PAIRS), help="as study.py has it")
     parser.add_argument("--paired", action="store_true", help="only what was run with the same seeds and orders: PAIRS")
     arguments = parser.parse_args()
-    groups = defaultdict(list)
+    pairs, groups = PAIRS[arguments.times], defaultdict(list)
     for line in results.rows(arguments.results):
         run = DEFAULTS | line
-        if not arguments.paired or (run["stream"], run["seed"]) in PAIRS:
+        if run["times"] == arguments.times and (not arguments.paired or (run["stream"], run["seed"]) in pairs):
             groups[tuple(run[name] for name in SAME)].append(run)
     if arguments.paired:
-        groups = {key: runs for key, runs in groups.items() if len(runs) == len(PAIRS)}
+        groups = {key: runs for key, runs in groups.items() if len(runs) == len(pairs)}
     rows = [row(dict(zip(SAME, key, strict=True)), runs) for key, runs in groups.items()]
     rows.sort(key=lambda row: (row["method"], row["articles"]))
     print_table(rows)

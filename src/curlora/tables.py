@@ -13,7 +13,7 @@ from rich.text import Text
 
 from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
-from curlora.report import format_percent, format_size, format_statistic, format_time
+from curlora.forms import format_percent, format_size, format_statistic, format_time
 
 __all__ = ["comparison", "results_tables"]
 

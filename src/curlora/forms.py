@@ -1,0 +1,46 @@
+"""How figures are written, on the page and in the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from curlora.continual.results import Statistic
+
+__all__ = ["format_number", "format_percent", "format_size", "format_statistic", "format_time", "per_cent"]
+
+
+def format_statistic(statistic: Statistic, signed: bool = False, digits: int = 3) -> str:
+    """Mean, and deviation where there is one: ``0.825 ± 0.010``."""
+    mean = format_number(statistic.mean, digits, "+" if signed else "")
+    return mean if statistic.deviation is None else f"{mean} ± {format_number(statistic.deviation, digits)}"
+
+
+def format_percent(statistic: Statistic, digits: int = 1) -> str:
+    """A share as per cent with its sign: ``+5.9 % ± 0.4 %``."""
+    mean, *deviation = format_statistic(per_cent(statistic), signed=True, digits=digits).split(" ± ")
+    return " ± ".join(f"{part} %" for part in (mean, *deviation))
+
+
+def format_time(seconds: float) -> str:
+    """Seconds up to two minutes, minutes from there on."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def format_size(size: int) -> str:
+    """Of bytes, in KiB or MiB."""
+    if size == 0:
+        return "none"
+    return f"{size / 1024:.1f} KiB" if size < 1024**2 else f"{size / 1024**2:.2f} MiB"
+
+
+def format_number(value: float, digits: int, sign: str = "") -> str:
+    """With so many digits after the point; ``sign`` is ``"+"`` to have it always."""
+    if not math.isfinite(value):
+        return str(value)
+    return format(value, f"{sign}.{digits}f" if abs(value) < 1e7 else f"{sign}.{digits}e")
+
+
+def per_cent(statistic: Statistic) -> Statistic:
+    """A share, a hundred times."""
+    deviation = None if statistic.deviation is None else 100 * statistic.deviation
+    return Statistic(mean=100 * statistic.mean, deviation=deviation)

@@ -1,0 +1,334 @@
+"""The plots of the page: what is remembered, learning against forgetting, costs and losses, as SVG."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from curlora.continual.results import MethodResult, RunResults, Statistic
+from curlora.forms import per_cent
+
+__all__ = ["Plot", "Style", "Styles", "fills_of", "key_of", "overview_of", "plots_of", "styles_of"]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Where colours repeat, markers and lines differ.
+_COLOURS = ["#6b7280", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00"]
+_MARKERS = ["s", "^", "o", "D", "v", "P", "X", "<", ">", "p", "*"]
+_LINES = ["-", "--", "-.", ":"]
+_FILLS = ["full", "none", "left", "right", "bottom", "top"]  # one for each run of a page
+_RC = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "curlora", "font.family": "sans-serif"}
+_WIDTH = 3.7  # inches; a telephone's width at full size, and a third of the page's
+_FAR = 1e6  # per cent of perplexity beyond which a plot has no point
+
+
+class Style(NamedTuple):
+    """Of a method, in matplotlib's words."""
+
+    colour: str
+    marker: str
+    line: str
+
+
+Styles = Mapping[tuple[str, str], Style]
+
+
+class Plot(NamedTuple):
+    """Panels under one title; with a legend of the methods unless each panel names its own."""
+
+    title: str
+    text: str
+    panels: list[Markup]
+    legend: bool = True
+
+
+class _Point(NamedTuple):
+    x: Statistic
+    y: Statistic
+    style: Style
+    fill: str
+
+
+def _identity(method: MethodResult) -> tuple[str, str]:
+    return method.name, method.label
+
+
+def styles_of(runs: Sequence[RunResults]) -> Styles:
+    """A style for each method of the page, the same in every run and plot."""
+    identities = dict.fromkeys(_identity(method) for run in runs for method in run.methods)
+    turns = len(_COLOURS)
+    return {
+        identity: Style(_COLOURS[n % turns], _MARKERS[n % len(_MARKERS)], _LINES[n // turns % len(_LINES)])
+        for n, identity in enumerate(identities)
+    }
+
+
+def fills_of(runs: Sequence[RunResults]) -> list[str]:
+    """How each run's markers are filled where several share a plot."""
+    return [_FILLS[number % len(_FILLS)] for number in range(len(runs))]
+
+
+def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
+    """All plots of one run, in the order of the page."""
+    few = len(results.tasks) <= 6
+    plots = [
+        Plot(
+            "What is remembered",
+            "Accuracy on each task after every stage of the stream, from the moment it was learned. A falling line is "
+            "forgetting. Dotted: always answering the most frequent class." + _bars_text(results),
+            [
+                _panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
+                for j, task in enumerate(results.tasks)
+            ],
+        ),
+        Plot(
+            "Accuracy matrices",
+            "Down: after which task. Across: on which task. On the diagonal what was learned, below what is left."
+            + (" In per cent." if _in_per_cent(results) else ""),
+            [
+                _panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
+                for method in results.methods
+            ],
+            legend=False,
+        ),
+        Plot(
+            "Learning against forgetting",
+            "Up and to the left is better: final average accuracy against the rise of perplexity on held-out text, and "
+            "accuracy just after learning against forgetting." + _bars_text(results) + _unplotted(results),
+            _trade_offs([results], styles, ["full"]),
+        ),
+        Plot(
+            "Training",
+            "Training loss over the stream, smoothed; each task that has a head starts with a fresh one.",
+            [_panel("training loss", partial(_losses, results, styles))],
+        ),
+    ]
+    if any(method.trainable_parameters for method in results.methods):
+        height = 0.9 + 0.36 * len(results.methods)
+        panel = _panel("trained numbers", partial(_trainable, results, styles), height=height)
+        plots.insert(3, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
+    return plots
+
+
+def overview_of(runs: Sequence[RunResults], styles: Styles) -> Plot:
+    """Several runs in one plot."""
+    text = "Every method of every run. Up and to the left is better." + "".join(map(_unplotted, runs))
+    return Plot("Learning against forgetting", text, _trade_offs(runs, styles, fills_of(runs))[::-1])
+
+
+def _trade_offs(runs: Sequence[RunResults], styles: Styles, fills: Sequence[str]) -> list[Markup]:
+    """Average accuracy against the rise of perplexity; plasticity against forgetting where there is any."""
+    rise, forgetting = [], []
+    for run, fill in zip(runs, fills, strict=True):
+        for method in run.methods:
+            style = styles[_identity(method)]
+            rise.append(_Point(per_cent(method.perplexity_rise), method.average_accuracy, style, fill))
+            if method.forgetting is not None:
+                forgetting.append(_Point(method.forgetting, method.learning_accuracy, style, fill))
+    panels = [_panel("accuracy and perplexity", partial(_points, rise, "rise of perplexity (%)", "average accuracy"))]
+    if forgetting:
+        labels = ("forgetting", "learning accuracy (plasticity)")
+        panels.append(_panel("plasticity and forgetting", partial(_points, forgetting, *labels)))
+    return panels
+
+
+def _bars_text(results: RunResults) -> str:
+    several = any(len(method.seeds) > 1 for method in results.methods)
+    return " Bars: standard deviation over seeds." if several else ""
+
+
+def _unplotted(results: RunResults) -> str:
+    labels = [method.label for method in results.methods if not 100 * method.perplexity_rise.mean < _FAR]
+    return f" Diverged, and without a point on the panel of perplexity: {', '.join(labels)}." if labels else ""
+
+
+def _panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, height: float = 3.2) -> Markup:
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasSVG(figure)
+        axis = figure.subplots()
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+        axis.set_title("\n".join(textwrap.wrap(title, 30)), fontsize=10)
+        draw(axis)
+        return _svg(figure, f'role="img" aria-label="{html.escape(title)}" ')
+
+
+def key_of(style: Style, fill: str = "full") -> Markup:
+    """A method's line and marker, for legends."""
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(0.42, 0.17))
+        FigureCanvasSVG(figure)
+        figure.patch.set_alpha(0)
+        axis = figure.add_axes((0, 0, 1, 1))
+        axis.set_axis_off()
+        axis.set_xlim(0, 1)
+        axis.plot([0.03, 0.5, 0.97], [0, 0, 0], linewidth=1.8, markersize=7, markevery=[1], **_look(style, fill))
+        return _svg(figure, 'class="key" aria-hidden="true" ')
+
+
+def _svg(figure: Figure, attributes: str) -> Markup:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    svg = stream.getvalue()
+    return Markup(svg[svg.index("<svg") :].replace("<svg ", f"<svg {attributes}", 1))
+
+
+def _look(style: Style, fill: str = "full") -> dict[str, Any]:
+    look = {"color": style.colour, "marker": style.marker, "linestyle": style.line, "fillstyle": fill}
+    return {**look, "markerfacecoloralt": "white"}
+
+
+def _accuracy_over_stream(results: RunResults, styles: Styles, j: int, axis: Axes) -> None:
+    stages = range(j, len(results.tasks))
+    for m, method in enumerate(results.methods):
+        figures = [method.accuracy(i, j) for i in stages]
+        beside = 0.24 * ((m + 0.5) / len(results.methods) - 0.5)  # so that equal figures do not hide one another
+        axis.errorbar(
+            [i + beside for i in stages],
+            [figure.mean for figure in figures],
+            yerr=_deviations(figures),
+            elinewidth=0.8,
+            capsize=2,
+            linewidth=1.4,
+            markersize=5,
+            **_look(styles[_identity(method)]),
+        )
+    axis.axhline(results.tasks[j].majority_rate, color="black", linestyle=":", linewidth=1)
+    names = [task.name for task in results.tasks]
+    _name_ticks(axis.set_xticks, names)
+    axis.set_xlim(-0.4, len(names) - 0.6)
+    low, high = _accuracy_span(results)
+    axis.set_ylim(low - 0.04, high + 0.04)
+    axis.set_xlabel("after learning")
+    axis.set_ylabel(results.tasks[j].metric)
+
+
+def _name_ticks(set_ticks: Callable[..., object], names: Sequence[str], crowded: int = 24) -> None:
+    """Names of tasks on a horizontal axis, slanted where they would touch."""
+    slant = 0 if sum(map(len, names)) + len(names) <= crowded else 35 if len(names) <= 6 else 90
+    alignment = {"ha": "right", "rotation_mode": "anchor"} if slant == 35 else {}
+    set_ticks(range(len(names)), names, fontsize=9, rotation=slant, **alignment)
+
+
+def _accuracy_span(results: RunResults) -> tuple[float, float]:
+    rows = [row for method in results.methods for seed in method.seeds for row in seed.accuracy]
+    values = [value for row in rows for value in row] + [task.majority_rate for task in results.tasks]
+    return min(values), max(values)
+
+
+def _deviations(figures: Sequence[Statistic]) -> list[float] | None:
+    if all(figure.deviation is None for figure in figures):
+        return None
+    return [figure.deviation or 0.0 for figure in figures]
+
+
+def _in_per_cent(results: RunResults) -> bool:
+    return len(results.tasks) > 6
+
+
+def _matrix_size(tasks: int) -> tuple[float, float]:
+    return min(_WIDTH, 1.1 + 0.55 * max(tasks, 2)), 1.0 + 0.28 * tasks
+
+
+def _matrix(results: RunResults, method: MethodResult, axis: Axes) -> None:
+    names = [task.name for task in results.tasks]
+    tasks = range(len(names))
+    low, high = _accuracy_span(results)
+    means = [[method.accuracy(i, j).mean if j <= i else math.nan for j in tasks] for i in tasks]
+    edges = [edge - 0.5 for edge in range(len(names) + 1)]
+    axis.pcolormesh(edges, edges, means, cmap="Blues", vmin=low, vmax=max(high, low + 0.01), edgecolor="white")
+    axis.invert_yaxis()
+    for i in tasks:
+        for j in range(i + 1):
+            text = f"{100 * means[i][j]:.0f}" if _in_per_cent(results) else f"{means[i][j]:.3f}"
+            dark = means[i][j] > (low + high) / 2
+            colour = "white" if dark else "black"
+            axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=7 if len(names) > 4 else 9)
+    axis.grid(visible=False)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(length=0)
+    _name_ticks(axis.set_xticks, names)
+    axis.set_yticks(list(tasks), names, fontsize=9)
+
+
+def _points(points: Sequence[_Point], x_label: str, y_label: str, axis: Axes) -> None:
+    shown = [point for point in points if abs(point.x.mean) < _FAR]
+    for x, y, style, fill in shown:
+        axis.errorbar(
+            [x.mean],
+            [y.mean],
+            xerr=_deviations([x]),
+            yerr=_deviations([y]),
+            elinewidth=1,
+            capsize=3,
+            markersize=8,
+            **_look(style._replace(line="none"), fill),
+        )
+    if max((abs(point.x.mean) for point in shown), default=0) > 300:  # one that diverged would hide the others
+        axis.set_xscale("symlog", linthresh=10)
+    else:
+        axis.locator_params(axis="x", nbins=4)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.margins(x=0.15, y=0.15)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+
+
+def _trainable(results: RunResults, styles: Styles, axis: Axes) -> None:
+    trained = [method for method in results.methods if method.trainable_parameters]
+    counts = [method.trainable_parameters for method in trained]
+    bars = axis.barh(
+        range(len(trained)), counts, height=0.55, color=[styles[_identity(method)].colour for method in trained]
+    )
+    axis.bar_label(bars, [f"{count:,}" for count in counts], padding=4, fontsize=9)
+    axis.set_yticks(range(len(trained)), [textwrap.fill(method.label, 16) for method in trained], fontsize=9)
+    axis.set_xscale("log")
+    decades = math.log10(max(counts) / min(counts)) + 1
+    axis.set_xlim(min(counts) / 10, max(counts) * 10 ** (0.75 * decades))  # room for the figures
+    axis.invert_yaxis()
+
+
+def _losses(results: RunResults, styles: Styles, axis: Axes) -> None:
+    highest = 0.0
+    for method in results.methods:
+        curve = _loss_curve(method)
+        if curve:
+            steps, losses = zip(*curve, strict=True)
+            style = styles[_identity(method)]
+            axis.plot(steps, _smooth(losses), color=style.colour, linestyle=style.line, linewidth=1.4)
+            highest = max([highest, *filter(math.isfinite, losses)])
+    if highest > 30:  # one that diverged would hide the others
+        axis.set_yscale("log")
+    axis.set_xlabel("optimizer step")
+    axis.set_ylabel("nats")
+
+
+def _loss_curve(method: MethodResult) -> list[tuple[int, float]]:
+    """Mean over seeds where they were logged at the same steps, else of the first seed."""
+    first, *others = [seed.losses for seed in method.seeds]
+    steps = [step for step, _ in first]
+    if any([step for step, _ in losses] != steps for losses in others):
+        return first
+    return [(step, fmean(losses[n][1] for losses in (first, *others))) for n, step in enumerate(steps)]
+
+
+def _smooth(values: Sequence[float], weight: float = 0.6) -> list[float]:
+    smoothed: list[float] = []
+    level = math.nan
+    for value in values:
+        if math.isfinite(value):
+            level = weight * level + (1 - weight) * value if math.isfinite(level) else value
+        smoothed.append(level if math.isfinite(value) else math.nan)
+    return smoothed
