@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config
 
+from curlora.continual import memory as memory_module
 from curlora.continual import plan
 from curlora.continual.errors import RunError
 from curlora.continual.launch import run_recipe
-from curlora.continual.plan import Memory, make_plan
+from curlora.continual.memory import Memory
+from curlora.continual.plan import make_plan
 from curlora.continual.recipe import RecipeError, load_recipe
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import TaskError
@@ -226,7 +228,9 @@ def test_the_bytes_of_a_quantized_base_are_unknown(recipe_path):
 def test_over_several_processes(recipe_path, monkeypatch):
     recipe = load_recipe(recipe_path, [methods("lora")])
     alone = make_plan(recipe)
-    monkeypatch.setattr(plan, "process_state", lambda: SimpleNamespace(num_processes=2, device=torch.device("cpu")))
+    two = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    for module in (plan, memory_module):
+        monkeypatch.setattr(module, "process_state", lambda: two)
     shared = make_plan(recipe)
     assert shared.processes == 2
     assert shared.steps == alone.steps
