@@ -211,7 +211,8 @@ class Run:
             self.guard.detach()
 
     def count(self, task):
-        return min(self.o.times * TRAIN[task], self.o.examples or self.o.times * TRAIN[task])
+        most = self.o.times * TRAIN[task]
+        return min(most, self.o.examples or most)
 
     def held_by_ewc(self):
         return None if self.ewc is None else self.ewc.penalty(SimpleNamespace(model=self.model))

@@ -129,6 +129,8 @@ def _update(
         result, _ = _GatherUpdate.apply(output, mixing, factor, index, offset, in_place)
     else:
         result, _ = _add(output, mixing, factor.detach(), index, offset, in_place)
+        # Of an ``output`` that is in a graph, gradients being off: to autograd the result is another tensor.
+        result = result.detach() if result.requires_grad else result
     return result
 
 
@@ -155,12 +157,10 @@ def _add(
     directions = _as(factor, output.dtype).T
     # addmm adds while it multiplies: the update itself never exists as a tensor.
     if in_place:
-        # To autograd another tensor than an ``output`` that is in a graph, in its memory. A version they have in
-        # common: had ``output`` been saved by some backward, that would notice.
-        result = output.detach() if output.requires_grad else output
-        into = flat.detach() if flat.requires_grad else flat
-        torch.addmm(into, mixed, directions, out=into)
-        return result, z
+        # ``flat`` is a view, and no part of a graph: one is recorded neither here nor where gradients are off. The two
+        # have a version in common: had ``output`` been saved by some backward, that would notice.
+        torch.addmm(flat, mixed, directions, out=flat)
+        return output, z
     return torch.addmm(flat, mixed, directions).view_as(output), z
 
 
@@ -194,7 +194,7 @@ class _GatherUpdate(torch.autograd.Function):
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
         result, z = _add(output, mixing, factor, index, offset, in_place)
-        # To autograd no view: one that comes out of a Function could not be changed in place by whoever gets it.
+        # To autograd neither ``output`` nor a view: that could not be changed in place by whoever gets it.
         result = result.detach()
         ctx.shape = output.shape
         ctx.offset_dtype = None if offset is None else offset.dtype

@@ -321,8 +321,7 @@ def test_U_is_asked_for_as_an_item():
 def test_few_and_many_tokens_are_the_dense_formula(tokens):
     layer = make_layer(make_base())
     assert (tokens * 9 < WORTH_ASKING) == (tokens == 1819)
-    x, by_formula = torch.randn(2, tokens, 12).double().unbind()[0], dense(layer)
-    x.requires_grad_()
+    x, by_formula = torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True), dense(layer)
     (expected,) = torch.autograd.grad(by_formula(x).square().sum(), x)
     result = layer(x.float() * 1)
     torch.testing.assert_close(result.double(), by_formula(x), rtol=1e-5, atol=1e-5)
