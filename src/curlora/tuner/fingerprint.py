@@ -79,6 +79,8 @@ def compare_layers(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, str]
 
 
 def _difference(saved: Tensor, current: Tensor) -> float:
+    if torch.equal(saved[1:].cpu(), current[1:].cpu()):  # as a rule, and quicker than to compute
+        return 0.0
     a, b = (f[1:].cpu().contiguous().view(torch.float32).double() for f in (saved, current))
     scale = torch.maximum(a.norm(), b.norm())
     return float((a - b).norm() / scale) if scale > 0 else 0.0

@@ -17,11 +17,21 @@ from curlora.alone import alone
 from curlora.functional import gather_update, gather_update_
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
+from curlora.tuner.loading import follow
 from curlora.tuner.merging import merge, unmerge
 from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 from curlora.tuner.saved import problem_of_indices
 from curlora.tuner.sharded import whole
-from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
+from curlora.tuner.weight import (
+    ProbedWeight,
+    StoredWeight,
+    check_adaptable,
+    device_of,
+    features,
+    is_plain,
+    read,
+    version,
+)
 
 
 class CurloraLayer(nn.Module, BaseTunerLayer):
@@ -70,12 +80,15 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # The indices that each factor was taken at, and the same as bytes: adapters drawn alike have the same.
-        self._taken_at: dict[str, Tensor] = {}
+        # The indices that each factor was taken at, as bytes: adapters drawn alike have the same.
+        self.draws: dict[str, bytes] = {}
         # What the last draw was made by, and its indices.
         self._last_draw: tuple[tuple[object, ...], Tensor] | None = None
-        self.draws: dict[str, bytes] = {}
-        self._buffers_noted: list[Tensor] = []
+        # The buffers of each adapter as they were last looked at, and whose are in a state dict that is being loaded.
+        self._noted: dict[str, tuple[Tensor, Tensor]] = {}
+        self._brought: list[str] = []
+        # Of an adapter that was made to be loaded: the weight's version when its factor was taken, and its fingerprint.
+        self.just_taken: dict[str, tuple[object, Tensor]] = {}
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self.merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         # The weight before a merge into it.
@@ -109,6 +122,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         with read(base, self.name) as weight:
             draw = self._draw(config, r, weight)
             self._add(adapter_name, alpha, *draw, weight.dtype if weight.exact else torch.float32, config)
+        if config.saved_draws is not None:
+            self.just_taken[adapter_name] = version(base), draw[2].clone()
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -159,7 +174,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
                 f"layer {self.name!r}: adapter {adapter_name!r} has been trained with the columns and rows that it has"
             )
         self.curlora_indices[adapter_name].copy_(indices)
-        self._rebuild(adapter_name)
+        self.rebuild(adapter_name)
 
     def delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """The two factors of an adapter's update, which is their product.
@@ -208,9 +223,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.r.pop(adapter_name, None)
         self.alpha.pop(adapter_name, None)
-        self._taken_at.pop(adapter_name, None)
         self.draws.pop(adapter_name, None)
-        self._note_buffers()
+        self._noted.pop(adapter_name, None)
+        self.just_taken.pop(adapter_name, None)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
@@ -262,7 +277,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         super()._apply(fn, recurse)
         for adapter, other in first.items():
             self._share(adapter, other)
-        self._note_buffers()
+        self._noted = self._saved_buffers()
         return self
 
     def train(self, mode: bool = True) -> CurloraLayer:
@@ -273,20 +288,24 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if such an adapter was made on another base.
         """
-        now = self._buffers_now()
-        if len(now) != len(self._buffers_noted) or any(
-            a is not b for a, b in zip(now, self._buffers_noted, strict=True)
-        ):
-            _rebuild_after_load(self, None)
-            self._note_buffers()
+        now = self._saved_buffers()
+        changed = [adapter for adapter, buffers in now.items() if not _same(buffers, self._noted.get(adapter, ()))]
+        if changed:
+            follow(self, changed)
+            self._noted = self._saved_buffers()
         super().train(mode)
         return self
 
-    def _buffers_now(self) -> list[Tensor]:
-        return [*self.curlora_indices.values(), *self.curlora_fingerprint.values()]
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Behind ``load_state_dict``: with another base weight every adapter is looked at, or those that are loaded."""
+        names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        base = any(name.startswith("base_layer.") for name in names)
+        loaded = {name.rpartition(".")[2] for name in names if name.startswith("curlora_")}
+        self._brought = [adapter for adapter in self.curlora_U if base or adapter in loaded]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _note_buffers(self) -> None:
-        self._buffers_noted = self._buffers_now()
+    def _saved_buffers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {a: (indices, self.curlora_fingerprint[a]) for a, indices in self.curlora_indices.items()}
 
     def _share(self, adapter_name: str, other: str) -> None:
         """An adapter that was drawn as another one holds what is rebuilt together with it."""
@@ -354,17 +373,25 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         factor = self._factor(weight, indices)
         return factor, self.fingerprint_of(factor)
 
-    def _rebuild(self, adapter_name: str) -> None:
+    def rebuild(self, adapter_name: str) -> None:
         """Take the factor and its fingerprint from the base weight, at the adapter's indices."""
         factor = self.factor_at(self.curlora_indices[adapter_name])
         self._keep(adapter_name, factor, self.fingerprint_of(factor))
 
+    def took_at(self, adapter_name: str, indices: Tensor) -> bool:
+        """Whether the adapter's factor was taken at these indices."""
+        return self.draws[adapter_name] == _bytes(indices)
+
+    def note(self, adapter_name: str, current: Tensor) -> None:
+        """The fingerprint of an adapter's factor, which belongs to the indices that the adapter now has."""
+        self.curlora_fingerprint[adapter_name] = current.to(self.curlora_factor[adapter_name].device)
+        self._noted[adapter_name] = self.curlora_indices[adapter_name], self.curlora_fingerprint[adapter_name]
+        self.just_taken.pop(adapter_name, None)
+
     def _keep(self, adapter_name: str, factor: Tensor, current: Tensor) -> None:
         indices = self.curlora_indices[adapter_name].detach()
-        self._taken_at[adapter_name] = indices.clone()
         # Without values, alike is only what has the same name.
-        meta = indices.device.type == "meta"
-        draw = adapter_name.encode() if meta else indices.cpu().numpy().tobytes()
+        draw = adapter_name.encode() if indices.device.type == "meta" else _bytes(indices)
         # A thousand adapters that were drawn alike hold one factor, and one copy of what is gathered.
         for other, drawn in self.draws.items():
             if drawn == draw and other != adapter_name and torch.equal(self.curlora_factor[other], factor):
@@ -375,32 +402,22 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             gathered = indices[0 if self.stores_outputs_last else 1]
             self.curlora_gathered[adapter_name] = gathered.to(torch.int64, copy=True)
         self.draws[adapter_name] = draw
-        self.curlora_fingerprint[adapter_name] = current.to(factor.device)
-        self._note_buffers()
+        self.note(adapter_name, current)
 
 
 class CurloraLinear(CurloraLayer):
     """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
 
 
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+def _bytes(indices: Tensor) -> bytes:
+    return indices.detach().cpu().numpy().tobytes()
+
+
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
-    """After any ``load_state_dict`` the factor follows the indices and the base weight now present."""
-    if device_of(layer.get_base_layer()).type == "meta":
-        return
-    if layer.merged:
-        moved = [a for a, at in layer._taken_at.items() if not torch.equal(at, layer.curlora_indices[a].to(at.device))]
-        if moved:
-            raise RuntimeError(
-                f"layer {layer.name!r}: other indices were loaded into adapter {moved[0]!r} while "
-                f"{layer.merged_adapters} is merged into the weight that they point into. Unmerge, then load again."
-            )
-        return
-    for adapter, saved in list(layer.curlora_fingerprint.items()):
-        if saved.device.type == "meta" or layer.curlora_indices[adapter].device.type == "meta":
-            continue
-        layer._rebuild(adapter)
-        if compare(saved, layer.curlora_fingerprint[adapter]) == "other":
-            raise ValueError(
-                f"layer {layer.name!r}: the loaded adapter {adapter!r} was made on another base model, or on "
-                "this one before its weights changed or were rounded. Load it onto the model it was trained on."
-            )
+    """After any ``load_state_dict`` the factors follow the indices and the base weight now present."""
+    brought, layer._brought = layer._brought, []
+    follow(layer, brought)

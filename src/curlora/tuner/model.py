@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -17,11 +15,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
-from curlora.tuner.fingerprint import LENGTH, compare_layers
 from curlora.tuner.layer import CurloraLayer, CurloraLinear
+from curlora.tuner.loading import check, has_no_numbers
 from curlora.tuner.mixed_batch import adapter_names_passed
-from curlora.tuner.saved import problem_of_indices
-from curlora.tuner.weight import device_of
 from curlora.tuner.weighted import add_weighted_adapter
 
 
@@ -153,20 +149,14 @@ class CurloraModel(BaseTuner):
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            _check_adapter(model, adapter_name, remapped)
+            check(adapted_layers(model, adapter_name), adapter_name, remapped)
         except Exception:
             # With low_cpu_mem_usage the adapter is there for this load alone, and has no numbers without it.
-            if _has_no_numbers(model, adapter_name):
+            if has_no_numbers(adapted_layers(model, adapter_name), adapter_name):
                 _withdraw(model, adapter_name)
                 model.peft_config.pop(adapter_name, None)
             raise
         return remapped
-
-
-def _has_no_numbers(model: nn.Module, adapter_name: str) -> bool:
-    return any(
-        layer.curlora_U[adapter_name].device.type == "meta" for layer in adapted_layers(model, adapter_name).values()
-    )
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
@@ -186,77 +176,3 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         else:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
-
-
-def _check_adapter(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-    """Refuse, before anything is loaded, what does not fit the model.
-
-    Raises:
-        ValueError: naming the layers and what is wrong with them.
-    """
-    # A state dict does not have the prefix that FSDP puts into the names of modules.
-    layers = {k.removeprefix("_fsdp_wrapped_module."): v for k, v in adapted_layers(model, adapter_name).items()}
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise ValueError(
-            f"Adapter {adapter_name!r} cannot be loaded while adapters are merged into the weights that it refers to "
-            f"({_first_few(merged)}). Unmerge first."
-        )
-    problems: list[str] = []
-    fingerprints: dict[str, tuple[Tensor, Tensor]] = {}
-    expected = set()
-    for name, layer in layers.items():
-        keys = [f"{name}.{part}.{adapter_name}" for part in ("curlora_U", "curlora_indices", "curlora_fingerprint")]
-        expected.update(keys)
-        missing = [key for key in keys if key not in state_dict]
-        if missing:
-            problems.append(f"{missing[0]} is missing")
-            continue
-        U, indices, saved = (state_dict[key] for key in keys)
-        problem = _find_problem(layer, layer.r[adapter_name], U, indices, saved)
-        if problem:
-            problems.append(f"{name}: {problem}")
-        elif device_of(layer.get_base_layer()).type != "meta":
-            fingerprints[name] = saved, layer.fingerprint_of(layer.factor_at(indices))
-    ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")
-    problems += [f"{key} belongs to no adapted layer" for key in state_dict if ours.search(key) and key not in expected]
-
-    left = f"{adapter_name!r} is on the model as it was before the load; delete_adapter({adapter_name!r}) removes it."
-    if _has_no_numbers(model, adapter_name):
-        left = "The model is as it was."
-    if problems:
-        raise ValueError(f"The adapter does not fit this model and was not loaded: {_first_few(problems)}. {left}")
-    verdicts = compare_layers(fingerprints)
-    other_base, other_precision = (
-        [name for name, verdict in verdicts.items() if verdict == kind] for kind in ("other", "precision")
-    )
-    if other_base:
-        raise ValueError(
-            "The adapter was made on another base model, or on this one before its weights changed or were rounded, "
-            f"and was not loaded: the columns it refers to differ in {len(other_base)} of {len(layers)} layers "
-            f"({_first_few(other_base)}). Load it onto the model it was trained on. {left}"
-        )
-    if other_precision:
-        warnings.warn(
-            f"The adapter was trained on another precision or quantization of this base model "
-            f"({len(other_precision)} of {len(layers)} layers differ by rounding). It is loaded; its outputs will "
-            "differ a little.",
-            stacklevel=2,
-        )
-
-
-def _find_problem(layer: CurloraLayer, r: int, U: Tensor, indices: Tensor, saved: Tensor) -> str | None:
-    if U.shape != (r, r):
-        return f"U has shape {tuple(U.shape)}, but the configuration says r={r}"
-    if saved.shape != (LENGTH,) or saved.dtype != torch.int32:
-        return "the fingerprint of the base is damaged"
-    if any(t.device.type == "meta" for t in (U, indices, saved)):
-        return "its tensors hold no values (they are on the meta device)"
-    if not torch.isfinite(U).all():
-        return "U contains NaN or infinite values"
-    return problem_of_indices(indices, r, layer.weight_shape)
-
-
-def _first_few(items: list[str], count: int = 3) -> str:
-    rest = len(items) - count
-    return "; ".join(items[:count]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,104 @@
+"""On loading, the columns of the adapters that are loaded are read, once, and those of no other."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from curlora import CurloraConfig
+from curlora.tuner import weight as module
+from tests.models import BASES, curlora, layers, llama, tokens
+
+both = pytest.mark.parametrize("base", BASES)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """One entry for each time that columns, or rows in their place, are read from a weight."""
+    reads = []
+    for side in ("columns", "rows"):
+        read = getattr(module.StoredWeight, side)
+        monkeypatch.setattr(
+            module.StoredWeight, side, lambda self, index, read=read: reads.append(1) or read(self, index)
+        )
+    return reads
+
+
+def factors(model, adapter="default"):
+    return [layer.curlora_factor[adapter] for layer in layers(model)]
+
+
+@both
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_load_reads_the_columns_once(base, low_memory, tmp_path, taken):
+    model = curlora(BASES[base]())
+    model.save_pretrained(tmp_path)
+    expected = model(tokens()).logits
+    taken.clear()
+    loaded = PeftModel.from_pretrained(BASES[base](), tmp_path, low_cpu_mem_usage=low_memory).eval()
+    assert len(taken) == len(layers(loaded))
+    assert torch.equal(loaded(tokens()).logits, expected)
+
+
+def test_however_many_adapters_there_are(tmp_path, taken):
+    source = curlora(llama())
+    source.save_pretrained(tmp_path)
+    model = curlora(llama(), r=3)
+    for name in ("second", "third", "fourth"):
+        model.load_adapter(tmp_path, name)
+    before = factors(model)
+    taken.clear()
+    model.load_adapter(tmp_path, "fifth")
+    assert len(taken) == len(layers(model))
+    assert all(a is b for a, b in zip(factors(model), before, strict=True))
+    model.set_adapter("fifth")
+    assert torch.equal(model(tokens()).logits, source(tokens()).logits)
+
+
+def test_onto_an_adapter_that_has_been_there_for_long_they_are_read_anew(tmp_path):
+    """What was done to the weight meanwhile may have gone past autograd's notice."""
+    source = curlora(llama())
+    source.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(llama(), tmp_path)
+    layers(model)[0].get_base_layer().weight.data.mul_(1.01)
+    with pytest.raises(ValueError, match=r"made on another base model.*1 of 6 layers"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_a_weight_that_changes_before_the_load_is_noticed(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    model = get_peft_model(llama(), CurloraConfig.from_pretrained(tmp_path))
+    with torch.no_grad():
+        layers(model)[0].get_base_layer().weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"made on another base model.*1 of 6 layers"):
+        model.load_adapter(tmp_path, "default")
+
+
+def test_columns_that_were_drawn_anew_before_the_load_are_not_taken_for_the_files(tmp_path):
+    source = curlora(llama())
+    source.save_pretrained(tmp_path)
+    model = get_peft_model(llama(), CurloraConfig.from_pretrained(tmp_path)).eval()
+    for layer in layers(model):
+        layer.redraw("default", torch.arange(8).view(2, 4))
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(model(tokens()).logits, source(tokens()).logits)
+
+
+def test_a_base_weight_that_is_loaded_is_followed_by_every_adapter():
+    """As a whole model's state dict is: with the base that it was made on."""
+    source = curlora(llama(seed=1))
+    source.add_adapter("second", CurloraConfig(r=3, seed=5, init_weights=False))
+    target = curlora(llama())
+    target.add_adapter("second", CurloraConfig(r=3))
+    target.load_state_dict(source.state_dict())
+    for adapter in ("default", "second"):
+        source.set_adapter(adapter)
+        target.set_adapter(adapter)
+        assert torch.equal(target(tokens()).logits, source(tokens()).logits)
+
+
+@both
+def test_the_base_weight_alone_is_refused_where_adapters_belong_to_another(base):
+    model = curlora(BASES[base]())
+    other = curlora(BASES[base](seed=1)).state_dict()
+    with pytest.raises(ValueError, match="made on another base model"):
+        model.load_state_dict({name: tensor for name, tensor in other.items() if "base_layer" in name}, strict=False)
