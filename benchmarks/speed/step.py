@@ -10,6 +10,7 @@ of their own.
 
 import argparse
 import multiprocessing
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 ALL, QKV = "all linear layers", "query, key, value"
 EVERY = ["floor", "curlora", "lora", "dora", "reference"]
 FEW = ["floor", "curlora", "lora"]
-# targets, rank, batch, tokens of each, layers of the model, methods, rounds
+# targets, rank, batch, tokens of each, layers of the model, methods, rounds; and whether it is compiled
 BESIDE_ALL = [(ALL, 16, 4, 128, 4, EVERY, 40), (QKV, 16, 4, 128, 4, EVERY, 40)]
 SIZES = [
     *((ALL, 16, batch, length, 4, FEW, rounds) for batch, length, rounds in (
@@ -32,7 +33,8 @@ SIZES = [
     *((ALL, r, 4, 128, 4, FEW, 30) for r in (8, 64, 256)),
     *((QKV, r, 4, 128, 4, FEW, 60) for r in (8, 16, 64)),
 ]  # fmt: skip
-ON_ONE = [(ALL, 16, 1, 1, 4, FEW, 200), (ALL, 16, 4, 128, 4, FEW, 40)]
+COMPILED = [(ALL, 16, batch, length, 4, FEW, rounds, True) for batch, length, rounds in ((4, 128, 60), (4, 512, 24))]
+ON_ONE = [(ALL, 16, 1, 1, 4, FEW, 200), (ALL, 16, 4, 128, 4, FEW, 40), (ALL, 16, 4, 128, 4, FEW, 40, True)]
 
 
 def main():
@@ -44,7 +46,7 @@ def main():
         return measure.add(arguments.out, row(*BESIDE_ALL[0][:-1], rounds=3))
     arguments.out.unlink(missing_ok=True)
     threads = torch.get_num_threads()  # as many as there are cores
-    for setting in BESIDE_ALL + SIZES:
+    for setting in BESIDE_ALL + SIZES + COMPILED:
         alone(arguments.out, threads, setting)
     for setting in ON_ONE:  # where times vary less
         alone(arguments.out, 1, setting)
@@ -52,6 +54,8 @@ def main():
 
 def alone(out, threads, setting):
     """Each setting in a process of its own: in one, how quickly memory is had would depend on what went before."""
+    if setting[-1] is True and not shutil.which("g++"):
+        return print(f"left out, for want of a C++ compiler: {setting}", file=sys.stderr)
     process = multiprocessing.get_context("spawn").Process(target=write, args=(out, threads, setting))
     process.start()
     process.join()
@@ -64,13 +68,18 @@ def write(out, threads, setting):
     measure.add(out, row(*setting))
 
 
-def row(targets, r, batch, length, layers, methods, rounds):
+def row(targets, r, batch, length, layers, methods, rounds, compiled=False):
     torch.manual_seed(0)
     base = smollm2(layers)
     models = {method: adapted(base, method, r, TARGETS[targets]) for method in methods}
     x = torch.randn(batch, length, base.config.hidden_size)
-    result = {"targets": targets, "r": r, "batch": batch, "length": length, "layers": layers, "rounds": rounds}
-    result |= timed(models, x, rounds) | over_floor(models, x)
+    result = {"targets": targets, "r": r, "batch": batch, "length": length, "layers": layers, "rounds": rounds,
+              "compiled": compiled}  # fmt: skip
+    counts = over_floor(models, x)  # of what is not compiled
+    if compiled:
+        for model in models.values():
+            model.compile()
+    result |= timed(models, x, rounds) | counts
     result["numbers"] = {
         name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()
     }

@@ -106,8 +106,7 @@ def gather_update_by_row(
     if offset is not None:
         z = z - offset.to(z.dtype)
     mixed = torch.bmm(z.to(mixing.dtype), mixing.mT).to(output.dtype)
-    result = torch.addmm(rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
-    return result.view(output.shape)
+    return _plus(output, rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
 
 
 def _update(
@@ -155,13 +154,22 @@ def _add(
         z = z - _as(offset, z.dtype)
     mixed = _as(linear(_as(z, mixing.dtype), mixing), output.dtype)
     directions = _as(factor, output.dtype).T
-    # addmm adds while it multiplies: the update itself never exists as a tensor.
     if in_place:
         # ``flat`` is a view, and no part of a graph: one is recorded neither here nor where gradients are off. The two
         # have a version in common: had ``output`` been saved by some backward, that would notice.
         torch.addmm(flat, mixed, directions, out=flat)
         return output, z
-    return torch.addmm(flat, mixed, directions).view_as(output), z
+    return _plus(output, flat, mixed, directions), z
+
+
+def _plus(output: Tensor, flat: Tensor, mixed: Tensor, directions: Tensor) -> Tensor:
+    """``output`` plus ``mixed @ directions``, shape ``(tokens, m)``, as which ``flat`` has the same numbers."""
+    if torch.compiler.is_compiling():
+        # The compiler makes one pass of the sum and of what follows. An addmm, which it would also make of a sum of two
+        # dimensions, copies ``output`` first and is a pass of its own.
+        return output + (mixed @ directions).view_as(output)
+    # It adds while it multiplies: the update itself never exists as a tensor.
+    return torch.addmm(flat, mixed, directions).view_as(output)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -172,11 +180,11 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
-    # What is compiled asks for no size: it would be a graph for some tokens only.
-    many = torch.compiler.is_compiling() or len(grad) >= 32
-    if r % 16 and many and grad.is_cpu and grad.dtype in (torch.float32, torch.float64):
+    if r % 16 and grad.is_cpu and grad.dtype in (torch.float32, torch.float64):
         # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
-        return (grad @ pad(factor, (0, -r % 16)))[:, :r]
+        # What is compiled asks for no size: it would be a graph for some tokens only.
+        if torch.compiler.is_compiling() or len(grad) >= 32:
+            return (grad @ pad(factor, (0, -r % 16)))[:, :r]
     return grad @ factor
 
 
