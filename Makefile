@@ -18,7 +18,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# About half an hour on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
+# About 50 minutes on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/attach.py

@@ -85,8 +85,8 @@ class Alone(nn.Module):
         return self.layer(x)
 
 
-def load(r=16, rounds=7):
-    """An adapter from disk onto a model that has one already; beside it, reading the columns that it needs."""
+def load(r=16, rounds=7, present=(1, 30)):
+    """An adapter from disk onto a model that has some already; beside it, reading the columns that it needs."""
     base = smollm2()
     with tempfile.TemporaryDirectory() as folder:
         models = {}
@@ -102,24 +102,31 @@ def load(r=16, rounds=7):
             models[method].delete_adapter("loaded")
 
         layers = [module for module in models["curlora"].modules() if isinstance(module, CurloraLayer)]
-        seconds = measure.in_turn(
-            {
-                "curlora": lambda: once("curlora"),
-                "lora": lambda: once("lora"),
-                "columns": lambda: [layer.factor_at(layer.curlora_indices["default"]) for layer in layers],
-            },
-            rounds,
-        )
         sizes = {m: (Path(folder) / m / "adapter_model.safetensors").stat().st_size for m in models}
-    yield {
-        "layers": len(layers), "r": r, "rounds": rounds, "bytes": sizes,
-        "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
-    }  # fmt: skip
+        for count in present:
+            for method, model in models.items():
+                for i in range(len(model.peft_config), count):
+                    model.load_adapter(f"{folder}/{method}", adapter_name=f"a{i}")
+            seconds = measure.in_turn(
+                {
+                    "curlora": lambda: once("curlora"),
+                    "lora": lambda: once("lora"),
+                    "columns": lambda: [layer.factor_at(layer.curlora_indices["default"]) for layer in layers],
+                },
+                rounds,
+            )
+            yield {
+                "layers": len(layers), "r": r, "rounds": rounds, "bytes": sizes, "present": count,
+                "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
+            }  # fmt: skip
 
 
-def many(r=16, count=100, rounds=7, batch=32, length=32):
-    """Adapters that were drawn alike, on one model: memory, switching, and a batch whose rows have one each."""
-    for method in ("curlora", "lora"):
+def many(r=16, rounds=7, batch=32, length=32):
+    """Adapters that were drawn alike, on one model: memory, switching, and a batch whose rows have one each.
+
+    A thousand of LoRA's would take 5 GB, and PEFT an hour to add them.
+    """
+    for method, count in (("curlora", 100), ("lora", 100), ("curlora", 1000)):
         yield holding(method, count, r, rounds, batch, length)
 
 

@@ -95,15 +95,16 @@ def headline():
 def small():
     """The settings of three methods alone: DoRA and the author's form leave memory behind that LoRA then has sooner."""
     return sorted(
-        (row for row in lines("step") if "reference" not in row["kept"]),
+        (row for row in lines("step") if "reference" not in row["kept"] and not row["compiled"]),
         key=lambda row: (row["targets"], row["batch"] * row["length"], row["r"], -row["threads"]),
     )
 
 
 def sizes():
     rows = []
-    for row in small():
-        cells = [row["targets"], row["r"], f"{row['batch']} x {row['length']}", row["threads"]]
+    for row in small() + [row for row in lines("step") if row["compiled"]]:
+        cells = [row["targets"] + (", compiled" if row["compiled"] else ""), row["r"],
+                 f"{row['batch']} x {row['length']}", row["threads"]]  # fmt: skip
         for kind in ("step", "inference"):
             over, floor = row[kind]["over"], row[kind]["floor"]
             low, high = row[kind]["of_lora"]
@@ -131,14 +132,13 @@ def attach():
 
 
 def load():
-    (row,) = [row for row in lines("attach") if row["kind"] == "load"]
-    seconds = row["seconds"]
+    rows = [row for row in lines("attach") if row["kind"] == "load"]
+    sizes = {name: f"{size / 1024:,.0f} KiB" for name, size in rows[0]["bytes"].items()}
     return table(
-        ["", "seconds", "file"],
+        ["", *(f"seconds, with {row['present']} there" for row in rows), "file"],
         [
-            ["CURLoRA", f"{seconds['curlora']:.2f}", f"{row['bytes']['curlora'] / 1024:,.0f} KiB"],
-            ["LoRA", f"{seconds['lora']:.2f}", f"{row['bytes']['lora'] / 1024:,.0f} KiB"],
-            ["to read the columns alone", f"{seconds['columns']:.2f}", ""],
+            [said, *(f"{row['seconds'][name]:.2f}" for row in rows), sizes.get(name, "")]
+            for name, said in (("curlora", "CURLoRA"), ("lora", "LoRA"), ("columns", "to read the columns alone"))
         ],
     )
 

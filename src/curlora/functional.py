@@ -180,11 +180,11 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
-    if r % 16 and grad.is_cpu and grad.dtype in (torch.float32, torch.float64):
-        # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
-        # What is compiled asks for no size: it would be a graph for some tokens only.
-        if torch.compiler.is_compiling() or len(grad) >= 32:
-            return (grad @ pad(factor, (0, -r % 16)))[:, :r]
+    # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
+    slow = r % 16 and grad.is_cpu and grad.dtype in (torch.float32, torch.float64)
+    # What is compiled asks for no size: it would be a graph for some tokens only.
+    if slow and (torch.compiler.is_compiling() or len(grad) >= 32):
+        return (grad @ pad(factor, (0, -r % 16)))[:, :r]
     return grad @ factor
 
 
