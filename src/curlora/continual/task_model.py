@@ -97,6 +97,9 @@ class TaskModel(nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         return self.language_model.base_model(**inputs).last_hidden_state[labels != IGNORED]
 
+    # Which rows go where is Python's to say, by the numbers of a batch. Compiled with it, each task, and each number of
+    # rows of one, would be another graph; so the language model is compiled alone.
+    @torch.compiler.disable(recursive=False)
     def answers(
         self,
         labels: Tensor,
@@ -144,6 +147,7 @@ class TaskModel(nn.Module):
                 found.append(Answers(rows[row], logits, targets))
         return found
 
+    @torch.compiler.disable(recursive=False)
     def forward(
         self,
         labels: Tensor,
