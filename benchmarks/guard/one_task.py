@@ -223,7 +223,7 @@ class Run:
                     columns = score[:, rows].sum(1).topk(r).indices
                     rows = score[columns].sum(0).topk(r).indices
             layer.curlora_indices["default"].copy_(torch.stack([columns, rows]).int())
-            layer._rebuild("default")
+            layer.rebuild("default")
 
     def fit_head(self, rows, labels, steps):
         """On the frozen model's states."""

@@ -166,7 +166,8 @@ def _plus(output: Tensor, flat: Tensor, mixed: Tensor, directions: Tensor) -> Te
     """``output`` plus ``mixed @ directions``, shape ``(tokens, m)``, as which ``flat`` has the same numbers."""
     if torch.compiler.is_compiling():
         # The compiler makes one pass of the sum and of what follows. An addmm, which it would also make of a sum of two
-        # dimensions, copies ``output`` first and is a pass of its own.
+        # dimensions, copies ``output`` first and is a pass of its own. In half precision the product is then rounded by
+        # itself, as LoRA's is.
         return output + (mixed @ directions).view_as(output)
     # It adds while it multiplies: the update itself never exists as a tensor.
     return torch.addmm(flat, mixed, directions).view_as(output)

@@ -241,7 +241,7 @@ def test_refused_for_another_model_or_other_indices():
     other = adapted()
     for layer in (m for m in other.modules() if isinstance(m, CurloraLayer)):
         layer.get_base_layer().weight.data.normal_()
-        layer._rebuild("default")
+        layer.rebuild("default")
     with pytest.raises(GuardError, match="another base model"):
         calibration.check(other)
     with pytest.raises(GuardError, match="no CURLoRA adapter"):

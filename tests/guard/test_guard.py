@@ -416,7 +416,7 @@ def test_repeated_columns_and_rows_are_no_trouble():
     found = [m for m in model.modules() if isinstance(m, CurloraLayer)]
     for layer in found:
         layer.curlora_indices["default"][:] = layer.curlora_indices["default"][:, :1]
-        layer._rebuild("default")
+        layer.rebuild("default")
     guard = Guard(model, calibrated(model), budget=1e-3)
     train(model, guard, steps=3)
     assert all(torch.isfinite(U).all() for U in mixings(model))

@@ -1,4 +1,4 @@
-"""On loading, the columns of the adapters that are loaded are read, once, and those of no other."""
+"""On loading, the columns of the adapters that are loaded are read, and those of no other."""
 
 import pytest
 import torch
@@ -29,13 +29,13 @@ def factors(model, adapter="default"):
 
 @both
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_a_load_reads_the_columns_once(base, low_memory, tmp_path, taken):
+def test_a_load_reads_the_columns_twice(base, low_memory, tmp_path, taken):
     model = curlora(BASES[base]())
     model.save_pretrained(tmp_path)
     expected = model(tokens()).logits
     taken.clear()
     loaded = PeftModel.from_pretrained(BASES[base](), tmp_path, low_cpu_mem_usage=low_memory).eval()
-    assert len(taken) == len(layers(loaded))
+    assert len(taken) == 2 * len(layers(loaded))  # to attach the adapter, and for the check before its load
     assert torch.equal(loaded(tokens()).logits, expected)
 
 
@@ -48,7 +48,7 @@ def test_however_many_adapters_there_are(tmp_path, taken):
     before = factors(model)
     taken.clear()
     model.load_adapter(tmp_path, "fifth")
-    assert len(taken) == len(layers(model))
+    assert len(taken) == 2 * len(layers(model))
     assert all(a is b for a, b in zip(factors(model), before, strict=True))
     model.set_adapter("fifth")
     assert torch.equal(model(tokens()).logits, source(tokens()).logits)
@@ -64,11 +64,18 @@ def test_onto_an_adapter_that_has_been_there_for_long_they_are_read_anew(tmp_pat
         model.load_adapter(tmp_path, "default")
 
 
-def test_a_weight_that_changes_before_the_load_is_noticed(tmp_path):
+@pytest.mark.parametrize("change", ["in place", "data", "rounded"])
+def test_a_weight_that_changes_before_the_load_is_noticed(change, tmp_path):
     curlora(llama()).save_pretrained(tmp_path)
     model = get_peft_model(llama(), CurloraConfig.from_pretrained(tmp_path))
+    weight = layers(model)[0].get_base_layer().weight
     with torch.no_grad():
-        layers(model)[0].get_base_layer().weight.mul_(1.01)
+        if change == "in place":
+            weight.mul_(1.01)
+        if change == "data":
+            weight.data.mul_(1.01)
+    if change == "rounded":
+        layers(model)[0].half().float()
     with pytest.raises(ValueError, match=r"made on another base model.*1 of 6 layers"):
         model.load_adapter(tmp_path, "default")
 
@@ -102,3 +109,65 @@ def test_the_base_weight_alone_is_refused_where_adapters_belong_to_another(base)
     other = curlora(BASES[base](seed=1)).state_dict()
     with pytest.raises(ValueError, match="made on another base model"):
         model.load_state_dict({name: tensor for name, tensor in other.items() if "base_layer" in name}, strict=False)
+
+
+def test_another_draw_than_the_one_that_the_adapter_was_made_by_is_loaded(tmp_path):
+    first, second = curlora(llama(), seed=1), curlora(llama(), seed=2)
+    first.save_pretrained(tmp_path / "first")
+    second.save_pretrained(tmp_path / "second")
+    model = get_peft_model(llama(), CurloraConfig.from_pretrained(tmp_path / "first")).eval()
+    model.load_adapter(tmp_path / "second", "default")
+    assert torch.equal(model(tokens()).logits, second(tokens()).logits)
+
+
+def test_what_was_read_for_a_load_that_never_came_is_not_taken_with_another_base(tmp_path):
+    source = curlora(llama())
+    model = curlora(llama(), seed=2)
+    state = {f"base_model.model.{name}": tensor for name, tensor in source.base_model.model.state_dict().items()}
+    adapter = {name: tensor for name, tensor in state.items() if "curlora_" in name}
+    model.base_model._remap_adapter_state_dict_for_load(model, model.peft_config["default"], "default", adapter)
+    other = curlora(llama(seed=1))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(tokens()).logits, other(tokens()).logits)
+
+
+def test_one_adapter_that_is_refused_leaves_no_other_half_loaded():
+    source, model = curlora(llama(), seed=1), curlora(llama(), seed=3)
+    source.add_adapter("second", CurloraConfig(r=3, seed=5, init_weights=False))
+    model.add_adapter("second", CurloraConfig(r=3))
+    state = {name: tensor for name, tensor in source.state_dict().items() if "curlora_" in name}
+    for name in state:
+        if "curlora_fingerprint.default" in name:
+            state[name] = state[name].flip(0)
+    with pytest.raises(ValueError, match=r"'default' was made on another base"):
+        model.load_state_dict(state, strict=False)
+    layer, right = layers(model)[0], layers(source)[0]
+    assert torch.equal(layer.curlora_factor["second"], right.curlora_factor["second"])
+    assert torch.equal(layer.curlora_gathered["second"], right.curlora_gathered["second"])
+
+
+def test_what_is_refused_once_is_refused_again(tmp_path):
+    model = curlora(llama())
+    wrong = curlora(llama(seed=1)).state_dict()
+    for _ in range(10):
+        with pytest.raises(ValueError, match="made on another base model"):
+            model.load_state_dict({k: v for k, v in wrong.items() if "curlora_" in k}, strict=False)
+    for _ in range(10):
+        with pytest.raises(ValueError, match="made on another base model"):
+            model.eval()
+    source = curlora(llama(), seed=7)
+    source.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(model.eval()(tokens()).logits, source(tokens()).logits)
+
+
+def test_of_buffers_that_were_replaced_past_load_state_dict_the_adapters_are_looked_at(taken):
+    model = curlora(llama())
+    model.add_adapter("second", CurloraConfig(r=3))
+    taken.clear()
+    model.eval()
+    assert not taken
+    layer = layers(model)[0]
+    layer.curlora_indices["second"] = layer.curlora_indices["second"].clone()
+    model.eval()
+    assert len(taken) == 1

@@ -83,7 +83,7 @@ def _difference(saved: Tensor, current: Tensor) -> float:
         return 0.0
     a, b = (f[1:].cpu().contiguous().view(torch.float32).double() for f in (saved, current))
     scale = torch.maximum(a.norm(), b.norm())
-    return float((a - b).norm() / scale) if scale > 0 else 0.0
+    return float((a - b).norm() / scale) if scale != 0 else 0.0  # not a number is like nothing
 
 
 @functools.lru_cache(maxsize=32)  # a model has few shapes and many layers

@@ -30,7 +30,6 @@ from curlora.tuner.weight import (
     features,
     is_plain,
     read,
-    version,
 )
 
 
@@ -87,8 +86,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         # The buffers of each adapter as they were last looked at, and whose are in a state dict that is being loaded.
         self._noted: dict[str, tuple[Tensor, Tensor]] = {}
         self._brought: list[str] = []
-        # Of an adapter that was made to be loaded: the weight's version when its factor was taken, and its fingerprint.
-        self.just_taken: dict[str, tuple[object, Tensor]] = {}
+        # Of an adapter that is being loaded, what was read to see that it fits: indices, factor and fingerprint.
+        self.just_read: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         # What each merged adapter added, as two factors: the weight they came from is gone.
         self.merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         # The weight before a merge into it.
@@ -122,8 +121,6 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         with read(base, self.name) as weight:
             draw = self._draw(config, r, weight)
             self._add(adapter_name, alpha, *draw, weight.dtype if weight.exact else torch.float32, config)
-        if config.saved_draws is not None:
-            self.just_taken[adapter_name] = version(base), draw[2].clone()
 
     @property
     def weight_shape(self) -> tuple[int, int]:
@@ -225,7 +222,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.alpha.pop(adapter_name, None)
         self.draws.pop(adapter_name, None)
         self._noted.pop(adapter_name, None)
-        self.just_taken.pop(adapter_name, None)
+        self.just_read.pop(adapter_name, None)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
@@ -278,6 +275,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         for adapter, other in first.items():
             self._share(adapter, other)
         self._noted = self._saved_buffers()
+        self.just_read.clear()
         return self
 
     def train(self, mode: bool = True) -> CurloraLayer:
@@ -297,9 +295,11 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Behind ``load_state_dict``: with another base weight every adapter is looked at, or those that are loaded."""
+        """Behind ``load_state_dict``: with a base layer every adapter is looked at, else those that are loaded."""
         names = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         base = any(name.startswith("base_layer.") for name in names)
+        if base:
+            self.just_read.clear()
         loaded = {name.rpartition(".")[2] for name in names if name.startswith("curlora_")}
         self._brought = [adapter for adapter in self.curlora_U if base or adapter in loaded]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -360,7 +360,7 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         U = torch.zeros(r, r, dtype=dtype, device=factor.device)
         self.curlora_U[adapter_name] = nn.Parameter(U if config.init_weights else nn.init.normal_(U))
         self.curlora_indices[adapter_name] = indices.to(factor.device, copy=True)
-        self._keep(adapter_name, factor, current)
+        self.keep(adapter_name, factor, current)
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -376,19 +376,19 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
     def rebuild(self, adapter_name: str) -> None:
         """Take the factor and its fingerprint from the base weight, at the adapter's indices."""
         factor = self.factor_at(self.curlora_indices[adapter_name])
-        self._keep(adapter_name, factor, self.fingerprint_of(factor))
+        self.keep(adapter_name, factor, self.fingerprint_of(factor))
 
     def took_at(self, adapter_name: str, indices: Tensor) -> bool:
         """Whether the adapter's factor was taken at these indices."""
         return self.draws[adapter_name] == _bytes(indices)
 
-    def note(self, adapter_name: str, current: Tensor) -> None:
-        """The fingerprint of an adapter's factor, which belongs to the indices that the adapter now has."""
-        self.curlora_fingerprint[adapter_name] = current.to(self.curlora_factor[adapter_name].device)
-        self._noted[adapter_name] = self.curlora_indices[adapter_name], self.curlora_fingerprint[adapter_name]
-        self.just_taken.pop(adapter_name, None)
+    def refuse(self, adapter_name: str, saved: Tensor) -> None:
+        """Leave an adapter of another base with the fingerprint of that, as something that has not been looked at."""
+        self.curlora_fingerprint[adapter_name] = saved
+        self._noted.pop(adapter_name, None)
 
-    def _keep(self, adapter_name: str, factor: Tensor, current: Tensor) -> None:
+    def keep(self, adapter_name: str, factor: Tensor, current: Tensor) -> None:
+        """Hold an adapter's factor, which was taken at the indices that the adapter now has, and its fingerprint."""
         indices = self.curlora_indices[adapter_name].detach()
         # Without values, alike is only what has the same name.
         draw = adapter_name.encode() if indices.device.type == "meta" else _bytes(indices)
@@ -402,7 +402,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             gathered = indices[0 if self.stores_outputs_last else 1]
             self.curlora_gathered[adapter_name] = gathered.to(torch.int64, copy=True)
         self.draws[adapter_name] = draw
-        self.note(adapter_name, current)
+        self.curlora_fingerprint[adapter_name] = current.to(factor.device)
+        self._noted[adapter_name] = self.curlora_indices[adapter_name], self.curlora_fingerprint[adapter_name]
 
 
 class CurloraLinear(CurloraLayer):
@@ -414,7 +415,7 @@ def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
 
 
 def _bytes(indices: Tensor) -> bytes:
-    return indices.detach().cpu().numpy().tobytes()
+    return indices.detach().to(device="cpu", dtype=torch.int32).numpy().tobytes()
 
 
 def _rebuild_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

@@ -1,8 +1,6 @@
 """An adapter that is loaded: refused if it does not fit, before anything changes; after it the columns are the base's.
 
-On the way of a file into a model a layer takes its columns up to three times: to be made by the draws that the file
-has, to be compared with the base that the file was made on, and for good. While its weight is the same it reads them
-once.
+What :func:`check` reads of the weights :func:`follow` takes over, once the file's numbers are in the model.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from curlora.tuner.fingerprint import LENGTH, compare, compare_layers
 from curlora.tuner.saved import problem_of_indices
-from curlora.tuner.weight import device_of, version
+from curlora.tuner.weight import device_of
 
 if TYPE_CHECKING:
     from curlora.tuner.layer import CurloraLayer
@@ -46,6 +44,7 @@ def check(layers: Mapping[str, CurloraLayer], adapter_name: str, state_dict: Map
         )
     problems: list[str] = []
     fingerprints: dict[str, tuple[Tensor, Tensor]] = {}
+    read: dict[CurloraLayer, tuple[Tensor, Tensor, Tensor]] = {}
     expected = set()
     for name, layer in layers.items():
         keys = [f"{name}.{part}.{adapter_name}" for part in ("curlora_U", "curlora_indices", "curlora_fingerprint")]
@@ -59,8 +58,10 @@ def check(layers: Mapping[str, CurloraLayer], adapter_name: str, state_dict: Map
         if problem:
             problems.append(f"{name}: {problem}")
         elif device_of(layer.get_base_layer()).type != "meta":
-            current = _just_taken(layer, adapter_name, indices)
-            fingerprints[name] = saved, layer.fingerprint_of(layer.factor_at(indices)) if current is None else current
+            factor = layer.factor_at(indices)
+            current = layer.fingerprint_of(factor)
+            fingerprints[name] = saved, current
+            read[layer] = indices, factor, current
     ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")
     problems += [f"{key} belongs to no adapted layer" for key in state_dict if ours.search(key) and key not in expected]
 
@@ -86,6 +87,8 @@ def check(layers: Mapping[str, CurloraLayer], adapter_name: str, state_dict: Map
             "differ a little.",
             stacklevel=2,
         )
+    for layer, found in read.items():
+        layer.just_read[adapter_name] = found
 
 
 def has_no_numbers(layers: Mapping[str, CurloraLayer], adapter_name: str) -> bool:
@@ -98,10 +101,12 @@ def follow(layer: CurloraLayer, adapters: Sequence[str]) -> None:
 
     Args:
         layer: the layer.
-        adapters: those whose saved buffers, or whose base weight, may be others now.
+        adapters: those whose saved buffers, or whose base weight, may be others now. What was done to the weight past
+            ``load_state_dict`` is noticed for these alone.
 
     Raises:
-        ValueError: if one of them was made on another base.
+        ValueError: if one of them was made on another base. All have been followed then, and this one is refused again
+            whenever the layer looks at it.
         RuntimeError: if the indices of one are others now while an adapter is merged into the weight.
     """
     if not adapters or device_of(layer.get_base_layer()).type == "meta":
@@ -114,27 +119,24 @@ def follow(layer: CurloraLayer, adapters: Sequence[str]) -> None:
                 f"{layer.merged_adapters} is merged into the weight that they point into. Unmerge, then load again."
             )
         return
+    refused = []
     for adapter in adapters:
         indices, saved = layer.curlora_indices[adapter], layer.curlora_fingerprint[adapter]
         if saved.device.type == "meta" or indices.device.type == "meta":
             continue
-        current = _just_taken(layer, adapter, indices)
-        if current is None:
-            layer.rebuild(adapter)
+        found = layer.just_read.pop(adapter, None)
+        if found is not None and torch.equal(found[0].to(indices.device), indices):
+            layer.keep(adapter, *found[1:])
         else:
-            layer.note(adapter, current)
+            layer.rebuild(adapter)
         if compare(saved, layer.curlora_fingerprint[adapter]) == "other":
-            raise ValueError(
-                f"layer {layer.name!r}: the loaded adapter {adapter!r} was made on another base model, or on "
-                "this one before its weights changed or were rounded. Load it onto the model it was trained on."
-            )
-
-
-def _just_taken(layer: CurloraLayer, adapter: str, indices: Tensor) -> Tensor | None:
-    """Fingerprint of what the layer took when the adapter was made to be loaded, if to take it now gives the same."""
-    seen, fingerprint = layer.just_taken.get(adapter, (None, None))
-    same = seen is not None and seen == version(layer.get_base_layer()) and layer.took_at(adapter, indices)
-    return fingerprint if same else None
+            layer.refuse(adapter, saved)
+            refused.append(adapter)
+    if refused:
+        raise ValueError(
+            f"layer {layer.name!r}: the loaded adapter {refused[0]!r} was made on another base model, or on "
+            "this one before its weights changed or were rounded. Load it onto the model it was trained on."
+        )
 
 
 def _find_problem(layer: CurloraLayer, r: int, U: Tensor, indices: Tensor, saved: Tensor) -> str | None:

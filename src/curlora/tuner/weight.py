@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora.sampling import squared_norms
 
-__all__ = ["check_adaptable", "device_of", "features", "is_plain", "read", "unpacked", "version"]
+__all__ = ["check_adaptable", "device_of", "features", "is_plain", "read", "unpacked"]
 
 _CHUNK_ELEMENTS = 1 << 22  # of the identity, and of what a layer makes of it, at a time
 _GLANCED_AT = 64  # rows, evenly spaced
@@ -82,18 +82,6 @@ def device_of(layer: nn.Module) -> torch.device:
         if isinstance(tensor, Tensor):
             return tensor.device
     return next(itertools.chain(layer.parameters(), layer.buffers())).device
-
-
-def version(layer: nn.Module) -> object:
-    """Equal as long as nothing has changed a plain weight; ``None`` where that cannot be told.
-
-    Autograd's notice: what changes a weight through ``.data`` is not noticed.
-    """
-    weight: Any = layer.weight if is_plain(layer) else None
-    # DeepSpeed's ZeRO-3 leaves nothing of a weight that is partitioned.
-    if weight is None or isinstance(weight, DTensor) or weight.is_inference() or not weight.numel():
-        return None
-    return weight.data_ptr(), weight._version
 
 
 def check_adaptable(layer: nn.Module, name: str) -> None:
