@@ -22,15 +22,7 @@ from curlora.tuner.merging import merge, unmerge
 from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 from curlora.tuner.saved import problem_of_indices
 from curlora.tuner.sharded import whole
-from curlora.tuner.weight import (
-    ProbedWeight,
-    StoredWeight,
-    check_adaptable,
-    device_of,
-    features,
-    is_plain,
-    read,
-)
+from curlora.tuner.weight import ProbedWeight, StoredWeight, check_adaptable, device_of, features, is_plain, read
 
 
 class CurloraLayer(nn.Module, BaseTunerLayer):
@@ -271,10 +263,11 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         """Behind ``to``, ``half`` and the like: what adapters hold together stays one."""
         owner: dict[int, str] = {}
         first = {adapter: owner.setdefault(id(factor), adapter) for adapter, factor in self.curlora_factor.items()}
+        replaced = self._replaced()
         super()._apply(fn, recurse)
         for adapter, other in first.items():
             self._share(adapter, other)
-        self._noted = self._saved_buffers()
+        self._noted = {a: buffers for a, buffers in self._saved_buffers().items() if a not in replaced}
         self.just_read.clear()
         return self
 
@@ -286,10 +279,9 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: if such an adapter was made on another base.
         """
-        now = self._saved_buffers()
-        changed = [adapter for adapter, buffers in now.items() if not _same(buffers, self._noted.get(adapter, ()))]
-        if changed:
-            follow(self, changed)
+        replaced = self._replaced()
+        if replaced:
+            follow(self, replaced)
             self._noted = self._saved_buffers()
         super().train(mode)
         return self
@@ -306,6 +298,10 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     def _saved_buffers(self) -> dict[str, tuple[Tensor, Tensor]]:
         return {a: (indices, self.curlora_fingerprint[a]) for a, indices in self.curlora_indices.items()}
+
+    def _replaced(self) -> list[str]:
+        """Adapters whose saved buffers are others than those that were last looked at."""
+        return [a for a, buffers in self._saved_buffers().items() if not _same(buffers, self._noted.get(a, ()))]
 
     def _share(self, adapter_name: str, other: str) -> None:
         """An adapter that was drawn as another one holds what is rebuilt together with it."""
