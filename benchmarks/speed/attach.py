@@ -18,6 +18,7 @@ from torch import nn
 
 import curlora
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.weight import read
 from models import ALL, QKV, smollm2
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -111,7 +112,7 @@ def load(r=16, rounds=7, present=(1, 30)):
                 {
                     "curlora": lambda: once("curlora"),
                     "lora": lambda: once("lora"),
-                    "columns": lambda: [layer.factor_at(layer.curlora_indices["default"]) for layer in layers],
+                    "columns": lambda: [columns(layer) for layer in layers],
                 },
                 rounds,
             )
@@ -119,6 +120,11 @@ def load(r=16, rounds=7, present=(1, 30)):
                 "layers": len(layers), "r": r, "rounds": rounds, "bytes": sizes, "present": count,
                 "seconds": {name: round(statistics.median(times), 4) for name, times in seconds.items()},
             }  # fmt: skip
+
+
+def columns(layer):
+    with read(layer.get_base_layer()) as weight:
+        return weight.columns(layer.curlora_indices["default"][0])
 
 
 def many(r=16, rounds=7, batch=32, length=32):

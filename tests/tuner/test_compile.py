@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 from torch.nn.functional import cross_entropy
 
@@ -64,21 +65,16 @@ def test_inference(base):
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph_for_all_sizes(training):
     """No size is a constant of it, as that from which on a tensor may be changed in place would be."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
+    graphs = CompileCounter()
     model = curlora(BASES["llama"](), target_modules="all-linear")
     layer = max(layers(model), key=lambda layer: layer.out_features)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=graphs)
     most = 2 * WORTH_ASKING // layer.out_features
     for length in (2, 30, most):
         x = torch.randn(3, length, layer.in_features, requires_grad=training)
         with torch.set_grad_enabled(training):
             torch.testing.assert_close(compiled(x), layer(x))
-    assert len(graphs) == 1
+    assert graphs.frame_count == 1
 
 
 def test_an_exported_layer_takes_any_number_of_tokens():

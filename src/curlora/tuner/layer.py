@@ -120,21 +120,18 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         shape = self.out_features, self.in_features
         return shape[::-1] if self.stores_outputs_last else shape
 
-    def factor_at(self, indices: Tensor) -> Tensor:
-        """The selected side that is kept: ``W[:, columns]``, or ``W[rows, :].T`` in a ``Conv1D``.
+    def take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Read the selected side that is kept: ``W[:, columns]``, or ``W[rows, :].T`` in a ``Conv1D``.
 
         Args:
             indices: shape ``(2, r)``, columns above rows.
 
         Returns:
-            Shape ``(out_features, r)``, contiguous, in the weight's dtype, or that in which a quantized layer computes.
+            The factor, shape ``(out_features, r)``, contiguous, in the weight's dtype, or that in which a quantized
+            layer computes; and its :func:`curlora.tuner.fingerprint.fingerprint`.
         """
         with read(self.get_base_layer(), self.name) as weight:
-            return self._factor(weight, indices)
-
-    def fingerprint_of(self, factor: Tensor) -> Tensor:
-        """See :func:`curlora.tuner.fingerprint.fingerprint`."""
-        return fingerprint(factor, exact=is_plain(self.get_base_layer()))
+            return self._take(weight, indices)
 
     def sides(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """Which outputs an adapter gathers, and the directions that it adds along.
@@ -301,7 +298,10 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
     def _replaced(self) -> list[str]:
         """Adapters whose saved buffers are others than those that were last looked at."""
-        return [a for a, buffers in self._saved_buffers().items() if not _same(buffers, self._noted.get(a, ()))]
+        return [
+            a for a, buffers in self._saved_buffers().items()
+            if any(now is not noted for now, noted in zip(buffers, self._noted.get(a, (None, None)), strict=True))
+        ]  # fmt: skip
 
     def _share(self, adapter_name: str, other: str) -> None:
         """An adapter that was drawn as another one holds what is rebuilt together with it."""
@@ -360,19 +360,14 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.r[adapter_name], self.alpha[adapter_name] = r, alpha
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _factor(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Tensor:
-        columns, rows = indices
-        return (weight.rows(rows).T if self.stores_outputs_last else weight.columns(columns)).contiguous()
-
     def _take(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The factor at the indices, and its fingerprint."""
-        factor = self._factor(weight, indices)
-        return factor, self.fingerprint_of(factor)
+        columns, rows = indices
+        factor = (weight.rows(rows).T if self.stores_outputs_last else weight.columns(columns)).contiguous()
+        return factor, fingerprint(factor, exact=is_plain(self.get_base_layer()))
 
     def rebuild(self, adapter_name: str) -> None:
         """Take the factor and its fingerprint from the base weight, at the adapter's indices."""
-        factor = self.factor_at(self.curlora_indices[adapter_name])
-        self.keep(adapter_name, factor, self.fingerprint_of(factor))
+        self.keep(adapter_name, *self.take(self.curlora_indices[adapter_name]))
 
     def took_at(self, adapter_name: str, indices: Tensor) -> bool:
         """Whether the adapter's factor was taken at these indices."""
@@ -404,10 +399,6 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
 
 class CurloraLinear(CurloraLayer):
     """What a model holds. PEFT knows by the word in its name that another adapter's ``"all-linear"`` means it too."""
-
-
-def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
 
 
 def _bytes(indices: Tensor) -> bytes:

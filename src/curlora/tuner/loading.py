@@ -58,8 +58,7 @@ def check(layers: Mapping[str, CurloraLayer], adapter_name: str, state_dict: Map
         if problem:
             problems.append(f"{name}: {problem}")
         elif device_of(layer.get_base_layer()).type != "meta":
-            factor = layer.factor_at(indices)
-            current = layer.fingerprint_of(factor)
+            factor, current = layer.take(indices)
             fingerprints[name] = saved, current
             read[layer] = indices, factor, current
     ours = re.compile(r"\.curlora_(U|indices|fingerprint)(\.|$)")

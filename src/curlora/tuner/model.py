@@ -148,11 +148,12 @@ class CurloraModel(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        layers = adapted_layers(model, adapter_name)
         try:
-            check(adapted_layers(model, adapter_name), adapter_name, remapped)
+            check(layers, adapter_name, remapped)
         except Exception:
             # With low_cpu_mem_usage the adapter is there for this load alone, and has no numbers without it.
-            if has_no_numbers(adapted_layers(model, adapter_name), adapter_name):
+            if has_no_numbers(layers, adapter_name):
                 _withdraw(model, adapter_name)
                 model.peft_config.pop(adapter_name, None)
             raise
