@@ -23,7 +23,7 @@ _TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 SAMPLINGS = tuple(_TRANSFORMS)
 
-_CHUNK_ELEMENTS = 1 << 18  # float64 working memory per chunk: 2 MiB, which stays in the cache
+_CHUNK_ELEMENTS = 1 << 17  # squares of a chunk in float64, and their sums so far: 1 MiB each, which stay in the cache
 
 
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,17 +36,20 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
         ``(columns, rows)``: float64 on the CPU, shapes ``(n,)`` and ``(m,)``.
     """
     m, n = weight.shape
-    columns, rows = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
-    height = max(1, _CHUNK_ELEMENTS // max(1, n))
+    rows = torch.zeros(m, dtype=torch.float64)
+    height = max(1, min(m, _CHUNK_ELEMENTS // max(1, n)))
     # One piece of memory for all chunks: what is freed after each would not always be given back.
-    squares = torch.empty(min(height, m), n, dtype=torch.float64)
+    squares = torch.empty(height, n, dtype=torch.float64)
+    # Columns are summed down to one row at the end alone: to do so in each chunk takes longer, since its rows lie with
+    # one processor and its columns would be summed by others.
+    sums = torch.zeros_like(squares)
     for begin in range(0, m, height):
         chunk = weight.detach()[begin : begin + height]
         # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15)
         square = squares[: len(chunk)].copy_(chunk).square_()
-        columns += square.sum(0)
-        rows[begin : begin + height] = square.sum(1)
-    return columns, rows
+        sums[: len(chunk)] += square
+        torch.sum(square, 1, out=rows[begin : begin + height])
+    return sums.sum(0), rows
 
 
 def probabilities(squared_norms: Tensor, sampling: str = "inverse") -> Tensor:
