@@ -36,10 +36,10 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
         ``(columns, rows)``: float64 on the CPU, shapes ``(n,)`` and ``(m,)``.
     """
     m, n = weight.shape
-    rows = torch.zeros(m, dtype=torch.float64)
+    rows = torch.zeros(m, dtype=torch.float64, device="cpu")
     height = max(1, min(m, _CHUNK_ELEMENTS // max(1, n)))
     # One piece of memory for all chunks: what is freed after each would not always be given back.
-    squares = torch.empty(height, n, dtype=torch.float64)
+    squares = torch.empty(height, n, dtype=torch.float64, device="cpu")
     # Columns are summed down to one row at the end alone: to do so in each chunk takes longer, since its rows lie with
     # one processor and its columns would be summed by others.
     sums = torch.zeros_like(squares)
@@ -104,7 +104,7 @@ def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement:
     """
     p = probabilities.to(device="cpu", dtype=torch.float64)
     if replacement:
-        uniform = torch.rand(r, dtype=torch.float64, generator=generator)
+        uniform = torch.rand(r, dtype=torch.float64, device="cpu", generator=generator)
         cumulative = p.cumsum(0)
         # right=True steps over entries of probability zero; rounding must not step past the last one.
         last = int(p.nonzero().max())
@@ -112,7 +112,8 @@ def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement:
     available = int((p > 0).sum())
     if r > available:
         raise ValueError(f"cannot draw {r} different ones: only {available} of {len(p)} are non-zero")
-    arrival = -torch.log1p(-torch.rand(len(p), dtype=torch.float64, generator=generator)) / p
+    uniform = torch.rand(len(p), dtype=torch.float64, device="cpu", generator=generator)
+    arrival = -torch.log1p(-uniform) / p
     return arrival.nan_to_num(nan=torch.inf).topk(r, largest=False, sorted=True).indices
 
 
@@ -161,4 +162,4 @@ def select(
 
 def _generator(seed: int, name: str, axis: str) -> torch.Generator:
     digest = hashlib.blake2b(f"{seed}/{name}/{axis}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little", signed=True))

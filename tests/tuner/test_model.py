@@ -26,6 +26,29 @@ def test_a_fresh_adapter_leaves_the_logits_bit_for_bit_alone(base):
 
 
 @both
+@pytest.mark.parametrize("default", ["meta", torch.bfloat16, torch.float64], ids=str)
+def test_what_tensors_are_by_default_does_not_matter(base, default, tmp_path):
+    """Scripts make large models under ``with torch.device(...)`` or ``torch.set_default_dtype``."""
+    expected = curlora(BASES[base](), target_modules="all-linear")
+    expected.save_pretrained(tmp_path)
+    fresh, loaded = BASES[base](), BASES[base]()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+        fresh = get_peft_model(fresh, CurloraConfig(r=4, target_modules="all-linear"))
+        fresh.add_adapter("second", CurloraConfig(r=4, target_modules="all-linear"))
+        loaded = PeftModel.from_pretrained(loaded, tmp_path, torch_device="cpu").eval()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    for ours, theirs in zip(layers(fresh), layers(expected), strict=True):
+        for adapter in ("default", "second"):
+            assert torch.equal(ours.curlora_indices[adapter], theirs.curlora_indices["default"])
+            assert ours.curlora_U[adapter].dtype == torch.float32
+    assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
+
+
+@both
 def test_only_U_is_trained_and_it_is_r_squared_per_layer(base):
     model = get_peft_model(BASES[base](), CurloraConfig(r=5))
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}

@@ -50,7 +50,7 @@ class Anchors:
             GuardError: if there is no example, or a gradient is not finite.
         """
         # On the CPU: some devices have no float64.
-        left = {name: torch.zeros(U.shape, dtype=torch.float64) for name, U in values.items()}
+        left = {name: torch.zeros(U.shape, dtype=torch.float64, device="cpu") for name, U in values.items()}
         right = {name: torch.zeros_like(moment) for name, moment in left.items()}
         count = 0
         for of_example in gradients:

@@ -71,7 +71,7 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All of it as tensors."""
-        state = {"tokens": torch.tensor(self.tokens), "rows": torch.tensor(self.rows)}
+        state = {name: torch.tensor(getattr(self, name), device="cpu") for name in ("tokens", "rows")}
         for name, moments in self.layers.items():
             for part in _PARTS:
                 value = getattr(moments, part)
@@ -189,7 +189,9 @@ def layers_of(model: nn.Module, adapter: str) -> dict[str, CurloraLayer]:
 
 
 def _tensor(value: Tensor | float) -> Tensor:
-    return value.contiguous() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    if isinstance(value, Tensor):
+        return value.contiguous()
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _check_whole(name: str, moments: Moments) -> None:

@@ -42,7 +42,7 @@ def coordinates(left: Tensor, right: Tensor, damping: float) -> Coordinates | No
         scale = moment.diagonal().mean()
         if not scale > 0:
             return None
-        damped = moment.double() / scale + damping * torch.eye(len(moment), dtype=torch.float64)
+        damped = moment.double() / scale + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         values, vectors = torch.linalg.eigh((damped + damped.T) / 2)
         values = values.clamp_min(damping)  # rounding may have taken some lower
         sides += [(vectors * (values * scale) ** power) @ vectors.T for power in (-0.5, 0.5)]

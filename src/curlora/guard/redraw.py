@@ -19,6 +19,8 @@ __all__ = ["redraw"]
 
 # Of the mean: what general text does not use at all is not worth infinitely much.
 _FLOOR = 0.01
+# Of the largest gradient of a token in a batch: what is smaller is float32's rounding.
+_ROUNDING = 1e-5
 
 
 def redraw(
@@ -129,7 +131,9 @@ class _Use:
 
     def add(self, output: Tensor, gradient: Tensor, examples: int) -> None:
         output, gradient = output.flatten(0, -2), gradient.flatten(0, -2)
-        seen = (gradient != 0).any(-1)  # padding is not
+        # Padding is not; nor what is rounding alone, such as the gradient of a query that has one key to attend to.
+        size = gradient.float().norm(dim=-1)
+        seen = ~(size <= _ROUNDING * size.max())  # not a number is seen
         bias = getattr(self.base, "bias", None)
         output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
         with read(self.base) as weight:

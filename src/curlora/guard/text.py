@@ -79,7 +79,7 @@ def pass_over(
             predicted += int(answered.sum())
             tokens += int(mask.sum())
             rows += int(answered.any(1).sum())
-    (counted,) = sum_over_processes([torch.tensor([predicted, tokens, rows])], device)
+    (counted,) = sum_over_processes([torch.tensor([predicted, tokens, rows], device="cpu")], device)
     counts = Counts(*(int(number) for number in counted))
     if not counts.predicted:
         raise GuardError(_NOTHING)
@@ -114,7 +114,7 @@ def perplexity(
     rank, processes = _distributed()
     batches, _ = _batches(data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
-    loss = torch.zeros(2, dtype=torch.float64)
+    loss = torch.zeros(2, dtype=torch.float64, device="cpu")
     with ready(model, {}, gradients=False):
         for _, ids, mask, logits in _run(model, batches, device):
             answers = ids[:, 1:].masked_fill(~_answered(mask), _IGNORED)
@@ -250,8 +250,9 @@ def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], se
     gradient = torch.zeros_like(logits)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
     for row, number in enumerate(numbers):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-        uniform = torch.rand(answered.shape[1], generator=generator, dtype=torch.float64).to(logits.device, wide)
+        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % 2**63)
+        uniform = torch.rand(answered.shape[1], dtype=torch.float64, device="cpu", generator=generator)
+        uniform = uniform.to(logits.device, wide)
         for begin in range(0, answered.shape[1], _CHUNK):
             part = slice(begin, min(begin + _CHUNK, answered.shape[1]))
             p = logits[row, part].float().softmax(-1)
@@ -312,10 +313,10 @@ def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[s
 def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Padded on the right, where a causal model's tokens do not see it; with what does not matter, being masked."""
     length = max(map(len, rows))
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    ids = torch.zeros(len(rows), length, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
+        ids[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask}
 

@@ -44,7 +44,7 @@ def fingerprint(factor: Tensor, exact: bool = True) -> Tensor:
     left = _signs(_SUMS, wide.shape[0], salt=1)
     right = _signs(_SUMS, wide.shape[1], salt=2)
     sums = ((left @ wide) * right).sum(1).to(torch.float32)
-    code = torch.tensor([_DTYPE_CODES.get(factor.dtype, 0) if exact else 0], dtype=torch.int32)
+    code = torch.tensor([_DTYPE_CODES.get(factor.dtype, 0) if exact else 0], dtype=torch.int32, device="cpu")
     return torch.cat([code, sums.view(torch.int32)])
 
 
@@ -89,7 +89,7 @@ def _difference(saved: Tensor, current: Tensor) -> float:
 @functools.lru_cache(maxsize=32)  # a model has few shapes and many layers
 def _signs(rows: int, columns: int, salt: int) -> Tensor:
     """A fixed ``(rows, columns)`` matrix of +-1: a hash of the position, the same in every torch version."""
-    x = torch.arange(rows * columns, dtype=torch.int64) * 16 + salt
+    x = torch.arange(rows * columns, dtype=torch.int64, device="cpu") * 16 + salt
     for _ in range(3):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return (1 - 2 * ((x >> 16) & 1)).to(torch.float64).view(rows, columns)

@@ -170,12 +170,13 @@ class StoredWeight:
 
         A change of a few numbers past autograd's notice (through ``.data``) may go unseen.
         """
-        rng = torch.Generator().manual_seed(0)
+        rng = torch.Generator("cpu").manual_seed(0)
         count = min(_GLANCED_AT, len(self.weight))
-        rows = torch.linspace(0, len(self.weight) - 1, count).long()
+        rows = torch.linspace(0, len(self.weight) - 1, count, dtype=torch.float32, device="cpu").long()
         # Random numbers, not ones, so that rows and columns that change places are noticed.
         left, right = (
-            torch.randn(size, generator=rng).to(self.weight.device) for size in (count, self.weight.shape[1])
+            torch.randn(size, dtype=torch.float32, device="cpu", generator=rng).to(self.weight.device)
+            for size in (count, self.weight.shape[1])
         )
         version = None if self.weight.is_inference() else self.weight._version
         return self.dtype, version, float(left @ (self.rows(rows).float() @ right))
@@ -221,9 +222,10 @@ class ProbedWeight:
         Raises:
             TypeError: if the layer is not linear. One of a kind that is not known might do more than multiply.
         """
-        columns, rows = [], torch.zeros(self.shape[0], dtype=torch.float64)
-        x = 10 * torch.randn(4, self.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        product = torch.zeros(4, self.shape[0], dtype=torch.float64)
+        columns, rows = [], torch.zeros(self.shape[0], dtype=torch.float64, device="cpu")
+        rng = torch.Generator("cpu").manual_seed(0)
+        x = 10 * torch.randn(4, self.shape[1], dtype=torch.float64, device="cpu", generator=rng)
+        product = torch.zeros(4, self.shape[0], dtype=torch.float64, device="cpu")
         done = 0
         for chunk in self._chunks():
             some = chunk.to(device="cpu", dtype=torch.float64)

@@ -99,6 +99,14 @@ def test_its_state_is_what_it_holds():
     assert EWC(strength=1.0).penalty(model) is None
 
 
+def test_what_was_read_from_a_file_goes_to_where_the_model_is():
+    """Also in a run that is gone on with where a task has been learned, and nothing has asked for the penalty yet."""
+    ewc = EWC(strength=1.0)
+    ewc.merge("weight", torch.ones(2), torch.ones(2))
+    ewc.merge("weight", *torch.ones(2, 2, device="meta"))
+    assert ewc.curvature["weight"].device.type == ewc.centre["weight"].device.type == "meta"
+
+
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"strength": 1.0, "examples": 0}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match="ewc needs a positive strength"):

@@ -64,9 +64,10 @@ class EWC(Plugin):
 
     def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
         """Add ``fisher * (theta - value)**2`` to what is held, up to a constant."""
-        old = self.curvature.get(name, torch.zeros_like(fisher))
+        # What was read from a file may still be elsewhere: a run that is gone on with may begin here.
+        old = self.curvature.get(name, torch.zeros_like(fisher)).to(fisher.device)
+        centre = self.centre.get(name, value).to(fisher.device)
         total = old + fisher
-        centre = self.centre.get(name, value)
         # Where nothing has mattered yet, the centre is of no account.
         self.centre[name] = torch.where(total > 0, (old * centre + fisher * value) / total.clamp(min=1e-38), value)
         self.curvature[name] = total

@@ -1,0 +1,24 @@
+"""What the library does on an accelerator, on a machine that has none: by a device that only says that it is one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Beside what is written for it: whole runs, which take what there is for the machine's accelerator.
+RUNS = ["tests/continual/test_resume.py::test_cut_off_at_one_write_after_another", "tests/continual/plugins"]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="the device needs a C++ compiler")
+def test_on_an_accelerator():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.accelerator.device", "-p", "no:cacheprovider"]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    done = subprocess.run(
+        [*command, "tests/accelerator/checks.py", *RUNS],
+        cwd=ROOT, env={**environment, "ACCELERATE_TORCH_DEVICE": "pretended"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
