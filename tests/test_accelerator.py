@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 # Beside what is written for it: whole runs, which take what there is for the machine's accelerator.
-RUNS = ["tests/continual/test_resume.py::test_cut_off_at_one_write_after_another", "tests/continual/plugins"]
+RUNS = [
+    "tests/continual/test_resume.py::test_cut_off_at_one_write_after_another",
+    "tests/continual/plugins/test_guard.py",
+]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the device needs a C++ compiler")

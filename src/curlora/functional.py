@@ -146,13 +146,14 @@ def _autocast_is_on(tensor: Tensor) -> bool:
 def _add(
     output: Tensor, mixing: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None, in_place: bool
 ) -> tuple[Tensor, Tensor]:
-    """``output``, shape ``(..., m)``, with the update, and ``z``, shape ``(tokens, r)``."""
+    """``output``, shape ``(..., m)``, with the update, and ``z``, shape ``(tokens, r)``, in the dtype of ``mixing``."""
     m = factor.shape[0]
     flat = output.view(-1, m) if in_place else output.reshape(-1, m)  # which may be a copy
     z = flat.index_select(-1, index)
     if offset is not None:
         z = z - _as(offset, z.dtype)
-    mixed = _as(linear(_as(z, mixing.dtype), mixing), output.dtype)
+    z = _as(z, mixing.dtype)
+    mixed = _as(linear(z, mixing), output.dtype)
     directions = _as(factor, output.dtype).T
     if in_place:
         # ``flat`` is a view, and no part of a graph: one is recorded neither here nor where gradients are off. The two
@@ -205,7 +206,7 @@ class _GatherUpdate(torch.autograd.Function):
         result, z = _add(output, mixing, factor, index, offset, in_place)
         # To autograd neither ``output`` nor a view: that could not be changed in place by whoever gets it.
         result = result.detach()
-        ctx.shape = output.shape
+        ctx.shape, ctx.dtype = output.shape, output.dtype
         ctx.offset_dtype = None if offset is None else offset.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, mixing, factor, index)
@@ -219,17 +220,16 @@ class _GatherUpdate(torch.autograd.Function):
         if grad is None:  # in second derivatives z may be used where the result is not
             if grad_z is None:
                 return (None,) * 6
-            grad = grad_z.new_zeros(ctx.shape)
+            grad = grad_z.new_zeros(ctx.shape, dtype=ctx.dtype)
 
         flat = grad.reshape(-1, factor.shape[0])
         g = _as(_onto(flat, _as(factor, grad.dtype)), mixing.dtype)
         grad_output = grad_mixing = grad_offset = None
         if need_mixing:
-            grad_mixing = g.T @ _as(z, mixing.dtype)
+            grad_mixing = g.T @ z
         if need_output or need_offset:
-            through = _as(g @ mixing, grad.dtype)
-            if grad_z is not None:
-                through = through + grad_z
+            through = g @ mixing if grad_z is None else grad_z.addmm(g, mixing)
+            through = _as(through, grad.dtype)
             if need_output:
                 if index.dtype != torch.int64 and grad.is_cpu and not torch.compiler.is_compiling():
                     index = index.long()  # with int32 the addition takes up to six times as long, if rows are long
