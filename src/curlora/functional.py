@@ -183,7 +183,7 @@ def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
     # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
-    slow = r % 16 and grad.is_cpu and grad.dtype in (torch.float32, torch.float64)
+    slow = r % 16 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64)
     # What is compiled asks for no size: it would be a graph for some tokens only.
     if slow and (torch.compiler.is_compiling() or len(grad) >= 32):
         return (grad @ pad(factor, (0, -r % 16)))[:, :r]
@@ -231,7 +231,7 @@ class _GatherUpdate(torch.autograd.Function):
             through = g @ mixing if grad_z is None else grad_z.addmm(g, mixing)
             through = _as(through, grad.dtype)
             if need_output:
-                if index.dtype != torch.int64 and grad.is_cpu and not torch.compiler.is_compiling():
+                if index.dtype != torch.int64 and not torch.compiler.is_compiling() and grad.is_cpu:
                     index = index.long()  # with int32 the addition takes up to six times as long, if rows are long
                 if alone:
                     flat.index_add_(-1, index, through)  # into ``grad``, of which it is a view

@@ -1,5 +1,6 @@
 """CURLoRA through PEFT's own interface, on whole models."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -32,15 +33,15 @@ def test_what_tensors_are_by_default_does_not_matter(base, default, tmp_path):
     expected = curlora(BASES[base](), target_modules="all-linear")
     expected.save_pretrained(tmp_path)
     fresh, loaded = BASES[base](), BASES[base]()
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_device(default) if default == "meta" else torch.set_default_dtype(default)
+    with contextlib.ExitStack() as stack:
+        if default == "meta":
+            stack.enter_context(torch.device(default))
+        else:
+            stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+            torch.set_default_dtype(default)
         fresh = get_peft_model(fresh, CurloraConfig(r=4, target_modules="all-linear"))
         fresh.add_adapter("second", CurloraConfig(r=4, target_modules="all-linear"))
         loaded = PeftModel.from_pretrained(loaded, tmp_path, torch_device="cpu").eval()
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(before)
     for ours, theirs in zip(layers(fresh), layers(expected), strict=True):
         for adapter in ("default", "second"):
             assert torch.equal(ours.curlora_indices[adapter], theirs.curlora_indices["default"])
