@@ -104,6 +104,18 @@ def test_a_head_goes_with_it(tmp_path):
     assert relative(loaded(tokens()).logits, model(tokens()).logits) < 1e-5
 
 
+def test_embeddings_of_tokens_go_with_it(tmp_path):
+    model = get_peft_model(llama(), curlora.CurloraConfig(r=4, trainable_token_indices=[3, 50])).eval()
+    randomize(model)
+    torch.nn.init.normal_(model.base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta["default"])
+    ids = torch.cat([tokens(), torch.tensor([[3], [50]])], dim=1)
+    loaded = as_lora(model, llama(), tmp_path)
+    assert relative(loaded(ids).logits, model(ids).logits) < 1e-5
+    model.add_adapter("second", curlora.CurloraConfig(r=4))
+    with pytest.raises(AdapterError, match="some trained more than U"):
+        curlora.convert_to_lora(model, ["default", "second"])
+
+
 def test_a_bfloat16_base_gives_float32_factors_of_its_own_numbers(tmp_path):
     model = adapted(llama().bfloat16())
     _, state = curlora.convert_to_lora(model)

@@ -56,11 +56,12 @@ def convert_to_lora(
 
     Returns:
         The configuration, and by the names that PEFT saves them under ``lora_A``, shape ``(r, in_features)``,
-        ``lora_B``, shape ``(out_features, r)``, at least float32, and the ``modules_to_save``.
+        ``lora_B``, shape ``(out_features, r)``, at least float32, and what is trained beside: ``modules_to_save`` and
+        the embeddings of tokens.
 
     Raises:
         AdapterError: if the model has no CURLoRA layer, or no such adapter; if one is merged into the weights; if it
-            trained biases, which no LoRA can hold for it; or if several have modules of their own to save.
+            trained biases, which no LoRA can hold for it; or if one of several trained more than its ``U``.
     """
     layers = {
         name.removeprefix(_PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, CurloraLayer)
@@ -86,16 +87,17 @@ def convert_to_lora(
         state[f"{_PREFIX}{name}.lora_A.weight"] = pad(A, (0, 0, 0, missing)).contiguous()
         state[f"{_PREFIX}{name}.lora_B.weight"] = pad(B, (0, missing)).contiguous()
     for name in names:
-        if isinstance(model, PeftModel) and model.peft_config[name].modules_to_save:
+        if isinstance(model, PeftModel) and _trained_beside(model.peft_config[name]):
             saved = get_peft_model_state_dict(model, adapter_name=name)
             state.update({key: value.contiguous() for key, value in saved.items() if ".curlora_" not in key})
 
     shared = configs[0] if configs else None
+    beside = next((found for config in configs if (found := _trained_beside(config))), {})
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=_targets(model, set(factors)),
-        modules_to_save=next((config.modules_to_save for config in configs if config.modules_to_save), None),
+        **beside,
         fan_in_fan_out=all(layers[name].stores_outputs_last for name in factors),
         base_model_name_or_path=shared and shared.base_model_name_or_path,
         task_type=shared and shared.task_type,
@@ -216,10 +218,17 @@ def _check_convertible(layers: dict[str, CurloraLayer], configs: Sequence[PeftCo
     biases = [config.bias for config in configs if config.bias != "none"]
     if biases:
         raise AdapterError(f"The adapter trained biases (bias={biases[0]!r}), which are no part of a LoRA update")
-    if len(configs) > 1 and any(config.modules_to_save for config in configs):
+    beside = next((found for config in configs if (found := _trained_beside(config))), {})
+    if len(configs) > 1 and beside:
         raise AdapterError(
-            "Several adapters with modules of their own to save cannot be one adapter: convert them apart"
+            f"Several adapters cannot be one where some trained more than U ({', '.join(beside)}): convert them apart"
         )
+
+
+def _trained_beside(config: PeftConfig) -> dict[str, Any]:
+    """The options of an adapter by which more than ``U`` is trained, and goes along with it."""
+    options = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
+    return {name: value for name, value in options.items() if value}
 
 
 def _targets(model: nn.Module, adapted: set[str]) -> list[str]:

@@ -48,6 +48,37 @@ def test_a_fresh_head_is_trained_saved_and_loaded(task, tmp_path):
     assert not torch.equal(loaded(tokens()).logits, classifier(HEADS[task])(tokens()).logits)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_of_a_few_tokens_are_trained_saved_and_merged(tied, tmp_path):
+    def base():
+        return llama(tie_word_embeddings=tied)
+
+    ids = tokens(batch=8, length=12)
+    few = ids.unique()[[1, 9, 20]].tolist()
+    model = get_peft_model(base(), CurloraConfig(r=4, trainable_token_indices=few)).eval()
+    assert torch.equal(model(tokens()).logits, base()(tokens()).logits)
+    count = sum(layer.curlora_U["default"].numel() for layer in layers(model))
+    assert model.get_nb_trainable_parameters()[0] == count + len(few) * 32
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = model(ids).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, expected)
+    # Beside it, on the same model, another one with tokens of its own.
+    loaded.add_adapter("second", CurloraConfig(r=4, trainable_token_indices=[5]))
+    mixed = loaded(ids, adapter_names=["default", "second"] * 4).logits
+    torch.testing.assert_close(mixed[::2], expected[::2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1::2], base()(ids).logits[1::2], rtol=1e-4, atol=1e-5)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    before, after = base().get_input_embeddings().weight, merged.get_input_embeddings().weight
+    assert (before != after).any(1).nonzero()[:, 0].tolist() == few
+
+
 @pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
 def test_autocast_adapter_dtype(autocast, dtype, tmp_path):
     model = get_peft_model(llama().bfloat16(), CurloraConfig(r=4), autocast_adapter_dtype=autocast)

@@ -187,6 +187,9 @@ def test_refused_where_something_is_not_in_U_alone():
     biased = curlora(llama(), bias="all")
     with pytest.raises(ValueError, match=r"'default' trained biases \(bias='all'\)"):
         biased.add_weighted_adapter(["default"], [1.0], "sum")
+    known = curlora(llama(), trainable_token_indices=[3])
+    with pytest.raises(ValueError, match="'default' trained the embeddings of tokens"):
+        known.add_weighted_adapter(["default"], [1.0], "sum")
     heads = curlora(classifier(), task_type=TaskType.SEQ_CLS)
     heads.add_adapter("second", CurloraConfig(r=4, task_type=TaskType.SEQ_CLS))
     with pytest.raises(ValueError, match="same module with modules_to_save, but found 1"):

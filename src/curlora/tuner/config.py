@@ -38,6 +38,8 @@ class CurloraConfig(PeftConfig):
         seed: seed of the draws. They depend on it, on the layer's name and on its weight only.
         bias: which biases are trained: ``"none"``, ``"all"`` or ``"curlora_only"``.
         modules_to_save: further modules to train and save whole, such as a fresh head.
+        trainable_token_indices: tokens whose embeddings are trained too, such as some that were added to the
+            vocabulary; or by the name of the embedding. Each takes as many numbers as the model is wide.
         layers_to_transform: indexes of the layers to adapt; all if ``None``.
         layers_pattern: name of the model's list of layers, with ``layers_to_transform``.
         rank_pattern: ranks for layers whose names match a regular expression.
@@ -63,6 +65,9 @@ class CurloraConfig(PeftConfig):
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'curlora_only'."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and to save whole."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too; or by the embedding's name."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indexes of the layers to adapt."}

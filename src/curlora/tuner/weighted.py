@@ -137,6 +137,12 @@ def _check(
             f"Adapter {trained_bias[0]!r} trained biases (bias={model.peft_config[trained_bias[0]].bias!r}), "
             "which belong to the model and cannot be weighted"
         )
+    trained_tokens = [adapter for adapter in adapters if model.peft_config[adapter].trainable_token_indices]
+    if trained_tokens:
+        raise ValueError(
+            f"Adapter {trained_tokens[0]!r} trained the embeddings of tokens (trainable_token_indices), which are "
+            "not in U and cannot be weighted"
+        )
     shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in adapters) > 1]
     if shared:
         raise ValueError(
