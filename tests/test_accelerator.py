@@ -16,12 +16,14 @@ RUNS = [
 ]
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="the device needs a C++ compiler")
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="the device needs a C++ compiler")
 def test_on_an_accelerator():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.accelerator.device", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment["ACCELERATE_TORCH_DEVICE"] = "pretended"
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # where ninja is
     done = subprocess.run(
         [*command, "tests/accelerator/checks.py", *RUNS],
-        cwd=ROOT, env={**environment, "ACCELERATE_TORCH_DEVICE": "pretended"}, capture_output=True, text=True,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

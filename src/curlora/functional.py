@@ -183,6 +183,7 @@ def _onto(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
     # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
+    # PyTorch 2.6 does not compile a gradient's ``is_cpu``.
     slow = r % 16 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64)
     # What is compiled asks for no size: it would be a graph for some tokens only.
     if slow and (torch.compiler.is_compiling() or len(grad) >= 32):

@@ -36,16 +36,19 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
         ``(columns, rows)``: float64 on the CPU, shapes ``(n,)`` and ``(m,)``.
     """
     m, n = weight.shape
-    rows = torch.zeros(m, dtype=torch.float64, device="cpu")
     height = max(1, min(m, _CHUNK_ELEMENTS // max(1, n)))
+    # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15).
     # One piece of memory for all chunks: what is freed after each would not always be given back.
     squares = torch.empty(height, n, dtype=torch.float64, device="cpu")
+    if m <= height:
+        square = squares[:m].copy_(weight.detach()).square_()
+        return square.sum(0), square.sum(1)
+    rows = torch.zeros(m, dtype=torch.float64, device="cpu")
     # Columns are summed down to one row at the end alone: to do so in each chunk takes longer, since its rows lie with
     # one processor and its columns would be summed by others.
     sums = torch.zeros_like(squares)
     for begin in range(0, m, height):
         chunk = weight.detach()[begin : begin + height]
-        # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15)
         square = squares[: len(chunk)].copy_(chunk).square_()
         sums[: len(chunk)] += square
         torch.sum(square, 1, out=rows[begin : begin + height])

@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from curlora import Calibration, CurloraConfig, Guard, GuardCallback, calibrate, convert_to_lora, redraw
 from curlora.alone import alone
+from curlora.guard.anchors import Anchors
 from tests.accelerator.device import counted
 from tests.models import BASES, curlora, layers, llama, randomize, tokens
 
@@ -33,6 +34,10 @@ def gradients(model):
 def test_the_device_does_not_mix():
     with pytest.raises(RuntimeError, match="same device"):
         torch.ones(2, 2, device=HERE) @ torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.rand(2, device=HERE, generator=torch.Generator("cpu"))
+    first, again = (torch.rand(3, device=HERE, generator=torch.Generator(HERE).manual_seed(1)) for _ in range(2))
+    assert torch.equal(first.cpu(), again.cpu())
 
 
 @both
@@ -136,7 +141,11 @@ def test_where_tensors_are_made_on_it_by_default(base, tmp_path):
     with torch.device(HERE):
         calibration = calibrate(model, TEXT.unbind(), progress=False)
         assert Guard(model, calibration, budget=1e-3).drift() == pytest.approx(0, abs=1e-9)
+        assert {tensor.device.type for tensor in calibration.state_dict().values()} == {"cpu"}
         calibration.save(tmp_path / "calibration.safetensors")
+        anchors = Anchors()
+        anchors.add({"U": torch.zeros(4, 4)}, [{"U": torch.ones(4, 4)}])
+        assert anchors.penalty({"U": torch.ones(4, 4)}).device.type == HERE
     assert Calibration.load(tmp_path / "calibration.safetensors").check(model).keys() == calibration.layers.keys()
     expected.save_pretrained(tmp_path)
     with torch.device(HERE):

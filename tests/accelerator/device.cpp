@@ -21,6 +21,7 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <c10/core/impl/alloc_cpu.h>
 
+#include <deque>
 #include <set>
 
 using namespace at;
@@ -80,8 +81,8 @@ struct Draws : CPUGeneratorImpl {
 struct Hooks final : PrivateUse1HooksInterface {
   void init() const override {}
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  bool isBuilt() const { return true; }  // no override: PyTorch 2.6 does not ask
+  bool isAvailable() const { return true; }
   DeviceIndex deviceCount() const override { return 1; }
   DeviceIndex getCurrentDevice() const override { return 0; }
   void setCurrentDevice(DeviceIndex) const override {}
@@ -165,9 +166,15 @@ Scalar item(const Tensor& self) {
 
 // The size of what they give depends on numbers; or, as a GPU does, they give a number itself.
 const std::set<std::string> asking{"aten::nonzero",       "aten::equal",   "aten::is_nonzero",
-                                   "aten::masked_select", "aten::_unique2", "aten::unique_dim"};
-// As for a GPU, the CPU's tensors may say which elements are meant.
-const std::set<std::string> indexing{"aten::index", "aten::index_put_", "aten::_index_put_impl_"};
+                                   "aten::masked_select", "aten::_unique2", "aten::unique_dim",
+                                   "aten::bincount",      "aten::_linalg_eigh"};
+
+// The CPU computes with a generator of its own, which begins and ends in the state of the device's.
+struct Borrowed {
+  Generator ours, cpu = at::detail::createCPUGenerator();
+  explicit Borrowed(const Generator& generator) : ours(generator) { cpu.set_state(ours.get_state()); }
+  ~Borrowed() { ours.set_state(cpu.get_state()); }
+};
 
 void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
@@ -175,16 +182,22 @@ void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   waits += asking.count(name);
   const auto check = [&](const Tensor& t) {
     TORCH_CHECK(
-        !t.defined() || !t.is_cpu() || t.dim() == 0 || indexing.count(name),
+        !t.defined() || !t.is_cpu() || t.dim() == 0,
         "Expected all tensors to be on the same device, but found ", here, " and cpu (", name, ")");
   };
-  for (auto& argument : torch::jit::last(*stack, op.schema().arguments().size())) {
+  std::deque<Borrowed> generators;
+  const auto count = op.schema().arguments().size();
+  for (size_t i = stack->size() - count; i < stack->size(); i++) {
+    auto& argument = (*stack)[i];
     if (argument.isTensor()) check(argument.toTensor());
+    // A list of which some may be missing says which elements are meant: that may be the CPU's, as for a GPU.
     if (argument.isTensorList())
       for (const auto& t : argument.toTensorVector()) check(t);
+    if (argument.isGenerator()) {
+      TORCH_CHECK(argument.toGenerator().device() == here, "Expected a generator of ", here, ", but found the CPU's");
+      argument = generators.emplace_back(argument.toGenerator()).cpu;
+    }
   }
-  for (auto& value : *stack)
-    if (value.isGenerator() && value.toGenerator().device() == here) value = IValue();  // the CPU's own
   struct During {
     bool before = std::exchange(on_cpu, true);
     ~During() { on_cpu = before; }

@@ -35,7 +35,8 @@ GENERAL = {"input_ids": tokens(seed=1, batch=4, length=8)}
 
 def squares(base, losses):
     """Of each adapted layer ``sum (y0)_i^2`` and ``sum (W^T d)_j^2`` over all tokens with a gradient, float64."""
-    model = BASES[base]().requires_grad_(True)
+    # By this kernel what has no effect has a gradient of zero, and not of rounding alone.
+    model = (llama(attn_implementation="eager") if base == "llama" else BASES[base]()).requires_grad_(True)
     seen, sums = {}, {}
     for name, module in model.named_modules():
         if name.split(".")[-1] in MAPS[base]:
@@ -46,8 +47,7 @@ def squares(base, losses):
             (d,) = torch.autograd.grad(value, output, retain_graph=True)
             y0 = output if module.bias is None else output - module.bias
             W = module.weight if base == "llama" else module.weight.T
-            size = d.norm(dim=-1)
-            keep = size > 1e-5 * size.max()
+            keep = (d != 0).any(-1)
             both = y0[keep].double().square().sum(0), (d[keep].double() @ W.double()).square().sum(0)
             sums[name] = [a + b for a, b in zip(sums.get(name, (0, 0)), both, strict=True)]
     return sums
@@ -99,6 +99,43 @@ def test_how_the_task_is_put_into_batches_does_not_matter():
     assert chosen(untrained(), of(16)[:2]) != chosen(untrained(), of(16)[2:])  # else it could not be seen
 
 
+def test_nor_where_the_model_is_sure_of_some_rows():
+    """Their gradients are thousands of times as small as those of others, and count as much."""
+    ids = tokens(seed=3, batch=16, length=9)
+
+    def chosen_of(size):
+        base = llama()
+        base.lm_head.weight.data *= 500
+        labels = ids.clone()
+        labels[::2, 1:] = base(ids).logits.argmax(-1)[::2, :-1]
+        model = curlora(base, target_modules=MAPS["llama"], r=5)
+        for layer in layers_of(model):
+            layer.curlora_U["default"].data.zero_()
+        parts = zip(ids.split(size), labels.split(size), strict=True)
+        return chosen(model, [{"input_ids": part, "labels": answers} for part, answers in parts])
+
+    assert chosen_of(16) == chosen_of(1)
+
+
+def test_a_layer_that_a_batch_does_not_use_is_passed_over():
+    """As an expert that no token goes to."""
+    model = untrained()
+    mlp = model.get_base_model().model.layers[0].mlp
+    mlp.forward = lambda x: x + mlp.down_proj(mlp.up_proj(x)[:0]).sum()
+    before = mlp.down_proj.curlora_indices["default"].clone()
+    redraw(model, batches(), [GENERAL], progress=False)
+    assert torch.equal(mlp.down_proj.curlora_indices["default"], before)
+
+
+def test_a_gradient_that_is_infinite_is_told():
+    model = untrained(target_modules=["lm_head"])
+    with pytest.raises(GuardError, match=r"'lm_head' has outputs or gradients that are not finite"):
+        redraw(
+            model, batches(), [GENERAL], progress=False,
+            loss=lambda batch: (model(**batch).logits * torch.tensor([torch.inf, *[1.0] * 99])).sum(),
+        )  # fmt: skip
+
+
 def test_what_is_rounding_alone_does_not_count():
     """The query of a row's first token has one key to attend to, and no gradient: but for rounding, by some kernels."""
     drawn = []
@@ -122,8 +159,7 @@ def test_a_layer_that_the_task_does_not_use_keeps_what_it_has():
 
 def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
     """Put into the weights it changes every layer's input the same; ``y0`` and ``W`` stay the base layer's own."""
-    # A first token's query has no effect: whether its gradient is 0 or 1e-12, and so counted, is for rounding to say.
-    targets = ["v_proj", "down_proj"]
+    targets = MAPS["llama"]
     model = untrained(target_modules=targets)
     generator = torch.Generator().manual_seed(4)
     for layer in layers_of(model):
@@ -133,7 +169,7 @@ def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
     redraw(model, batches(), [GENERAL], adapter="second", progress=False)
 
     seen, sums = {}, {}
-    merged = llama().requires_grad_(True)
+    merged = llama(attn_implementation="eager").requires_grad_(True)
     weights = {}
     for layer in layers_of(model):
         module = merged.get_submodule(layer.name)

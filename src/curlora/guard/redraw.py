@@ -19,7 +19,7 @@ __all__ = ["redraw"]
 
 # Of the mean: what general text does not use at all is not worth infinitely much.
 _FLOOR = 0.01
-# Of the largest gradient of a token in a batch: what is smaller is float32's rounding.
+# Of the largest gradient of a token in a row: what is smaller is float32's rounding.
 _ROUNDING = 1e-5
 
 
@@ -130,10 +130,12 @@ class _Use:
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
 
     def add(self, output: Tensor, gradient: Tensor, examples: int) -> None:
-        output, gradient = output.flatten(0, -2), gradient.flatten(0, -2)
+        if not gradient.numel():  # of an expert that no token goes to
+            return
         # Padding is not; nor what is rounding alone, such as the gradient of a query that has one key to attend to.
-        size = gradient.float().norm(dim=-1)
-        seen = ~(size <= _ROUNDING * size.max())  # not a number is seen
+        size = gradient.abs().amax(-1)
+        seen = (size > _ROUNDING * size.amax(-1, keepdim=True)) | ~size.isfinite()
+        seen, output, gradient = seen.flatten(), output.flatten(0, -2), gradient.flatten(0, -2)
         bias = getattr(self.base, "bias", None)
         output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
         with read(self.base) as weight:

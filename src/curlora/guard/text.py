@@ -202,7 +202,8 @@ def _inputs(
     has no numbers.
     """
     ids = batch["input_ids"].to(device)
-    mask = torch.as_tensor(batch["attention_mask"]).to(device) if "attention_mask" in batch else torch.ones_like(ids)
+    given = batch.get("attention_mask")
+    mask = torch.ones_like(ids) if given is None else torch.as_tensor(given, device=device)
     if ids.ndim != 2 or mask.shape != ids.shape:
         raise GuardError(
             f"input_ids and attention_mask are expected of shape (batch, length), found {tuple(ids.shape)} and "
