@@ -65,6 +65,22 @@ def test_low_cpu_mem_usage(low_memory, tmp_path):
     assert all(p.device.type == "cpu" for p in loaded.parameters())
 
 
+@pytest.mark.parametrize("low_memory", [True, False])
+@pytest.mark.parametrize(("autocast", "dtype"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_U_has_the_precision_that_is_asked_for_on_a_base_in_half_precision(autocast, dtype, low_memory, tmp_path):
+    model = curlora(llama().bfloat16())
+    model.save_pretrained(tmp_path)
+    options = dict(low_cpu_mem_usage=low_memory, autocast_adapter_dtype=autocast)
+    loaded = curlora(llama().bfloat16(), target_modules="all-linear", adapter_name="first")
+    loaded.load_adapter(tmp_path, "second", is_trainable=True, **options)
+    having = [layer for layer in layers(loaded) if "second" in layer.curlora_U]
+    for ours, theirs in zip(having, layers(model), strict=True):
+        U = ours.curlora_U["second"]
+        assert U.dtype == dtype
+        assert U.requires_grad
+        assert torch.equal(U, theirs.curlora_U["default"].to(dtype))
+
+
 def test_load_a_second_adapter_beside_the_first(tmp_path):
     model = curlora(llama(), seed=3)
     model.save_pretrained(tmp_path)

@@ -268,6 +268,16 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self.just_read.clear()
         return self
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Behind PEFT's ``low_cpu_mem_usage``, which would also round ``U`` to the precision of the base."""
+        if adapter_name not in self.curlora_U:
+            return
+        U = self.curlora_U[adapter_name]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        moved = self.curlora_U[adapter_name]
+        if moved.dtype != U.dtype:
+            self.curlora_U[adapter_name] = nn.Parameter(U.detach().to(moved.device), requires_grad=U.requires_grad)
+
     def train(self, mode: bool = True) -> CurloraLayer:
         """As of any module; what was put into the layer past ``load_state_dict`` is looked at now.
 
@@ -291,6 +301,10 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             self.just_read.clear()
         loaded = {name.rpartition(".")[2] for name in names if name.startswith("curlora_")}
         self._brought = [adapter for adapter in self.curlora_U if base or adapter in loaded]
+        for adapter, U in self.curlora_U.items():
+            key = f"{prefix}curlora_U.{adapter}"
+            if key in state_dict:  # what is assigned, and not copied, would bring its own precision
+                state_dict[key] = state_dict[key].to(U.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _saved_buffers(self) -> dict[str, tuple[Tensor, Tensor]]:
