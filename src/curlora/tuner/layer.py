@@ -303,7 +303,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
         self._brought = [adapter for adapter in self.curlora_U if base or adapter in loaded]
         for adapter, U in self.curlora_U.items():
             key = f"{prefix}curlora_U.{adapter}"
-            if key in state_dict:  # what is assigned, and not copied, would bring its own precision
+            # To a U without numbers the loaded one is assigned, and not copied: it would bring its own precision.
+            if key in state_dict and U.device.type == "meta":
                 state_dict[key] = state_dict[key].to(U.dtype)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
