@@ -301,8 +301,8 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             self.just_read.clear()
         loaded = {name.rpartition(".")[2] for name in names if name.startswith("curlora_")}
         self._brought = [adapter for adapter in self.curlora_U if base or adapter in loaded]
-        for adapter, U in self.curlora_U.items():
-            key = f"{prefix}curlora_U.{adapter}"
+        for adapter in loaded & set(self.curlora_U):
+            U, key = self.curlora_U[adapter], f"{prefix}curlora_U.{adapter}"
             # To a U without numbers the loaded one is assigned, and not copied: it would bring its own precision.
             if key in state_dict and U.device.type == "meta":
                 state_dict[key] = state_dict[key].to(U.dtype)
