@@ -15,6 +15,7 @@ Only ``z`` is saved for backward. What is left is to read and write memory: ``dy
 else can see it and it is large enough to ask (:mod:`curlora.alone`), and ``y0`` where the caller says so.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.nn.functional import linear, pad
 
 from curlora.alone import look_once, told_if_alone
 
-__all__ = ["gather_update", "gather_update_", "gather_update_by_row"]
+__all__ = ["autocast_off", "gather_update", "gather_update_", "gather_update_by_row"]
 
 
 def gather_update(
@@ -131,6 +132,13 @@ def _update(
         # Of an ``output`` that is in a graph, gradients being off: to autograd the result is another tensor.
         result = result.detach() if result.requires_grad else result
     return result
+
+
+def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """While it lasts products on the tensor's device have their factors' precision, whatever the caller's autocast."""
+    if not _autocast_is_on(tensor):
+        return contextlib.nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _autocast_is_on(tensor: Tensor) -> bool:

@@ -301,6 +301,26 @@ def test_a_far_step_of_half_precision_is_taken_back(dtype):
     assert 0 < guard.drift() < 3e-3
 
 
+def test_a_step_inside_of_autocast_is_the_same_step():
+    """As in loops that put all of a step under it: rounded to bfloat16, ``U`` would forget what a step changed."""
+    ends = []
+    for autocast in (False, True):
+        model = fresh()
+        guard = Guard(model, calibrated(model), budget=1e-2)
+        optimizer = torch.optim.SGD(mixings(model), lr=0.05)
+        guard.attach(optimizer)
+        ids = tokens(seed=2, batch=4, length=6)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(input_ids=ids, labels=ids).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                optimizer.step()
+                drift = guard.drift()
+        ends.append((drift, mixings(model)))
+    assert ends[0][0] == ends[1][0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][1], ends[1][1], strict=True))
+
+
 def test_gradients_are_those_of_u_again_after_a_step():
     model = fresh()
     guard = Guard(model, calibrated(model))

@@ -10,7 +10,7 @@ from peft.helpers import disable_input_dtype_casting
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from curlora import CurloraConfig, CurloraLayer
+from curlora import CurloraConfig, CurloraLayer, convert_to_lora
 from tests.models import BASES, curlora, gpt2, layers, llama, randomize, tokens
 
 both = pytest.mark.parametrize("base", BASES)
@@ -47,6 +47,20 @@ def test_what_tensors_are_by_default_does_not_matter(base, default, tmp_path):
             assert torch.equal(ours.curlora_indices[adapter], theirs.curlora_indices["default"])
             assert ours.curlora_U[adapter].dtype == torch.float32
     assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
+
+
+def test_weights_are_changed_exactly_whatever_the_callers_autocast(tmp_path):
+    merged = [curlora(llama()) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        merged[0].merge_adapter()
+        update = layers(merged[0])[0].get_delta_weight("default")
+        lora = convert_to_lora(curlora(llama()))[1]
+    merged[1].merge_adapter()
+    assert torch.equal(update, layers(merged[1])[0].get_delta_weight("default"))
+    for a, b in zip(merged[0].parameters(), merged[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, factor in convert_to_lora(curlora(llama()))[1].items():
+        assert torch.equal(lora[name], factor)
 
 
 @both

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from curlora.functional import autocast_off
 from curlora.guard.errors import GuardError
 
 __all__ = ["Anchors"]
@@ -92,7 +93,8 @@ class Anchors:
         total = []
         for names, (centre, left, right) in self._stacks.items():
             moved = (torch.stack([values[name] for name in names]) - centre).to(left.dtype)  # (layers, r, r)
-            total.append(0.5 * ((left @ moved @ right) * moved).sum())  # of each task before the layers
+            with autocast_off(moved):  # in which a loss is computed, as a rule
+                total.append(0.5 * ((left @ moved @ right) * moved).sum())  # of each task before the layers
         return torch.stack([part.to(total[0].device) for part in total]).sum()
 
     def state_dict(self) -> dict[str, Tensor]:

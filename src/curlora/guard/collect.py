@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curlora.functional import autocast_off
 from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.text import Counts, pass_over, sum_over_processes
@@ -114,8 +115,9 @@ class _Sums:
         self.inputs += z.T @ z
 
     def add_gradient(self, gradient: Tensor, z: Tensor, mask: Tensor) -> None:
-        g = _rows(gradient, mask) @ self.factor.to(gradient.dtype)
-        self.gradients.append(g.mT.float() @ z.float())
+        with autocast_off(gradient):
+            g = _rows(gradient, mask) @ self.factor.to(gradient.dtype)
+            self.gradients.append(g.mT.float() @ z.float())
 
     def end_batch(self) -> None:
         """A layer that is used more than once moves every time: the gradient of a row is the sum."""

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from curlora.functional import autocast_off
 from curlora.guard.calibration import Calibration, Moments, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
 from curlora.guard.errors import GuardError
@@ -254,7 +255,8 @@ class _Stack:
 
     def moved(self) -> Tensor:
         """``V`` of each ``U``, shape ``(count, r, r)``."""
-        return self.left_inverse @ (self.values() - self.start) @ self.right_inverse
+        with autocast_off(self.left):
+            return self.left_inverse @ (self.values() - self.start) @ self.right_inverse
 
     def enter(self) -> None:
         """Put ``V`` in the place of ``U``."""
@@ -270,11 +272,15 @@ class _Stack:
             )  # fmt: skip
             given = torch.stack([whole(gradient) for gradient in gradients])
             self.gradients = list(gradients), given
-            assign(gradients, (left @ given.to(left.dtype) @ right).unbind())
+            with autocast_off(left):
+                mapped = left @ given.to(left.dtype) @ right
+            assign(gradients, mapped.unbind())
 
     def leave(self, values: Tensor) -> None:
         """Put the ``U`` of these ``V`` in the place of what there is, and its gradients in the place of theirs."""
-        assign(self.parameters, (self.start + self.left @ values @ self.right).unbind())
+        with autocast_off(self.left):
+            back = self.start + self.left @ values @ self.right
+        assign(self.parameters, back.unbind())
         gradients, given = self.gradients
         assign(gradients, given.unbind())
         self.gradients = [], given[:0]

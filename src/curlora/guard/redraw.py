@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curlora.functional import autocast_off
 from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.text import backward, pass_over, ready, sum_over_processes
@@ -138,7 +139,7 @@ class _Use:
         seen, output, gradient = seen.flatten(), output.flatten(0, -2), gradient.flatten(0, -2)
         bias = getattr(self.base, "bias", None)
         output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
-        with read(self.base) as weight:
+        with read(self.base) as weight, autocast_off(gradient):
             back = weight.input_gradient(gradient[seen])
         back = back.to(self.inputs.dtype) * (examples if self.mean_loss else 1)
         self.outputs += output.to(self.outputs.dtype).square().sum(0)

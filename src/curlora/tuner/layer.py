@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora import sampling
 from curlora.alone import alone
-from curlora.functional import gather_update, gather_update_
+from curlora.functional import autocast_off, gather_update, gather_update_
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.fingerprint import LENGTH, compare, fingerprint
 from curlora.tuner.loading import follow
@@ -174,14 +174,17 @@ class CurloraLayer(nn.Module, BaseTunerLayer):
             C, R = weight.columns(columns), weight.rows(rows)
         dtype = torch.promote_types(C.dtype, torch.float32)
         U = whole(self.curlora_U[adapter_name].detach()).to(device=C.device, dtype=dtype)
-        return self.alpha[adapter_name] * (C.to(dtype) @ U), R.to(dtype)
+        with autocast_off(C):
+            return self.alpha[adapter_name] * (C.to(dtype) @ U), R.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight; of a quantized one, float32."""
         left, right = self.merged_factors.get(adapter_name) or self.delta_factors(adapter_name)
         base = self.get_base_layer()
         device = device_of(base)
-        return (left.to(device) @ right.to(device)).to(base.weight.dtype if is_plain(base) else left.dtype)
+        left, right = left.to(device), right.to(device)
+        with autocast_off(left):
+            return (left @ right).to(base.weight.dtype if is_plain(base) else left.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Asked by :func:`peft.convert_to_lora`; :func:`curlora.convert_to_lora` is exact and quicker."""

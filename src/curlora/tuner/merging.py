@@ -16,6 +16,7 @@ from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from curlora.functional import autocast_off
 from curlora.tuner.sharded import laid_out_like, whole
 from curlora.tuner.weight import device_of, is_plain, unpacked
 
@@ -77,7 +78,9 @@ def _merge_plain(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> 
     # Out of the accelerator's memory, which merging is often meant to save.
     unmerged = merged.clone() if isinstance(merged, DTensor) else merged.to("cpu", copy=True)
     for adapter, (left, right) in factors.items():
-        merged += laid_out_like((left @ right).to(merged.dtype), merged)
+        with autocast_off(left):
+            delta = left @ right
+        merged += laid_out_like(delta.to(merged.dtype), merged)
         if safe_merge and not torch.isfinite(merged).all():
             base.weight.data = weight_before
             layer.unmerged_weight, layer.merged_factors, layer.merged_adapters = before
