@@ -87,17 +87,16 @@ def convert_to_lora(
         state[f"{_PREFIX}{name}.lora_A.weight"] = pad(A, (0, 0, 0, missing)).contiguous()
         state[f"{_PREFIX}{name}.lora_B.weight"] = pad(B, (0, missing)).contiguous()
     for name in names:
-        if isinstance(model, PeftModel) and _trained_beside(model.peft_config[name]):
+        if isinstance(model, PeftModel) and _trained_beside([model.peft_config[name]]):
             saved = get_peft_model_state_dict(model, adapter_name=name)
             state.update({key: value.contiguous() for key, value in saved.items() if ".curlora_" not in key})
 
     shared = configs[0] if configs else None
-    beside = next((found for config in configs if (found := _trained_beside(config))), {})
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=_targets(model, set(factors)),
-        **beside,
+        **_trained_beside(configs),
         fan_in_fan_out=all(layers[name].stores_outputs_last for name in factors),
         base_model_name_or_path=shared and shared.base_model_name_or_path,
         task_type=shared and shared.task_type,
@@ -218,17 +217,20 @@ def _check_convertible(layers: dict[str, CurloraLayer], configs: Sequence[PeftCo
     biases = [config.bias for config in configs if config.bias != "none"]
     if biases:
         raise AdapterError(f"The adapter trained biases (bias={biases[0]!r}), which are no part of a LoRA update")
-    beside = next((found for config in configs if (found := _trained_beside(config))), {})
+    beside = _trained_beside(configs)
     if len(configs) > 1 and beside:
         raise AdapterError(
             f"Several adapters cannot be one where some trained more than U ({', '.join(beside)}): convert them apart"
         )
 
 
-def _trained_beside(config: PeftConfig) -> dict[str, Any]:
-    """The options of an adapter by which more than ``U`` is trained, and goes along with it."""
-    options = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
-    return {name: value for name, value in options.items() if value}
+def _trained_beside(configs: Sequence[PeftConfig]) -> dict[str, Any]:
+    """The options of the first adapter that has any by which more than ``U`` is trained, and goes along with it."""
+    for config in configs:
+        options = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
+        if given := {name: value for name, value in options.items() if value}:
+            return given
+    return {}
 
 
 def _targets(model: nn.Module, adapted: set[str]) -> list[str]:

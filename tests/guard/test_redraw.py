@@ -14,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
 MAPS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]}
 
 
-def untrained(base="llama", **config):
-    model = curlora(BASES[base](), **{"target_modules": MAPS[base], "r": 5, **config})
+def untrained(base="llama", on=None, **config):
+    model = curlora(BASES[base]() if on is None else on, **{"target_modules": MAPS[base], "r": 5, **config})
     for layer in layers_of(model):
         layer.curlora_U["default"].data.zero_()
     return model
@@ -108,11 +108,8 @@ def test_nor_where_the_model_is_sure_of_some_rows():
         base.lm_head.weight.data *= 500
         labels = ids.clone()
         labels[::2, 1:] = base(ids).logits.argmax(-1)[::2, :-1]
-        model = curlora(base, target_modules=MAPS["llama"], r=5)
-        for layer in layers_of(model):
-            layer.curlora_U["default"].data.zero_()
         parts = zip(ids.split(size), labels.split(size), strict=True)
-        return chosen(model, [{"input_ids": part, "labels": answers} for part, answers in parts])
+        return chosen(untrained(on=base), [{"input_ids": part, "labels": answers} for part, answers in parts])
 
     assert chosen_of(16) == chosen_of(1)
 
@@ -138,14 +135,11 @@ def test_a_gradient_that_is_infinite_is_told():
 
 def test_what_is_rounding_alone_does_not_count():
     """The query of a row's first token has one key to attend to, and no gradient: but for rounding, by some kernels."""
-    drawn = []
-    for kernel in ("sdpa", "eager"):
-        model = curlora(llama(attn_implementation=kernel), target_modules=["q_proj"], r=5)
-        for layer in layers_of(model):
-            layer.curlora_U["default"].data.zero_()
-        redraw(model, batches(), [GENERAL], progress=False)
-        drawn.append([layer.curlora_indices["default"] for layer in layers_of(model)])
-    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
+    by_one, by_other = (
+        chosen(untrained(on=llama(attn_implementation=kernel), target_modules=["q_proj"]), batches())
+        for kernel in ("sdpa", "eager")
+    )
+    assert by_one == by_other
 
 
 def test_a_layer_that_the_task_does_not_use_keeps_what_it_has():

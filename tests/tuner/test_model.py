@@ -49,7 +49,7 @@ def test_what_tensors_are_by_default_does_not_matter(base, default, tmp_path):
     assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
 
 
-def test_weights_are_changed_exactly_whatever_the_callers_autocast(tmp_path):
+def test_weights_are_changed_exactly_whatever_the_callers_autocast():
     merged = [curlora(llama()) for _ in range(2)]
     with torch.autocast("cpu", torch.bfloat16):
         merged[0].merge_adapter()
