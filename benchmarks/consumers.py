@@ -47,7 +47,7 @@ def make(base, work):
             rng = torch.Generator().manual_seed(7)
             for layer in model.modules():
                 if isinstance(layer, CurloraLayer):  # every update a twentieth of its weight
-                    U = layer.curlora_U["default"]
+                    U = layer.curlora_U["default"].weight
                     U.data.copy_(torch.randn(U.shape, generator=rng))
                     size = layer.get_delta_weight("default").norm() / layer.get_base_layer().weight.norm()
                     U.data.mul_(0.05 / size)

@@ -67,7 +67,7 @@ def randomize(model, adapter_name="default", seed=7):
     for layer in layers(model):
         if adapter_name not in layer.curlora_U:
             continue
-        U = layer.curlora_U[adapter_name]
+        U = layer.curlora_U[adapter_name].weight
         U.data.copy_(torch.randn(U.shape, generator=rng) * 3)
 
 

@@ -94,7 +94,7 @@ def trained(model):
 
 
 def indices(model):
-    return torch.stack([layer.curlora_indices["default"] for layer in layers(model)])
+    return torch.stack([layer.basis("default").indices for layer in layers(model)])
 
 
 def main(kind, folder):

@@ -46,8 +46,8 @@ def test_the_factors_are_the_formula_in_float64(base):
     for name, layer in model.base_model.model.named_modules():
         if layer in layers(model):
             W = layer.get_base_layer().weight
-            columns, rows = layer.curlora_indices["default"]
-            dense = 0.7 * W[:, columns] @ layer.curlora_U["default"] @ W[rows]
+            columns, rows = layer.basis("default").indices
+            dense = 0.7 * W[:, columns] @ layer.curlora_U["default"].weight @ W[rows]
             A, B = (state[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
             assert relative((B @ A).T if base == "gpt2" else B @ A, dense) < 1e-14
 
@@ -122,8 +122,8 @@ def test_a_bfloat16_base_gives_float32_factors_of_its_own_numbers(tmp_path):
     assert {t.dtype for t in state.values()} == {torch.float32}
     layer = layers(model)[0]
     W = layer.get_base_layer().weight.float()
-    columns, rows = layer.curlora_indices["default"]
-    dense = W[:, columns] @ layer.curlora_U["default"].float() @ W[rows]
+    columns, rows = layer.basis("default").indices
+    dense = W[:, columns] @ layer.curlora_U["default"].weight.float() @ W[rows]
     A, B = (state[f"base_model.model.model.layers.0.self_attn.q_proj.lora_{side}.weight"] for side in "AB")
     assert relative(B @ A, dense) < 1e-6
 
@@ -228,7 +228,7 @@ class TestCommands:
             if layer in layers(model):
                 dense = layer.get_delta_weight("default")
                 assert found[name].r == layer.r["default"]
-                assert found[name].norm == pytest.approx(layer.curlora_U["default"].norm().item(), rel=1e-6)
+                assert found[name].norm == pytest.approx(layer.curlora_U["default"].weight.norm().item(), rel=1e-6)
                 expected = float(dense.norm() / layer.get_base_layer().weight.norm())
                 assert found[name].change == pytest.approx(expected, rel=1e-5)
         done = self.call("inspect", path / "adapter", "--with-base")

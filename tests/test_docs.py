@@ -9,7 +9,8 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from curlora.continual import load_recipe
 from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
@@ -47,9 +48,9 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     names["task_batches"] = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8).split(4)]
     for U in names["guard"].parameters:
         U.data.zero_()  # as before any training
-    before = [indices.clone() for name, indices in names["model"].named_buffers() if "curlora_indices" in name]
+    before = [indices.clone() for name, indices in names["model"].named_buffers() if name.endswith(".indices")]
     exec(redrawn, names)
-    after = [indices for name, indices in names["model"].named_buffers() if "curlora_indices" in name]
+    after = [indices for name, indices in names["model"].named_buffers() if name.endswith(".indices")]
     assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert 0 < names["rise"] <= 0.01
 
@@ -78,10 +79,10 @@ def test_the_trainers_python_runs(tmp_path, monkeypatch):
     for block in blocks("trainers.md", "python"):
         code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=16)", "(r=4)")
         exec(code.replace('Config("out"', 'Config("out", bf16=False'), names)
-        assert all(layer.curlora_U["default"].any() for layer in layers(names["trainer"].model))
+        assert all(layer.curlora_U["default"].weight.any() for layer in layers(names["trainer"].model))
     saved = PeftModel.from_pretrained(llama(initializer_range=0.2), "my-adapter")
-    for one, two in zip(layers(saved), layers(names["model"]), strict=True):
-        assert torch.equal(one.curlora_U["default"], two.curlora_U["ref"])
+    for one, two in zip(layers(saved), layers(names["trainer"].model), strict=True):
+        assert torch.equal(one.curlora_U["default"].weight, two.curlora_U["ref"].weight)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -102,7 +103,12 @@ def test_the_quantized_python_runs(tmp_path, monkeypatch):
         exec(block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
     assert type(layers(names["model"])[0].get_base_layer()).__name__ == "Linear4bit"
     names["model"](tokens(), labels=tokens()).loss.backward()
-    assert all(layer.curlora_U["default"].grad.any() for layer in layers(names["model"]))
+    assert all(layer.curlora_U["default"].weight.grad.any() for layer in layers(names["model"]))
+
+
+def mixture():
+    sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    return MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2))
 
 
 def test_the_adapters_python_runs(tmp_path, monkeypatch):
@@ -114,20 +120,24 @@ def test_the_adapters_python_runs(tmp_path, monkeypatch):
         model.save_pretrained(f"adapters/{name}")
         logits[name] = model(tokens()).logits
     names = {"batch": {"input_ids": tokens()[[0, 0, 0]]}}
-    several, by_row, combined, merged = (
+    several, experts, by_row, combined, merged = (
         block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base"))
         for block in blocks("adapters.md", "python")
     )
     exec(several, names)
     names["model"].eval()
     assert torch.allclose(names["model"](tokens()).logits, logits["topics"], atol=1e-5)
+    of_experts = dict(names)
+    exec(experts, of_experts)
+    model = get_peft_model(mixture(), of_experts["config"])
+    assert {layer.name.rpartition(".")[2] for layer in layers(model)} == {"q_proj", "gate_up_proj"}
     exec(by_row, names)
     for row, name in zip(names["logits"], ("topics", "sentiment", "__base__"), strict=True):
         assert torch.allclose(row, logits[name][0], atol=1e-5)
     exec(combined, names)
     both = names["model"](tokens()).logits
     for layer in layers(names["model"]):
-        U = layer.curlora_U
+        U = {name: matrix.weight for name, matrix in layer.curlora_U.items()}
         assert torch.allclose(U["both"], 0.7 * U["sentiment"] + 0.3 * U["topics"], atol=1e-6)
     merge, rest = merged.split("\n", 1)
     exec(merge, names)

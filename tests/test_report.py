@@ -136,10 +136,10 @@ def test_every_picture_is_there():
     found = panels(render([make_results(seeds=(0, 1))]))
     assert list(found) == [
         "reviews", "reuters", "tweets", "Frozen &lt;heads&gt;", "LoRA", "CURLoRA", "accuracy and perplexity",
-        "plasticity and forgetting", "trained numbers", "training loss",
+        "plasticity and forgetting", "trained parameters", "training loss",
     ]  # fmt: skip
     assert re.findall(r">(0\.\d\d\d)<", found["LoRA"][0]) == ["0.830", "0.820", "0.795", "0.795", "0.810", "0.885"]
-    assert "1,290,240" in found["trained numbers"][0]
+    assert "1,290,240" in found["trained parameters"][0]
 
 
 def test_many_methods_can_be_told_apart():
@@ -217,7 +217,7 @@ def test_a_run_of_one_task_and_one_method():
     html = render([make_results(tasks=[make_task("a")], methods=[method])])
     assert Tables(html).tables["summary"][2][:5] == ["CURLoRA", "0.800", "0.800", "–", "–"]
     assert "plasticity and forgetting" not in panels(html)
-    assert "trained numbers" not in panels(html)
+    assert "trained parameters" not in panels(html)
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])

@@ -103,5 +103,5 @@ def test_merging_into_what_is_shared_out(one, two):
 
 def test_the_trainers_checkpoint_holds_the_adapter_alone(two):
     (folder,) = two["folder"].glob("trainer/checkpoint-4")
-    parts = {name.rpartition(".")[2] for name in load_file(folder / "adapter_model.safetensors")}
-    assert parts == {"curlora_U", "curlora_indices", "curlora_fingerprint"}
+    parts = {name.partition(".curlora_U.")[2] for name in load_file(folder / "adapter_model.safetensors")}
+    assert parts == {"weight", "indices", "fingerprint"}

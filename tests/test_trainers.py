@@ -46,7 +46,7 @@ def assert_only_U_moved(before, after):
     assert before.keys() == after.keys()
     for name in after:
         moved = not torch.equal(before[name], after[name])
-        assert moved == (".curlora_U.default" in name), name
+        assert moved == name.endswith(".curlora_U.default.weight"), name
 
 
 def log_probabilities(model, batch):

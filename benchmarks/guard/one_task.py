@@ -222,8 +222,7 @@ class Run:
                 for _ in range(20):
                     columns = score[:, rows].sum(1).topk(r).indices
                     rows = score[columns].sum(0).topk(r).indices
-            layer.curlora_indices["default"].copy_(torch.stack([columns, rows]).int())
-            layer.rebuild("default")
+            layer.redraw("default", torch.stack([columns, rows]))
 
     def fit_head(self, rows, labels, steps):
         """On the frozen model's states."""

@@ -35,7 +35,7 @@ def main():
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, options.adapter).eval()
     found = [module for module in model.modules() if isinstance(module, curlora.CurloraLayer)]
-    mixings = [layer.curlora_U["default"] for layer in found]
+    mixings = [layer.curlora_U["default"].weight for layer in found]
     learned = [U.detach().clone() for U in mixings]
 
     def scaled(factor):

@@ -25,7 +25,7 @@ for directory in sorted(Path(__file__).parent.glob("*/results.json")):
     last = [next(iter(s.heldout.values()))[-1] for s in seeds]
     rows.append(("last WikiText-2 perplexity", "", [f"{score.perplexity:.2f}" for score in last]))
     rows.append(("drift, nats per token", "", [f"{score.drift:.3f}" if score.drift else "0" for score in last]))
-    rows.append(("trained numbers", "", [f"{method.trainable_parameters:,}" for method in methods]))
+    rows.append(("trained parameters", "", [f"{method.trainable_parameters:,}" for method in methods]))
     print(f"| {directory.parent.name} | always the majority class | " + " | ".join(m.label for m in methods) + " |")
     print("|---" * (len(methods) + 2) + "|")
     for name, majority, values in rows:

@@ -19,7 +19,7 @@ from torch import nn
 import curlora
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.weight import read
-from models import ALL, QKV, smollm2
+from models import ALL, QKV, held, smollm2
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 # Of a model of 7 B numbers (Mistral-7B): outputs, inputs.
@@ -124,7 +124,7 @@ def load(r=16, rounds=7, present=(1, 30)):
 
 def columns(layer):
     with read(layer.get_base_layer()) as weight:
-        return weight.columns(layer.curlora_indices["default"][0])
+        return weight.columns(layer.basis("default").indices[0])
 
 
 def many(r=16, rounds=7, batch=32, length=32):
@@ -142,7 +142,7 @@ def holding(method, count, r, rounds, batch, length):
         "lora": lambda: LoraConfig(r=r, target_modules=QKV, init_lora_weights=False),
     }[method]
     model = get_peft_model(smollm2(), config(), adapter_name="a0").eval()
-    before = held(model)
+    before = size(model)
     began = time.perf_counter()
     for i in range(1, count):
         model.add_adapter(f"a{i}", config())
@@ -170,16 +170,14 @@ def holding(method, count, r, rounds, batch, length):
     )
     return {
         "method": method, "count": count, "r": r, "batch": batch, "length": length,
-        "bytes_of_one": round((held(model) - before) / (count - 1)),
+        "bytes_of_one": round((size(model) - before) / (count - 1)),
         "seconds": {"add": round(adding, 5), **{n: round(statistics.median(t), 5) for n, t in seconds.items()}},
     }  # fmt: skip
 
 
-def held(model):
-    """Bytes of parameters and buffers, each piece of memory once."""
-    return sum({
-        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
-    }.values())  # fmt: skip
+def size(model):
+    """Bytes of what it holds, each piece of memory once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held(model)}.values())
 
 
 def reset_peak():

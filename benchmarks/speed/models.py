@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaModel
 
 import curlora
-from curlora import sampling
+from curlora import CurloraLayer, sampling
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 ALL = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,6 +46,14 @@ def dense(model: nn.Module, r: int, targets: list[str]) -> nn.Module:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, DenseCUR(module, r, name))
     return model
+
+
+def held(model: nn.Module) -> list[Tensor]:
+    """All that a model holds: parameters, buffers, and the columns and rows of adapters, which are neither."""
+    layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
+    bases = [layer.basis(name) for layer in layers for name in layer.curlora_U]
+    drawn = [t for basis in bases for t in (basis.indices, basis.fingerprint, basis.factor, basis.gathered)]
+    return [*model.parameters(), *model.buffers(), *drawn]
 
 
 def adapted(base: nn.Module, method: str, r: int, targets: list[str]) -> nn.Module:

@@ -87,7 +87,7 @@ def headline():
             ])  # fmt: skip
         rows.append([row["targets"], "*the frozen model*", 0, f"*{1000 * row['step']['floor']:,.0f} ms*", "",
                      f"*{1000 * row['inference']['floor']:,.0f} ms*", "", "", ""])  # fmt: skip
-    return table(["adapted", "method", "trained numbers", "a step, over the floor", "of LoRA's",
+    return table(["adapted", "method", "trained parameters", "a step, over the floor", "of LoRA's",
                   "inference, over the floor", "of LoRA's", "kept for backward", "FLOPs of a step"],
                  rows)  # fmt: skip
 
@@ -180,7 +180,7 @@ def storage():
             row["model"], row["targets"], row["r"], f"{ours['numbers']:,}", f"{ours['bytes'] / 1024:,.0f} KiB",
             f"{theirs['numbers']:,}", f"{theirs['bytes'] / MIB:,.1f} MiB", f"{theirs['bytes'] / ours['bytes']:,.0f}",
         ])  # fmt: skip
-    return table(["model", "adapted", "rank", "CURLoRA: numbers", "file", "LoRA: numbers", "file",
+    return table(["model", "adapted", "rank", "CURLoRA: parameters", "file", "LoRA: parameters", "file",
                   "LoRA's over CURLoRA's"], rows)  # fmt: skip
 
 

@@ -19,7 +19,7 @@ import measure
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import TARGETS, adapted, smollm2
+from models import TARGETS, adapted, held, smollm2
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 ALL, QKV = "all linear layers", "query, key, value"
@@ -116,8 +116,8 @@ def infer(model, x):
 
 
 def counted(model, x):
-    """Bytes kept for backward, outside parameters and buffers, and FLOPs: exact, the same on every machine."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    """Bytes kept for backward, outside of what the model holds anyway, and FLOPs: exact, the same on every machine."""
+    own = {t.untyped_storage().data_ptr() for t in held(model)}
     kept = {}
 
     def pack(tensor):

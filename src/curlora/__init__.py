@@ -1,4 +1,4 @@
-"""CURLoRA for PEFT: continual fine-tuning that trains r x r numbers per layer.
+"""CURLoRA for PEFT: continual fine-tuning that trains r x r parameters per layer.
 
 Importing this package registers the method with PEFT.
 """

@@ -15,6 +15,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.pytorch_utils import Conv1D
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.layer import CurloraLayer
@@ -77,15 +78,18 @@ def convert_to_lora(
         parts = [layer.delta_factors(adapter) for adapter in names if adapter in layer.curlora_U]
         if not parts:
             continue
-        left, right = torch.cat([part[0] for part in parts], dim=1), torch.cat([part[1] for part in parts])
+        left, right = torch.cat([part[0] for part in parts], dim=-1), torch.cat([part[1] for part in parts], dim=-2)
         # A Conv1D holds its weight, and so the update, the other way round.
-        factors[name] = (left.T, right.T) if layer.stores_outputs_last else (right, left)
-    rank = max(len(A) for A, _ in factors.values())
+        factors[name] = (left.mT, right.mT) if _inputs_first(layer) else (right, left)
+    rank = max(A.shape[-2] for A, _ in factors.values())
     state = {}
     for name, (A, B) in factors.items():
-        missing = rank - len(A)
-        state[f"{_PREFIX}{name}.lora_A.weight"] = pad(A, (0, 0, 0, missing)).contiguous()
-        state[f"{_PREFIX}{name}.lora_B.weight"] = pad(B, (0, missing)).contiguous()
+        missing = rank - A.shape[-2]
+        A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+        if A.ndim == 3:  # of experts, which LoRA has one after another in A, and in turn in B
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
+        state[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
+        state[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
     for name in names:
         if isinstance(model, PeftModel) and _trained_beside([model.peft_config[name]]):
             saved = get_peft_model_state_dict(model, adapter_name=name)
@@ -95,9 +99,10 @@ def convert_to_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(model, set(factors)),
+        target_modules=_targets(model, {name for name in factors if layers[name].parameter_name is None}),
+        target_parameters=sorted({layers[name].name for name in factors if layers[name].parameter_name}) or None,
         **_trained_beside(configs),
-        fan_in_fan_out=all(layers[name].stores_outputs_last for name in factors),
+        fan_in_fan_out=bool(factors) and all(isinstance(layers[name].get_base_layer(), Conv1D) for name in factors),
         base_model_name_or_path=shared and shared.base_model_name_or_path,
         task_type=shared and shared.task_type,
         inference_mode=True,
@@ -178,6 +183,8 @@ def adapter_config(adapter: str) -> CurloraConfig:
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
+    except (KeyError, TypeError) as error:
+        raise AdapterError(f"{adapter}: its adapter_config.json is damaged ({error})") from error
     except ValueError as error:
         raise AdapterError(f"{adapter}: {error}") from error
     if not isinstance(config, CurloraConfig):
@@ -195,8 +202,16 @@ def _class_of(config: PeftConfig) -> Any:
     return found if known else transformers.AutoModelForCausalLM
 
 
+def _inputs_first(layer: CurloraLayer) -> bool:
+    """Whether the weight is stored as ``(in_features, out_features)``."""
+    if layer.parameter_name is None:
+        return layer.fan_in_fan_out
+    stacked = len(layer.weight_shape) == 3
+    return stacked and bool(getattr(layer.get_base_layer(), "is_transposed", False))
+
+
 def _adapters(layers: dict[str, CurloraLayer], wanted: str | Sequence[str] | None) -> list[str]:
-    present = list(dict.fromkeys(name for layer in layers.values() for name in layer.r))
+    present = list(dict.fromkeys(name for layer in layers.values() for name in layer.curlora_U))
     if wanted is None:
         active: Any = next(iter(layers.values())).active_adapters  # one list for the whole model
         return [name for name in present if name in active]

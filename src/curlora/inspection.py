@@ -20,7 +20,7 @@ from curlora.tuner.weight import read
 
 __all__ = ["AdapterSummary", "LayerSummary", "adapter_tables", "inspect_adapter"]
 
-_U = ".curlora_U"
+_U = ".curlora_U.weight"
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class AdapterSummary:
         base: the base model that it names.
         config: its configuration.
         layers: the adapted layers, in the model's order.
-        numbers: how many were trained, in ``U`` and in all else that is saved with it.
+        parameters: how many were trained, in ``U`` and in all else that is saved with it.
         bytes: size of its file.
     """
 
     base: str | None
     config: CurloraConfig
     layers: list[LayerSummary]
-    numbers: int
+    parameters: int
     bytes: int
 
 
@@ -78,7 +78,7 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
     config = adapter_config(str(adapter))
     if not path.exists():
         raise AdapterError(f"{adapter} has a configuration but no {SAFETENSORS_WEIGHTS_NAME}")
-    layers, numbers = [], 0
+    layers, parameters = [], 0
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118  # not a dict
@@ -87,14 +87,14 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
                 if key.endswith(_U):
                     layers.append(LayerSummary(name, len(tensor), float(tensor.double().norm())))
                 if ".curlora_" not in key or key.endswith(_U):
-                    numbers += tensor.numel()
+                    parameters += tensor.numel()
     except SafetensorError as error:
         raise AdapterError(f"{path} cannot be read ({error}). It is incomplete or damaged.") from error
     layers.sort(key=lambda layer: [int(part) if part.isdigit() else part for part in layer.name.split(".")])
     if base or with_base:
         changes = _changes(str(adapter), base)
         layers = [LayerSummary(one.name, one.r, one.norm, changes[one.name]) for one in layers]
-    return AdapterSummary(config.base_model_name_or_path, config, layers, numbers, path.stat().st_size)
+    return AdapterSummary(config.base_model_name_or_path, config, layers, parameters, path.stat().st_size)
 
 
 @torch.no_grad()
@@ -124,7 +124,7 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
         ("rank", ", ".join(map(str, ranks))),
         ("alpha", f"{config.alpha:g}" + (" and by layer" if config.alpha_pattern else "")),
         ("drawn by", f"{config.sampling}, seed {config.seed}"),
-        ("trained numbers", f"{summary.numbers:,}"),
+        ("trained parameters", f"{summary.parameters:,}"),
         ("file", f"{summary.bytes:,} bytes"),
     ):
         facts.add_row(Text(name, style="bold"), Text(value))

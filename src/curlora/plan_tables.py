@@ -22,7 +22,7 @@ def _heading(plan: Plan) -> Text:
     seeds = ", ".join(map(str, plan.seeds))
     lines = [
         plan.title,
-        f"{plan.base_model}: {plan.base_numbers:,} numbers. {processes} on {plan.device}. "
+        f"{plan.base_model}: {plan.base_parameters:,} parameters. {processes} on {plan.device}. "
         f"Seed{'s' if len(plan.seeds) > 1 else ''} {seeds}.",
         *(f"Held out: {text}" for text in plan.heldout.values()),
     ]
@@ -51,7 +51,7 @@ def _tasks(plan: Plan) -> Table:
 
 def _methods(plan: Plan) -> Table:
     seeds = "" if len(plan.seeds) == 1 else f" and {len(plan.seeds)} seeds"
-    headings = ("trained\nnumbers", "steps", "tokens\ntrained on", "held-out\nwindows")
+    headings = ("trained\nparameters", "steps", "tokens\ntrained on", "held-out\nwindows")
     table = _table(f"\nMethods, over all tasks{seeds}", "method", *headings)
     table.add_row("base model", "", "", "", f"{plan.base_windows:,}")
     for method in plan.methods:
@@ -74,7 +74,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _notes(plan: Plan) -> list[Text]:
-    notes = ["Trained numbers are without heads."]
+    notes = ["Trained parameters are without heads."]
     if plan.quantized:
         notes.append(
             "The base is quantized: the size of its weights is unknown, and what is kept for backward is that of the "

@@ -115,7 +115,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
     ]
     if any(method.trainable_parameters for method in results.methods):
         height = 0.9 + 0.36 * len(results.methods)
-        panel = _panel("trained numbers", partial(_trainable, results, styles), height=height)
+        panel = _panel("trained parameters", partial(_trainable, results, styles), height=height)
         plots.insert(3, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
     return plots
 

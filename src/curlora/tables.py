@@ -116,7 +116,7 @@ def _guarded(results: RunResults) -> Table | None:
 
 def _cost(results: RunResults) -> Table:
     table = _plain("\nWhat it took")
-    _columns(table, ["trained\nnumbers", "adapter\nfile", "time of\na seed", "tokens a\nsecond"])
+    _columns(table, ["trained\nparameters", "adapter\nfile", "time of\na seed", "tokens a\nsecond"])
     for method in results.methods:
         speed = method.tokens_per_second
         table.add_row(
@@ -131,7 +131,7 @@ def _cost(results: RunResults) -> Table:
 
 def _notes(results: RunResults) -> list[Text]:
     text = next(iter(results.heldout.values()))
-    lines = [f"Perplexity and drift (nats per token) of {text}. Trained numbers and file without the heads."]
+    lines = [f"Perplexity and drift (nats per token) of {text}. Trained parameters and file without the heads."]
     counts = sorted({len(method.seeds) for method in results.methods})
     if counts != [1]:
         lines[0] += (

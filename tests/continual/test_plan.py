@@ -71,7 +71,7 @@ def test_counts_are_those_that_a_run_reports(recipe_path, tmp_path):
         assert expected.trained == method.trainable_parameters, method.name
         assert expected.steps == sum(seed.steps for seed in method.seeds), method.name
         assert expected.tokens == sum(seed.train_tokens for seed in method.seeds), method.name
-    assert planned.base_numbers == results.base_parameters
+    assert planned.base_parameters == results.base_parameters
     assert planned.heldout == results.heldout
     first, second = planned.tasks
     assert (first.examples, first.evaluation_examples) == (30, 21)
@@ -194,7 +194,7 @@ def test_the_papers_counts_on_gpt2_large(recipe_path, tmp_path):
     ]
     planned = make_plan(load_recipe(recipe_path, changes))
     assert [method.trained for method in planned.methods] == [0, 2_304, 1_474_560]
-    assert planned.base_numbers == 774_030_080
+    assert planned.base_parameters == 774_030_080
     assert all(method.memory.total > 4 * 774_030_080 for method in planned.methods)
 
 
@@ -270,7 +270,7 @@ def test_large_figures_fit_into_80_columns(recipe_path):
     planned = make_plan(load_recipe(recipe_path, ["title=A run [of] some length", methods("lora", "full")]))
     large = replace(
         planned,
-        base_numbers=70_553_706_496,
+        base_parameters=70_553_706_496,
         tasks=[
             replace(task, name="a-task-with-a-long-name", examples=1_234_567, tokens=987_654_321, steps=123_456)
             for task in planned.tasks

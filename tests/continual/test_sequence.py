@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_run_and_another_another(tokenizer, tmp_pat
 def test_curlora_draws_with_the_runs_seed_unless_told(tokenizer):
     def columns(options, seed):
         method = make_method("curlora", "c", "C", 0.1, options)
-        return method.apply(llama(), seed).get_base_model().model.layers[0].self_attn.q_proj.curlora_indices["default"]
+        return method.apply(llama(), seed).get_base_model().model.layers[0].self_attn.q_proj.basis("default").indices
 
     assert not torch.equal(columns({"r": 4}, 0), columns({"r": 4}, 1))
     assert torch.equal(columns({"r": 4, "seed": 3}, 0), columns({"r": 4, "seed": 3}, 1))

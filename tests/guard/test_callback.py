@@ -17,7 +17,7 @@ TEXT = tokens(batch=8, length=20)
 def fresh():
     """A model whose adapter has learned nothing yet, and its ``U``."""
     model = curlora(llama())
-    mixings = [m.curlora_U["default"] for m in model.modules() if isinstance(m, CurloraLayer)]
+    mixings = [m.curlora_U["default"].weight for m in model.modules() if isinstance(m, CurloraLayer)]
     for U in mixings:
         U.data.zero_()
     return model, mixings

@@ -47,7 +47,7 @@ def test_inputs_are_second_moments_of_what_the_adapter_gathers(base):
     model(input_ids=ids)
     for name, layer in found.items():
         x, y0 = outputs[name]
-        columns, rows = layer.curlora_indices["default"]
+        columns, rows = layer.basis("default").indices
         W = layer.get_base_layer().weight.double()
         # R x, as the paper writes it; a Conv1D stores W the other way round.
         z = x.double() @ (W[:, columns] if base == "gpt2" else W[rows].T)
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_answers_the_model_itself_would_give(base):
     model = adapted(base, alpha=2.0)
     ids = tokens(batch=1, length=4)
     found = {m.name: m for m in model.modules() if isinstance(m, CurloraLayer)}
-    trained = [layer.curlora_U["default"] for layer in found.values()]
+    trained = [layer.curlora_U["default"].weight for layer in found.values()]
     logits = model(input_ids=ids).logits[0, :-1]
     exact = {(name, side): torch.zeros(4, 4, dtype=torch.float64) for name in found for side in ("left", "right")}
     for position, row in enumerate(logits):
@@ -174,7 +174,7 @@ def test_a_layer_that_is_used_twice_moves_twice(base):
     calibration = calibrate(model, [batch(ids)], progress=False)
     logits = model(input_ids=ids, use_cache=False).logits
     at_logits = _drawn_gradient(logits.detach(), torch.ones(1, 4, dtype=torch.bool), [0], seed=0)
-    trained = [layer.curlora_U["default"] for layer in found.values()]
+    trained = [layer.curlora_U["default"].weight for layer in found.values()]
     for name, gradient in zip(found, torch.autograd.grad(logits, trained, at_logits), strict=True):
         G = (gradient.T if base == "gpt2" else gradient).double()
         torch.testing.assert_close(calibration.layers[name].left, G @ G.T / 4, rtol=1e-4, atol=1e-9)
@@ -241,7 +241,8 @@ def test_refused_for_another_model_or_other_indices():
     other = adapted()
     for layer in (m for m in other.modules() if isinstance(m, CurloraLayer)):
         layer.get_base_layer().weight.data.normal_()
-        layer.rebuild("default")
+        layer.curlora_U["default"].weight.data.zero_()
+        layer.redraw("default", layer.basis("default").indices)
     with pytest.raises(GuardError, match="another base model"):
         calibration.check(other)
     with pytest.raises(GuardError, match="no CURLoRA adapter"):

@@ -25,7 +25,7 @@ def fresh(base="llama", **config):
 
 
 def mixings(model):
-    return [m.curlora_U["default"] for m in model.modules() if isinstance(m, CurloraLayer)]
+    return [m.curlora_U["default"].weight for m in model.modules() if isinstance(m, CurloraLayer)]
 
 
 def calibrated(model, batch=8, length=20, **options):
@@ -68,7 +68,7 @@ def test_drift_is_the_damped_quadratic_form_of_u(base):
     guard = Guard(model, calibration, damping=0.3)
     expected = 0.0
     for layer in (m for m in model.modules() if isinstance(m, CurloraLayer)):
-        U = layer.curlora_U["default"].data.normal_(std=0.1).double()
+        U = layer.curlora_U["default"].weight.data.normal_(std=0.1).double()
         M = 2.5 * (U.T if base == "gpt2" else U)
         moments = calibration.layers[layer.name]
         left, right = sides(moments, 0.3 + 1 / calibration.rows)
@@ -86,7 +86,7 @@ def test_without_gradients_drift_is_the_shift_of_the_output(base):
     model_layers = [m for m in model.modules() if isinstance(m, CurloraLayer)]
     seen = {}
     for layer in model_layers:
-        layer.curlora_U["default"].data.normal_(std=0.1)
+        layer.curlora_U["default"].weight.data.normal_(std=0.1)
         layer.base_layer.register_forward_hook(lambda m, i, o, n=layer.name: seen.__setitem__(n, [o]))
         layer.register_forward_hook(lambda m, i, o, n=layer.name: seen[n].append(o))
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_a_plain_step_goes_along_the_damped_natural_gradient(base):
     ids = tokens(seed=2, batch=4, length=6)
     model(input_ids=ids, labels=ids).loss.backward()
     found = [m for m in model.modules() if isinstance(m, CurloraLayer)]
-    gradients = [layer.curlora_U["default"].grad.double().clone() for layer in found]
+    gradients = [layer.curlora_U["default"].weight.grad.double().clone() for layer in found]
     optimizer = torch.optim.SGD(mixings(model), lr=1e-3)
     guard.attach(optimizer)
     optimizer.step()
@@ -157,7 +157,7 @@ def test_a_plain_step_goes_along_the_damped_natural_gradient(base):
             left, right = right, left
         natural = torch.linalg.solve(left, torch.linalg.solve(right, gradient.T).T)
         expected = -1e-3 * 2 / guard.numbers / 1.7**2 * natural
-        actual = layer.curlora_U["default"].double()
+        actual = layer.curlora_U["default"].weight.double()
         assert (actual - expected).norm() < 1e-3 * expected.norm()
 
 
@@ -428,15 +428,15 @@ def test_a_layer_that_the_text_does_not_use_stays_as_it_is():
     guard = Guard(model, calibration, budget=1e-2)
     train(model, guard)
     for layer in (m for m in model.modules() if isinstance(m, CurloraLayer)):
-        assert bool(layer.curlora_U["default"].any()) == (layer.name != name)
+        assert bool(layer.curlora_U["default"].weight.any()) == (layer.name != name)
 
 
 def test_repeated_columns_and_rows_are_no_trouble():
     model = fresh(replacement=True, r=16)
     found = [m for m in model.modules() if isinstance(m, CurloraLayer)]
     for layer in found:
-        layer.curlora_indices["default"][:] = layer.curlora_indices["default"][:, :1]
-        layer.rebuild("default")
+        indices = layer.basis("default").indices
+        layer.redraw("default", indices[:, :1].expand_as(indices))
     guard = Guard(model, calibrated(model), budget=1e-3)
     train(model, guard, steps=3)
     assert all(torch.isfinite(U).all() for U in mixings(model))

@@ -17,7 +17,7 @@ MAPS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"]
 def untrained(base="llama", on=None, **config):
     model = curlora(BASES[base]() if on is None else on, **{"target_modules": MAPS[base], "r": 5, **config})
     for layer in layers_of(model):
-        layer.curlora_U["default"].data.zero_()
+        layer.curlora_U["default"].weight.data.zero_()
     return model
 
 
@@ -65,18 +65,18 @@ def test_taken_is_what_the_task_uses_most_for_what_general_text_uses(base):
     model = untrained(base)
     redraw(model, batches(), [GENERAL], progress=False)
     for layer in layers_of(model):
-        columns, rows = layer.curlora_indices["default"].tolist()
+        columns, rows = layer.basis("default").indices.tolist()
         gathered, added = (columns, rows) if base == "gpt2" else (rows, columns)
         for chosen, task, other in zip((gathered, added), of_task[layer.name], of_general[layer.name], strict=True):
             score = task / (other + 0.01 * other.mean())
             assert set(chosen) == set(score.topk(5).indices.tolist()), layer.name
         W = layer.get_base_layer().weight
-        assert torch.equal(layer.sides("default")[1], W[rows].T if base == "gpt2" else W[:, columns])
+        assert torch.equal(layer.basis("default").factor, W[rows].T if base == "gpt2" else W[:, columns])
 
 
 def chosen(model, task, **options):
     redraw(model, task, [GENERAL], progress=False, **options)
-    return [layer.curlora_indices["default"].tolist() for layer in layers_of(model)]
+    return [layer.basis("default").indices.tolist() for layer in layers_of(model)]
 
 
 def test_a_loss_of_ones_own_is_used():
@@ -119,9 +119,9 @@ def test_a_layer_that_a_batch_does_not_use_is_passed_over():
     model = untrained()
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.forward = lambda x: x + mlp.down_proj(mlp.up_proj(x)[:0]).sum()
-    before = mlp.down_proj.curlora_indices["default"].clone()
+    before = mlp.down_proj.basis("default").indices.clone()
     redraw(model, batches(), [GENERAL], progress=False)
-    assert torch.equal(mlp.down_proj.curlora_indices["default"], before)
+    assert torch.equal(mlp.down_proj.basis("default").indices, before)
 
 
 def test_a_gradient_that_is_infinite_is_told():
@@ -146,9 +146,9 @@ def test_a_layer_that_the_task_does_not_use_keeps_what_it_has():
     model = untrained()
     block = model.get_base_model().model.layers[0]
     block.mlp.forward = lambda x: x  # goes round the MLP
-    before = block.mlp.down_proj.curlora_indices["default"].clone()
+    before = block.mlp.down_proj.basis("default").indices.clone()
     redraw(model, batches(), [GENERAL], progress=False)
-    assert torch.equal(block.mlp.down_proj.curlora_indices["default"], before)
+    assert torch.equal(block.mlp.down_proj.basis("default").indices, before)
 
 
 def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
@@ -157,7 +157,7 @@ def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
     model = untrained(target_modules=targets)
     generator = torch.Generator().manual_seed(4)
     for layer in layers_of(model):
-        layer.curlora_U["default"].data.normal_(std=0.5, generator=generator)
+        layer.curlora_U["default"].weight.data.normal_(std=0.5, generator=generator)
     model.add_adapter("second", CurloraConfig(r=5, target_modules=targets))
     model.base_model.set_adapter(["default", "second"])
     redraw(model, batches(), [GENERAL], adapter="second", progress=False)
@@ -184,7 +184,7 @@ def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
     drawn = _drawn_gradient(logits.detach(), torch.ones(4, 7, dtype=torch.bool), range(4), seed=0)
     add((logits * drawn).sum(), "general")
     for layer in layers_of(model):
-        columns, rows = layer.curlora_indices["second"].tolist()
+        columns, rows = layer.basis("second").indices.tolist()
         for chosen, task, other in zip(
             (rows, columns), sums["task", layer.name], sums["general", layer.name], strict=True
         ):
@@ -193,9 +193,9 @@ def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
 
 def test_the_adapter_trains_saves_and_loads_with_them(tmp_path):
     model = untrained()
-    before = [layer.curlora_indices["default"].clone() for layer in layers_of(model)]
+    before = [layer.basis("default").indices.clone() for layer in layers_of(model)]
     redraw(model, batches(), [GENERAL], progress=False)
-    after = [layer.curlora_indices["default"] for layer in layers_of(model)]
+    after = [layer.basis("default").indices for layer in layers_of(model)]
     assert not any(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert not any(p.grad is not None for p in model.parameters())
     guard = Guard(model, calibrate(model, [GENERAL], progress=False), budget=1e-3)
@@ -221,13 +221,13 @@ def test_bad_input_is_named():
         redraw(model, batches(), [GENERAL], loss=lambda b: model(**b).loss * torch.nan, progress=False)
     with pytest.raises(GuardError, match="no two tokens in a row"):
         redraw(model, batches(), [torch.tensor([1])], progress=False)
-    layers_of(model)[1].curlora_U["default"].data[0, 0] = 1.0
-    before = [layer.curlora_indices["default"].clone() for layer in layers_of(model)]
+    layers_of(model)[1].curlora_U["default"].weight.data[0, 0] = 1.0
+    before = [layer.basis("default").indices.clone() for layer in layers_of(model)]
     with pytest.raises(GuardError, match="layers.0.self_attn.v_proj' has been trained"):
         redraw(model, batches(), [GENERAL], progress=False)
     with pytest.raises(RuntimeError, match="has been trained"):
         layers_of(model)[1].redraw("default", before[1])
-    assert all(torch.equal(a, b.curlora_indices["default"]) for a, b in zip(before, layers_of(model), strict=True))
+    assert all(torch.equal(a, b.basis("default").indices) for a, b in zip(before, layers_of(model), strict=True))
     merged = untrained()
     merged.merge_adapter()
     with pytest.raises(GuardError, match="merged"):
@@ -241,7 +241,7 @@ def test_inputs_that_require_gradients_do_not_matter():
         if required:  # as for checkpointing, or to train a quantized model
             model.enable_input_require_grads()
         redraw(model, batches(), [GENERAL], progress=False)
-        chosen.append(torch.stack([layer.curlora_indices["default"] for layer in layers_of(model)]))
+        chosen.append(torch.stack([layer.basis("default").indices for layer in layers_of(model)]))
     assert torch.equal(*chosen)
-    before = torch.stack([layer.curlora_indices["default"] for layer in layers_of(untrained())])
+    before = torch.stack([layer.basis("default").indices for layer in layers_of(untrained())])
     assert not torch.equal(chosen[0], before)

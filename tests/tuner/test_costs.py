@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from curlora import CurloraConfig
+from tests.models import layers
 
 SMOLLM2 = LlamaConfig(
     vocab_size=49152,
@@ -26,12 +27,14 @@ TOKENS = 4 * 128
 
 
 def cost_of_a_step(adapter, config=SMOLLM2, to_embeddings=False):
-    """Bytes saved for backward outside parameters and buffers, and FLOPs, of one step."""
+    """Bytes saved for backward outside of what the model holds anyway, and FLOPs, of one step."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).requires_grad_(False)
     if adapter is not None:
         model = get_peft_model(model, adapter).get_base_model()
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    bases = [layer.basis("default") for layer in layers(model)]
+    held = [t for basis in bases for t in (basis.indices, basis.factor, basis.gathered)]
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *held)}
     kept = {}
 
     def pack(tensor):

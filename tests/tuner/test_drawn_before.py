@@ -21,7 +21,7 @@ def read_in_full(monkeypatch):
 
 
 def indices(model, adapter="default"):
-    return [layer.curlora_indices[adapter] for layer in layers(model)]
+    return [layer.basis(adapter).indices for layer in layers(model)]
 
 
 def same(a, b):
@@ -47,7 +47,7 @@ def test_loading_reads_no_weight_in_full(base, low_memory, tmp_path, read_in_ful
 def test_a_configuration_that_was_read_gives_the_saved_columns_and_rows(tmp_path):
     model = curlora(llama())
     for layer in layers(model):
-        torch.nn.init.zeros_(layer.curlora_U["default"])
+        torch.nn.init.zeros_(layer.curlora_U["default"].weight)
         layer.redraw("default", torch.arange(8).view(2, 4))
     model.save_pretrained(tmp_path)
     again = get_peft_model(llama(), CurloraConfig.from_pretrained(tmp_path))
@@ -58,7 +58,7 @@ def test_a_configuration_that_was_read_gives_the_saved_columns_and_rows(tmp_path
 def test_what_differs_from_the_saved_adapter_is_drawn(change, tmp_path):
     model = curlora(llama())
     for layer in layers(model):
-        torch.nn.init.zeros_(layer.curlora_U["default"])
+        torch.nn.init.zeros_(layer.curlora_U["default"].weight)
         layer.redraw("default", torch.arange(8).view(2, 4))
     model.save_pretrained(tmp_path)
     config = CurloraConfig.from_pretrained(tmp_path)
@@ -85,7 +85,7 @@ def test_adapters_that_are_drawn_alike_read_a_weight_once(base, read_in_full):
         model.add_adapter(name, CurloraConfig(r=4))
         assert same(indices(model, name), indices(model))
     assert not read_in_full
-    assert len({id(layers(model)[0].curlora_factor[name]) for name in ("default", "second", "third")}) == 1
+    assert len({id(layers(model)[0].basis(name).factor) for name in ("default", "second", "third")}) == 1
 
 
 @pytest.mark.parametrize("change", ["seed", "r", "sampling", "weight", "data", "other weight"])
@@ -111,20 +111,3 @@ def test_what_is_drawn_otherwise_is_drawn_anew(change):
                     linear.weight = torch.nn.Parameter(changed, requires_grad=False)
     model.add_adapter("second", config)
     assert same(indices(model, "second"), indices(get_peft_model(plain, config)))
-
-
-def test_a_weight_is_told_from_others_by_a_few_of_its_rows():
-    """So that the first adapter does not pay a pass over the weight for those that may come."""
-    numbers = torch.randn(1000, 8)
-
-    def glance(numbers):
-        return module.StoredWeight(numbers, exact=True, stores_outputs_last=False).glance()
-
-    before = glance(numbers)
-    assert glance(numbers) == before
-    other = numbers.clone()
-    other[1] = torch.nan  # between those that are looked at
-    assert glance(other)[-1] == before[-1]
-    assert glance(numbers[:, [1, 0, *range(2, 8)]]) != before
-    numbers[1] += 1  # unseen, but for autograd's count of changes
-    assert glance(numbers) != before

@@ -24,7 +24,7 @@ def taken(monkeypatch):
 
 
 def factors(model, adapter="default"):
-    return [layer.curlora_factor[adapter] for layer in layers(model)]
+    return [layer.basis(adapter).factor for layer in layers(model)]
 
 
 @both
@@ -137,13 +137,13 @@ def test_one_adapter_that_is_refused_leaves_no_other_half_loaded():
     model.add_adapter("second", CurloraConfig(r=3))
     state = {name: tensor for name, tensor in source.state_dict().items() if "curlora_" in name}
     for name in state:
-        if "curlora_fingerprint.default" in name:
+        if name.endswith("curlora_U.default.fingerprint"):
             state[name] = state[name].flip(0)
     with pytest.raises(ValueError, match=r"'default' was made on another base"):
         model.load_state_dict(state, strict=False)
     layer, right = layers(model)[0], layers(source)[0]
-    assert torch.equal(layer.curlora_factor["second"], right.curlora_factor["second"])
-    assert torch.equal(layer.curlora_gathered["second"], right.curlora_gathered["second"])
+    assert torch.equal(layer.basis("second").factor, right.basis("second").factor)
+    assert torch.equal(layer.basis("second").gathered, right.basis("second").gathered)
 
 
 def test_what_is_refused_once_is_refused_again(tmp_path):
@@ -168,6 +168,11 @@ def test_of_buffers_that_were_replaced_past_load_state_dict_the_adapters_are_loo
     model.eval()
     assert not taken
     layer = layers(model)[0]
-    layer.curlora_indices["second"] = layer.curlora_indices["second"].clone()
+    U = layer.curlora_U["second"]
+    U.indices = U.indices.clone()
     model.eval()
+    assert not taken  # they are the same
+    U.indices = U.indices.flip(1)
+    with pytest.raises(ValueError, match=r"'second' was made on another base"):
+        model.eval()
     assert len(taken) == 1

@@ -187,7 +187,7 @@ def test_disabled_adapters_stay_disabled():
 
 def test_adapters_drawn_alike_hold_one_factor_whatever_happens_to_the_model():
     def pointers(model, *names):
-        return [{layer.curlora_factor[name].data_ptr() for name in names} for layer in layers(model)]
+        return [{layer.basis(name).factor.data_ptr() for name in names} for layer in layers(model)]
 
     model = several(llama())
     alike, all_of_them = ("default", "second", "third"), ("default", "second", "third", "other", "small")
@@ -224,8 +224,8 @@ def test_one_group_however_many_adapters_are_drawn_alike(monkeypatch):
 def test_by_row_is_row_by_row(lead):
     rng = torch.Generator().manual_seed(0)
     output = torch.randn(*lead, 9, generator=rng, dtype=torch.float64)
-    mixing, factor = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((5, 4, 4), (9, 4)))
+    scaled_U, factor = (torch.randn(*s, generator=rng, dtype=torch.float64) for s in ((5, 4, 4), (9, 4)))
     index, offset = torch.tensor([3, 0, 3, 8]), torch.randn(4, generator=rng, dtype=torch.float64)
-    got = gather_update_by_row(output, mixing, factor, index, offset)
-    expected = torch.stack([gather_update(output[i], mixing[i], factor, index, offset) for i in range(5)])
+    got = gather_update_by_row(output, scaled_U, factor, index, offset)
+    expected = torch.stack([gather_update(output[i], scaled_U[i], factor, index, offset) for i in range(5)])
     torch.testing.assert_close(got, expected)

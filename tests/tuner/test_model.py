@@ -44,8 +44,8 @@ def test_what_tensors_are_by_default_does_not_matter(base, default, tmp_path):
         loaded = PeftModel.from_pretrained(loaded, tmp_path, torch_device="cpu").eval()
     for ours, theirs in zip(layers(fresh), layers(expected), strict=True):
         for adapter in ("default", "second"):
-            assert torch.equal(ours.curlora_indices[adapter], theirs.curlora_indices["default"])
-            assert ours.curlora_U[adapter].dtype == torch.float32
+            assert torch.equal(ours.basis(adapter).indices, theirs.basis("default").indices)
+            assert ours.curlora_U[adapter].weight.dtype == torch.float32
     assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
 
 
@@ -170,16 +170,17 @@ def test_deleting_an_adapter_leaves_the_other():
     model.delete_adapter("default")
     assert torch.equal(model(ids).logits, expected)
     for layer in layers(model):
-        assert set(layer.r) == set(layer.curlora_factor.keys()) == set(layer.curlora_indices.keys()) == {"second"}
+        assert set(layer.r) == set(layer.curlora_U.keys()) == {"second"}
+        assert {name.split(".")[1] for name, _ in layer.named_buffers() if "curlora" in name} == {"second"}
 
 
 def test_adapters_drawn_alike_have_the_same_indices_whatever_the_order():
     one = curlora(llama(), target_modules=["q_proj", "v_proj"])
     torch.manual_seed(123)
     other = curlora(llama(), target_modules=["v_proj", "q_proj", "down_proj"])
-    draws = {layer.name: layer.curlora_indices["default"] for layer in layers(other)}
+    draws = {layer.name: layer.basis("default").indices for layer in layers(other)}
     for layer in layers(one):
-        assert torch.equal(layer.curlora_indices["default"], draws[layer.name])
+        assert torch.equal(layer.basis("default").indices, draws[layer.name])
     assert len({tuple(index.flatten().tolist()) for index in draws.values()}) == len(draws)  # layers differ
 
 
@@ -215,11 +216,11 @@ def test_init_weights_false_starts_somewhere_else():
 def test_half_precision_bases_train_U_in_float32():
     model = get_peft_model(llama().to(torch.bfloat16), CurloraConfig(r=4))
     layer = layers(model)[0]
-    assert layer.curlora_U["default"].dtype == torch.float32
-    assert layer.curlora_factor["default"].dtype == torch.bfloat16
+    assert layer.curlora_U["default"].weight.dtype == torch.float32
+    assert layer.basis("default").factor.dtype == torch.bfloat16
     ids = tokens()
     model(ids, labels=ids).loss.backward()
-    assert layer.curlora_U["default"].grad.dtype == torch.float32
+    assert layer.curlora_U["default"].weight.grad.dtype == torch.float32
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -231,7 +232,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         model(ids, labels=ids).loss.backward()
-        grads.append([layer.curlora_U["default"].grad for layer in layers(model)])
+        grads.append([layer.curlora_U["default"].weight.grad for layer in layers(model)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -271,7 +272,7 @@ def test_a_forward_pass_without_casts_of_the_input_is_the_same():
 @pytest.mark.parametrize(
     ("config", "error", "message"),
     [
-        (dict(target_modules=["q_proj", "embed_tokens"]), TypeError, "'model.embed_tokens' is a Embedding"),
+        (dict(target_modules=["q_proj", "input_layernorm"]), TypeError, "input_layernorm' is a LlamaRMSNorm"),
         (dict(target_modules=["v_proj", "q_proj"], r=20), ValueError, r"k_proj|v_proj.*r=20 is not between 1 and 16"),
     ],
 )

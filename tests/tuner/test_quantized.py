@@ -93,8 +93,8 @@ def dense(layer, adapter="default"):
     """What the layer stands for, as a float64 layer."""
     with read(layer.get_base_layer()) as weight:
         everything = weight.columns(torch.arange(layer.in_features)).double()
-    columns, rows = layer.curlora_indices[adapter].long()
-    U = layer.curlora_U[adapter].detach().double()
+    columns, rows = layer.basis(adapter).indices.long()
+    U = layer.curlora_U[adapter].weight.detach().double()
     bias = layer.get_base_layer().bias
     changed = everything + everything[:, columns] @ U @ everything[rows, :]
     return lambda x: x.double() @ changed.T + bias.double()
@@ -105,7 +105,7 @@ def test_a_layer_is_the_formula_over_what_its_weight_stands_for(quantized):
     x = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(0))
     for layer in layers(model):
         assert not hasattr(layer.get_base_layer(), "weight") or type(layer.get_base_layer().weight) is not nn.Parameter
-        assert layer.curlora_U["default"].dtype == torch.float32
+        assert layer.curlora_U["default"].weight.dtype == torch.float32
         assert close(layer(x).double(), dense(layer)(x), quantized.tolerance)
 
 
@@ -139,12 +139,12 @@ def test_training_moves_U_alone_along_the_gradient_of_the_formula(quantized):
     assert losses[-1] < losses[0] - 0.05
     after = plain_state(model)
     for name, value in before.items():
-        assert torch.equal(after[name], value) == ("curlora_U" not in name), name
+        assert torch.equal(after[name], value) == (not name.endswith("curlora_U.default.weight")), name
 
     layer = layers(model)[0]
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
-    found = torch.autograd.grad(layer(x).square().sum(), layer.curlora_U["default"])[0]
-    expected = torch.autograd.grad(_square(layer, x), layer.curlora_U["default"])[0]
+    found = torch.autograd.grad(layer(x).square().sum(), layer.curlora_U["default"].weight)[0]
+    expected = torch.autograd.grad(_square(layer, x), layer.curlora_U["default"].weight)[0]
     assert close(found, expected, 3 * quantized.tolerance)
 
 
@@ -154,10 +154,10 @@ def plain_state(model):
 
 
 def _square(layer, x):
-    columns, rows = layer.curlora_indices["default"].long()
+    columns, rows = layer.basis("default").indices.long()
     with read(layer.get_base_layer()) as weight:
         C, R, W = weight.columns(columns), weight.rows(rows), weight.columns(torch.arange(32))
-    return (x @ (W + C @ layer.curlora_U["default"] @ R).T + layer.get_base_layer().bias).square().sum()
+    return (x @ (W + C @ layer.curlora_U["default"].weight @ R).T + layer.get_base_layer().bias).square().sum()
 
 
 def test_saved_and_loaded_on_the_same_base(quantized, tmp_path):
@@ -241,8 +241,8 @@ def test_a_weight_that_was_packed_for_inference_is_still_read_right(nested):
     models = [get_peft_model(make(), config).eval() for make in (Alone, packed)]
     randomize(models[0])
     first, second = (layers(model)[0] for model in models)
-    second.redraw("default", first.curlora_indices["default"])
-    second.curlora_U["default"].data.copy_(first.curlora_U["default"])
+    second.redraw("default", first.basis("default").indices)
+    second.curlora_U["default"].weight.data.copy_(first.curlora_U["default"].weight)
     for model in models:
         model.merge_adapter()
     merged = []
@@ -270,8 +270,8 @@ def test_torchao_in_four_bits_by_its_own_means():
     for layer in layers(model):
         assert type(layer.get_base_layer().weight).__module__.startswith("torchao.")
         assert close(layer(x).double(), dense(layer)(x), 1e-4)
-        found = torch.autograd.grad(layer(x).square().sum(), layer.curlora_U["default"])[0]
-        assert close(found, torch.autograd.grad(_square(layer, x), layer.curlora_U["default"])[0], 1e-3)
+        found = torch.autograd.grad(layer(x).square().sum(), layer.curlora_U["default"].weight)[0]
+        assert close(found, torch.autograd.grad(_square(layer, x), layer.curlora_U["default"].weight)[0], 1e-3)
     before = model(tokens()).logits
     with pytest.raises(ValueError, match="get_apply_tensor_subclass"):
         layers(model)[0].merge()
@@ -281,7 +281,7 @@ def test_torchao_in_four_bits_by_its_own_means():
 def test_a_refused_merge_changes_nothing(quantized):
     model = adapted(quantized())
     before = model(tokens()).logits
-    layers(model)[-1].curlora_U["default"].data.fill_(torch.nan)
+    layers(model)[-1].curlora_U["default"].weight.data.fill_(torch.nan)
     broken = layers(model)[-1]
     base = broken.base_layer
     with pytest.raises(ValueError, match="NaN"):
@@ -308,11 +308,11 @@ def test_several_adapters_guard_and_export_work_as_on_any_base(quantized):
 
     model.set_adapter("default")
     for adapter in layers(model):
-        adapter.curlora_U["default"].data.zero_()
-    before = layer.curlora_indices["default"].clone()
+        adapter.curlora_U["default"].weight.data.zero_()
+    before = layer.basis("default").indices.clone()
     texts = [{"input_ids": tokens(seed=seed, length=9)} for seed in range(4)]
     curlora.redraw(model, [{"input_ids": tokens(), "labels": tokens()}], texts, progress=False)
-    assert not torch.equal(layer.curlora_indices["default"], before)
+    assert not torch.equal(layer.basis("default").indices, before)
     calibration = curlora.calibrate(model, texts, progress=False)
     assert curlora.Guard(model, calibration, budget=0.01).drift() == 0
 
@@ -371,10 +371,10 @@ def test_a_layer_of_which_only_the_output_is_known(bias):
         assert isinstance(weight, ProbedWeight)
         for found, expected in zip(weight.squared_norms(), squared_norms(W), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
-    columns, rows = layer.curlora_indices["default"].long()
-    torch.testing.assert_close(layer.curlora_factor["default"].float(), W[:, columns], rtol=1e-2, atol=1e-3)
+    columns, rows = layer.basis("default").indices.long()
+    torch.testing.assert_close(layer.basis("default").factor.float(), W[:, columns], rtol=1e-2, atol=1e-3)
     randomize(model)
-    U = layer.curlora_U["default"]
+    U = layer.curlora_U["default"].weight
     x = torch.randn(5, 64).half()
     expected = x.float() @ (W + W[:, columns] @ U @ W[rows, :]).T + (base.bias.float() if bias else 0)
     assert close(layer(x).float(), expected, 5e-3)

@@ -50,7 +50,7 @@ def test_it_is_the_weighted_sum(base, kind, options):
     before = model(tokens()).logits
     model.add_weighted_adapter(NAMES, WEIGHTS, "sum", combination_type=kind)
     assert torch.equal(model(tokens()).logits, before)  # added, not active
-    assert not any(p.requires_grad for n, p in model.named_parameters() if n.endswith(".sum"))
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
 
     expected, got = weighted(model, NAMES, WEIGHTS), updates(model, "sum")
     assert set(got) == set(expected)
@@ -102,7 +102,7 @@ def test_the_sum_can_be_trained_merged_and_summed_again():
     model.set_adapter("sum")
     ids = tokens()
     model(ids, labels=ids).loss.backward()
-    assert all(layer.curlora_U["sum"].grad.abs().sum() > 0 for layer in layers(model))
+    assert all(layer.curlora_U["sum"].weight.grad.abs().sum() > 0 for layer in layers(model))
     expected = model(ids).logits
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
@@ -121,7 +121,7 @@ def test_what_prunes_is_linear_where_nothing_is_pruned_and_nothing_disagrees(kin
     model = several(llama().double())
     for layer in layers(model):  # one sign, so that ties has nothing to elect
         for U in layer.curlora_U.values():
-            U.data.abs_()
+            U.weight.data.abs_()
     weights = [1.0, 1.0, 1.0]
     model.add_weighted_adapter(NAMES, weights, "all", kind, density=1.0)
     expected = weighted(model, NAMES, weights)
@@ -130,14 +130,14 @@ def test_what_prunes_is_linear_where_nothing_is_pruned_and_nothing_disagrees(kin
     for name, update in updates(model, "all").items():
         torch.testing.assert_close(update, expected[name])
     model.add_weighted_adapter(NAMES, weights, "pruned", kind, density=0.5)
-    kept = sum(int((layer.curlora_U["pruned"] != 0).sum()) for layer in layers(model))
+    kept = sum(int((layer.curlora_U["pruned"].weight != 0).sum()) for layer in layers(model))
     assert 0 < kept < 16 * len(layers(model))
 
 
 def test_half_precision_keeps_the_dtype_of_U():
     model = several(llama().to(torch.bfloat16))
     model.add_weighted_adapter(NAMES, WEIGHTS, "sum")
-    assert {layer.curlora_U["sum"].dtype for layer in layers(model)} == {torch.float32}
+    assert {layer.curlora_U["sum"].weight.dtype for layer in layers(model)} == {torch.float32}
 
 
 def test_the_one_head_that_was_trained_comes_along():
@@ -185,7 +185,7 @@ def test_refused_where_something_is_not_in_U_alone():
     with pytest.raises(ValueError, match="Cannot add a weighted adapter while adapters are merged"):
         model.add_weighted_adapter(NAMES, WEIGHTS, "sum")
     biased = curlora(llama(), bias="all")
-    with pytest.raises(ValueError, match=r"'default' trained biases \(bias='all'\)"):
+    with pytest.raises(ValueError, match=r"'default' trained biases.*\(bias='all'\)"):
         biased.add_weighted_adapter(["default"], [1.0], "sum")
     known = curlora(llama(), trainable_token_indices=[3])
     with pytest.raises(ValueError, match="'default' trained the embeddings of tokens"):

@@ -72,7 +72,7 @@ class Plan:
     """A whole run.
 
     Args:
-        base_numbers: numbers of the base model.
+        base_parameters: numbers of the base model.
         quantized: whether the base is quantized, so that the bytes of its weights are not known.
         device: what memory is estimated for.
         heldout: what is scored of each text, in words, by its name.
@@ -81,7 +81,7 @@ class Plan:
 
     title: str
     base_model: str
-    base_numbers: int
+    base_parameters: int
     quantized: bool
     device: str
     processes: int
@@ -132,7 +132,7 @@ def make_plan(recipe: Recipe) -> Plan:
     return Plan(
         title=stream.title,
         base_model=stream.base_model,
-        base_numbers=sum(p.numel() for p in base.parameters()),
+        base_parameters=sum(p.numel() for p in base.parameters()),
         quantized=quantized,
         device=str(state.device),
         processes=state.num_processes,

@@ -211,11 +211,11 @@ def _fillers(rows: Sequence[Row], batch_size: int, processes: int) -> list[Row]:
 def trained_state(model: TaskModel) -> dict[str, Tensor]:
     """Everything that training has changed or will, all heads, and CURLoRA's columns and rows, by name."""
     trained = model.trained_parameters()
-    drawn = (".curlora_indices.", ".curlora_fingerprint.")
+    drawn = (".indices", ".fingerprint")
     state = {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()
-        if name in trained or name.startswith("heads.") or any(part in name for part in drawn)
+        if name in trained or name.startswith("heads.") or (".curlora_U." in name and name.endswith(drawn))
     }
     return {name: value.detach().contiguous().clone() for name, value in state.items()}
 

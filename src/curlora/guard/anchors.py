@@ -1,4 +1,4 @@
-"""What was learned earlier, held where it matters: r x r numbers for each layer and task."""
+"""What was learned earlier, held where it matters: r x r parameters for each layer and task."""
 
 from __future__ import annotations
 

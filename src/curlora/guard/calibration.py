@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,8 @@ class Moments:
     which takes tokens one by one, it sees that a change moves all tokens of a text together.
 
     Args:
-        indices: the adapter's columns above its rows, int32, shape ``(2, r)``.
+        indices: the adapter's columns above its rows, int32, shape ``(2, r)``. Of a parameter of ``E`` experts this is
+            ``(E, 2, r)``, and all that is ``(r, r)`` is ``(E, r, r)``.
         fingerprint: of the base weight at these indices.
         start: ``U`` as it was, from which forgetting counts; shape ``(r, r)``.
         inputs: ``E[z z^T]``, float64, shape ``(r, r)``, as all of the following.
@@ -53,6 +55,18 @@ class Moments:
     output: float
     left: Tensor | None = None
     right: Tensor | None = None
+
+    def of_experts(self) -> list[Moments]:
+        """Of a parameter of experts those of each; of a layer its own alone."""
+        if self.start.ndim == 2:
+            return [self]
+        parts = [getattr(self, name) for name in ("indices", "start", "inputs", "left", "right")]
+        return [
+            Moments(indices, self.fingerprint, start, inputs, self.output, left, right)
+            for indices, start, inputs, left, right in zip(
+                *(itertools.repeat(None) if part is None else part for part in parts), strict=False
+            )
+        ]
 
 
 @dataclass(frozen=True)
@@ -144,12 +158,12 @@ class Calibration:
             )
         for name, layer in layers.items():
             moments = self.layers[name]
-            if not torch.equal(layer.curlora_indices[adapter].cpu(), moments.indices):
+            if not torch.equal(layer.basis(adapter).indices.cpu(), moments.indices):
                 raise GuardError(
                     f"The calibration is of other columns and rows than adapter {adapter!r} has in layer {name!r}: it "
                     "was made with another seed or rank, or by another draw. Calibrate this model."
                 )
-            if compare(moments.fingerprint, layer.curlora_fingerprint[adapter]) == "other":
+            if compare(moments.fingerprint, layer.basis(adapter).fingerprint) == "other":
                 raise GuardError(
                     f"The calibration was made on another base model: the weight of layer {name!r} differs. Calibrate "
                     "this one."
@@ -171,7 +185,7 @@ def adapter_of(model: nn.Module, adapter: str | None) -> str:
     active: set[str] = set()
     for layer in present:
         names: Any = layer.active_adapters
-        active.update(name for name in names if name in layer.r)
+        active.update(name for name in names if name in layer.curlora_U)
     if adapter is None:
         if len(active) != 1:
             raise GuardError(
@@ -196,9 +210,10 @@ def _tensor(value: Tensor | float) -> Tensor:
 
 def _check_whole(name: str, moments: Moments) -> None:
     r = moments.indices.shape[-1]
+    shape = (*moments.indices.shape[:-2], r, r)
     for part in ("start", "inputs", "left", "right"):
         moment = getattr(moments, part)
         if moment is None:
             continue
-        if moment.shape != (r, r) or not torch.isfinite(moment).all():
+        if moment.shape != shape or not torch.isfinite(moment).all():
             raise GuardError(f"layer {name!r}: {part} is damaged: {r} x {r} finite numbers are expected")

@@ -15,6 +15,7 @@ from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_o
 from curlora.guard.errors import GuardError
 from curlora.guard.text import Counts, pass_over, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
 
 __all__ = ["calibrate"]
@@ -75,6 +76,9 @@ def calibrate(
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise GuardError(f"Layer {merged[0]!r} has merged adapters, and no output of its base any more. Unmerge first.")
+    blind = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    if blind and not gradients:
+        raise GuardError(f"{blind[0]!r} is a parameter, of which gradients alone are seen: calibrate with gradients.")
     sums = {name: _Sums(layer, adapter) for name, layer in layers.items()}
 
     def end() -> None:
@@ -98,13 +102,14 @@ class _Sums:
     """Of one layer, over all batches so far."""
 
     def __init__(self, layer: CurloraLayer, adapter: str) -> None:
-        self.index, self.factor = layer.sides(adapter)
-        r, device = len(self.index), self.factor.device
+        basis = layer.basis(adapter)
+        self.index, self.factor, self.reader = basis.gathered, basis.factor, basis.reader
+        shape, device = (*self.factor.shape[:-2], layer.r[adapter], layer.r[adapter]), self.factor.device
         # float64, where the device has it: sums over a million tokens of which each adds its last digit.
         dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.inputs, self.left, self.right = torch.zeros(3, r, r, dtype=dtype, device=device)
+        self.inputs, self.left, self.right = torch.zeros(3, *shape, dtype=dtype, device=device)
         self.output = torch.zeros((), dtype=dtype, device=device)
-        self.z = torch.zeros(0, 0, r, device=device)
+        self.z = torch.zeros(0, 0, shape[-1], device=device)
         self.gradients: list[Tensor] = []
 
     def add_output(self, output: Tensor, bias: Tensor | None, mask: Tensor) -> None:
@@ -119,6 +124,13 @@ class _Sums:
             g = _rows(gradient, mask) @ self.factor.to(gradient.dtype)
             self.gradients.append(g.mT.float() @ z.float())
 
+    def add_parameter_gradient(self, gradient: Tensor) -> None:
+        """Of an updated parameter, over a batch of one row."""
+        assert self.reader is not None
+        with autocast_off(gradient):
+            g = self.factor.mT.float() @ gradient.float() @ self.reader.mT.float()
+            self.gradients.append(g[None])
+
     def end_batch(self) -> None:
         """A layer that is used more than once moves every time: the gradient of a row is the sum."""
         if self.gradients:
@@ -131,12 +143,11 @@ class _Sums:
         return torch.cat([*(moment.flatten() for moment in (self.inputs, self.left, self.right)), self.output[None]])
 
     def moments(self, layer: CurloraLayer, adapter: str, total: Tensor, counts: Counts, gradients: bool) -> Moments:
-        r = len(self.index)
-        inputs, left, right = total[:-1].cpu().double().view(3, r, r)
+        inputs, left, right = total[:-1].cpu().double().view(3, *self.left.shape)
         return Moments(
-            indices=layer.curlora_indices[adapter].cpu().clone(),
-            fingerprint=layer.curlora_fingerprint[adapter].cpu().clone(),
-            start=whole(layer.curlora_U[adapter].detach()).cpu().clone(),
+            indices=layer.basis(adapter).indices.cpu().clone(),
+            fingerprint=layer.basis(adapter).fingerprint.cpu().clone(),
+            start=whole(layer.matrices[adapter].weight.detach()).cpu().clone(),
             inputs=inputs / counts.tokens,
             output=float(total[-1]) / counts.tokens,
             left=left / counts.predicted if gradients else None,
@@ -179,8 +190,19 @@ def _listening(
 
         return hook
 
+    def parameter_hook(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if current and output.requires_grad:
+                output.register_hook(lambda gradient: sums[name].add_parameter_gradient(gradient))
+
+        return hook
+
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
+            if isinstance(layer, ParamWrapper):
+                U = layer.matrices[adapter]
+                stack.callback(U.register_forward_hook(parameter_hook(name)).remove)
+                continue
             handles = [layer.base_layer.register_forward_hook(base_hook(name))]
             if gradients:
                 handles.append(layer.register_forward_hook(layer_hook(name)))
@@ -201,7 +223,7 @@ def _check(moments: Mapping[str, Moments], counts: Counts) -> None:
                     f"Layer {name!r} has {kind} on this text that are not finite. Is the model sound, and its "
                     "precision enough? Try float32 or bfloat16."
                 )
-    r = max(of.inputs.shape[0] for of in moments.values())
+    r = max(of.inputs.shape[-1] for of in moments.values())
     if counts.tokens < _TOKENS_PER_RANK * r or counts.rows < _ROWS:
         warnings.warn(
             f"The guard's text has {counts.tokens:,} tokens in {counts.rows:,} rows, few for a rank of {r}: its "

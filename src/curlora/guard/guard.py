@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -76,21 +77,30 @@ class Guard:
         self.damping = damping
         layers = calibration.check(model, self.adapter)
         self._places: list[_Place] = []
-        self._unknown: list[CurloraLayer] = []
+        self._unknown: list[_Place] = []
         for name, layer in layers.items():
             moments = calibration.layers[name]
-            place = _coordinates_of(layer, self.adapter, moments, damping + _roughness(calibration, moments))
-            if place is None:
-                self._unknown.append(layer)
-            else:
-                self._places.append(_Place(layer, place, moments.start))
+            for expert, of_one in enumerate(moments.of_experts()):
+                known = _coordinates_of(layer, self.adapter, of_one, damping + _roughness(calibration, of_one))
+                place = _Place(layer, self.adapter, expert if moments.start.ndim == 3 else None, known, of_one.start)
+                (self._unknown if known is None else self._places).append(place)
         if not self._places:
             raise GuardError("The calibration's text uses none of the adapted layers, so nothing can be guarded by it")
+        unused = Counter(place.layer.name for place in self._unknown if place.expert is not None)
+        if unused:
+            name, count = next(iter(unused.items()))
+            warnings.warn(
+                f"{sum(unused.values())} experts of {len(unused)} parameters see no token of the calibration's text "
+                f"({count} of {name!r}) and are left untrained: what training them would cost is not known. Calibrate "
+                "with more text to train them.",
+                stacklevel=2,
+            )
         self.numbers = sum(place.start.numel() for place in self._places)
         self._grouped: list[_Stack] = []
         self._homes: list[tuple[int, torch.device, torch.dtype]] = []
         self._hooks: list[Any] = []
         self._inside = False
+        self._untrained: list[Tensor] = []
         # Rounding of a U of half precision is large in coordinates that make much of small directions.
         wide = all(U.dtype in (torch.float32, torch.float64) for U in self.parameters)
         if self.budget is not None and self.drift() > self.budget * (1.01 if wide else 2.0):
@@ -103,10 +113,7 @@ class Guard:
     def parameters(self) -> list[Tensor]:
         """Every ``U`` that it guards, as they are in the model now: FSDP2 puts others in their place."""
         reshard(self.model)
-        return self._found()
-
-    def _found(self) -> list[Tensor]:
-        return [place.layer.curlora_U[self.adapter] for place in self._places]
+        return list({id(place.parameter): place.parameter for place in self._places}.values())
 
     @contextlib.contextmanager
     def as_calibrated(self) -> Iterator[None]:
@@ -115,7 +122,7 @@ class Guard:
         now = [whole(U.detach()).clone() for U in self.parameters]
         try:
             with torch.no_grad():
-                assign(self.parameters, [place.start for place in self._places])
+                assign([place.value for place in self._places], [place.start for place in self._places])
             yield
         finally:
             with torch.no_grad():
@@ -195,8 +202,9 @@ class Guard:
     @torch.no_grad()
     def _enter(self, gradients: bool = True) -> None:
         self._leave()
-        for layer in self._unknown:
-            layer.curlora_U[self.adapter].grad = None
+        for place in self._unknown:
+            place.forget_gradient()
+        self._untrained = [place.value.detach().clone() for place in self._unknown]
         for stack in self._stacks():
             stack.enter()
             if gradients:
@@ -210,27 +218,55 @@ class Guard:
             held = [stack.values() for stack in self._grouped] if held is None else held
             for stack, values in zip(self._grouped, held, strict=True):
                 stack.leave(values)
+            # No gradient, but weight decay may have moved them.
+            for place, value in zip(self._unknown, self._untrained, strict=True):
+                if place.expert is not None:
+                    place.value.copy_(value)
             self._inside = False
 
     def _stacks(self) -> list[_Stack]:
         """Made anew where the model has been moved: a Trainer does so after a guard was made."""
-        parameters = self._found()
-        homes = [(id(U), U.device, U.dtype) for U in parameters]
+        homes = [(id(U), U.device, U.dtype) for U in (place.parameter for place in self._places)]
         if homes != self._homes:
             groups = defaultdict(list)
-            for U, place in zip(parameters, self._places, strict=True):
-                groups[U.shape[0], U.device, U.dtype].append((U, place.coordinates, place.start))
+            for place in self._places:
+                groups[place.start.shape[-1], place.parameter.device, place.parameter.dtype].append(place)
             self._grouped = [_Stack(group, math.sqrt(2 / self.numbers)) for group in groups.values()]
             self._homes = homes
         return self._grouped
 
 
 class _Place(NamedTuple):
-    """Where a layer's ``U`` is in the guard's coordinates."""
+    """Where a layer's ``U``, or one expert's, is in the guard's coordinates; ``None`` where those are not known."""
 
     layer: CurloraLayer
-    coordinates: Coordinates
+    adapter: str
+    expert: int | None
+    coordinates: Coordinates | None
     start: Tensor
+
+    @property
+    def parameter(self) -> Tensor:
+        """What the optimizer has: of experts, all of them."""
+        return self.layer.matrices[self.adapter].weight
+
+    @property
+    def value(self) -> Tensor:
+        """The matrix, shape ``(r, r)``, in the parameter's memory."""
+        return self.parameter if self.expert is None else self.parameter.detach()[self.expert]
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """Of the matrix, in the memory of the parameter's."""
+        gradient = self.parameter.grad
+        return gradient if gradient is None or self.expert is None else gradient[self.expert]
+
+    def forget_gradient(self) -> None:
+        """So that an optimizer does not move it."""
+        if self.expert is None:
+            self.parameter.grad = None
+        elif self.parameter.grad is not None:
+            self.parameter.grad[self.expert].zero_()
 
 
 _GUARDS: WeakKeyDictionary[torch.optim.Optimizer, list[Guard]] = WeakKeyDictionary()
@@ -239,19 +275,20 @@ _GUARDS: WeakKeyDictionary[torch.optim.Optimizer, list[Guard]] = WeakKeyDictiona
 class _Stack:
     """The ``U`` of one size, device and dtype, mapped together: ``U = start + left @ V @ right``."""
 
-    def __init__(self, members: Sequence[tuple[Tensor, Coordinates, Tensor]], unit: float) -> None:
-        self.parameters: list[Tensor] = [U for U, _, _ in members]
-        U = self.parameters[0]
+    def __init__(self, places: Sequence[_Place], unit: float) -> None:
+        self.places = places
+        U = places[0].parameter
         dtype = torch.promote_types(U.dtype, torch.float32)
-        sides = (torch.stack(side) for side in zip(*(place for _, place, _ in members), strict=True))
+        known = [place.coordinates for place in places if place.coordinates is not None]
+        sides = (torch.stack(side) for side in zip(*known, strict=True))
         self.left, self.right, self.left_inverse, self.right_inverse = (s.to(U.device, dtype) for s in sides)
         self.left, self.left_inverse = self.left * unit, self.left_inverse / unit
-        self.start = torch.stack([start for _, _, start in members]).to(U.device, dtype)
+        self.start = torch.stack([place.start for place in places]).to(U.device, dtype)
         self.gradients: tuple[list[Tensor], Tensor] = [], self.start[:0]
 
     def values(self) -> Tensor:
         """What the parameters hold, shape ``(count, r, r)``."""
-        return torch.stack([whole(parameter.detach()) for parameter in self.parameters]).to(self.left.dtype)
+        return torch.stack([whole(place.value.detach()) for place in self.places]).to(self.left.dtype)
 
     def moved(self) -> Tensor:
         """``V`` of each ``U``, shape ``(count, r, r)``."""
@@ -260,14 +297,14 @@ class _Stack:
 
     def enter(self) -> None:
         """Put ``V`` in the place of ``U``."""
-        assign(self.parameters, self.moved().unbind())
+        assign([place.value for place in self.places], self.moved().unbind())
 
     def map_gradients(self) -> None:
         """Make gradients with respect to ``U`` those with respect to ``V``."""
-        known = [(i, U.grad) for i, U in enumerate(self.parameters) if U.grad is not None]
+        known = [(i, grad) for i, place in enumerate(self.places) if (grad := place.gradient) is not None]
         if known:
             index, gradients = zip(*known, strict=True)
-            left, right = (self.left, self.right) if len(index) == len(self.parameters) else (
+            left, right = (self.left, self.right) if len(index) == len(self.places) else (
                 self.left[list(index)], self.right[list(index)]
             )  # fmt: skip
             given = torch.stack([whole(gradient) for gradient in gradients])
@@ -280,7 +317,7 @@ class _Stack:
         """Put the ``U`` of these ``V`` in the place of what there is, and its gradients in the place of theirs."""
         with autocast_off(self.left):
             back = self.start + self.left @ values @ self.right
-        assign(self.parameters, back.unbind())
+        assign([place.value for place in self.places], back.unbind())
         gradients, given = self.gradients
         assign(gradients, given.unbind())
         self.gradients = [], given[:0]
@@ -294,7 +331,7 @@ def _roughness(calibration: Calibration, moments: Moments) -> float:
 def _coordinates_of(layer: CurloraLayer, adapter: str, moments: Moments, damping: float) -> Coordinates | None:
     """Of ``U`` as the layer stores it, so that ``KL = ||V||^2 / 2``."""
     if moments.left is None or moments.right is None:  # the shift of the output, relative to the output
-        factor = layer.sides(adapter)[1].detach().cpu().double()
+        factor = layer.basis(adapter).factor.detach().cpu().double()
         left = factor.T @ factor / moments.output if moments.output > 0 else torch.zeros_like(moments.inputs)
         right = moments.inputs
     else:
@@ -302,8 +339,8 @@ def _coordinates_of(layer: CurloraLayer, adapter: str, moments: Moments, damping
     place = coordinates(left, right, damping)
     if place is None:
         return None
-    alpha = layer.alpha[adapter]  # M = alpha U
+    alpha = layer.scaling[adapter]  # M = alpha U
     place = place._replace(left=place.left / alpha, left_inverse=place.left_inverse * alpha)
-    if layer.stores_outputs_last:  # its U is M the other way round
+    if layer.fan_in_fan_out:  # its U is M the other way round
         place = Coordinates(place.right, place.left, place.right_inverse, place.left_inverse)
     return place

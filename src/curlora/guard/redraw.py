@@ -14,6 +14,7 @@ from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.text import backward, pass_over, ready, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.weight import device_of, read
 
 __all__ = ["redraw"]
@@ -71,7 +72,12 @@ def redraw(
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)
     for name, layer in layers.items():
-        if layer.merged or bool(layer.curlora_U[adapter].any()):
+        if isinstance(layer, ParamWrapper):
+            raise GuardError(
+                f"{name!r} is a parameter, whose experts' inputs and outputs are not seen: columns and rows cannot be "
+                "chosen for a task there. Leave target_parameters out, or keep those that were drawn."
+            )
+        if layer.merged or bool(layer.matrices[adapter].weight.any()):
             raise GuardError(f"Layer {name!r} has been trained, or has a merged adapter: columns and rows come before.")
     of_general = {name: _Use(layer) for name, layer in layers.items()}
     with _listening(of_general, layers):
@@ -101,7 +107,7 @@ def redraw(
                 for task_use, general_use in zip(by_task, by_general, strict=True)
             )
             # The gathered entries are of the output, the others of the input; which are columns is the layout's.
-            choices[name] = (gathered, added) if layer.stores_outputs_last else (added, gathered)
+            choices[name] = (gathered, added) if layer.fan_in_fan_out else (added, gathered)
     for name, sides in choices.items():
         layers[name].redraw(adapter, torch.stack(sides))
 

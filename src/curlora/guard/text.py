@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
 
 __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "sum_over_processes"]
@@ -66,7 +67,11 @@ def pass_over(
         GuardError: as ``calibrate``.
     """
     rank, processes = _distributed()
-    batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
+    # The gradient of a parameter is summed over a batch: of one row it is that row's.
+    one_by_one = any(isinstance(layer, ParamWrapper) for layer in layers.values())
+    batches, count = _batches(data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
+    if one_by_one:
+        batches, count = _in_rows(batches), None
     device = next(model.parameters()).device
     predicted = tokens = rows = 0
     with ready(model, layers, gradients) as reached:
@@ -162,7 +167,12 @@ def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool)
     def from_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return _Reaches.apply(output, reached)
 
-    handles = [layer.base_layer.register_forward_hook(from_here) for layer in layers.values() if gradients]
+    reaching = [] if not gradients else [
+        *(layer.base_layer for layer in layers.values()),
+        # Before the hooks of whoever wants the gradient of the updated parameter.
+        *(U for layer in layers.values() if isinstance(layer, ParamWrapper) for U in layer.curlora_U.values()),
+    ]  # fmt: skip
+    handles = [module.register_forward_hook(from_here, prepend=True) for module in reaching]
     try:
         model.eval()
         with torch.set_grad_enabled(gradients):
@@ -297,6 +307,21 @@ def _batches(
         shares.append(([], [useful[0][1]]))
     batches = ((numbers, _padded(of_batch)) for numbers, of_batch in shares)
     return batches, count
+
+
+def _in_rows(
+    batches: Iterable[tuple[Sequence[int], Mapping[str, Tensor]]],
+) -> Iterator[tuple[Sequence[int], Mapping[str, Tensor]]]:
+    for numbers, batch in batches:
+        rows = len(batch["input_ids"])
+        for row in range(rows):
+            yield (
+                numbers[row : row + 1],
+                {
+                    key: value[row : row + 1] if isinstance(value, Tensor) and len(value) == rows else value
+                    for key, value in batch.items()
+                },
+            )
 
 
 def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[str, Tensor]]]:

@@ -1,27 +1,19 @@
 """The PEFT plug-in. Importing this package makes CURLoRA one of PEFT's methods, in memory only."""
 
-from peft.utils import PeftType, register_peft_method
+from peft.utils import register_peft_method
 
+from curlora import _compat
 
-def _add_peft_type(name: str) -> None:
-    """Give PEFT's closed ``PeftType`` enum one more member, which registering a method asks for."""
-    member = str.__new__(PeftType, name)
-    member._name_ = name
-    member._value_ = name
-    type.__setattr__(PeftType, name, member)
-    PeftType._member_names_.append(name)
-    PeftType._member_map_[name] = member
-    PeftType._value2member_map_[name] = member
-
-
-if "CURLORA" in PeftType.__members__:
-    raise ImportError("this PEFT already has a method called CURLORA; curlora cannot be registered beside it")
-_add_peft_type("CURLORA")
+_compat.add_peft_type("CURLORA")
 
 from curlora.tuner.config import CurloraConfig  # noqa: E402  (its peft_type is the member just added)
 from curlora.tuner.layer import CurloraLayer  # noqa: E402
-from curlora.tuner.model import CurloraModel  # noqa: E402
+from curlora.tuner.model import CurloraModel, swap_adapter  # noqa: E402
 
 register_peft_method(name="curlora", config_cls=CurloraConfig, model_cls=CurloraModel)
+_compat.tie_as_lora_does(CurloraModel)
+_compat.explain_unreadable_configurations()
+_compat.support_mixed_models(CurloraConfig, CurloraModel, CurloraLayer)
+_compat.support_hotswapping(CurloraConfig, swap_adapter)
 
 __all__ = ["CurloraConfig", "CurloraLayer", "CurloraModel"]

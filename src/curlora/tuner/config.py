@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from curlora.sampling import SAMPLINGS
-from curlora.tuner.saved import SavedDraws
+from curlora.tuner.format import check_file, digest_of_options, saved_indices, seal
+
+# Options that say where an adapter belongs and how it is used, and not what its tensors mean.
+_ABOUT = {
+    "auto_mapping", "base_model_name_or_path", "digest", "inference_mode", "peft_type", "peft_version", "revision",
+    "task_type",
+}  # fmt: skip
 
 
 @dataclass
@@ -26,32 +34,41 @@ class CurloraConfig(PeftConfig):
     trained; it starts at zero.
 
     Args:
-        r: rank; ``r * r`` numbers are trained per layer. At most the smaller side of the weight.
+        r: rank; ``r * r`` parameters are trained per layer. At most the smaller side of the weight; ``"all-linear"``
+            lowers it where a layer is smaller, with a warning.
         alpha: factor on the update (eq. 8). 1 in the paper.
         target_modules: names of the layers to adapt, a regular expression, or ``"all-linear"``.
-            ``None`` takes the query, key and value projections of known architectures.
+            ``None`` takes the query, key and value projections of known architectures. Linear layers, embeddings,
+            transformers' ``Conv1D`` and quantized linear layers can be adapted.
         exclude_modules: names, or a regular expression, of layers to leave out.
+        target_parameters: names of parameters to adapt by themselves, such as experts that are kept as one parameter of
+            three dimensions, ``(experts, m, n)``: each gets columns, rows and a ``U`` of its own. Where PEFT does so
+            for LoRA, the names that experts had as modules are understood in ``target_modules``.
         sampling: how columns and rows are drawn: ``"inverse"`` (the paper's 1/p), ``"uniform"``,
             ``"norm"`` (p itself) or ``"reference"`` (the author's code, 1/(p + 0.001)). Zero columns
             and rows are never drawn, except under ``"reference"``.
         replacement: whether a column or row may be drawn more than once, as in the author's code.
         seed: seed of the draws. They depend on it, on the layer's name and on its weight only.
+        curlora_dropout: probability with which entries of ``R x`` are zeroed in training.
         bias: which biases are trained: ``"none"``, ``"all"`` or ``"curlora_only"``.
         modules_to_save: further modules to train and save whole, such as a fresh head.
         trainable_token_indices: tokens whose embeddings are trained too, such as some that were added to the
-            vocabulary; or by the name of the embedding. Each takes as many numbers as the model is wide.
-        layers_to_transform: indexes of the layers to adapt; all if ``None``.
+            vocabulary; or by the name of the embedding. Each takes as many parameters as the model is wide.
+        layers_to_transform: indexes of the layers to adapt; all if ``None``. Not with a regular expression.
         layers_pattern: name of the model's list of layers, with ``layers_to_transform``.
         rank_pattern: ranks for layers whose names match a regular expression.
         alpha_pattern: alphas for layers whose names match a regular expression.
+        ensure_weight_tying: give embeddings and a head that share their weight one ``U``.
         init_weights: start ``U`` at zero, so that the model is unchanged at first. ``False`` starts it
             at random, which is for tests only.
+        digest: of the options above, written when the adapter is saved: one that differs from it was damaged.
 
     Raises:
         ValueError: if an option is not one of the above.
+        TypeError: if ``target_parameters`` is no list.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank; r * r numbers are trained per layer."})
+    r: int = field(default=16, metadata={"help": "Rank; r * r parameters are trained per layer."})
     alpha: float = field(default=1.0, metadata={"help": "Factor on the update C U R."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to adapt: names, a regular expression or 'all-linear'."}
@@ -59,9 +76,15 @@ class CurloraConfig(PeftConfig):
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave out: names or a regular expression."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt by themselves, such as experts."}
+    )
     sampling: str = field(default="inverse", metadata={"help": f"One of {', '.join(SAMPLINGS)}."})
     replacement: bool = field(default=False, metadata={"help": "Draw columns and rows with replacement."})
     seed: int = field(default=0, metadata={"help": "Seed of the draws."})
+    curlora_dropout: float = field(
+        default=0.0, metadata={"help": "Probability with which entries of R x are zeroed in training."}
+    )
     bias: str = field(default="none", metadata={"help": "'none', 'all' or 'curlora_only'."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Further modules to train and to save whole."}
@@ -81,32 +104,88 @@ class CurloraConfig(PeftConfig):
     alpha_pattern: dict[str, float] = field(
         default_factory=dict, metadata={"help": "Alphas for layers that match a regular expression."}
     )
-
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "Give embeddings and a head that share their weight one U."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "Start U at zero; at random if False, for tests."})
+    digest: str | None = field(default=None, metadata={"help": "Of the options, written when the adapter is saved."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.CURLORA
-        # Where this was read beside an adapter's weights. No field: it is not saved.
-        self.saved_draws: SavedDraws | None = None
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+        self.peft_type = PeftType["CURLORA"]
+        # No fields, since they are not saved. Where this was read beside an adapter's weights:
+        self.weights_file: Path | None = None
+        self._saved_by: tuple[object, ...] = ()
+        self.target_modules_to_tie: set[str] | None = None  # PEFT's names for what is tied
+        self.modules_to_tie: set[str] | None = None
+        self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), list):
+                setattr(self, name, set(value))
         for label, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"{label} must be a positive integer, got {r!r}")
+        if isinstance(self.target_parameters, str):
+            raise TypeError("`target_parameters` must be a list of strings or None.")
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {self.sampling!r}")
         if self.bias not in ("none", "all", "curlora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'curlora_only', got {self.bias!r}")
+        if not 0 <= self.curlora_dropout < 1:
+            raise ValueError(f"curlora_dropout must be at least 0 and less than 1, got {self.curlora_dropout!r}")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern) is not None:
+            raise ValueError(
+                f"layers_to_transform and layers_pattern have no effect where target_modules is a string, and it is "
+                f"{self.target_modules!r}: give a list of names, or put the layers' indexes into the expression"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts: give both or neither")
 
     @property
     def drawn_by(self) -> tuple[object, ...]:
         """All that draws depend on beside the rank, the layer's name and its weight."""
-        return self.sampling, self.replacement, self.seed
+        return self.sampling, self.replacement, self.seed, self.weights_file
+
+    def saved_draw(self, layer: str) -> tuple[Tensor, Tensor] | None:
+        """Indices and fingerprint that the file has for a layer that is drawn as it was; ``None`` without a file.
+
+        To draw again what is about to be loaded would read every weight in full, twice.
+        """
+        if self.weights_file is None or self._saved_by != self.drawn_by[:-1]:
+            return None
+        return self._saved.get(layer)
+
+    @functools.cached_property
+    def _saved(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {} if self.weights_file is None else saved_indices(self.weights_file)
+
+    def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
+        """As :class:`peft.LoraConfig` has it: adapt a type of layer by a class of one's own.
+
+        The class is made as ``cls(base_layer, name)`` and is a subclass of :class:`curlora.CurloraLayer`.
+        """
+        self._custom_modules.update(mapping)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the configuration; and seal the weights, which PEFT has saved before it, against damage.
+
+        Raises:
+            ValueError: if the weights were saved as a pickle, which is never loaded.
+        """
+        folder = Path(save_directory)
+        if (weights := folder / SAFETENSORS_WEIGHTS_NAME).exists():
+            seal(weights)
+        elif (pickled := folder / WEIGHTS_NAME).exists():
+            pickled.unlink()
+            raise ValueError(
+                "A CURLoRA adapter is not saved as a pickle, since none is ever loaded: leave out "
+                "safe_serialization=False. Nothing was saved."
+            )
+        super().save_pretrained(save_directory, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options, with their digest."""
+        return {**super().to_dict(), "digest": self._digest()}
 
     @classmethod
     def from_pretrained(
@@ -121,42 +200,46 @@ class CurloraConfig(PeftConfig):
         the saved one, and no weight is read in full for it.
 
         Raises:
-            ValueError: if the weights file cannot be read, or is a pickle.
+            ValueError: if the weights file cannot be read, is damaged or is a pickle; or if the configuration is not
+                the one that was saved.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        if os.path.isdir(folder):
-            _check_weights_file(folder)
+        folder: str | None = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        local = os.path.isdir(str(folder))
+        if local:
+            _check_weights(Path(str(folder)))
+        try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-            return _with_draws_of(folder, config)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-            with contextlib.suppress(EntryNotFoundError):  # PEFT says it if there is neither
-                hub_kwargs = cls._split_kwargs(kwargs)[0]
-                found = hf_hub_download(pretrained_model_name_or_path, file, subfolder=subfolder, **hub_kwargs)
-                _check_weights_file(os.path.dirname(found))
-                return _with_draws_of(os.path.dirname(found), config)
+        except (AttributeError, TypeError) as error:  # an option of another type than it can be
+            raise ValueError(
+                f"The configuration of the adapter in {folder} cannot be used ({error}): it is damaged"
+            ) from error
+        if config.digest is not None and config.digest != config._digest():
+            raise ValueError(
+                f"The configuration of the adapter in {folder} is not the one that was saved with it (its digest "
+                'differs): copy or download it again. If you changed it on purpose, take the line "digest" out of '
+                "adapter_config.json."
+            )
+        if not local:
+            folder = None
+            for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+                with contextlib.suppress(EntryNotFoundError):  # PEFT says it if there is neither
+                    hub_kwargs = cls._split_kwargs(kwargs)[0]
+                    found = hf_hub_download(pretrained_model_name_or_path, file, subfolder=subfolder, **hub_kwargs)
+                    folder = os.path.dirname(found)
+                    _check_weights(Path(folder))
+                    break
+        if folder is not None and (weights := Path(os.path.abspath(folder)) / SAFETENSORS_WEIGHTS_NAME).exists():
+            config.weights_file, config._saved_by = weights, config.drawn_by[:-1]
         return config
 
-
-def _with_draws_of(folder: str, config: CurloraConfig) -> CurloraConfig:
-    path = os.path.abspath(os.path.join(folder, SAFETENSORS_WEIGHTS_NAME))
-    if os.path.exists(path):
-        config.saved_draws = SavedDraws(path, config.drawn_by)
-    return config
+    def _digest(self) -> str:
+        return digest_of_options({f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT})
 
 
-def _check_weights_file(folder: str) -> None:
-    path = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
-    if os.path.exists(path):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"The adapter file {path} cannot be read ({error}). It is incomplete or damaged: copy or "
-                "download it again, or save the adapter anew."
-            ) from error
-    elif os.path.exists(pickled := os.path.join(folder, WEIGHTS_NAME)):
+def _check_weights(folder: Path) -> None:
+    if (path := folder / SAFETENSORS_WEIGHTS_NAME).exists():
+        check_file(path)
+    elif (pickled := folder / WEIGHTS_NAME).exists():
         raise ValueError(
             f"{pickled} is a pickle, which CURLoRA adapters never are. Save the adapter as "
             f"{SAFETENSORS_WEIGHTS_NAME} (the default of save_pretrained)."

@@ -1,155 +1,223 @@
-"""Merging adapters into a layer's weight and taking them out again; quantized ones by PEFT's code for LoRA."""
+"""Adding adapters to a layer's weight, and taking them out again."""
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from curlora.functional import autocast_off
+from curlora.tuner.basis import Basis
+from curlora.tuner.fingerprint import compare
+from curlora.tuner.linking_matrix import LinkingMatrix
 from curlora.tuner.sharded import laid_out_like, whole
-from curlora.tuner.weight import device_of, is_plain, unpacked
+from curlora.tuner.weight import ProbedWeight, StoredWeight, brought, device_of, is_plain, quantization_backend, twin
 
-if TYPE_CHECKING:
-    from curlora.tuner.layer import CurloraLayer
-
-__all__ = ["merge", "unmerge"]
+__all__ = ["MergeMixin"]
 
 
-def merge(layer: CurloraLayer, adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """See :meth:`curlora.CurloraLayer.merge`. On an error the layer is as it was."""
-    adding = [a for a in check_adapters_to_merge(layer, adapter_names) if a in layer.curlora_U]
-    if not adding:
-        return
-    if check_deepspeed_zero3_enabled():
-        raise RuntimeError(
-            f"layer {layer.name!r}: the weights are partitioned by ZeRO-3, so that nothing can be merged into them. "
-            "Save the adapter, and merge it into the model in one process."
-        )
-    # C and R belong to the base weight: compute every update before any is added.
-    together = [*layer.merged_adapters, *adding]
-    if is_plain(layer.get_base_layer()):
-        _merge_plain(layer, together, safe_merge)
-    else:
-        _merge_quantized(layer, together, safe_merge)
+class MergeMixin:
+    """The part of :class:`curlora.CurloraLayer` that merges.
 
-
-def unmerge(layer: CurloraLayer) -> None:
-    """See :meth:`curlora.CurloraLayer.unmerge`."""
-    if not layer.merged:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=3)
-        return
-    merged: Any = layer.get_base_layer()
-    if layer.unmerged_base:
-        base = layer.unmerged_base.pop()
-        if device_of(base) != device_of(merged):  # moved since
-            base.to(device_of(merged))
-        layer.base_layer = base
-    else:
-        # Subtracting would leave rounding behind, in half precision enough to make this another base.
-        weight, before = merged.weight.data, layer.unmerged_weight
-        if isinstance(before, DTensor) and not isinstance(weight, DTensor):  # FSDP2 gathers weights for a forward pass
-            before = whole(before)
-        assert before is not None
-        weight.copy_(laid_out_like(before, weight))
-        layer.unmerged_weight = None
-    layer.merged_adapters = []
-    layer.merged_factors = {}
-
-
-def _merge_plain(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> None:
-    base: Any = layer.get_base_layer()
-    before = layer.unmerged_weight, layer.merged_factors, layer.merged_adapters
-    weight_before = base.weight.data.clone() if safe_merge else None
-    if layer.merged:
-        unmerge(layer)
-    factors = {adapter: layer.delta_factors(adapter) for adapter in adapters}
-    merged = base.weight.data
-    # Out of the accelerator's memory, which merging is often meant to save.
-    unmerged = merged.clone() if isinstance(merged, DTensor) else merged.to("cpu", copy=True)
-    for adapter, (left, right) in factors.items():
-        with autocast_off(left):
-            delta = left @ right
-        merged += laid_out_like(delta.to(merged.dtype), merged)
-        if safe_merge and not torch.isfinite(merged).all():
-            base.weight.data = weight_before
-            layer.unmerged_weight, layer.merged_factors, layer.merged_adapters = before
-            raise _not_finite(layer, adapter)
-    layer.unmerged_weight, layer.merged_factors, layer.merged_adapters = unmerged, factors, adapters
-
-
-def _merge_quantized(layer: CurloraLayer, adapters: list[str], safe_merge: bool) -> None:
-    before = layer.base_layer, list(layer.unmerged_base), layer.merged_factors, layer.merged_adapters
-    try:
-        if layer.merged:
-            unmerge(layer)
-        base = layer.base_layer
-        factors = {adapter: layer.delta_factors(adapter) for adapter in adapters}
-        for adapter, sides in factors.items():
-            if safe_merge and not all(side.isfinite().all() for side in sides):
-                raise _not_finite(layer, adapter)
-        layer.base_layer = _merged_copy(layer, list(factors.values()), safe_merge)
-    except ValueError:
-        layer.base_layer, layer.unmerged_base, layer.merged_factors, layer.merged_adapters = before
-        raise
-    layer.unmerged_base, layer.merged_factors, layer.merged_adapters = [base], factors, adapters
-
-
-def _not_finite(layer: CurloraLayer, adapter: str) -> ValueError:
-    return ValueError(
-        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {layer.name!r})"
-    )
-
-
-def _merged_copy(layer: CurloraLayer, factors: Sequence[tuple[Tensor, Tensor]], safe_merge: bool) -> nn.Module:
-    """The quantized base layer with updates added to its weight, quantized anew. The layer itself is left as it is.
-
-    Raises:
-        ValueError: if PEFT cannot merge LoRA into such a layer either, or the result would not be finite.
+    Attributes:
+        get_apply_tensor_subclass: of a model that torchao has quantized, how to do so again.
+        _merged_factors: what each merged adapter added, as two factors: the weight they came from is gone.
+        _unmerged: the weight before a merge, or the quantized base layer. In a list, since it is no module of this one.
     """
-    base = layer.get_base_layer()
-    left, right = (torch.cat(side, dim=1 - i) for i, side in enumerate(zip(*factors, strict=True)))
-    rank = len(right)
-    quantize: Callable[[], Any] | None = layer.get_apply_tensor_subclass
-    torchao = {} if quantize is None else {"get_apply_tensor_subclass": quantize}
-    try:
-        lora = LoraModel._create_new_module(
-            LoraConfig(r=rank, lora_alpha=rank), "merged", _twin(base), r=rank, lora_alpha=rank,
-            loaded_in_8bit=True, loaded_in_4bit=True, **torchao,
-        )  # fmt: skip
-        if type(lora) is Linear:  # which is for weights that are not quantized
-            raise NotImplementedError
-        lora.lora_A["merged"].weight.data = right
-        lora.lora_B["merged"].weight.data = left
-        with torch.no_grad():
-            lora.merge(safe_merge=safe_merge)
-    except ValueError as error:
-        raise ValueError(f"layer {layer.name!r}: {error}") from error
-    except (NotImplementedError, AttributeError) as error:
-        raise ValueError(
-            f"layer {layer.name!r} is a {type(base).__name__}, into whose quantized weight PEFT can merge nothing. "
+
+    name: str
+    base_layer: nn.Module
+    curlora_U: nn.ModuleDict  # noqa: N815
+    fan_in_fan_out: bool
+    parameter_name: str | None
+    merged: bool
+    merged_adapters: list[str]
+    get_apply_tensor_subclass: Callable[[], Any] | None
+    _merged_factors: dict[str, tuple[Tensor, Tensor]]
+    _unmerged: list[Tensor | nn.Module]
+    get_base_layer: Callable[[], Any]
+    basis: Callable[[str], Basis]
+    _read: Callable[[], Any]
+    _basis_of: Callable[[StoredWeight | ProbedWeight, Tensor], Basis]
+
+    @property
+    def matrices(self) -> Mapping[str, LinkingMatrix]:
+        """The trained matrix of each adapter: ``curlora_U``, typed."""
+        matrices: Any = self.curlora_U
+        return matrices
+
+    def delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """The two factors of an adapter's update, which is their product.
+
+        Returns:
+            ``alpha * C @ U``, shape ``(m, r)``, and ``R``, shape ``(r, n)``, for a weight that is stored as ``(m, n)``
+            and has nothing merged into it; at least float32. Of experts all with their number first.
+
+        Raises:
+            RuntimeError: if the weight's values are others than those that the adapter refers to.
+        """
+        if adapter_name in self._merged_factors:
+            return self._merged_factors[adapter_name]
+        basis, U = self.basis(adapter_name), self.matrices[adapter_name]
+        with self._read() as weight:
+            now = self._basis_of(weight, basis.indices)
+            columns, rows = basis.indices.unbind(-2)
+            C, R = weight.columns(columns), weight.rows(rows)
+        if compare(basis.fingerprint, now.fingerprint) == "other":
+            if basis.reader is None:
+                raise RuntimeError(
+                    f"layer {self.name!r}: the weight has changed since adapter {adapter_name!r} was put on it, so its "
+                    "columns and rows are gone. Has another adapter been merged into it? Merge this one first."
+                )
+            C, R = (basis.reader.mT, basis.factor.mT) if self.fan_in_fan_out else (basis.factor, basis.reader)
+        dtype = torch.promote_types(C.dtype, torch.float32)
+        with brought(U):
+            matrix = whole(U.weight.detach()).to(device=C.device, dtype=dtype)
+        with autocast_off(C):
+            return U.scaling * (C.to(dtype) @ matrix), R.to(dtype)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight; of a quantized one, float32."""
+        left, right = self.delta_factors(adapter_name)
+        base = self.get_base_layer()
+        device = device_of(base, self.parameter_name)
+        left, right = (left, right) if device.type == "meta" else (left.to(device), right.to(device))
+        weight = self._plain_weight()
+        with autocast_off(left):
+            return (left @ right).to(left.dtype if weight is None else weight.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Asked by :func:`peft.convert_to_lora`; :func:`curlora.convert_to_lora` is exact and quicker."""
+        return True
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight. A quantized one is quantized anew, by PEFT's backend for it.
+
+        Args:
+            safe_merge: refuse to merge if the merged weight would not be finite.
+            adapter_names: the adapters; all active ones if ``None``.
+
+        Raises:
+            ValueError: with ``safe_merge``, naming the adapter that makes the weight non-finite; or if the base layer
+                is quantized in a way that PEFT cannot merge into. The layer is then as it was.
+            RuntimeError: if the weights are partitioned by DeepSpeed's ZeRO-3.
+        """
+        adding = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.curlora_U]
+        if not adding:
+            return
+        if check_deepspeed_zero3_enabled():
+            raise RuntimeError(
+                f"layer {self.name!r}: the weights are partitioned by ZeRO-3, so that nothing can be merged into them. "
+                "Save the adapter, and merge it into the model in one process."
+            )
+        # C and R belong to the base weight: every update is computed from it before any is added.
+        before = list(self.merged_adapters)
+        if before:
+            self.unmerge()
+        merge = self._merge_quantized if self._plain_weight() is None else self._merge_plain
+        try:
+            merge([*before, *adding], safe_merge)
+        except ValueError:
+            if before:
+                merge(before, False)
+            raise
+
+    def unmerge(self) -> None:
+        """Give the base layer back as it was, bit for bit; :meth:`merge` keeps it, a weight in the CPU's memory."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        before = self._unmerged.pop()
+        if isinstance(before, nn.Module):
+            device = device_of(self.get_base_layer())
+            self.base_layer = before if device_of(before) == device else before.to(device)  # moved since
+        else:
+            weight: Any = self._plain_weight()
+            weight = weight.data
+            if isinstance(before, DTensor) and not isinstance(weight, DTensor):  # gathered by FSDP2 for a forward pass
+                before = whole(before)
+            before = laid_out_like(before.to(weight.device), weight)
+            # Computed in the precision of then: the layer may have been cast since.
+            if isinstance(weight, DTensor) or torch.equal(weight, self._plus_merged(before.clone()).to(weight.dtype)):
+                # Subtracting would leave rounding behind, in half precision enough to make this another base.
+                weight.copy_(before)
+            else:  # another method has been merged into it since
+                weight -= self._plus_merged(torch.zeros_like(weight))
+        self.merged_adapters, self._merged_factors = [], {}
+
+    def _merge_plain(self, adapters: Sequence[str], safe_merge: bool) -> None:
+        factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
+        weight: Any = self._plain_weight()
+        weight = weight.data
+        merged = weight.clone() if safe_merge else weight
+        # Out of the accelerator's memory, which merging is often meant to save.
+        unmerged = weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True)
+        for adapter, pair in factors.items():
+            _add_product(merged, *pair)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise self._not_finite(adapter)
+        if safe_merge:
+            weight.copy_(merged)
+        self._unmerged, self._merged_factors, self.merged_adapters = [unmerged], factors, list(adapters)
+
+    def _plus_merged(self, weight: Tensor) -> Tensor:
+        for pair in self._merged_factors.values():
+            _add_product(weight, *pair)
+        return weight
+
+    def _merge_quantized(self, adapters: Sequence[str], safe_merge: bool) -> None:
+        factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
+        base, kind = self.base_layer, type(self.get_base_layer()).__name__
+        instead = (
             "Merge into the model in float32, bfloat16 or float16, or serve the adapter unmerged, as it is or as LoRA "
             "(curlora.save_as_lora)."
-        ) from error
-    return lora.get_base_layer()
+        )
+        try:
+            backend = quantization_backend(base, self.get_apply_tensor_subclass)
+            if backend is None:
+                raise ValueError("PEFT has no way to write it")
+            self.base_layer = twin(base)
+            weight = backend.get_base_weight(self.base_layer)
+            for left, right in factors.values():
+                weight = weight + (left @ right).to(device=weight.device, dtype=weight.dtype)
+            if not safe_merge or bool(torch.isfinite(weight).all()):
+                backend.set_base_weight(self, weight)
+        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+            self.base_layer = base
+            raise ValueError(
+                f"layer {self.name!r} is a {kind}, into whose quantized weight nothing can be merged "
+                f"({error}). {instead}"
+            ) from error
+        if safe_merge and not bool(torch.isfinite(weight).all()):
+            self.base_layer = base
+            raise self._not_finite(next(name for name, pair in factors.items() if not _finite(pair)))
+        self._unmerged, self._merged_factors, self.merged_adapters = [base], factors, list(adapters)
+
+    def _not_finite(self, adapter: str) -> ValueError:
+        return ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {self.name!r})"
+        )
+
+    def _plain_weight(self) -> Tensor | None:
+        """The base weight, where it is stored as it is; ``None`` if it is quantized."""
+        base = self.get_base_layer()
+        if self.parameter_name is None and not is_plain(base):
+            return None
+        weight: Tensor = getattr(base, self.parameter_name or "weight")
+        return weight
 
 
-def _twin(layer: nn.Module) -> Any:
-    """The same weight in a layer of its own, into which another may be put."""
-    twin: Any = copy.copy(layer)
-    twin._parameters, twin._buffers = dict(layer._parameters), dict(layer._buffers)
-    if "weight" in twin._parameters:
-        twin._parameters["weight"] = unpacked(layer.weight)
-    if hasattr(layer, "state"):  # of bitsandbytes: the scales of an 8-bit weight
-        twin.state = copy.copy(layer.state)
-    return twin
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
+    with autocast_off(left):
+        delta = left @ right
+    weight += laid_out_like(delta.to(device=weight.device, dtype=weight.dtype), weight)

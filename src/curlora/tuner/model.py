@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from curlora._compat import convert_expert_names, refuse_what_reads_the_weight
 from curlora.tuner.config import CurloraConfig
-from curlora.tuner.layer import CurloraLayer, CurloraLinear
-from curlora.tuner.loading import check, has_no_numbers
+from curlora.tuner.format import ENTRIES, present_name
+from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.linear import CurloraLinear
+from curlora.tuner.loading import check
 from curlora.tuner.mixed_batch import adapter_names_passed
-from curlora.tuner.weighted import add_weighted_adapter
+from curlora.tuner.param_wrapper import ParamWrapper
+from curlora.tuner.weighted import check_combinable, check_same_indices, combination, combined_config, side_by_side
+
+__all__ = ["CurloraModel", "adapted_layers", "swap_adapter"]
 
 
 def _with_keys(targets: list[str] | str) -> list[str] | str:
@@ -36,7 +46,7 @@ class CurloraModel(BaseTuner):
         model: the base model.
         config: the adapter's configuration.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: create ``U`` on the meta device, for loading into.
+        low_cpu_mem_usage: create the adapter without values, for loading into; no weight is read for it.
     """
 
     prefix = "curlora_"
@@ -46,37 +56,18 @@ class CurloraModel(BaseTuner):
         for model_type, targets in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items()
     }
 
-    def _create_and_replace(
-        self,
-        peft_config: CurloraConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, CurloraLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        layer = CurloraLinear(target, current_key)
-        quantization = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
-        layer.get_apply_tensor_subclass = getattr(quantization, "get_apply_tensor_subclass", None)
-        layer.set_adapter(adapter_name)
-        layer.update_layer(adapter_name, peft_config)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """An adapter is made where its base layer is, and a layer that is put back, maybe quantized, is left alone."""
-        setattr(parent, child_name, new_module)
+    # Adding adapters
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to every targeted layer, or to none: on an error the model is left as it was."""
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"torch cannot hold an adapter that is called {adapter_name!r}. Choose another name.")
+        config = self.peft_config[adapter_name]
+        # Ranks above what a layer allows are lowered where nobody has named the layer.
+        all_linear = _is_all_linear(config.target_modules)
+        self._lowered: dict[str, int] | None = {} if all_linear else None
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        convert_expert_names(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -90,15 +81,86 @@ class CurloraModel(BaseTuner):
             for parameter, requires_grad in trained:
                 parameter.requires_grad_(requires_grad)
             raise
+        self._trained_before = trained
+        if self._lowered:
+            some = ", ".join(f"{name} ({r})" for name, r in list(self._lowered.items())[:3])
+            warnings.warn(
+                f"The rank was lowered from {config.r} to the smaller side of the weight in {len(self._lowered)} "
+                f"layer(s): {some}{', ...' if len(self._lowered) > 3 else ''}",
+                stacklevel=3,
+            )
+        _warn_of_experts_left_out(model, config, all_linear)
+
+    def _create_and_replace(
+        self,
+        peft_config: CurloraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        refuse_what_reads_the_weight(peft_config, self.model, parent, target_name)
+        current_key = current_key.removeprefix("base_model.model.")  # which PeftMixedModel has before its names
+        tied_to = None
+        if self._check_tied_module_exists(peft_config, current_key):
+            tied_to = self.model.get_input_embeddings().curlora_U[adapter_name]
+        # A wrapper that has this adapter holds another parameter of the same module: the new one goes around it.
+        nested = isinstance(target, ParamWrapper) and adapter_name in target.curlora_U
+        if isinstance(target, CurloraLayer) and not nested:
+            target.update_layer(adapter_name, peft_config, tied_to)
+            return
+        layer = _new_layer(peft_config, target, current_key, parameter_name)
+        lowered: dict[str, int] | None = getattr(self, "_lowered", None)
+        smaller = min(layer.weight_shape[-2:])
+        r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), layer.name), peft_config.r)
+        if lowered is not None and r > smaller:
+            peft_config.rank_pattern[layer.name] = lowered[layer.name] = smaller
+        quantization = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
+        layer.get_apply_tensor_subclass = getattr(quantization, "get_apply_tensor_subclass", None)
+        if isinstance(layer, CurloraLinear) and not isinstance(self, CurloraModel):
+            layer.shared = True
+        layer.set_adapter(adapter_name)
+        layer.update_layer(adapter_name, peft_config, tied_to)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """An adapter is made where its base layer is, and a layer that is put back, maybe quantized, is left alone."""
+        setattr(parent, child_name, new_module)
+
+    def _prepare_adapter_config(self, peft_config: CurloraConfig, model_config: dict[str, Any]) -> CurloraConfig:
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            known = self.target_module_mapping.get(model_config["model_type"])
+            peft_config.target_modules = known if isinstance(known, str) else set(known or ())
+            return peft_config
+        prepared: CurloraConfig = super()._prepare_adapter_config(peft_config, model_config)
+        return prepared
+
+    def _check_new_adapter_config(self, config: CurloraConfig) -> None:
+        super()._check_new_adapter_config(config)
+        wanted = set(config.target_parameters or ())
+        for name, other in self.peft_config.items():
+            others = set(getattr(other, "target_parameters", None) or ())
+            if other is not config and wanted and others and wanted != others:
+                raise ValueError(
+                    "When using multiple adapters with `target_parameters`, all adapters must target the same set of "
+                    f"parameters, but got {sorted(wanted)} for the new adapter and {sorted(others)} for adapter "
+                    f"'{name}'."
+                )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Train ``U`` in float32 on a half-precision base. The factor stays the base's own numbers."""
+        """Train ``U`` in float32 on a half-precision base. The factor keeps the base's own values."""
         if not autocast_adapter_dtype:
             return
         for layer in adapted_layers(self.model, adapter_name).values():
-            U = layer.curlora_U[adapter_name]
-            if U.dtype in (torch.float16, torch.bfloat16):
-                layer.curlora_U[adapter_name] = nn.Parameter(U.detach().float(), requires_grad=U.requires_grad)
+            U = layer.matrices[adapter_name]
+            if U.weight.dtype in (torch.float16, torch.bfloat16):
+                U.weight.data = U.weight.data.float()
+
+    # Using them
 
     @contextmanager
     def _enable_peft_forward_hooks(
@@ -108,10 +170,21 @@ class CurloraModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        present = {name for module in self.modules() if isinstance(module, CurloraLayer) for name in module.r}
-        with adapter_names_passed(self.model, adapter_names, present, kwargs.get("num_beams")):
+        present = {name for module in self.modules() if isinstance(module, CurloraLayer) for name in module.curlora_U}
+        with adapter_names_passed(self.model, adapter_names, present, CurloraLayer, kwargs.get("num_beams")):
             yield
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        _untie(self.model)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        if merge:
+            _untie(self.model)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        return unloaded
+
+    @torch.no_grad()
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -133,29 +206,104 @@ class CurloraModel(BaseTuner):
                 ranks. ``"linear"`` is exact too, and keeps the rank, where they have the same columns and rows in every
                 layer that they share: adapters with the same ``seed``, ``r`` and ``sampling`` have. So must they for
                 ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"``, PEFT's own, applied to ``U``.
-            density: share of the numbers of ``U`` to keep, in [0, 1]; for the last four.
+            density: share of the entries of ``U`` to keep, in [0, 1]; for the last four.
             majority_sign_method: ``"total"`` or ``"frequency"``, for ``"ties"`` and ``"dare_ties"``.
 
         Raises:
             ValueError: if an adapter is unknown or the new name is taken; if the weights are not as many; if the
-                adapters cannot be combined this way; if one is merged, trained biases, or saves the same module whole
-                as another. The model is then as it was.
+                adapters cannot be combined this way; if one is merged, trained biases, adapts parameters, or saves the
+                same module whole as another. The model is then as it was.
         """
-        add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, density, majority_sign_method)
+        if len(adapters) == 1 and combination_type == "cat":
+            combination_type = "linear"  # the same, and PEFT calls it so
+        combine = combination(combination_type, density, majority_sign_method)
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, CurloraLayer)}
+        layers = {name: layer for name, layer in layers.items() if any(one in layer.curlora_U for one in adapters)}
+        wrappers = [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+        check_combinable(self.peft_config, adapters, weights, adapter_name, layers, wrappers)
+
+        combined: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, layer in layers.items():
+            here = [(one, weight) for one, weight in zip(adapters, weights, strict=True) if one in layer.curlora_U]
+            matrices = [layer.matrices[one].weight.detach() for one, _ in here]
+            scales = [weight * layer.alpha[one] for one, weight in here]
+            bases = {one: layer.basis(one) for one, _ in here}
+            if combine is None:
+                combined[name] = side_by_side(matrices, scales, [basis.indices for basis in bases.values()])
+            else:
+                check_same_indices(name, {one: basis.key for one, basis in bases.items()}, combination_type)
+                scaled = torch.tensor(scales, dtype=matrices[0].dtype, device=matrices[0].device)
+                combined[name] = combine(matrices, scaled), bases[here[0][0]].indices
+            rank, most = len(combined[name][0]), min(layer.weight_shape)
+            if rank > most:
+                raise ValueError(
+                    f"combination_type={combination_type!r} gives layer {name!r} rank {rank}, the sum of the "
+                    f"adapters', above the {most} that its weight allows. Combine fewer at once."
+                )
+
+        configs = [self.peft_config[one] for one in adapters]
+        self.peft_config[adapter_name] = combined_config(configs, {name: len(U) for name, (U, _) in combined.items()})
+        try:
+            # Draws columns and rows, which are then replaced.
+            self.inject_adapter(self.model, adapter_name, autocast_adapter_dtype=False)
+        except BaseException:
+            del self.peft_config[adapter_name]
+            raise
+        for name, (U, indices) in combined.items():
+            layers[name].redraw(adapter_name, indices)
+            layers[name].matrices[adapter_name].weight = nn.Parameter(U, requires_grad=False)
+        for wrapper in wrappers:
+            for owner in set(adapters) & set(wrapper.modules_to_save):
+                wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
+
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: indices and fingerprints from the model where a caller's state dict has parameters alone."""
+        state = dict(state_dict)
+        # Where FSDP gathers it, processes that save nothing have an empty one.
+        for name, layer in adapted_layers(model, adapter_name).items() if state else ():
+            prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}.curlora_U.{adapter_name}."
+            if f"{prefix}weight" not in state:
+                raise ValueError(
+                    f"The state dict that is to be saved lacks {prefix}weight, the U of a layer that adapter "
+                    f"{adapter_name!r} is in. Pass one that has the parameters of the whole adapter, or none."
+                )
+            for entry in ENTRIES[1:]:
+                state.setdefault(prefix + entry, getattr(layer.matrices[adapter_name], entry))
+        selected: dict[str, Tensor] = super()._get_adapter_state_dict(
+            model, config, adapter_name, state, unwanted_adapter_names
+        )
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        """Names as the model has them. What does not fit is refused, and an adapter made for it taken off again."""
+        state_dict = {present_name(key): tensor for key, tensor in state_dict.items()}
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
         layers = adapted_layers(model, adapter_name)
+        made_for_it = getattr(config, "weights_file", None) is not None and not any(
+            _trained(layer, adapter_name) for layer in layers.values()
+        )
+        made_for_it = made_for_it or any(layer.matrices[adapter_name].weight.is_meta for layer in layers.values())
+        afterwards = f"Adapter {adapter_name!r} is as it was before the load."
         try:
-            check(layers, adapter_name, remapped)
+            check(layers, adapter_name, remapped, "The model is as it was." if made_for_it else afterwards)
         except Exception:
-            # With low_cpu_mem_usage the adapter is there for this load alone, and has no numbers without it.
-            if has_no_numbers(layers, adapter_name):
-                _withdraw(model, adapter_name)
-                model.peft_config.pop(adapter_name, None)
+            if made_for_it:
+                _roll_back(model, adapter_name)
             raise
         return remapped
 
@@ -169,6 +317,96 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CurloraLaye
     }
 
 
+@torch.no_grad()
+def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: CurloraConfig) -> None:
+    """Behind :func:`peft.utils.hotswap.hotswap_adapter`: other values for an adapter that is there.
+
+    ``U`` is written to in place, so that a compiled model is not compiled again where alpha is the same. Layers that
+    what is swapped in does not have are left without an update.
+
+    Raises:
+        ValueError: if what is swapped in does not fit the adapter or the model, which is then as it was.
+    """
+    layers = adapted_layers(getattr(model, "_orig_mod", model), adapter_name)
+    # PEFT has put the adapter's name behind the first part of each, as version 1 of the format had it.
+    inside = f".curlora_U.{adapter_name}."
+    state = {
+        present_name(key.removesuffix(f".{adapter_name}").replace(inside, ".curlora_U.")).replace(
+            ".curlora_U.", inside
+        ): tensor
+        for key, tensor in state_dict.items()
+    }
+    left_out = {name for name in layers if not any(key.startswith(f"{name}{inside}") for key in state)}
+    swapped = {name: layer for name, layer in layers.items() if name not in left_out}
+    check(swapped, adapter_name, state, f"Adapter {adapter_name!r} is as it was.")
+    for name in left_out:
+        layers[name].matrices[adapter_name].weight.zero_()
+    for name, layer in swapped.items():
+        prefix = f"{name}.curlora_U.{adapter_name}."
+        U = layer.matrices[adapter_name]
+        U.load_state_dict({entry: state[prefix + entry] for entry in ENTRIES})
+        layer.refresh(adapter_name)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer.name), config.alpha)
+        U.alpha = U.scaling = alpha
+
+
+def _new_layer(config: CurloraConfig, target: nn.Module, name: str, parameter_name: str | None) -> CurloraLayer:
+    if parameter_name is not None:
+        return ParamWrapper(target, name, parameter_name)
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    for kind, layer_class in config._custom_modules.items():
+        if isinstance(base, kind):
+            make: Any = layer_class
+            custom: CurloraLayer = make(target, name)
+            return custom
+    return CurloraLinear(target, name)
+
+
+def _is_all_linear(targets: Any) -> bool:
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+# Names that a block's projections have in the architectures that keep experts as parameters.
+_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "input_linear", "output_linear"}
+
+
+def _warn_of_experts_left_out(model: nn.Module, config: CurloraConfig, all_linear: bool) -> None:
+    """Experts are parameters of three dimensions: names of modules, and ``"all-linear"``, do not reach them."""
+    stacks = [
+        name for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and "expert" in name and ".curlora_" not in name
+    ]  # fmt: skip
+    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    meant = all_linear or any(target.rpartition(".")[2] in _OF_EXPERTS for target in targets)
+    if stacks and meant and not config.target_parameters:
+        leaves = sorted({name.rpartition(".")[2] for name in stacks})
+        warnings.warn(
+            f"The experts of this model are parameters, which target_modules does not reach: {', '.join(leaves)} "
+            f"are left out ({len(stacks)} parameters, such as {stacks[0]!r}). Name them in target_parameters to adapt "
+            "them.",
+            stacklevel=4,
+        )
+
+
+def _trained(layer: CurloraLayer, adapter_name: str) -> bool:
+    U = layer.matrices[adapter_name].weight
+    return not U.is_meta and bool(U.any())
+
+
+def _untie(model: nn.Module) -> None:
+    """Give adapted layers whose weight is another module's too one of their own: a merge would change both."""
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
+    for layer in model.modules():
+        if isinstance(layer, CurloraLinear) and layer._active() and not layer.merged:
+            base: Any = layer.get_base_layer()
+            weight = getattr(base, "weight", None)
+            if isinstance(weight, nn.Parameter) and owners[id(weight)] > 1:
+                owners[id(weight)] -= 1
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter off a model; a layer without another becomes what it was."""
     for name, layer in adapted_layers(model, adapter_name).items():
@@ -177,3 +415,21 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         else:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _roll_back(model: nn.Module, adapter_name: str) -> None:
+    """Undo the adding of an adapter whose weights were refused."""
+    tuner = model.base_model if isinstance(model, PeftModel) else None
+    if isinstance(tuner, CurloraModel) and len(tuner.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+        return
+    _withdraw(model, adapter_name)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # of modules that are saved whole, or of tokens
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.original_module)
+    model.peft_config.pop(adapter_name, None)
+    if isinstance(tuner, CurloraModel):
+        del tuner.model.peft_config
+        for parameter, requires_grad in tuner._trained_before:
+            parameter.requires_grad_(requires_grad)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate
+
+from curlora._compat import copy_into
 
 __all__ = ["assign", "laid_out_like", "reshard", "whole"]
 
@@ -43,4 +44,4 @@ def assign(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> None:
         for tensor, value in pairs:
             tensor.copy_(laid_out_like(value, tensor))
     elif pairs:
-        torch._foreach_copy_(list(tensors), [value for _, value in pairs])
+        copy_into(list(tensors), [value for _, value in pairs])

@@ -10,38 +10,47 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _get_in_out_features
-from peft.utils.integrations import dequantize_bnb_weight, dequantize_module_weight, gather_params_ctx
+from accelerate.utils import align_module_device, has_offloaded_params
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from curlora._compat import brought_bias, in_out_features, shallow_twin, unpacked_4bit
 from curlora.sampling import squared_norms
+from curlora.tuner.sharded import whole
 
-__all__ = ["check_adaptable", "device_of", "features", "is_plain", "read", "unpacked"]
+__all__ = [
+    "ProbedWeight",
+    "StoredWeight",
+    "bias_of",
+    "brought",
+    "check_adaptable",
+    "device_of",
+    "fan_in_fan_out",
+    "is_plain",
+    "is_readable",
+    "quantization_backend",
+    "read",
+    "twin",
+]
 
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
+)  # fmt: skip
 _CHUNK_ELEMENTS = 1 << 22  # of the identity, and of what a layer makes of it, at a time
-_GLANCED_AT = 64  # rows, evenly spaced
-
-
-def features(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
-    inputs, outputs = _get_in_out_features(layer)
-    assert inputs is not None  # as check_adaptable has seen
-    assert outputs is not None
-    return inputs, outputs
 
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether the weight is stored as it is, in half precision at least."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(layer, (nn.Linear, Conv1D)) or not isinstance(weight, Tensor):
+    if not isinstance(layer, (nn.Linear, Conv1D, nn.Embedding)) or not isinstance(weight, Tensor):
         return False
     known = isinstance(weight, (nn.Parameter, DTensor)) or type(weight) is Tensor
     # torchao's tensors say the dtype that they stand for.
@@ -53,31 +62,38 @@ def _is_bitsandbytes(weight: Tensor) -> bool:
     return type(weight).__name__ in ("Params4bit", "Int8Params")
 
 
-def unpacked(weight: Any) -> Any:
-    """A weight that bitsandbytes has packed anew for its passes of inference, as it was before; any other as it is.
+def twin(layer: nn.Module) -> Any:
+    """The same weight in a layer of its own, into which another may be put; as it was before bitsandbytes packed it."""
+    other = shallow_twin(layer)
+    if isinstance(getattr(other, "weight", None), nn.Parameter):
+        other.weight = unpacked_4bit(layer.weight)
+    if hasattr(layer, "state"):  # of bitsandbytes: the scales of an 8-bit weight
+        other.state = copy.copy(layer.state)
+    return other
 
-    It does so with 4-bit weights on processors with AVX512-BF16, rounds the scales to bfloat16, and notes it in the
-    state alone: whoever dequantizes the weight then is not told and gets other numbers.
+
+def quantization_backend(layer: nn.Module, get_apply_tensor_subclass: Any) -> QuantizationBackend | None:
+    """PEFT's reader and writer of a quantized layer's weight; ``None`` if PEFT can merge nothing into such a layer.
+
+    Args:
+        layer: the quantized layer.
+        get_apply_tensor_subclass: of a model that torchao has quantized, how to do so again.
+
+    Raises:
+        ValueError: if that is missing.
     """
-    state: Any = getattr(weight, "quant_state", None)
-    if not getattr(state, "packing_format_for_cpu", False):
-        return weight
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
-
-    state = copy.copy(state)
-    state.original_nested = False  # or the scales would be quantized, and rounded once more
-    data, state = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax = state.absmax.T.reshape(-1).float()
-    return type(weight)(
-        data, requires_grad=False, quant_state=state, blocksize=state.blocksize,
-        compress_statistics=weight.compress_statistics, quant_type=state.quant_type, quant_storage=data.dtype,
-        bnb_quantized=True,
-    )  # fmt: skip
+    backend = resolve_quantization_backend(layer, get_apply_tensor_subclass=get_apply_tensor_subclass)
+    return backend if backend is not None and backend.supports_merge else None
 
 
-def device_of(layer: nn.Module) -> torch.device:
+def fan_in_fan_out(layer: nn.Module) -> bool:
+    """Whether the weight is stored as ``(in_features, out_features)``."""
+    return isinstance(layer, (Conv1D, nn.Embedding))
+
+
+def device_of(layer: nn.Module, parameter: str | None = None) -> torch.device:
     """Where the layer's weight lies."""
-    for name in ("weight", "qweight", "W_q"):
+    for name in ("weight", "qweight", "W_q") if parameter is None else (parameter,):
         tensor = getattr(layer, name, None)
         if isinstance(tensor, Tensor):
             return tensor.device
@@ -86,22 +102,33 @@ def device_of(layer: nn.Module) -> torch.device:
 
 def check_adaptable(layer: nn.Module, name: str) -> None:
     """Raise ``TypeError`` with a sentence if ``layer`` cannot carry a CURLoRA adapter."""
-    linear = isinstance(layer, (nn.Linear, Conv1D)) or (
+    kind = type(layer).__name__
+    linear = isinstance(layer, (nn.Linear, Conv1D, nn.Embedding)) or (
         not list(layer.children())
         and any(hasattr(layer, inputs) and hasattr(layer, outputs) for inputs, outputs in (
             ("in_features", "out_features"), ("infeatures", "outfeatures")
         ))
     )  # fmt: skip
+    if isinstance(layer, _CONVOLUTIONS):
+        raise TypeError(
+            f"Target module {name!r} is a {kind}, which is not supported: its kernel is no matrix, so it has no "
+            "columns and rows to draw. Leave it out with exclude_modules, or adapt it with LoRA."
+        )
     if not linear:
         raise TypeError(
-            f"Target module {name!r} is a {type(layer).__name__}, which is not supported. CURLoRA adapts "
-            "torch.nn.Linear, transformers.pytorch_utils.Conv1D and quantized linear layers; narrow target_modules to "
-            "those."
+            f"Target module {name!r} is a {kind}, which is not supported. CURLoRA adapts torch.nn.Linear, "
+            "torch.nn.Embedding, transformers.pytorch_utils.Conv1D and quantized linear layers; narrow target_modules "
+            "to those. Parameters of other modules, such as experts, are named in target_parameters."
         )
-    if isinstance(layer, Conv1D) and not is_plain(layer):
+    if isinstance(layer, (Conv1D, nn.Embedding)) and not is_plain(layer):
         raise TypeError(
-            f"Target module {name!r} is a {type(layer).__name__} whose weight is stored as {layer.weight.dtype}. "
-            "CURLoRA reads weights of transformers' Conv1D in float64, float32, bfloat16 and float16."
+            f"Target module {name!r} is a {kind} whose weight is stored as {layer.weight.dtype}. CURLoRA reads the "
+            "weights of such layers in float64, float32, bfloat16 and float16."
+        )
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise TypeError(
+            f"Target module {name!r} is an Embedding with max_norm, which writes to its weight whenever it is used. "
+            "Its rows cannot be referred to; leave it out with exclude_modules."
         )
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         raise TypeError(
@@ -111,88 +138,99 @@ def check_adaptable(layer: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def read(layer: nn.Module, name: str = "") -> Iterator[StoredWeight | ProbedWeight]:
-    """Read a layer's weight: for as long as this lasts, since it may be dequantized or gathered for it.
+def read(layer: nn.Module, name: str = "", parameter: str | None = None) -> Iterator[StoredWeight | ProbedWeight]:
+    """Read a layer's weight: for as long as this lasts, since it may be brought, dequantized or gathered for it.
 
     Args:
-        layer: a frozen linear layer without adapters.
+        layer: a frozen layer without adapters.
         name: its name, for errors.
+        parameter: one of the layer's parameters, to be read by itself; of experts it is ``(E, m, n)``. The layer's
+            weight, whatever it is stored as, if ``None``.
 
     Raises:
         TypeError: if it can be neither read nor applied.
+        RuntimeError: if it is on the meta device, and no hook of Accelerate's can bring it.
     """
-    with gather_params_ctx(list(layer.parameters(recurse=False)), modifier_rank=None):
-        dense = _dense(layer)
-        if dense is None:
+    with brought(layer, parameter), gather_params_ctx(list(layer.parameters(recurse=False)), modifier_rank=None):
+        if device_of(layer, parameter).type == "meta":
+            raise RuntimeError(f"The weight of layer {name!r} is on the meta device and has no values: load it first.")
+        if parameter is not None:
+            yield StoredWeight(whole(getattr(layer, parameter).detach()))
+        elif (dense := _dense(layer)) is None:
             yield ProbedWeight(layer, name)
         else:
-            yield StoredWeight(dense, exact=is_plain(layer), stores_outputs_last=isinstance(layer, Conv1D))
+            yield StoredWeight(dense, exact=is_plain(layer), fan_in_fan_out=fan_in_fan_out(layer))
+
+
+def is_readable(layer: nn.Module, parameter: str | None = None) -> bool:
+    """Whether the weight has values, or a hook of Accelerate's that brings them."""
+    return device_of(layer, parameter).type != "meta" or has_offloaded_params(layer)
+
+
+def brought(module: nn.Module, parameter: str | None = None) -> AbstractContextManager[None]:
+    """While it lasts the module's parameters have values, if a hook of Accelerate's keeps them elsewhere."""
+    offloaded = device_of(module, parameter).type == "meta" and has_offloaded_params(module)
+    return align_module_device(module) if offloaded else nullcontext()
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """The layer's bias; an offloaded one from where its hook keeps it, without the weight."""
+    bias = getattr(layer, "bias", None)
+    if isinstance(bias, Tensor) and bias.is_meta:
+        bias = brought_bias(layer)
+    return bias if isinstance(bias, Tensor) else None
 
 
 def _dense(layer: nn.Module) -> Tensor | None:
     if is_plain(layer):
         weight: Any = layer.weight
-        return weight.full_tensor().detach() if isinstance(weight, DTensor) else weight.detach()
+        return whole(weight.detach())
     try:
         weight = _dequantized(layer).detach()
     except (AttributeError, NotImplementedError, TypeError, ValueError):
         return None
-    inputs, outputs = features(layer)
-    whole = weight.shape == (outputs, inputs) and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
-    return weight if whole else None
+    inputs, outputs = in_out_features(layer)
+    complete = weight.shape == (outputs, inputs) and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
+    return weight if complete else None
 
 
 def _dequantized(layer: nn.Module) -> Tensor:
-    weight: Any = getattr(layer, "weight", None)
-    if type(weight).__name__ == "Int8Params":
-        # bitsandbytes keeps the scales with the weight until the layer runs, with its state from then on. By way of
-        # dequantize_module_weight, which puts the weight into the layer anew, they would be lost.
-        scales: Any = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return dequantize_bnb_weight(weight, state=SimpleNamespace(SCB=scales))
-    if type(weight).__name__ == "Params4bit":
-        return dequantize_bnb_weight(unpacked(weight))
-    return dequantize_module_weight(layer)
+    backend = resolve_quantization_backend(layer, get_apply_tensor_subclass=object)  # which is for writing alone
+    return dequantize_module_weight(layer) if backend is None else backend.get_base_weight(twin(layer))
 
 
 class StoredWeight:
-    """A weight of which the numbers are at hand, shape ``(m, n)`` as stored."""
+    """A weight whose values are at hand, shape ``(m, n)`` as stored; ``(E, m, n)`` of experts."""
 
-    def __init__(self, weight: Tensor, *, exact: bool, stores_outputs_last: bool) -> None:
-        self.weight, self.exact, self.stores_outputs_last = weight, exact, stores_outputs_last
-        self.dtype = weight.dtype
+    def __init__(self, weight: Tensor, *, exact: bool = True, fan_in_fan_out: bool = False) -> None:
+        self.weight, self.exact, self.fan_in_fan_out = weight, exact, fan_in_fan_out
+        self.shape, self.dtype = weight.shape, weight.dtype
 
     def squared_norms(self) -> tuple[Tensor, Tensor]:
-        """Of columns and rows, as :func:`curlora.sampling.squared_norms`."""
-        return squared_norms(self.weight)
-
-    def glance(self) -> object:
-        """Tells this weight from others and from what it was before, by some of its rows; not to be relied on for more.
-
-        A change of a few numbers past autograd's notice (through ``.data``) may go unseen.
-        """
-        rng = torch.Generator("cpu").manual_seed(0)
-        count = min(_GLANCED_AT, len(self.weight))
-        rows = torch.linspace(0, len(self.weight) - 1, count, dtype=torch.float32, device="cpu").long()
-        # Random numbers, not ones, so that rows and columns that change places are noticed.
-        left, right = (
-            torch.randn(size, dtype=torch.float32, device="cpu", generator=rng).to(self.weight.device)
-            for size in (count, self.weight.shape[1])
-        )
-        version = None if self.weight.is_inference() else self.weight._version
-        return self.dtype, version, float(left @ (self.rows(rows).float() @ right))
+        """Of columns and rows, as :func:`curlora.sampling.squared_norms`; of experts with one more dimension."""
+        if self.weight.ndim == 2:
+            return squared_norms(self.weight)
+        columns, rows = zip(*(squared_norms(expert) for expert in self.weight), strict=True)
+        return torch.stack(columns), torch.stack(rows)
 
     def columns(self, index: Tensor) -> Tensor:
-        """``W[:, index]``, shape ``(m, r)``."""
-        return self.weight.index_select(1, index.to(self.weight.device))
+        """``W[:, index]``, shape ``(m, r)``; of experts ``(E, m, r)`` for an index of shape ``(E, r)``."""
+        index = index.to(self.weight.device)
+        if index.ndim == 1:
+            return self.weight.index_select(1, index)
+        return torch.take_along_dim(self.weight, index.long()[:, None, :], dim=2)
 
     def rows(self, index: Tensor) -> Tensor:
-        """``W[index, :]``, shape ``(r, n)``."""
-        return self.weight.index_select(0, index.to(self.weight.device))
+        """``W[index, :]``, shape ``(r, n)``; of experts ``(E, r, n)`` for an index of shape ``(E, r)``."""
+        index = index.to(self.weight.device)
+        if index.ndim == 1:
+            return self.weight.index_select(0, index)
+        return torch.take_along_dim(self.weight, index.long()[:, :, None], dim=1)
 
     def input_gradient(self, d: Tensor) -> Tensor:
         """What ``d`` at the layer's output, shape ``(tokens, outputs)``, is at its input, ``(tokens, inputs)``."""
         weight = self.weight.to(d.dtype)
-        return d @ (weight.T if self.stores_outputs_last else weight)
+        return d @ (weight.T if self.fan_in_fan_out else weight)
 
 
 class ProbedWeight:
@@ -202,7 +240,7 @@ class ProbedWeight:
 
     def __init__(self, layer: nn.Module, name: str) -> None:
         self.layer, self.name = layer, name
-        inputs, outputs = features(layer)
+        inputs, outputs = in_out_features(layer)
         self.shape = torch.Size((outputs, inputs))
         self.device = device_of(layer)
         self.inputs_dtype, zero = self._input_dtype()
@@ -241,10 +279,6 @@ class ProbedWeight:
                 "the product with a weight, and so it has no columns and rows. Leave it out with exclude_modules."
             )
         return torch.cat(columns), rows
-
-    def glance(self) -> object:
-        """Equal to nothing: to read the weight would take as long as to draw from it."""
-        return object()
 
     def columns(self, index: Tensor) -> Tensor:
         """``W[:, index]``, shape ``(m, r)``."""

@@ -1,4 +1,4 @@
-"""Several adapters of a model as one more: ``model.add_weighted_adapter(...)``."""
+"""Several adapters as one: arithmetic on their ``U``, and which of them can be combined."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
-from torch import Tensor, nn
+from torch import Tensor
 
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 
-if TYPE_CHECKING:
-    from curlora.tuner.model import CurloraModel
+__all__ = ["check_combinable", "check_same_indices", "combination", "combined_config", "side_by_side"]
 
 # What PEFT does to the two factors of LoRA adapters is here done to U, of adapters that have the same columns and rows.
 _ON_SHARED_INDICES: dict[str, Callable[..., Tensor]] = {
@@ -29,67 +28,17 @@ _ON_SHARED_INDICES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@torch.no_grad()
-def add_weighted_adapter(
-    model: CurloraModel,
-    adapters: Sequence[str],
-    weights: Sequence[float],
-    adapter_name: str,
-    combination_type: str,
-    density: float | None,
-    majority_sign_method: str,
-) -> None:
-    """See :meth:`curlora.CurloraModel.add_weighted_adapter`."""
-    if len(adapters) == 1 and combination_type == "cat":
-        combination_type = "linear"  # the same, and PEFT calls it so
-    combine = _combination(combination_type, density, majority_sign_method)
-    layers = {name: layer for name, layer in model.model.named_modules() if isinstance(layer, CurloraLayer)}
-    layers = {name: layer for name, layer in layers.items() if any(adapter in layer.r for adapter in adapters)}
-    wrappers = [module for module in model.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    _check(model, adapters, weights, adapter_name, layers, wrappers)
-    if combine is not None:
-        _check_same_indices(adapters, layers, combination_type)
+def combination(name: str, density: float | None, majority_sign_method: str) -> Callable[..., Tensor] | None:
+    """From a list of ``U`` and a tensor of weights to a ``U``; ``None`` for ``"cat"``, which puts them side by side.
 
-    ranks = {}
-    parts: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, layer in layers.items():
-        here = [(adapter, weight) for adapter, weight in zip(adapters, weights, strict=True) if adapter in layer.r]
-        Us = [layer.curlora_U[adapter].detach() for adapter, _ in here]
-        scales = [weight * layer.alpha[adapter] for adapter, weight in here]
-        indices = [layer.curlora_indices[adapter] for adapter, _ in here]
-        if combine is None:
-            parts[name] = (
-                torch.cat(indices, dim=1),
-                torch.block_diag(*(scale * U for scale, U in zip(scales, Us, strict=True))),
-            )
-        else:
-            parts[name] = indices[0], combine(Us, torch.tensor(scales, dtype=Us[0].dtype, device=Us[0].device))
-        ranks[name] = len(parts[name][1])
-        most = min(layer.weight_shape)
-        if ranks[name] > most:
-            raise ValueError(
-                f"combination_type={combination_type!r} gives layer {name!r} rank {ranks[name]}, the sum of the "
-                f"adapters', above the {most} that its weight allows. Combine fewer at once."
-            )
+    Args:
+        name: one of ``"cat"``, ``"linear"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"``, ``"magnitude_prune"``.
+        density: share of the entries of ``U`` to keep, in [0, 1]; for the last four.
+        majority_sign_method: ``"total"`` or ``"frequency"``, for ``"ties"`` and ``"dare_ties"``.
 
-    configs = [model.peft_config[adapter] for adapter in adapters]
-    model.peft_config[adapter_name] = _config(configs, ranks)
-    try:
-        # Draws columns and rows, which are then replaced.
-        model.inject_adapter(model.model, adapter_name, autocast_adapter_dtype=False)
-    except BaseException:
-        del model.peft_config[adapter_name]
-        raise
-    for name, (index, U) in parts.items():
-        layers[name].redraw(adapter_name, index)
-        layers[name].curlora_U[adapter_name] = nn.Parameter(U, requires_grad=False)
-    for wrapper in wrappers:
-        for owner in set(adapters) & set(wrapper.modules_to_save):
-            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[owner].state_dict())
-
-
-def _combination(name: str, density: float | None, majority_sign_method: str) -> Callable[..., Tensor] | None:
-    """From ``U``s and weights to a ``U``; ``None`` for "cat", which puts them side by side."""
+    Raises:
+        ValueError: if there is no such combination, or ``density`` is missing.
+    """
     if name == "cat":
         return None
     if name not in _ON_SHARED_INDICES:
@@ -101,23 +50,41 @@ def _combination(name: str, density: float | None, majority_sign_method: str) ->
     options: dict[str, Any] = {}
     if name != "linear":
         if density is None:
-            raise ValueError(f"combination_type={name!r} needs density, the share of numbers to keep")
+            raise ValueError(f"combination_type={name!r} needs density, the share of entries to keep")
         options["density"] = density
     if name in ("ties", "dare_ties"):
         options["majority_sign_method"] = majority_sign_method
     return functools.partial(_ON_SHARED_INDICES[name], **options)
 
 
-def _check(
-    model: CurloraModel,
+def side_by_side(
+    matrices: Sequence[Tensor], scales: Sequence[float], indices: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The sum of updates as one of the summed rank.
+
+    Args:
+        matrices: each ``U``, shape ``(r, r)``.
+        scales: what each is multiplied by.
+        indices: columns above rows of each, shape ``(2, r)``.
+
+    Returns:
+        A block-diagonal ``U``, shape ``(sum of r, sum of r)``, and its indices, shape ``(2, sum of r)``.
+    """
+    U = torch.block_diag(*(scale * U for scale, U in zip(scales, matrices, strict=True)))
+    return U, torch.cat(list(indices), dim=1)
+
+
+def check_combinable(
+    configs: Mapping[str, CurloraConfig],
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
     layers: Mapping[str, CurloraLayer],
     wrappers: Sequence[ModulesToSaveWrapper],
 ) -> None:
+    """Raise ``ValueError`` if adapters cannot be combined, whatever the combination."""
     for adapter in adapters:
-        if adapter not in model.peft_config:
+        if adapter not in configs:
             raise ValueError(f"Adapter {adapter} does not exist")
     if not adapters:
         raise ValueError(f"Found no adapter matching the names in {adapters}")
@@ -125,24 +92,23 @@ def _check(
         raise ValueError(f"An adapter is named more than once in {list(adapters)}: give it one weight")
     if len(weights) != len(adapters):
         raise ValueError(f"There must be one weight for each adapter, got {len(weights)} for {len(adapters)}")
-    if adapter_name in model.peft_config:
+    if adapter_name in configs:
         raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
     if any(layer.merged for layer in layers.values()):
         raise ValueError(
             "Cannot add a weighted adapter while adapters are merged, please call `unmerge_adapter` first."
         )
-    trained_bias = [adapter for adapter in adapters if model.peft_config[adapter].bias != "none"]
-    if trained_bias:
-        raise ValueError(
-            f"Adapter {trained_bias[0]!r} trained biases (bias={model.peft_config[trained_bias[0]].bias!r}), "
-            "which belong to the model and cannot be weighted"
-        )
-    trained_tokens = [adapter for adapter in adapters if model.peft_config[adapter].trainable_token_indices]
-    if trained_tokens:
-        raise ValueError(
-            f"Adapter {trained_tokens[0]!r} trained the embeddings of tokens (trainable_token_indices), which are "
-            "not in U and cannot be weighted"
-        )
+    for option, what in (
+        ("bias", "trained biases"),
+        ("trainable_token_indices", "trained the embeddings of tokens"),
+        ("target_parameters", "adapts parameters by themselves"),
+    ):
+        for adapter in adapters:
+            value = getattr(configs[adapter], option)
+            if value and value != "none":
+                raise ValueError(
+                    f"Adapter {adapter!r} {what} ({option}={value!r}), which are not in U and cannot be weighted"
+                )
     shared = [w for w in wrappers if sum(adapter in w.modules_to_save for adapter in adapters) > 1]
     if shared:
         raise ValueError(
@@ -151,19 +117,19 @@ def _check(
         )
 
 
-def _check_same_indices(adapters: Sequence[str], layers: Mapping[str, CurloraLayer], combination_type: str) -> None:
-    for name, layer in layers.items():
-        here = [adapter for adapter in adapters if adapter in layer.r]
-        other = next((a for a in here if layer.draws[a] != layer.draws[here[0]]), None)
-        if other is not None:
-            raise ValueError(
-                f"combination_type={combination_type!r} needs adapters that have the same columns and rows, but "
-                f"{here[0]!r} and {other!r} have others in layer {name!r}. Use combination_type='cat', which is exact "
-                "for any adapters; its rank is the sum of theirs."
-            )
+def check_same_indices(name: str, keys: Mapping[str, bytes], combination_type: str) -> None:
+    """Raise ``ValueError`` if adapters have other columns and rows in a layer; ``keys`` are those of their bases."""
+    first = next(iter(keys))
+    other = next((adapter for adapter in keys if keys[adapter] != keys[first]), None)
+    if other is not None:
+        raise ValueError(
+            f"combination_type={combination_type!r} needs adapters that have the same columns and rows, but "
+            f"{first!r} and {other!r} have others in layer {name!r}. Use combination_type='cat', which is exact "
+            "for any adapters; its rank is the sum of theirs."
+        )
 
 
-def _config(configs: Sequence[CurloraConfig], ranks: Mapping[str, int]) -> CurloraConfig:
+def combined_config(configs: Sequence[CurloraConfig], ranks: Mapping[str, int]) -> CurloraConfig:
     """The configuration under which the combined adapter is saved, and finds its layers and ranks when loaded."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     saved = list(dict.fromkeys(module for config in configs for module in config.modules_to_save or []))

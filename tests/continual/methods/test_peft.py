@@ -84,7 +84,7 @@ def test_an_adapter_for_each_task(name, tmp_path):
     kept = load_file(both / "adapter/task0/adapter_model.safetensors")
     assert learned.keys() == kept.keys()
     assert all(torch.equal(value, kept[key]) for key, value in learned.items())
-    assert any(value.any() for key, value in learned.items() if "curlora_U" in key or "lora_B" in key)
+    assert any(value.any() for key, value in learned.items() if "curlora_U.weight" in key or "lora_B" in key)
 
     again = PeftModel.from_pretrained(llama(), both / "adapter/task0", adapter_name="task0")
     again.load_adapter(both / "adapter/task1", "task1")
@@ -92,7 +92,7 @@ def test_an_adapter_for_each_task(name, tmp_path):
     last = result.text()[-1]
     assert measure(again.eval().get_base_model(), HELDOUT).perplexity == pytest.approx(last.perplexity, rel=1e-4)
     if kind == "curlora":  # and was drawn by itself
-        drawn = [[layer.curlora_indices[task] for layer in layers(again)] for task in ("task0", "task1")]
+        drawn = [[layer.basis(task).indices for layer in layers(again)] for task in ("task0", "task1")]
         assert not all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
 
 
@@ -115,7 +115,7 @@ def test_adapters_of_tasks_and_of_seeds_are_drawn_apart():
         model = method.apply(llama(), seed=seed)
         for task in range(3):
             method.begin_task(model, task, seed=seed)
-            at = torch.cat([layer.curlora_indices[f"task{task}"].flatten() for layer in layers(model)])
+            at = torch.cat([layer.basis(f"task{task}").indices.flatten() for layer in layers(model)])
             assert not any(torch.equal(at, other) for other in drawn)
             drawn.append(at)
 

@@ -29,13 +29,13 @@ TEXT = HeldOut("words", tokens(seed=1, batch=1, length=48)[0], window=16)
 
 
 def indices(model):
-    return {layer.name: layer.curlora_indices["default"].clone() for layer in layers(model)}
+    return {layer.name: layer.basis("default").indices.clone() for layer in layers(model)}
 
 
 def untrained():
     model = curlora(llama())
     for layer in layers(model):
-        layer.curlora_U["default"].data.zero_()
+        layer.curlora_U["default"].weight.data.zero_()
     return TaskModel(model)
 
 
@@ -99,7 +99,7 @@ def test_later_tasks_keep_what_there_is():
     plugin.before_task(context(model, 2))
     first = indices(model)
     for layer in layers(model):
-        layer.curlora_U["default"].data.normal_()
+        layer.curlora_U["default"].weight.data.normal_()
     plugin.before_task(context(model, 2, number=1))
     assert all(torch.equal(at, first[name]) for name, at in indices(model).items())
 

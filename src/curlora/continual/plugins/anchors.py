@@ -46,7 +46,7 @@ class AnchorsPlugin(Plugin):
         return {"name": "anchors", "strength": self.strength, "examples": self.examples}
 
     def penalty(self, model: TaskModel) -> Tensor | None:
-        lost = self.anchors.penalty(_mixings(model))
+        lost = self.anchors.penalty(_matrices(model))
         return None if lost is None else self.strength * lost
 
     def after_task(self, context: TaskContext) -> None:
@@ -54,7 +54,7 @@ class AnchorsPlugin(Plugin):
             return
         batches, generator = examples_of(context, self.examples)
         try:
-            self.anchors.add(_mixings(context.model), drawn_gradients(context.model, batches, generator))
+            self.anchors.add(_matrices(context.model), drawn_gradients(context.model, batches, generator))
         except GuardError as error:
             raise RunError(f"plug-in anchors: {error}") from error
 
@@ -65,5 +65,5 @@ class AnchorsPlugin(Plugin):
         self.anchors.load_state_dict(state)
 
 
-def _mixings(model: TaskModel) -> dict[str, Tensor]:
+def _matrices(model: TaskModel) -> dict[str, Tensor]:
     return {name: p for name, p in trained(model) if "curlora_U" in name}

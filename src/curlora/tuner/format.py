@@ -1,0 +1,119 @@
+"""The format of a saved adapter: names of its entries, its version, and digests by which damage is noticed.
+
+A weights file has three entries for each adapted layer, ``<layer>.curlora_U.weight``, ``.indices`` and
+``.fingerprint``. Its metadata names the version and a SHA-256 digest over every tensor in it; the configuration beside
+it has a digest of the options that decide what the tensors mean. Files of version 1 had ``<layer>.curlora_U``,
+``.curlora_indices`` and ``.curlora_fingerprint``, and no digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from curlora.tuner.fingerprint import LENGTH
+
+__all__ = ["ENTRIES", "check_file", "digest_of_options", "present_name", "saved_indices", "seal"]
+
+VERSION = 2
+ENTRIES = ("weight", "indices", "fingerprint")
+
+_VERSION_1 = {
+    ".curlora_U": ".curlora_U.weight",
+    ".curlora_indices": ".curlora_U.indices",
+    ".curlora_fingerprint": ".curlora_U.fingerprint",
+}
+_PREFIX = "base_model.model."  # of every name that PEFT saves
+_COPIED_AT_ONCE = 1 << 20
+
+
+def present_name(key: str) -> str:
+    """What an entry of a file of either version is called now."""
+    return next((key.removesuffix(old) + new for old, new in _VERSION_1.items() if key.endswith(old)), key)
+
+
+def seal(path: Path) -> None:
+    """Write the version and the digest of its tensors into a safetensors file. It is replaced as a whole, or not."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        metadata = header.get("__metadata__", {})
+        header["__metadata__"] = {**metadata, "curlora_format": str(VERSION), "curlora_digest": _digest(path)}
+        written = json.dumps(header, separators=(",", ":")).encode()
+        written += b" " * (-len(written) % 8)  # tensors begin at multiples of 8
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "wb") as target:
+            target.write(len(written).to_bytes(8, "little") + written)
+            shutil.copyfileobj(file, target, _COPIED_AT_ONCE)
+    os.replace(temporary, path)
+
+
+def check_file(path: Path) -> None:
+    """Raise ``ValueError`` with a sentence if a weights file cannot be read, or is not as it was saved."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        version, expected = metadata.get("curlora_format", "1"), metadata.get("curlora_digest")
+        if not version.isdigit() or int(version) > VERSION:
+            raise ValueError(
+                f"The adapter file {path} has format {version!r}, and this curlora reads up to {VERSION}: update "
+                "curlora to load it."
+            )
+        found = _digest(path) if expected is not None else None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"The adapter file {path} cannot be read ({error}). It is incomplete or damaged: copy or "
+            "download it again, or save the adapter anew."
+        ) from error
+    if expected != found:
+        raise ValueError(
+            f"The adapter file {path} is damaged: its tensors are not those that were saved (their digest differs). "
+            "Copy or download it again, or save the adapter anew."
+        )
+
+
+def saved_indices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Indices and fingerprint of each layer that a weights file has, by the layer's name in the base model."""
+    found = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            current = {present_name(key): key for key in file.keys()}  # noqa: SIM118  not a mapping
+            for name in current:
+                layer, is_index, _ = name.partition(".curlora_U.indices")
+                if is_index and (other := f"{layer}.curlora_U.fingerprint") in current:
+                    indices, fingerprint = file.get_tensor(current[name]), file.get_tensor(current[other])
+                    if fingerprint.shape == (LENGTH,) and fingerprint.dtype == torch.int32:
+                        found[layer.removeprefix(_PREFIX)] = indices, fingerprint
+    except (OSError, SafetensorError):  # gone since
+        return {}
+    return found
+
+
+def digest_of_options(options: Mapping[str, Any]) -> str:
+    """SHA-256 of the options that decide what an adapter's tensors mean; of what has changed its type on the way too.
+
+    Args:
+        options: of the configuration, as JSON has them.
+    """
+    plain = {key: sorted(value) if isinstance(value, (set, list)) else value for key, value in options.items()}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of all tensors of a safetensors file, in the order of names."""
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for key in sorted(file.keys()):
+            tensor = file.get_tensor(key).contiguous()
+            digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,105 @@
+"""The adapted linear layer: a gather from the base layer's output, and two skinny products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curlora._compat import in_out_features
+from curlora.tuner.basis import Basis
+from curlora.tuner.fingerprint import fingerprint
+from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.mixed_batch import check_adapter_names, update_rows
+from curlora.tuner.weight import ProbedWeight, StoredWeight, bias_of, brought, check_adaptable, fan_in_fan_out, is_plain
+
+__all__ = ["CurloraLinear"]
+
+
+class CurloraLinear(CurloraLayer):
+    """An adapted ``nn.Linear``, ``nn.Embedding``, transformers' ``Conv1D``, or a quantized linear layer.
+
+    An ``nn.Linear`` stores ``(m, n)`` for ``n`` inputs and ``m`` outputs, the others store ``(n, m)``: so in the first
+    the rows, and in the others the columns, are gathered from the output, and the other side is the basis's factor.
+    Nothing but the output of the base layer is used in training and inference, so that it may be quantized in any way.
+    Only where another method shares the layer is the input multiplied by ``R``.
+
+    Attributes:
+        shared: whether other methods may merge into the weight, as in a :class:`peft.PeftMixedModel`.
+
+    Raises:
+        TypeError: if ``base_layer`` is of a type that cannot be adapted.
+    """
+
+    shared = False
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__(base_layer, name)
+        base = self.get_base_layer()
+        check_adaptable(base, name)
+        self.fan_in_fan_out = fan_in_fan_out(base)
+        self.in_features, self.out_features = in_out_features(base)
+        self._is_embedding = isinstance(base, nn.Embedding)
+        if self._is_embedding and base is not base_layer:
+            raise TypeError(
+                f"Target module {name!r} is an Embedding that has another method's adapter: use one of them"
+            )
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        shape = self.out_features, self.in_features
+        return shape[::-1] if self.fan_in_fan_out else shape
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
+
+        With ``adapter_names``, one per row of ``x``, each row gets the update of its own adapter instead.
+        """
+        if adapter_names is not None:
+            check_adapter_names(x, adapter_names, self.merged)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        output: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return output
+        if adapter_names is not None:
+            return self._update_rows(output, adapter_names)
+        result = output
+        for adapter in self.active_adapters:
+            if adapter in self.curlora_U:
+                basis = self.basis(adapter, output.device)
+                result = self.curlora_U[adapter](result, output, basis, self._offset(basis), x)
+        return result
+
+    def _update_rows(self, output: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        present = {name: self.basis(name, output.device) for name in set(adapter_names) if name in self.curlora_U}
+        if any(basis.reader is not None for basis in present.values()):
+            raise ValueError(f"layer {self.name!r}: adapter_names cannot be passed where two methods share a layer")
+        scaled_U = {}
+        for name in present:
+            with brought(self.curlora_U[name]):
+                scaled_U[name] = self.matrices[name].scaled_U
+        offsets = {id(basis): self._offset(basis) for basis in present.values()}
+        return update_rows(output, adapter_names, present, scaled_U, offsets)
+
+    def _offset(self, basis: Basis) -> Tensor | None:
+        """The base layer's bias where ``R x`` is gathered, of which it is no part; ``None`` without a bias."""
+        bias = bias_of(self.get_base_layer())
+        return None if bias is None else bias.index_select(0, basis.gathered)
+
+    def _basis_of(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Basis:
+        columns, rows = indices
+        last = self.fan_in_fan_out
+        factor = (weight.rows(rows).T if last else weight.columns(columns)).contiguous()
+        reader = None
+        if (self.shared or self.base_layer is not self.get_base_layer()) and not self._is_embedding:
+            reader = (weight.columns(columns).T if last else weight.rows(rows)).contiguous()
+        return Basis(
+            indices=indices.to(factor.device, torch.int32, copy=True),
+            fingerprint=fingerprint(factor, exact=is_plain(self.get_base_layer())).to(factor.device),
+            factor=factor,
+            gathered=(columns if last else rows).to(factor.device, torch.int64, copy=True),
+            reader=reader,
+        )

@@ -1,0 +1,140 @@
+"""The trained matrix of one adapter in one layer, with the indices of the columns and rows that it links."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curlora.functional import autocast_off, gather_update, linear_update
+from curlora.tuner.basis import Basis
+from curlora.tuner.fingerprint import LENGTH
+
+__all__ = ["LinkingMatrix", "ParameterMatrix"]
+
+
+class LinkingMatrix(nn.Module):
+    """``U`` of ``W + alpha C U R``: the parameter ``curlora_U.<adapter>.weight``.
+
+    It is a module that is called, so that whatever brings a module's parameters when it runs (Accelerate's offload,
+    FSDP, DeepSpeed's ZeRO-3) brings ``U``.
+
+    Args:
+        shape: of ``U``: ``(r, r)``, or ``(E, r, r)`` for ``E`` experts.
+        dtype, device: of ``U``.
+        dropout: probability with which an entry of ``R x`` is zeroed in training.
+        fan_in_fan_out: whether the layer stores ``(in_features, out_features)``; ``U`` then acts transposed.
+        random: start at random and not at zero, for tests.
+
+    Attributes:
+        weight: ``U``.
+        indices, fingerprint: what is saved beside it, see :class:`curlora.tuner.basis.Basis`. The same tensors as the
+            basis has; others in their place, which a loader has put there, mean that the basis has to be read anew.
+        basis: what was read of the frozen weight at these indices; ``None`` where nothing could be read yet.
+        scaling: ``alpha`` times what :meth:`CurloraLayer.set_scale` and the like have made of it.
+    """
+
+    indices: Tensor
+    fingerprint: Tensor
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        alpha: float,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        random: bool = False,
+    ) -> None:
+        super().__init__()
+        U = torch.zeros(shape, dtype=dtype, device=device)
+        self.weight = nn.Parameter(nn.init.normal_(U) if random else U)
+        self.register_buffer("indices", torch.zeros(*shape[:-2], 2, shape[-1], dtype=torch.int32, device="meta"))
+        self.register_buffer("fingerprint", torch.zeros(LENGTH, dtype=torch.int32, device="meta"))
+        self.dropout = nn.Dropout(dropout) if dropout else None
+        self.alpha, self.scaling, self.fan_in_fan_out = alpha, alpha, fan_in_fan_out
+        self.basis: Basis | None = None
+        # The settings that the indices were drawn by: an adapter with the same ones takes the same basis.
+        self.drawn_by: tuple[object, ...] = ()
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.weight.shape[-1]
+
+    @property
+    def scaled_U(self) -> Tensor:
+        """``alpha * U``, transposed where the layer stores its outputs last: what ``R x`` is multiplied by."""
+        U = self.weight.mT if self.fan_in_fan_out else self.weight
+        return U if self.scaling == 1 else U * self.scaling
+
+    def forward(
+        self, result: Tensor, output: Tensor, basis: Basis, offset: Tensor | None, x: Tensor | None = None
+    ) -> Tensor:
+        """Add the adapter's update.
+
+        Args:
+            result: what it is added to, shape ``(..., out_features)``.
+            output: of the base layer; the same tensor as ``result`` for the first adapter.
+            basis: on the device of ``output``.
+            offset: the base layer's bias at ``basis.gathered``.
+            x: the layer's input, where ``R x`` is computed and not gathered.
+
+        Returns:
+            A new tensor of ``result``'s shape and dtype.
+        """
+        if basis.reader is None and result is output and not (self.dropout is not None and self.training):
+            return gather_update(output, self.scaled_U, basis.factor, basis.gathered, offset)
+        if basis.reader is not None and x is not None:
+            z = nn.functional.linear(x, basis.reader.to(x.dtype))
+        else:
+            z = output.index_select(-1, basis.gathered)
+            z = z if offset is None else z - offset.to(z.dtype)
+        z = z if self.dropout is None else self.dropout(z)
+        return linear_update(result, z, self.scaled_U, basis.factor)
+
+    def hold(self, basis: Basis) -> None:
+        """Take a basis, and save its indices and fingerprint from now on."""
+        self.basis = basis
+        self._buffers["indices"], self._buffers["fingerprint"] = basis.indices, basis.fingerprint
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the basis belongs to the indices and fingerprint that are here."""
+        basis, buffers = self.basis, self._buffers
+        return basis is not None and buffers["indices"] is basis.indices and buffers["fingerprint"] is basis.fingerprint
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Buffers are replaced and not written to, since other adapters may share them; so is what has no values."""
+        for name, present in (*self._buffers.items(), ("weight", self.weight)):
+            loaded = state_dict.get(prefix + name)
+            if loaded is None or present is None or loaded.shape != present.shape:
+                continue
+            if name != "weight":
+                home = self.weight.device if present.is_meta else present.device
+                self._buffers[name] = loaded.to(
+                    loaded.device if home.type == "meta" else home, present.dtype, copy=True
+                )
+            elif present.is_meta and not loaded.is_meta:
+                # One that is assigned would bring its own precision.
+                state_dict[prefix + name] = loaded = loaded.to(present.dtype)
+                self.weight = nn.Parameter(loaded.clone(), requires_grad=present.requires_grad)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, alpha={self.alpha}"
+
+
+class ParameterMatrix(LinkingMatrix):
+    """``U`` where the update is added to a parameter and not to an output; of ``E`` experts, shape ``(E, r, r)``."""
+
+    def forward(self, W: Tensor, basis: Basis) -> Tensor:  # type: ignore[override]
+        """``W + alpha C U R``, of ``W``'s shape ``(m, n)`` or ``(E, m, n)`` and dtype."""
+        assert basis.reader is not None
+        with autocast_off(W):
+            left = (basis.factor.to(self.weight.dtype) @ self.scaled_U).to(W.dtype)
+            add = torch.baddbmm if W.ndim == 3 else torch.addmm
+            return add(W, left, basis.reader.to(W.dtype))

@@ -1,0 +1,156 @@
+"""A model whose weights Accelerate's hooks bring gives what the model gives that is not offloaded, to the bit."""
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from curlora import CurloraConfig
+from curlora.functional import gather_update
+from tests.models import BASES, curlora, llama, randomize, tokens
+
+both = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+CPU = torch.device("cpu")
+
+
+def offload_all(model, folder):
+    return cpu_offload(model, CPU)
+
+
+def offload_all_and_buffers(model, folder):
+    return cpu_offload(model, CPU, offload_buffers=True)
+
+
+def offload_to_disk(model, folder):
+    return disk_offload(model, folder, execution_device=CPU)
+
+
+PARTS = {
+    "llama": {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "disk"},
+    "gpt2": {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.drop": "cpu", "transformer.h.0": "disk",
+             "transformer.h.1": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"},
+}  # fmt: skip
+
+
+def offload_half(model, folder):
+    """As ``device_map="auto"`` does where a part does not fit: some layers in memory and some on disk."""
+    parts = PARTS[model.config.model_type]
+    if isinstance(model, PeftModel):
+        parts = {f"base_model.model.{name}": place for name, place in parts.items()}
+    return dispatch_model(model, parts, main_device=CPU, offload_dir=folder)
+
+
+HOW = [offload_all, offload_all_and_buffers, offload_to_disk, offload_half]
+every_way = pytest.mark.parametrize("offload", HOW, ids=[way.__name__ for way in HOW])
+
+
+@both
+@every_way
+def test_an_adapted_model_that_is_offloaded(base, offload, tmp_path):
+    expected = curlora(base())(tokens()).logits
+    model = curlora(base())
+    offload(model, tmp_path)
+    for _ in range(3):
+        assert torch.equal(model(tokens()).logits, expected)
+
+
+@both
+@every_way
+def test_an_adapter_that_is_made_on_an_offloaded_model(base, offload, tmp_path):
+    expected = curlora(base())
+    model = base()
+    offload(model, tmp_path)
+    model = get_peft_model(model, CurloraConfig(r=4)).eval()
+    randomize(model)
+    for layer, other in zip(adapted(model), adapted(expected), strict=True):
+        assert torch.equal(layer.basis("default").indices, other.basis("default").indices)
+        assert torch.equal(layer.basis("default").factor, other.basis("default").factor)
+    for _ in range(2):
+        assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+def adapted(model):
+    return [module for module in model.modules() if hasattr(module, "curlora_U")]
+
+
+@both
+@every_way
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_an_adapter_that_is_loaded_onto_an_offloaded_model(base, offload, low_memory, tmp_path):
+    expected = curlora(base())
+    expected.save_pretrained(tmp_path / "adapter")
+    model = base()
+    offload(model, tmp_path / "weights")
+    if offload is offload_half:
+        model.hf_device_map = None  # PEFT would dispatch anew, see below
+    loaded = PeftModel.from_pretrained(model, tmp_path / "adapter", low_cpu_mem_usage=low_memory).eval()
+    for _ in range(2):
+        assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
+
+
+@both
+@pytest.mark.parametrize("lowest", ["cpu", "disk"])
+@pytest.mark.parametrize("method", ["curlora", "lora"])
+def test_from_pretrained_dispatches_a_model_with_a_device_map_anew(base, lowest, method, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where PEFT writes what it makes of a path that begins with a slash
+    base().save_pretrained(tmp_path / "models--base")  # PEFT makes a name of its own of the part with two hyphens
+    config = CurloraConfig(r=4) if method == "curlora" else LoraConfig(init_lora_weights=False)
+    adapter = get_peft_model(base(), config).eval()
+    randomize(adapter)
+    adapter.save_pretrained(tmp_path / "adapter")
+    device_map = {part: lowest if place == "disk" else place for part, place in PARTS[base().config.model_type].items()}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "models--base", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    again = {f"base_model.model.{part}": place for part, place in device_map.items()}
+    loaded = PeftModel.from_pretrained(
+        model, tmp_path / "adapter", device_map=again, offload_folder=tmp_path / "again"
+    ).eval()
+    torch.testing.assert_close(loaded(tokens()).logits, adapter(tokens()).logits, rtol=0, atol=0)
+
+
+@every_way
+def test_every_adapter_of_a_batch_and_several_at_once(offload, tmp_path):
+    def two():
+        model = curlora(llama())
+        model.add_adapter("second", CurloraConfig(r=3, seed=1))
+        randomize(model, "second", seed=5)
+        return model
+
+    names = ["default", "second"]
+    expected = two()
+    model = two()
+    offload(model, tmp_path)
+    assert torch.equal(model(tokens(), adapter_names=names).logits, expected(tokens(), adapter_names=names).logits)
+    for one in (model, expected):
+        one.base_model.set_adapter(names)
+    assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+
+
+def test_an_offloaded_model_is_merged_and_unmerged():
+    expected = curlora(llama())
+    plain = expected(tokens()).logits
+    model = curlora(llama())
+    cpu_offload(model, CPU)
+    expected.merge_adapter()
+    model.merge_adapter()
+    assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
+    model.unmerge_adapter()
+    assert torch.equal(model(tokens()).logits, plain)
+
+
+@pytest.mark.parametrize("which", ["output", "U", "factor"])
+def test_a_tensor_without_values_never_gives_numbers(which):
+    tensors = {"output": torch.randn(3, 6), "U": torch.randn(2, 2), "factor": torch.randn(6, 2)}
+    tensors[which] = tensors[which].to("meta")
+    with pytest.raises(RuntimeError, match=f"{which} is on the meta device"):
+        gather_update(*tensors.values(), torch.tensor([0, 1]))
+
+
+def test_an_adapter_without_values_never_gives_numbers():
+    model = llama()
+    model = get_peft_model(model, CurloraConfig(r=4), low_cpu_mem_usage=True)
+    with pytest.raises(RuntimeError, match="has no values"):
+        model(tokens())
