@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config
 
+from curlora import CurloraLayer
 from curlora.continual import memory as memory_module
 from curlora.continual import plan
 from curlora.continual.errors import RunError
@@ -97,7 +98,11 @@ def largest_step(monkeypatch, recipe, name, directory):
     forward = TaskModel.forward
 
     def counting(self, *args, **kwargs):
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers())}
+        bases = [
+            U.basis for layer in self.modules() if isinstance(layer, CurloraLayer) for U in layer.curlora_U.values()
+        ]
+        held = [tensor for basis in bases for tensor in (basis.indices, basis.factor, basis.gathered)]
+        own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers(), *held)}
         kept = {}
 
         def pack(tensor):

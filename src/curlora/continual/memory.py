@@ -19,6 +19,10 @@ from curlora.continual.run import Stream
 from curlora.continual.sequence import Encoded
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import IGNORED, Row
+from curlora.tuner.basis import Basis
+from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.linear import CurloraLinear
+from curlora.tuner.linking_matrix import LinkingMatrix
 
 __all__ = ["Memory", "kept_for_backward", "resident", "with_largest_step"]
 
@@ -76,13 +80,15 @@ def resident(method: Method, model: nn.Module, fresh: Callable[[], nn.Module]) -
 
 
 def kept_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward: each storage once, parameters and buffers left out.
+    """Bytes that a forward pass keeps for backward: each storage once; what the model holds anyway is left out.
 
     Args:
         model: called with ``batch`` as keywords.
         batch: tensors by name.
     """
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    bases = [basis for U in _matrices(model) if (basis := U.basis) is not None]
+    held = [tensor for basis in bases for tensor in (basis.indices, basis.factor, basis.gathered)]
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *held)}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -94,6 +100,23 @@ def kept_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch)
     return sum(storage.nbytes() for storage in kept.values())
+
+
+def _matrices(model: nn.Module) -> Iterator[LinkingMatrix]:
+    for layer in model.modules():
+        if isinstance(layer, CurloraLayer):
+            yield from layer.matrices.values()
+
+
+def _hold_fake_bases(model: nn.Module) -> None:
+    """There is no weight to read the columns and rows of adapters from: their shapes are what counts."""
+    for layer in model.modules():
+        if isinstance(layer, CurloraLinear):
+            weight: Any = layer.weight
+            for U in layer.matrices.values():
+                factor = torch.empty(layer.out_features, U.r, dtype=weight.dtype, device=weight.device)
+                gathered = torch.empty(U.r, dtype=torch.int64, device=weight.device)
+                U.hold(Basis(U.indices, U.fingerprint, factor, gathered, key=b"fake"))
 
 
 def with_largest_step(
@@ -118,6 +141,7 @@ def with_largest_step(
     device = process_state().device
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = model.to_empty(device=device)
+        _hold_fake_bases(model)
     task_model = TaskModel(model).train()
     largest = Memory(there.frozen, there.trained, 0, 0)
     for step in _largest([_shape(part, rows) for part, rows in learned]):
