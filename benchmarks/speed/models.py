@@ -52,7 +52,7 @@ def held(model: nn.Module) -> list[Tensor]:
     """All that a model holds: parameters, buffers, and the columns and rows of adapters, which are neither."""
     layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
     bases = [layer.basis(name) for layer in layers for name in layer.curlora_U]
-    drawn = [t for basis in bases for t in (basis.indices, basis.fingerprint, basis.factor, basis.gathered)]
+    drawn = [tensor for basis in bases for tensor in basis.tensors]
     return [*model.parameters(), *model.buffers(), *drawn]
 
 

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 from transformers import GPT2Config
 
-from curlora import CurloraLayer
 from curlora.continual import memory as memory_module
 from curlora.continual import plan
 from curlora.continual.errors import RunError
@@ -24,7 +23,7 @@ from curlora.continual.recipe import RecipeError, load_recipe
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import TaskError
 from curlora.plan_tables import plan_tables
-from tests.models import gpt2, word_tokenizer
+from tests.models import gpt2, layers, word_tokenizer
 
 COMPLETION = (
     "{name: copy, kind: completion,"
@@ -98,10 +97,7 @@ def largest_step(monkeypatch, recipe, name, directory):
     forward = TaskModel.forward
 
     def counting(self, *args, **kwargs):
-        bases = [
-            U.basis for layer in self.modules() if isinstance(layer, CurloraLayer) for U in layer.curlora_U.values()
-        ]
-        held = [tensor for basis in bases for tensor in (basis.indices, basis.factor, basis.gathered)]
+        held = [tensor for layer in layers(self) for U in layer.matrices.values() for tensor in U.basis.tensors]
         own = {tensor.untyped_storage().data_ptr() for tensor in (*self.parameters(), *self.buffers(), *held)}
         kept = {}
 

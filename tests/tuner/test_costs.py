@@ -32,8 +32,7 @@ def cost_of_a_step(adapter, config=SMOLLM2, to_embeddings=False):
     model = LlamaForCausalLM(config).requires_grad_(False)
     if adapter is not None:
         model = get_peft_model(model, adapter).get_base_model()
-    bases = [layer.basis("default") for layer in layers(model)]
-    held = [t for basis in bases for t in (basis.indices, basis.factor, basis.gathered)]
+    held = [tensor for layer in layers(model) for tensor in layer.basis("default").tensors]
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), *held)}
     kept = {}
 

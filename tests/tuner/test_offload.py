@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from curlora import CurloraConfig
 from curlora.functional import gather_update
-from tests.models import BASES, curlora, llama, randomize, tokens
+from tests.models import BASES, curlora, layers, llama, randomize, tokens
 
 both = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 CPU = torch.device("cpu")
@@ -64,15 +64,11 @@ def test_an_adapter_that_is_made_on_an_offloaded_model(base, offload, tmp_path):
     offload(model, tmp_path)
     model = get_peft_model(model, CurloraConfig(r=4)).eval()
     randomize(model)
-    for layer, other in zip(adapted(model), adapted(expected), strict=True):
+    for layer, other in zip(layers(model), layers(expected), strict=True):
         assert torch.equal(layer.basis("default").indices, other.basis("default").indices)
         assert torch.equal(layer.basis("default").factor, other.basis("default").factor)
     for _ in range(2):
         assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
-
-
-def adapted(model):
-    return [module for module in model.modules() if hasattr(module, "curlora_U")]
 
 
 @both

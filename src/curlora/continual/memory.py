@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,6 @@ from curlora.continual.tasks import IGNORED, Row
 from curlora.tuner.basis import Basis
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.linear import CurloraLinear
-from curlora.tuner.linking_matrix import LinkingMatrix
 
 __all__ = ["Memory", "kept_for_backward", "resident", "with_largest_step"]
 
@@ -86,9 +86,10 @@ def kept_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:
         model: called with ``batch`` as keywords.
         batch: tensors by name.
     """
-    bases = [basis for U in _matrices(model) if (basis := U.basis) is not None]
-    held = [tensor for basis in bases for tensor in (basis.indices, basis.factor, basis.gathered)]
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers(), *held)}
+    layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
+    bases = [U.basis for layer in layers for U in layer.matrices.values() if U.basis is not None]
+    held = itertools.chain(model.parameters(), model.buffers(), *(basis.tensors for basis in bases))
+    own = {tensor.untyped_storage()._cdata for tensor in held}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -100,12 +101,6 @@ def kept_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(**batch)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def _matrices(model: nn.Module) -> Iterator[LinkingMatrix]:
-    for layer in model.modules():
-        if isinstance(layer, CurloraLayer):
-            yield from layer.matrices.values()
 
 
 def _hold_fake_bases(model: nn.Module) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from curlora.tuner.fingerprint import fingerprint
+
 __all__ = ["Basis", "problem_of_indices"]
 
 
@@ -15,7 +17,7 @@ __all__ = ["Basis", "problem_of_indices"]
 class Basis:
     """Columns and rows of one frozen weight. Nothing in it is ever written to, so adapters drawn alike share one.
 
-    ``side`` is what the layer's output moves along, and ``other`` what its input is read by: ``C`` and ``R`` of
+    ``factor`` is what the layer's output moves along, and ``reader`` what its input is read by: ``C`` and ``R`` of
     ``W + alpha C U R``, except in layers that store ``(in_features, out_features)``, where they are ``R^T`` and
     ``C^T``. For experts, of which each has its own, every shape is led by their number ``E``.
 
@@ -40,13 +42,35 @@ class Basis:
         if not self.key:
             object.__setattr__(self, "key", self.indices.detach().cpu().numpy().tobytes())
 
+    @classmethod
+    def taken(
+        cls, indices: Tensor, gathered: Tensor, factor: Tensor, reader: Tensor | None, *, exact: bool = True
+    ) -> Basis:
+        """A basis of what was read of a weight, on the device of that.
+
+        Args:
+            indices, gathered, factor, reader: as above; the first two are copied.
+            exact: as :func:`curlora.tuner.fingerprint.fingerprint` has it.
+        """
+        device = factor.device
+        return cls(
+            indices=indices.to(device, torch.int32, copy=True),
+            fingerprint=fingerprint(factor.flatten(0, -2), exact).to(device),
+            factor=factor,
+            gathered=gathered.to(device, torch.int64, copy=True),
+            reader=reader,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is held of the weight."""
+        held = (self.indices, self.fingerprint, self.factor, self.gathered, self.reader)
+        return tuple(tensor for tensor in held if tensor is not None)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Basis:
         """A basis of what ``function`` makes of each tensor, as :meth:`torch.nn.Module._apply` has it."""
-        reader = None if self.reader is None else function(self.reader)
-        indices, fingerprint, factor, gathered = map(
-            function, (self.indices, self.fingerprint, self.factor, self.gathered)
-        )
-        return Basis(indices, fingerprint, factor, gathered, reader, self.key)
+        indices, fingerprint, factor, gathered, *reader = map(function, self.tensors)
+        return Basis(indices, fingerprint, factor, gathered, reader[0] if reader else None, self.key)
 
     def to(self, device: torch.device) -> Basis:
         """This basis on a device. A copy is made once for each: hooks may run a layer elsewhere than it lies."""

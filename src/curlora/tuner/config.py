@@ -13,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from curlora.sampling import SAMPLINGS
@@ -145,6 +146,14 @@ class CurloraConfig(PeftConfig):
     def drawn_by(self) -> tuple[object, ...]:
         """All that draws depend on beside the rank, the layer's name and its weight."""
         return self.sampling, self.replacement, self.seed, self.weights_file
+
+    def rank_of(self, layer: str) -> int:
+        """The rank for a layer: of the first pattern that its name matches, or ``r``."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
+
+    def alpha_of(self, layer: str) -> float:
+        """The alpha for a layer: of the first pattern that its name matches, or ``alpha``."""
+        return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
 
     def saved_draw(self, layer: str) -> tuple[Tensor, Tensor] | None:
         """Indices and fingerprint that the file has for a layer that is drawn as it was; ``None`` without a file.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from curlora import sampling
@@ -103,15 +102,14 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
                 f"layer {self.name!r}: cannot add adapter {adapter_name!r} while {self.merged_adapters} "
                 "is merged into the weight, whose columns and rows it would be drawn from. Unmerge first."
             )
-        r = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), self.name), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), self.name), config.alpha)
+        r = config.rank_of(self.name)
         base = self.get_base_layer()
         device = device_of(base, self.parameter_name)
         if device.type == "meta" and is_readable(base, self.parameter_name):
             device = execution_device(base)
         U = self.matrix_class(
             (*self.weight_shape[:-2], r, r),
-            alpha,
+            config.alpha_of(self.name),
             dtype=torch.float32 if (weight := self._plain_weight()) is None else weight.dtype,
             device=device,
             dropout=config.curlora_dropout,
@@ -120,9 +118,9 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         )
         U.drawn_by = (r, *config.drawn_by)
         if tied_to is not None:
-            U.weight, U.indices = tied_to.weight, tied_to.indices
+            U.weight = tied_to.weight
         if not U.weight.is_meta:
-            self._hold(U, self._draw(config, r, U.drawn_by, tied_to))
+            self._hold(U, self._draw(config, U, tied_to))
         self.curlora_U[adapter_name] = U
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -164,13 +162,9 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
                     "weights first."
                 )
             return  # offloaded; the basis is not
-        same = U.basis is not None and not base_changed
-        if (
-            same
-            and torch.equal(U.indices, U.basis.indices.to(U.indices.device))
-            and torch.equal(U.fingerprint, U.basis.fingerprint.to(U.indices.device))
-        ):
-            U.hold(U.basis.to(U.indices.device))  # moved
+        known = None if U.basis is None or base_changed else U.basis.to(U.indices.device)
+        if known and torch.equal(U.indices, known.indices) and torch.equal(U.fingerprint, known.fingerprint):
+            U.hold(known)  # moved
             return
         if self.merged:
             raise RuntimeError(
@@ -303,24 +297,23 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
             )
         )
 
-    def _draw(
-        self, config: CurloraConfig, r: int, drawn_by: tuple[object, ...], tied_to: LinkingMatrix | None
-    ) -> Basis:
+    def _draw(self, config: CurloraConfig, U: LinkingMatrix, tied_to: LinkingMatrix | None) -> Basis:
         """As a layer with the same weight has it, an adapter with the same settings, or a file; or drawn by norms."""
         with self._read() as weight:
             if tied_to is not None:
                 return self._basis_of(weight, tied_to.indices)
-            alike = next((U.basis for U in self.matrices.values() if U.drawn_by == drawn_by and U.basis), None)
+            others = (other.basis for other in self.matrices.values() if other.drawn_by == U.drawn_by)
+            alike = next((basis for basis in others if basis is not None), None)
             if alike is not None and torch.equal(
                 self._basis_of(weight, alike.indices).fingerprint.cpu(), alike.fingerprint.cpu()
             ):
                 return alike
             saved = config.saved_draw(self.name)
-            if saved is not None and problem_of_indices(saved[0], r, self.weight_shape) is None:
+            if saved is not None and problem_of_indices(saved[0], U.r, self.weight_shape) is None:
                 basis = self._basis_of(weight, saved[0])
                 if compare(saved[1], basis.fingerprint) != "other":  # of which there are others to draw
                     return basis
-            return self._basis_of(weight, self._select(weight.squared_norms(), config, r, self.name))
+            return self._basis_of(weight, self._select(weight.squared_norms(), config, U.r, self.name))
 
     def _hold(self, U: LinkingMatrix, basis: Basis) -> None:
         """Give ``U`` a basis: the very one of an adapter that was drawn alike, if there is one."""
@@ -338,7 +331,5 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
 
 def _refresh_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
     """After any ``load_state_dict`` the bases follow the indices and the base weight now present."""
-    base_changed, layer._base_was_loaded = layer._base_was_loaded, False
-    if base_changed and layer.merged:
-        base_changed = False
-    layer._refresh_where_needed(base_changed)
+    base_was_loaded, layer._base_was_loaded = layer._base_was_loaded, False
+    layer._refresh_where_needed(base_was_loaded and not layer.merged)

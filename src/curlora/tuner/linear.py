@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from curlora._compat import in_out_features
 from curlora.tuner.basis import Basis
-from curlora.tuner.fingerprint import fingerprint
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.mixed_batch import check_adapter_names, update_rows
 from curlora.tuner.weight import ProbedWeight, StoredWeight, bias_of, brought, check_adaptable, fan_in_fan_out, is_plain
@@ -96,10 +94,5 @@ class CurloraLinear(CurloraLayer):
         reader = None
         if (self.shared or self.base_layer is not self.get_base_layer()) and not self._is_embedding:
             reader = (weight.columns(columns).T if last else weight.rows(rows)).contiguous()
-        return Basis(
-            indices=indices.to(factor.device, torch.int32, copy=True),
-            fingerprint=fingerprint(factor, exact=is_plain(self.get_base_layer())).to(factor.device),
-            factor=factor,
-            gathered=(columns if last else rows).to(factor.device, torch.int64, copy=True),
-            reader=reader,
-        )
+        exact = is_plain(self.get_base_layer())
+        return Basis.taken(indices, columns if last else rows, factor, reader, exact=exact)

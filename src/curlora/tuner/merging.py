@@ -89,8 +89,7 @@ class MergeMixin:
         device = device_of(base, self.parameter_name)
         left, right = (left, right) if device.type == "meta" else (left.to(device), right.to(device))
         weight = self._plain_weight()
-        with autocast_off(left):
-            return (left @ right).to(left.dtype if weight is None else weight.dtype)
+        return _product(left, right).to(left.dtype if weight is None else weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Asked by :func:`peft.convert_to_lora`; :func:`curlora.convert_to_lora` is exact and quicker."""
@@ -183,10 +182,13 @@ class MergeMixin:
             if backend is None:
                 raise ValueError("PEFT has no way to write it")
             self.base_layer = twin(base)
-            weight = backend.get_base_weight(self.base_layer)
-            for left, right in factors.values():
-                weight = weight + (left @ right).to(device=weight.device, dtype=weight.dtype)
-            if not safe_merge or bool(torch.isfinite(weight).all()):
+            weight, broken = backend.get_base_weight(self.base_layer), None
+            for adapter, pair in factors.items():
+                weight = weight + _product(*pair).to(device=weight.device, dtype=weight.dtype)
+                if safe_merge and not bool(torch.isfinite(weight).all()):
+                    broken = adapter
+                    break
+            if broken is None:
                 backend.set_base_weight(self, weight)
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             self.base_layer = base
@@ -194,9 +196,9 @@ class MergeMixin:
                 f"layer {self.name!r} is a {kind}, into whose quantized weight nothing can be merged "
                 f"({error}). {instead}"
             ) from error
-        if safe_merge and not bool(torch.isfinite(weight).all()):
+        if broken is not None:
             self.base_layer = base
-            raise self._not_finite(next(name for name, pair in factors.items() if not _finite(pair)))
+            raise self._not_finite(broken)
         self._unmerged, self._merged_factors, self.merged_adapters = [base], factors, list(adapters)
 
     def _not_finite(self, adapter: str) -> ValueError:
@@ -213,11 +215,11 @@ class MergeMixin:
         return weight
 
 
-def _finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    with autocast_off(left):
+        return left @ right
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    with autocast_off(left):
-        delta = left @ right
+    delta = _product(left, right)
     weight += laid_out_like(delta.to(device=weight.device, dtype=weight.dtype), weight)

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -114,8 +114,7 @@ class CurloraModel(BaseTuner):
         layer = _new_layer(peft_config, target, current_key, parameter_name)
         lowered: dict[str, int] | None = getattr(self, "_lowered", None)
         smaller = min(layer.weight_shape[-2:])
-        r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), layer.name), peft_config.r)
-        if lowered is not None and r > smaller:
+        if lowered is not None and peft_config.rank_of(layer.name) > smaller:
             peft_config.rank_pattern[layer.name] = lowered[layer.name] = smaller
         quantization = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
         layer.get_apply_tensor_subclass = getattr(quantization, "get_apply_tensor_subclass", None)
@@ -346,8 +345,7 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         U = layer.matrices[adapter_name]
         U.load_state_dict({entry: state[prefix + entry] for entry in ENTRIES})
         layer.refresh(adapter_name)
-        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), layer.name), config.alpha)
-        U.alpha = U.scaling = alpha
+        U.alpha = U.scaling = config.alpha_of(layer.name)
 
 
 def _new_layer(config: CurloraConfig, target: nn.Module, name: str, parameter_name: str | None) -> CurloraLayer:
@@ -413,8 +411,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
         if len(layer.curlora_U) > 1:
             layer.delete_adapter(adapter_name)
         else:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            model.set_submodule(name, layer.base_layer)
 
 
 def _roll_back(model: nn.Module, adapter_name: str) -> None:
@@ -426,8 +423,7 @@ def _roll_back(model: nn.Module, adapter_name: str) -> None:
     _withdraw(model, adapter_name)
     for name, module in list(model.named_modules()):
         if isinstance(module, AuxiliaryTrainingWrapper):  # of modules that are saved whole, or of tokens
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.original_module)
+            model.set_submodule(name, module.original_module)
     model.peft_config.pop(adapter_name, None)
     if isinstance(tuner, CurloraModel):
         del tuner.model.peft_config

@@ -12,7 +12,6 @@ from torch.nn.utils import parametrize
 
 from curlora.tuner.basis import Basis
 from curlora.tuner.config import CurloraConfig
-from curlora.tuner.fingerprint import fingerprint
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.linking_matrix import LinkingMatrix, ParameterMatrix
 from curlora.tuner.weight import ProbedWeight, StoredWeight
@@ -121,14 +120,7 @@ class ParamWrapper(CurloraLayer):
 
     def _basis_of(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Basis:
         columns, rows = indices.unbind(-2)
-        factor, reader = weight.columns(columns).contiguous(), weight.rows(rows).contiguous()
-        return Basis(
-            indices=indices.to(factor.device, torch.int32, copy=True),
-            fingerprint=fingerprint(factor.flatten(0, -2)).to(factor.device),
-            factor=factor,
-            gathered=rows.to(factor.device, torch.int64, copy=True),
-            reader=reader,
-        )
+        return Basis.taken(indices, rows, weight.columns(columns).contiguous(), weight.rows(rows).contiguous())
 
 
 class _Updated(nn.Module):
