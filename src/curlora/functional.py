@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-__all__ = ["autocast_off", "gather_update", "gather_update_by_row", "linear_update"]
+__all__ = ["autocast_off", "check_values", "gather", "gather_update", "gather_update_by_row", "linear_update"]
 
 
 def gather_update(
@@ -47,6 +47,7 @@ def gather_update(
         RuntimeError: if some of the tensors are on the meta device and others are not.
     """
     _check(output, scaled_U, factor, index)
+    check_values(output, scaled_U, factor)
     with autocast_off(output):
         if not torch.is_grad_enabled() or not (
             output.requires_grad or scaled_U.requires_grad or (offset is not None and offset.requires_grad)
@@ -69,9 +70,10 @@ def gather_update_by_row(
     Returns:
         A new tensor of ``output``'s shape and dtype.
     """
+    check_values(output, scaled_U, factor)
     rows = output.reshape(output.shape[0], -1, output.shape[-1])
     with autocast_off(output):
-        z = _gather(rows, index, offset)
+        z = gather(rows, index, offset)
         mixed = torch.bmm(z.to(scaled_U.dtype), scaled_U.mT).to(output.dtype)
         return _plus(output, rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
 
@@ -89,6 +91,7 @@ def linear_update(output: Tensor, z: Tensor, scaled_U: Tensor, factor: Tensor) -
     Returns:
         A new tensor of ``output``'s shape and dtype.
     """
+    check_values(output, scaled_U, factor)
     with autocast_off(output):
         mixed = linear(z.to(scaled_U.dtype), scaled_U).to(output.dtype)
         return output + linear(mixed, factor.to(output.dtype))
@@ -111,7 +114,13 @@ def _check(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor) -> N
             f"scaled_U of shape {(r, r)} and factor of shape {(output.shape[-1], r)}, but got "
             f"{tuple(scaled_U.shape)} and {tuple(factor.shape)}"
         )
-    # Some products of a tensor with one that has no values give numbers, and no error.
+
+
+def check_values(output: Tensor, scaled_U: Tensor, factor: Tensor) -> None:
+    """Raise ``RuntimeError`` if some of the tensors are on the meta device and others are not.
+
+    Some products of a tensor with one that has no values give numbers, and no error.
+    """
     if not output.is_meta == scaled_U.is_meta == factor.is_meta:
         without = "output" if output.is_meta else "U" if scaled_U.is_meta else "factor"
         raise RuntimeError(
@@ -120,7 +129,8 @@ def _check(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor) -> N
         )
 
 
-def _gather(output: Tensor, index: Tensor, offset: Tensor | None) -> Tensor:
+def gather(output: Tensor, index: Tensor, offset: Tensor | None) -> Tensor:
+    """``output[..., index] - offset``: ``R x``, shape ``(..., r)``."""
     z = output.index_select(-1, index)
     return z if offset is None else z - _as(offset, z.dtype)
 
@@ -130,7 +140,7 @@ def _add(
 ) -> tuple[Tensor, Tensor]:
     """``output`` with the update, and ``z``, shape ``(tokens, r)``, in the dtype of ``scaled_U``."""
     flat = output.reshape(-1, factor.shape[0])
-    z = _as(_gather(flat, index, offset), scaled_U.dtype)
+    z = _as(gather(flat, index, offset), scaled_U.dtype)
     mixed = _as(linear(z, scaled_U), output.dtype)
     return _plus(output, flat, mixed, _as(factor, output.dtype).T), z
 

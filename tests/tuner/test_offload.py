@@ -7,7 +7,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from curlora import CurloraConfig
-from curlora.functional import gather_update
+from curlora.functional import gather_update, gather_update_by_row, linear_update
+from curlora.tuner.basis import Basis
+from curlora.tuner.linking_matrix import ParameterMatrix
 from tests.models import BASES, curlora, layers, llama, randomize, tokens
 
 both = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
@@ -141,8 +143,22 @@ def test_an_offloaded_model_is_merged_and_unmerged():
 def test_a_tensor_without_values_never_gives_numbers(which):
     tensors = {"output": torch.randn(3, 6), "U": torch.randn(2, 2), "factor": torch.randn(6, 2)}
     tensors[which] = tensors[which].to("meta")
-    with pytest.raises(RuntimeError, match=f"{which} is on the meta device"):
-        gather_update(*tensors.values(), torch.tensor([0, 1]))
+    output, U, factor = tensors.values()
+    index, z = torch.tensor([0, 1]), torch.randn(3, 2)
+    for give in (
+        lambda: gather_update(output, U, factor, index),
+        lambda: gather_update_by_row(output, U.expand(3, 2, 2), factor, index),
+        lambda: linear_update(output, z, U, factor),
+    ):
+        with pytest.raises(RuntimeError, match=f"{which} is on the meta device"):
+            give()
+
+
+def test_a_parameter_is_not_updated_by_a_matrix_without_values():
+    U = ParameterMatrix((2, 2), 1.0, dtype=torch.float32, device=torch.device("meta"))
+    basis = Basis.taken(torch.zeros(2, 2), torch.zeros(2), torch.ones(6, 2), torch.ones(2, 5))
+    with pytest.raises(RuntimeError, match="U is on the meta device"):
+        U(torch.ones(6, 5), basis)
 
 
 def test_an_adapter_without_values_never_gives_numbers():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curlora.functional import autocast_off, gather_update, linear_update
+from curlora.functional import autocast_off, check_values, gather, gather_update, linear_update
 from curlora.tuner.basis import Basis
 from curlora.tuner.fingerprint import LENGTH
 
@@ -91,8 +91,7 @@ class LinkingMatrix(nn.Module):
         if basis.reader is not None and x is not None:
             z = nn.functional.linear(x, basis.reader.to(x.dtype))
         else:
-            z = output.index_select(-1, basis.gathered)
-            z = z if offset is None else z - offset.to(z.dtype)
+            z = gather(output, basis.gathered, offset)
         z = z if self.dropout is None else self.dropout(z)
         return linear_update(result, z, self.scaled_U, basis.factor)
 
@@ -134,6 +133,7 @@ class ParameterMatrix(LinkingMatrix):
     def forward(self, W: Tensor, basis: Basis) -> Tensor:  # type: ignore[override]
         """``W + alpha C U R``, of ``W``'s shape ``(m, n)`` or ``(E, m, n)`` and dtype."""
         assert basis.reader is not None
+        check_values(W, self.weight, basis.factor)
         with autocast_off(W):
             left = (basis.factor.to(self.weight.dtype) @ self.scaled_U).to(W.dtype)
             add = torch.baddbmm if W.ndim == 3 else torch.addmm
