@@ -1,5 +1,6 @@
 """Each thing that leans on what another library does not promise: with it, and where it is gone."""
 
+import json
 import sys
 import types
 
@@ -156,6 +157,20 @@ def test_configurations_that_cannot_be_read(there, monkeypatch, tmp_path):
         monkeypatch.setattr(PeftConfig, "_get_peft_type", None)
         _compat.explain_unreadable_configurations()
         assert PeftConfig._get_peft_type is None
+
+
+@PRIVATE
+def test_whoever_reads_a_configuration_has_its_digest_checked(there, monkeypatch, tmp_path):
+    CurloraConfig(r=2).save_pretrained(tmp_path)
+    options = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**options, "alpha": 2.0}))
+    if there:
+        with pytest.raises(ValueError, match="is not the one that was saved"):
+            PeftConfig.from_pretrained(tmp_path)
+    else:
+        monkeypatch.setattr(PeftConfig, "from_pretrained", None)
+        _compat.check_whoever_reads(CurloraConfig)
+        assert PeftConfig.from_pretrained is None
 
 
 class Hook:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 __all__ = [
     "add_peft_type",
     "brought_bias",
+    "check_whoever_reads",
     "convert_expert_names",
     "copy_into",
     "execution_device",
@@ -84,6 +85,35 @@ def explain_unreadable_configurations() -> None:
         return found
 
     PeftConfig._get_peft_type = get_peft_type
+
+
+def check_whoever_reads(config_class: Any) -> None:
+    """Let ``PeftConfig.from_pretrained`` read a CURLoRA adapter as ``config_class.from_pretrained`` does.
+
+    transformers' ``load_adapter`` calls the former, which only makes a ``config_class`` of the options: the digests
+    would not be looked at. Where it is no classmethod any more, they are not.
+    """
+    read: Any = getattr(PeftConfig.from_pretrained, "__func__", None)
+    if read is None:
+        return
+
+    @classmethod  # type: ignore[misc]
+    @functools.wraps(read)
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            config = read(cls, *args, **kwargs)
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            if issubclass(cls, config_class):
+                raise
+            raise ValueError(
+                f"The adapter_config.json in {args[0] if args else kwargs} cannot be used ({error!r}): it is damaged, "
+                "or of a method that has to be imported first."
+            ) from error
+        if isinstance(config, config_class) and not issubclass(cls, config_class):
+            return config_class.from_pretrained(*args, **kwargs)
+        return config
+
+    PeftConfig.from_pretrained = from_pretrained
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:

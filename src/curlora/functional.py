@@ -15,6 +15,7 @@ Only ``z`` is saved for backward. No tensor that came from elsewhere is written 
 """
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -214,3 +215,7 @@ class _GatherUpdate(torch.autograd.Function):
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
         return grad_output, grad_U, None, None, grad_offset
+
+
+# ``apply`` asks for it in every call, and to find it out takes as long as the products of one token.
+_GatherUpdate.forward.__signature__ = inspect.signature(_GatherUpdate.forward)  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """A damaged adapter never loads with other outputs, and every refusal is a sentence."""
 
+import copy
 import json
 import os
 import random
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from curlora import CurloraConfig
-from tests.models import randomize
+from tests.models import curlora, llama, randomize, tokens
 from tests.tuner.saved_before.models import INPUTS, conv1d, linear
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -74,28 +75,50 @@ def assert_a_sentence(error):
 
 def test_no_random_damage_loads_silently(saved, tmp_path):
     folder, base, expected = saved
+
+    def outputs(damaged):
+        return PeftModel.from_pretrained(base(), damaged).eval()(INPUTS)
+
+    assert damages_refused(COUNT, folder, outputs, expected, tmp_path / "damaged") > COUNT * 0.7
+
+
+def test_no_random_damage_loads_silently_by_transformers(tmp_path):
+    model = curlora(llama(), r=2, alpha=1.5)
+    model.save_pretrained(tmp_path / "saved")
+    base = llama()
+
+    def outputs(damaged):
+        loaded = copy.deepcopy(base)
+        loaded.load_adapter(damaged)
+        return loaded(tokens()).logits
+
+    expected, count = model(tokens()).logits, COUNT // 4
+    assert damages_refused(count, tmp_path / "saved", outputs, expected, tmp_path / "damaged") > count * 0.7
+
+
+def damages_refused(count, folder, outputs, expected, target):
+    """Damage a saved adapter ``count`` times in the folder ``target``: each is refused, or outputs are as expected."""
     rng = random.Random(0)
     original = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
     refused = 0
-    for _ in range(COUNT):
+    for _ in range(count):
         name = rng.choice((WEIGHTS, WEIGHTS, CONFIG))
         damaged = rng.choice((flip, cut, cut_off, insert, swap, overwrite))(original[name], rng)
         if damaged == original[name]:
             continue
-        target = tmp_path / "damaged"
         shutil.copytree(folder, target, dirs_exist_ok=True)
         (target / name).write_bytes(damaged)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                loaded = PeftModel.from_pretrained(base(), str(target)).eval()
+                found = outputs(str(target))
         except Exception as error:
             refused += 1
             assert_a_sentence(error)
         else:  # where the base is, who wrote it: nothing that an output depends on
-            assert torch.equal(loaded(INPUTS), expected), (name, damaged[:2000])
+            assert torch.equal(found, expected), (name, damaged[:2000])
         shutil.rmtree(target)
-    assert refused > COUNT * 0.7
+    return refused
 
 
 @pytest.mark.parametrize("entry", ["weight", "indices", "fingerprint"])
@@ -144,13 +167,21 @@ def test_an_option_that_was_changed_is_noticed_and_may_be_on_purpose(option, val
     folder, base, _ = saved
     options = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps({**options, option: value}))
-    with pytest.raises(ValueError, match='not the one that was saved .* take the line "digest" out'):
+    with pytest.raises(ValueError, match='not the one that was saved .*differs.* write "digest": "changed" into'):
         PeftModel.from_pretrained(base(), folder)
-    del options["digest"]
-    (folder / CONFIG).write_text(json.dumps({**options, option: value}))
+    (folder / CONFIG).write_text(json.dumps({**options, option: value, "digest": "changed"}))
     assert getattr(CurloraConfig.from_pretrained(str(folder)), option) == (
         set(value) if option == "target_modules" else value
     )
+
+
+def test_a_digest_that_was_cut_out_is_missed(saved):
+    folder, base, _ = saved
+    options = json.loads((folder / CONFIG).read_text())
+    del options["digest"], options["alpha"]
+    (folder / CONFIG).write_text(json.dumps(options))
+    with pytest.raises(ValueError, match="not the one that was saved .*digest is missing"):
+        PeftModel.from_pretrained(base(), folder)
 
 
 def test_where_the_base_is_may_be_changed(saved):

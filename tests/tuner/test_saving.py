@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -49,8 +50,19 @@ def test_the_file_holds_U_the_indices_and_a_fingerprint_and_nothing_else(tmp_pat
 def change_config(path, **options):
     """On purpose, and so without the digest by which damage is noticed."""
     config = json.loads((path / "adapter_config.json").read_text())
-    del config["digest"]
+    config["digest"] = "changed"
     (path / "adapter_config.json").write_text(json.dumps(config | options))
+
+
+def test_the_model_card_says_how_to_load_it_once(tmp_path):
+    model = curlora(llama())
+    model.peft_config["default"].base_model_name_or_path = "maker/base"
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import curlora") == 1
+    assert 'AutoModel.from_pretrained("maker/base")' in card
+    assert ModelCard(card).data.library_name == "peft"  # PEFT's own part is whole
 
 
 def test_indices_come_from_the_file_not_from_the_seed(tmp_path):

@@ -37,7 +37,7 @@ def test_load_adapter_takes_the_columns_of_the_file(seed, trained, tmp_path):
     model = curlora(llama())
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    del config["digest"]
+    config["digest"] = "changed"
     config["seed"] = seed  # where it is another than the adapter's, what is drawn must give way
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     loaded = llama()
@@ -61,6 +61,22 @@ def test_load_adapter_refuses_another_base(tmp_path):
     curlora(llama()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"adapter 'default' was made on another base model"):
         llama(seed=1).load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_load_adapter_refuses_what_was_changed_since_it_was_saved(file, tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    changed = (tmp_path / file).read_bytes()
+    if file == "adapter_config.json":
+        changed = json.dumps({**json.loads(changed), "alpha": 3.0}).encode()
+    else:
+        changed = changed[:-1] + bytes([changed[-1] ^ 1])
+    (tmp_path / file).write_bytes(changed)
+    base = llama()
+    with pytest.raises(ValueError, match=r"is not the one that was saved|is damaged: its tensors are not those"):
+        base.load_adapter(str(tmp_path))
+    assert not layers(base)
+    assert torch.equal(base(tokens()).logits, llama()(tokens()).logits)
 
 
 def test_moving_or_copying_a_model_whose_base_was_trained_is_no_load():

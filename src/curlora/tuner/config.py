@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass, field, fields
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
@@ -24,6 +23,22 @@ _ABOUT = {
     "auto_mapping", "base_model_name_or_path", "digest", "inference_mode", "peft_type", "peft_version", "revision",
     "task_type",
 }  # fmt: skip
+_CHANGED = "changed"  # in the place of a digest
+
+# Whoever gets an adapter from the hub reads this; PEFT's own words without the import name no remedy.
+_HOW_TO_LOAD = """
+## How to load the adapter
+
+`pip install curlora`, and import it first. Without the import PEFT stops with `KeyError: 'CURLORA'`.
+
+```python
+import curlora  # makes CURLoRA known to PEFT
+from peft import PeftModel
+from transformers import AutoModel
+
+model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this folder or repository")
+```
+"""
 
 
 @dataclass
@@ -62,7 +77,8 @@ class CurloraConfig(PeftConfig):
         ensure_weight_tying: give embeddings and a head that share their weight one ``U``.
         init_weights: start ``U`` at zero, so that the model is unchanged at first. ``False`` starts it
             at random, which is for tests only.
-        digest: of the options above, written when the adapter is saved: one that differs from it was damaged.
+        digest: of the options above, written when the adapter is saved: one that differs from it was damaged. Whoever
+            changes a saved configuration on purpose writes ``"changed"`` in its place.
 
     Raises:
         ValueError: if an option is not one of the above.
@@ -191,6 +207,10 @@ class CurloraConfig(PeftConfig):
                 "safe_serialization=False. Nothing was saved."
             )
         super().save_pretrained(save_directory, **kwargs)
+        card = folder / "README.md"  # PEFT's, written before; not where transformers saves an adapter by itself
+        if card.exists() and "import curlora" not in (text := card.read_text(encoding="utf-8")):
+            base = self.base_model_name_or_path or "the base model"
+            card.write_text(f"{text.rstrip()}\n{_HOW_TO_LOAD.format(base=base)}", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """The options, with their digest."""
@@ -212,44 +232,45 @@ class CurloraConfig(PeftConfig):
             ValueError: if the weights file cannot be read, is damaged or is a pickle; or if the configuration is not
                 the one that was saved.
         """
-        folder: str | None = os.path.join(pretrained_model_name_or_path, subfolder or "")
-        local = os.path.isdir(str(folder))
-        if local:
-            _check_weights(Path(str(folder)))
+        weights = cls._weights_of(pretrained_model_name_or_path, subfolder, kwargs)
+        is_sealed = weights is not None and check_file(weights)
+        where = os.path.join(pretrained_model_name_or_path, subfolder or "")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (AttributeError, TypeError) as error:  # an option of another type than it can be
             raise ValueError(
-                f"The configuration of the adapter in {folder} cannot be used ({error}): it is damaged"
+                f"The configuration of the adapter in {where} cannot be used ({error}): it is damaged"
             ) from error
-        if config.digest is not None and config.digest != config._digest():
+        digest = config.digest
+        if digest != _CHANGED and digest != config._digest() and (is_sealed or digest is not None):
             raise ValueError(
-                f"The configuration of the adapter in {folder} is not the one that was saved with it (its digest "
-                'differs): copy or download it again. If you changed it on purpose, take the line "digest" out of '
-                "adapter_config.json."
+                f"The configuration of the adapter in {where} is not the one that was saved with it (its digest "
+                f"{'is missing' if digest is None else 'differs'}): copy or download it again. If you changed it on "
+                f'purpose, write "digest": "{_CHANGED}" into adapter_config.json.'
             )
-        if not local:
-            folder = None
-            for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-                with contextlib.suppress(EntryNotFoundError):  # PEFT says it if there is neither
-                    hub_kwargs = cls._split_kwargs(kwargs)[0]
-                    found = hf_hub_download(pretrained_model_name_or_path, file, subfolder=subfolder, **hub_kwargs)
-                    folder = os.path.dirname(found)
-                    _check_weights(Path(folder))
-                    break
-        if folder is not None and (weights := Path(os.path.abspath(folder)) / SAFETENSORS_WEIGHTS_NAME).exists():
+        if weights is not None:
             config.weights_file, config._saved_by = weights, config.drawn_by[:-1]
         return config
 
+    @classmethod
+    def _weights_of(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
+        """An adapter's weights file, in a folder or fetched from the hub; ``None`` where there is none."""
+        folder = Path(os.path.abspath(os.path.join(name, subfolder or "")))
+        for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+            path = folder / file
+            if not folder.is_dir():
+                try:
+                    path = Path(hf_hub_download(name, file, subfolder=subfolder, **cls._split_kwargs(kwargs)[0]))
+                except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):  # PEFT says it
+                    continue
+            if path.exists() and file == WEIGHTS_NAME:
+                raise ValueError(
+                    f"{path} is a pickle, which CURLoRA adapters never are. Save the adapter as "
+                    f"{SAFETENSORS_WEIGHTS_NAME} (the default of save_pretrained)."
+                )
+            if path.exists():
+                return path
+        return None
+
     def _digest(self) -> str:
         return digest_of_options({f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT})
-
-
-def _check_weights(folder: Path) -> None:
-    if (path := folder / SAFETENSORS_WEIGHTS_NAME).exists():
-        check_file(path)
-    elif (pickled := folder / WEIGHTS_NAME).exists():
-        raise ValueError(
-            f"{pickled} is a pickle, which CURLoRA adapters never are. Save the adapter as "
-            f"{SAFETENSORS_WEIGHTS_NAME} (the default of save_pretrained)."
-        )

@@ -57,8 +57,12 @@ def seal(path: Path) -> None:
     os.replace(temporary, path)
 
 
-def check_file(path: Path) -> None:
-    """Raise ``ValueError`` with a sentence if a weights file cannot be read, or is not as it was saved."""
+def check_file(path: Path) -> bool:
+    """Whether a weights file has a digest, and so a configuration beside it that has one.
+
+    Raises:
+        ValueError: if the file cannot be read, or is not as it was saved.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -79,6 +83,7 @@ def check_file(path: Path) -> None:
             f"The adapter file {path} is damaged: its tensors are not those that were saved (their digest differs). "
             "Copy or download it again, or save the adapter anew."
         )
+    return expected is not None
 
 
 def saved_indices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:

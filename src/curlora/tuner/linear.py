@@ -40,6 +40,7 @@ class CurloraLinear(CurloraLayer):
         self.fan_in_fan_out = fan_in_fan_out(base)
         self.in_features, self.out_features = in_out_features(base)
         self._is_embedding = isinstance(base, nn.Embedding)
+        self._has_bias = isinstance(getattr(base, "bias", None), Tensor)
         if self._is_embedding and base is not base_layer:
             raise TypeError(
                 f"Target module {name!r} is an Embedding that has another method's adapter: use one of them"
@@ -84,7 +85,7 @@ class CurloraLinear(CurloraLayer):
 
     def _offset(self, basis: Basis) -> Tensor | None:
         """The base layer's bias where ``R x`` is gathered, of which it is no part; ``None`` without a bias."""
-        bias = bias_of(self.get_base_layer())
+        bias = bias_of(self.get_base_layer()) if self._has_bias else None
         return None if bias is None else bias.index_select(0, basis.gathered)
 
     def _basis_of(self, weight: StoredWeight | ProbedWeight, indices: Tensor) -> Basis:
