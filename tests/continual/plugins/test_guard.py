@@ -115,7 +115,8 @@ def test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share(guarded_p
     adapted.base_model.set_adapter(["task0", "task1"])
     rise = measure(adapted, text).perplexity / before_it - 1
     assert rise == pytest.approx(guarded.guarded[-1].perplexity_rise, abs=1e-5)
-    assert 0 < rise <= 0.002
+    assert guarded.guarded[-1].predicted > 0  # it was trained; the text may have become likelier all the same
+    assert rise <= 0.002
 
 
 @pytest.mark.parametrize("task", [0, 1])
