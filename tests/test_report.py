@@ -10,7 +10,7 @@ import pytest
 from matplotlib.image import imread
 
 from curlora.continual.results import Score, Statistic, TextScore
-from curlora.forms import format_percent, format_size, format_statistic, format_time
+from curlora.formatting import format_percent, format_size, format_statistic, format_time
 from curlora.report import render, write_report
 from tests.results import TEXT, make_method, make_results, make_seed, make_task, with_guard
 

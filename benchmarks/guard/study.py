@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 import curlora
 from curlora.continual.plugins import EWC
 from curlora.continual.probe import fit
-from curlora.guard import Anchors, keep_within
+from curlora.guard import Anchors, scale_to_limit
 from curlora.sampling import SAMPLINGS
 from results import add, rows
 
@@ -307,7 +307,7 @@ class Run:
 
     def keep(self, number, count):
         limit = self.limit(number, count)
-        scale, rise = keep_within(limit, self.rise, self.guard.parameters, self.before)
+        scale, rise = scale_to_limit(limit, self.rise, self.guard.parameters, self.before)
         return {"scale": round(scale, 4), "rise": round(rise, 5), "limit": limit}
 
     def classes(self, rows):

@@ -18,9 +18,10 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from curlora.continual.results import MethodResult, RunResults, Statistic
-from curlora.forms import per_cent
+from curlora.continual.tradeoff import Point, front, limited_text, points, what_is_learned
+from curlora.formatting import per_cent
 
-__all__ = ["Plot", "Style", "Styles", "fills_of", "key_of", "overview_of", "plots_of", "styles_of"]
+__all__ = ["Plot", "Style", "Styles", "fills_of", "fronts_of", "key_of", "overview_of", "plots_of", "styles_of"]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Where colours repeat, markers and lines differ.
 _COLOURS = ["#6b7280", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00"]
@@ -80,6 +81,7 @@ def fills_of(runs: Sequence[RunResults]) -> list[str]:
 
 def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
     """All plots of one run, in the order of the page."""
+    results, whole = next(iter(results.by_order().values())), results  # what is about one order shows the first
     few = len(results.tasks) <= 6
     plots = [
         Plot(
@@ -105,7 +107,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
             "Learning against forgetting",
             "Up and to the left is better: final average accuracy against the rise of perplexity on held-out text, and "
             "accuracy just after learning against forgetting." + _bars_text(results) + _unplotted(results),
-            _trade_offs([results], styles, ["full"]),
+            _trade_offs([whole], styles, ["full"]),
         ),
         Plot(
             "Training",
@@ -113,11 +115,57 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
             [_panel("training loss", partial(_losses, results, styles))],
         ),
     ]
+    if (fronts := fronts_of(whole)) is not None:
+        plots.insert(0, fronts)
     if any(method.trainable_parameters for method in results.methods):
         height = 0.9 + 0.36 * len(results.methods)
         panel = _panel("trained parameters", partial(_trainable, results, styles), height=height)
-        plots.insert(3, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
+        plots.insert(-1, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
     return plots
+
+
+def fronts_of(results: RunResults) -> Plot | None:
+    """What is learned against what is forgotten, each entry of the recipe in a colour; ``None`` without a grid."""
+    known = points(results)
+    entries = dict.fromkeys(point.method.entry for point in known)
+    if all(not point.method.grid for point in known):
+        return None
+    shown = [point for point in known if point.mean.mean < _FAR]
+    colours = {entry: _COLOURS[n % len(_COLOURS)] for n, entry in enumerate(entries)}
+    markers = {entry: _MARKERS[n % len(_MARKERS)] for n, entry in enumerate(entries)}
+    figures: dict[str, Callable[[Point], Statistic]] = {
+        f"KL on {limited_text(results)}": lambda point: point.limited,
+        "KL on texts not shown, mean": lambda point: point.mean,
+        "KL on texts not shown, worst": lambda point: point.worst,
+    }
+    text = (
+        "One point for each value of the grid, joined where no other of its method is better in both. Up and to the "
+        "left is better. KL: of the predictions from the base model's, in nats per token." + _bars_text(results)
+    )
+
+    def draw(figure: Callable[[Point], Statistic], label: str, axis: Axes) -> None:
+        for entry in entries:
+            own = [point for point in shown if point.method.entry == entry]
+            look: dict[str, Any] = {"color": colours[entry], "marker": markers[entry], "markersize": 6}
+            for point in own:
+                x, y = figure(point), point.learned
+                axis.errorbar(
+                    [x.mean], [y.mean], xerr=_deviations([x]), yerr=_deviations([y]), elinewidth=0.8, capsize=2,
+                    linestyle="none", **look,
+                )  # fmt: skip
+            best = front(own, figure)
+            axis.plot(
+                [figure(point).mean for point in best], [point.learned.mean for point in best], linewidth=1.2,
+                color=colours[entry], label=entry,
+            )  # fmt: skip
+        axis.set_xlabel(label)
+        axis.set_ylabel(what_is_learned(results))
+        axis.locator_params(axis="x", nbins=4)
+        axis.margins(x=0.08, y=0.12)
+        axis.legend(fontsize=8, frameon=False)
+
+    panels = [_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
+    return Plot("What is learned for what is forgotten", text, panels, legend=False)
 
 
 def overview_of(runs: Sequence[RunResults], styles: Styles) -> Plot:

@@ -16,7 +16,8 @@ from markupsafe import Markup, escape
 from curlora.continual.merge import differing, merge
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.storage import write_whole
-from curlora.forms import format_number, format_percent, format_size, format_statistic, format_time
+from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points, what_is_learned
+from curlora.formatting import allowed, format_number, format_percent, format_size, format_statistic, format_time
 from curlora.plots import Style, fills_of, key_of, overview_of, plots_of, styles_of
 
 __all__ = ["render", "write_report"]
@@ -47,7 +48,11 @@ def render(runs: Sequence[RunResults]) -> str:
         keys={key: key_of(style) for key, style in styles.items()},
         run_keys=[key_of(Style("#1f2933", "o", "none"), fill) for fill in fills_of(runs)],
         seeds=_seeds,
+        within=_within,
+        limited=limited_text,
+        learned=what_is_learned,
         number=format_number,
+        allowed=allowed,
         score=_score,
         text=_text,
         options=_options,
@@ -85,6 +90,11 @@ def _text(method: MethodResult, name: str) -> dict[str, Statistic]:
         "rise": Statistic.of([after.perplexity / before.perplexity - 1 for before, after in pairs]),
         "drift": Statistic.of([after.drift for _, after in pairs]),
     }
+
+
+def _within(results: RunResults) -> list[tuple[Limit, dict[str, Point | None]]]:
+    known = points(results)
+    return [(limit, best_within(known, limit)) for limit in limits_of(results)]
 
 
 def _options(options: Mapping[str, Any]) -> str:

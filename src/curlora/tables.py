@@ -13,14 +13,18 @@ from rich.text import Text
 
 from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
-from curlora.forms import format_percent, format_size, format_statistic, format_time
+from curlora.continual.tradeoff import best_within, limited_text, limits_of, points, what_is_learned
+from curlora.formatting import allowed, format_percent, format_size, format_statistic, format_time
 
-__all__ = ["comparison", "results_tables"]
+__all__ = ["comparison", "results_tables", "within_limits"]
 
 
 def results_tables(results: RunResults) -> list[RenderableType]:
     """A run: accuracy after every stage, what is left after the last, what it cost, and what the figures are."""
-    parts = [_matrix(results), _summary(results), _guarded(results), _cost(results), *_notes(results)]
+    orders = list(results.by_order().values())
+    guarded = [_guarded(one) for one in orders]
+    parts: list[RenderableType | None] = [*map(_matrix, orders), _summary(results), *guarded]
+    parts += [*within_limits(results), _cost(results), *_notes(results)]
     return [part for part in parts if part is not None]
 
 
@@ -56,6 +60,33 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
         lines.append(f"Not the same method in every run, though of one name: {', '.join(unlike)}.")
     table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     return table
+
+
+def within_limits(results: RunResults) -> list[Table]:
+    """For each limit of the recipe the best of each method within it, and what that costs on the other texts."""
+    known = points(results)
+    tables = []
+    for limit in limits_of(results):
+        table = _plain(f"\nThe best of each method within {limit} on {limited_text(results)}")
+        table.add_column("its best")
+        _columns(
+            table, [what_is_learned(results).replace(" ", "\n", 1), "KL there", "KL, other\ntexts", "worst", "runs"]
+        )
+        for entry, point in best_within(known, limit).items():
+            if point is None:
+                table.add_row(entry, "none is within")
+                continue
+            chosen = ", ".join(f"{key} {value}" for key, value in point.method.grid.items())
+            figures = (point.limited, point.mean, point.worst)
+            table.add_row(
+                entry,
+                Text(chosen or "the only one"),
+                _stacked(point.learned, digits=3),
+                *(_stacked(figure, digits=4) for figure in figures),
+                str(len(point.method.seeds)),
+            )
+        tables.append(table)
+    return tables
 
 
 def _matrix(results: RunResults) -> Table:
@@ -96,9 +127,9 @@ def _summary(results: RunResults) -> Table:
 
 
 def _guarded(results: RunResults) -> Table | None:
-    table = _plain("\nThe guard's budget, on its own text")
+    table = _plain("\nThe limit on forgetting, on the guard's own text")
     table.add_column("after")
-    _columns(table, ["predicted,\nnats", "perplexity\nrose by", "allowed", "change\nkept"])
+    _columns(table, ["predicted,\nnats", "perplexity\nrose by", "KL,\nnats", "allowed", "change\nkept"])
     for method in results.methods:
         for i, task in enumerate(results.tasks):
             record = method.guarded(i)
@@ -107,8 +138,9 @@ def _guarded(results: RunResults) -> Table | None:
                     Text(method.label if i == 0 else ""),
                     task.name,
                     _stacked(record["predicted"], digits=4),
-                    _below(format_percent(record["perplexity_rise"], digits=2)),
-                    format_percent(record["limit"], digits=2).partition(" ±")[0],
+                    _percent(record["perplexity_rise"]),
+                    _stacked(record["kl"], digits=4),
+                    allowed(record),
                     _stacked(record["scale"], digits=2),
                 )
     return table if table.rows else None
@@ -155,6 +187,10 @@ def _columns(table: Table, headings: Iterable[str]) -> None:
 
 def _stacked(statistic: Statistic | None, signed: bool = False, digits: int = 3) -> str:
     return "-" if statistic is None else _below(format_statistic(statistic, signed, digits))
+
+
+def _percent(statistic: Statistic | None) -> str:
+    return "-" if statistic is None else _below(format_percent(statistic, digits=2))
 
 
 def _below(figure: str) -> str:

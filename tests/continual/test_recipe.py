@@ -94,7 +94,7 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("methods=[]", "methods: List should have at least 1"),
         (
             "methods.1.plugins=[{name: ewk}]",
-            "methods.1: 'ewk' is not a plug-in: anchors, ewc, guard, probe, redraw, replay, toward_base",
+            "methods.1: 'ewk' is not a plug-in: anchors, ewc, guard, probe, redraw, replay, kl_to_base",
         ),
         ("methods.1.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "'guard' is for method 'curlora' alone"),
         ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "goes by a general text: say which"),

@@ -82,7 +82,7 @@ def test_perplexity_of_completions():
     assert Score(accuracy=0.0, loss=1e6).perplexity == math.inf
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 3, "unknown": 2}'])
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema_version": 4, "unknown": 2}'])
 def test_other_files_are_refused_by_name(text, tmp_path):
     path = tmp_path / "results.json"
     path.write_text(text)
@@ -107,5 +107,5 @@ def test_environment_names_what_results_depend_on():
 
 def test_another_version_of_the_schema_is_one_sentence(tmp_path):
     (tmp_path / "results.json").write_text('{"schema_version": 2, "title": "t"}')
-    with pytest.raises(ResultsError, match="is of version 2 of the schema, where this program reads version 3"):
+    with pytest.raises(ResultsError, match="is of version 2 of the schema, where this program reads 3 and 4"):
         RunResults.load(tmp_path / "results.json")

@@ -44,7 +44,7 @@ CHANGES = {
             "learning_rate": 0.01,
             "options": {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.2},
             "adapter_per_task": True,
-            "plugins": [{"name": "toward_base", "strength": 1.0, "tokens": 16}],
+            "plugins": [{"name": "kl_to_base", "strength": 1.0, "tokens": 16}],
         },
     ],
     "guard": {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16},

@@ -12,7 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from curlora.continual.tasks import ChatTask, ClassificationTask, CompletionTask, Task, TaskError
 
-__all__ = ["DataError", "HeldOutPart", "Source", "TaskPart", "read_task", "read_text"]
+__all__ = [
+    "AnswersPart",
+    "DataError",
+    "HeldOutPart",
+    "Source",
+    "TaskPart",
+    "read_prompts",
+    "read_task",
+    "read_text",
+]
 
 
 class DataError(ValueError):
@@ -143,6 +152,36 @@ class HeldOutPart(Place):
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"stride {self.stride} is longer than window {self.window}")
         return self
+
+
+class AnswersPart(_Part):
+    """What the base model answers to ``prompts``: a list of them, or a file with one a line.
+
+    They are sampled once for a run, at temperature 1, and kept in its directory.
+    """
+
+    name: str
+    prompts: Annotated[list[str], Field(min_length=1)] | Path
+    max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+def read_prompts(part: AnswersPart) -> tuple[str, ...]:
+    """The prompts of a recipe.
+
+    Raises:
+        DataError: if the file cannot be read or holds none.
+    """
+    if isinstance(part.prompts, list):
+        return tuple(part.prompts)
+    try:
+        lines = part.prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"heldout {part.name!r} ({part.prompts}) cannot be read as text: {error}") from error
+    prompts = tuple(line for line in lines if line.strip())
+    if not prompts:
+        raise DataError(f"heldout {part.name!r}: {part.prompts} holds no prompts; one a line is expected")
+    return prompts
 
 
 def read_task(part: TaskPart, reference: bool = False) -> Task:

@@ -14,29 +14,65 @@ from torch import Tensor, nn
 from curlora.continual.processes import process_state
 from curlora.continual.results import TextScore
 
-__all__ = ["HeldOut", "measure", "perplexity", "window_count"]
+__all__ = ["HeldOut", "measure", "perplexity"]
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A text that no method sees.
+    """A text whose perplexity is followed.
 
     Args:
         name: for people; unique in a run.
         tokens: the text, shape ``(length,)``.
         window: tokens that are scored together.
         stride: tokens from one window to the next; ``window`` if ``None``.
+        shown: whether methods are shown it, as plug-ins are the guard's text.
+
+    Raises:
+        ValueError: on fewer than two tokens, or a stride outside ``1..window``.
     """
 
     name: str
     tokens: Tensor = field(repr=False)
     window: int = 512
     stride: int | None = None
+    shown: bool = False
+
+    def __post_init__(self) -> None:
+        stride = self.window if self.stride is None else self.stride
+        if len(self.tokens) < 2:
+            raise ValueError(f"perplexity needs at least 2 tokens, got {len(self.tokens)}")
+        if self.window < 2 or not 1 <= stride <= self.window:
+            raise ValueError(
+                f"perplexity needs 1 <= stride <= window and window >= 2, got stride={stride} and window={self.window}"
+            )
 
     @property
     def windows(self) -> int:
         """How many forward passes scoring it takes."""
-        return window_count(len(self.tokens), self.window, self.stride)
+        return len(self.scored())
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest forward pass."""
+        return min(self.window, len(self.tokens))
+
+    def scored(self) -> list[tuple[Tensor, int]]:
+        """What is passed to the model, each with the number of its last tokens that are scored.
+
+        Windows start every ``stride`` tokens, and each scores those of its tokens that no window before it has scored.
+        """
+        stride = self.window if self.stride is None else self.stride
+        passes, last = [], 0
+        for begin in range(0, len(self.tokens), stride):
+            end = min(begin + self.window, len(self.tokens))
+            new = end - 1 - max(last, begin)
+            if new > 0:
+                passes.append((self.tokens[begin:end], new))
+                last = end - 1
+            if end == len(self.tokens):
+                break
+        return passes
 
     def pieces(self, length: int = 128) -> tuple[Tensor, ...]:
         """The text in rows of that many tokens, or of a window's if that is shorter, as calibration takes it."""
@@ -70,9 +106,8 @@ def measure(
 ) -> TextScore:
     """Perplexity on a text, and the drift from a base model on it.
 
-    Perplexity is ``exp`` of the mean negative log-likelihood per token. Windows of ``text.window`` tokens start every
-    ``text.stride`` tokens, and each scores those of its tokens that no window before it has scored, given all before
-    them in the window (https://huggingface.co/docs/transformers/perplexity). With a stride of a whole window the first
+    Perplexity is ``exp`` of the mean negative log-likelihood per token, given all tokens before it in its window
+    (https://huggingface.co/docs/transformers/perplexity). With a stride of a whole window the first
     token of every window is left out, having nothing before it.
 
     Drift is the mean over the same positions of the Kullback-Leibler divergence ``KL(base || model)`` between the two
@@ -90,28 +125,14 @@ def measure(
     Returns:
         Both figures; a perplexity too large for a float is infinite.
 
-    Raises:
-        ValueError: on fewer than two tokens, or a stride outside ``1..window``.
     """
-    stride = text.window if text.stride is None else text.stride
-    if len(text.tokens) < 2:
-        raise ValueError(f"perplexity needs at least 2 tokens, got {len(text.tokens)}")
-    if text.window < 2 or not 1 <= stride <= text.window:
-        raise ValueError(
-            f"perplexity needs 1 <= stride <= window and window >= 2, got stride={stride} and window={text.window}"
-        )
     device = next(model.parameters()).device
     state = process_state()
     sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, divergence, tokens
-    last = 0
     with _evaluating(model):
-        for number, (begin, end) in enumerate(_windows(len(text.tokens), text.window, stride)):
-            new = end - 1 - max(last, begin)
-            if new <= 0:
-                continue
-            last = end - 1
+        for number, (tokens, new) in enumerate(text.scored()):
             if number % state.num_processes == state.process_index:
-                ids = text.tokens[begin:end].to(device)[None]
+                ids = tokens.to(device)[None]
                 logits = model(input_ids=ids, logits_to_keep=new + 1, use_cache=False).logits[0, :-1].float()
                 sums[0] += nn.functional.cross_entropy(logits, ids[0, -new:], reduction="sum").item()
                 if base_logits is not None:
@@ -120,21 +141,16 @@ def measure(
             on_window()
     if state.num_processes > 1:
         sums = reduce(sums.to(state.device), reduction="sum").cpu()
-    loss, divergence, tokens = sums.tolist()
+    loss, divergence, count = sums.tolist()
     try:
-        return TextScore(perplexity=math.exp(loss / tokens), drift=_floor(divergence / tokens))
+        return TextScore(perplexity=math.exp(loss / count), drift=_floor(divergence / count))
     except OverflowError:  # a model that diverged
-        return TextScore(perplexity=math.inf, drift=divergence / tokens)
+        return TextScore(perplexity=math.inf, drift=divergence / count)
 
 
 def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> float:
     """The perplexity alone; see :func:`measure`."""
     return measure(model, HeldOut("text", tokens, window, stride)).perplexity
-
-
-def window_count(length: int, window: int, stride: int | None = None) -> int:
-    """How many windows :func:`measure` runs over a text of ``length`` tokens."""
-    return len(_windows(length, window, window if stride is None else stride))
 
 
 def _divergence(base: Tensor, logits: Tensor) -> float:
@@ -149,13 +165,3 @@ def _divergence(base: Tensor, logits: Tensor) -> float:
 def _floor(drift: float) -> float:
     """Not below zero, where rounding may take it; a model that diverged has none."""
     return drift if math.isnan(drift) else max(0.0, drift)
-
-
-def _windows(length: int, window: int, stride: int) -> list[tuple[int, int]]:
-    spans = []
-    for begin in range(0, length, stride):
-        end = min(begin + window, length)
-        spans.append((begin, end))
-        if end == length:
-            break
-    return spans

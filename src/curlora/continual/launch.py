@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.data import HeldOutPart, read_task, read_text
+from curlora.continual.answers import Prompts
+from curlora.continual.data import AnswersPart, HeldOutPart, read_prompts, read_task, read_text
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.protocol import Protocol
@@ -18,6 +21,7 @@ from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 from curlora.continual.sequence import Progress, Silent
 from curlora.continual.storage import write_whole
+from curlora.continual.workers import ray_workers, threads
 
 __all__ = ["build", "run_recipe"]
 
@@ -37,7 +41,12 @@ def build(recipe: Recipe) -> Stream:
         for settings in {of.model_dump_json(include={"schedule", "trainer"}): of for of in own}.values():
             settings.check_trainer()
         tasks = [read_task(part, reference) for part in recipe.tasks]
-        texts = [read_text(part) for part in recipe.heldout]
+        texts = [(part, read_text(part)) for part in recipe.heldout if isinstance(part, HeldOutPart)]
+        prompts = [
+            Prompts(part.name, read_prompts(part), part.max_new_tokens, part.seed)
+            for part in recipe.heldout
+            if isinstance(part, AnswersPart)
+        ]
         guard = None if recipe.guard is None else (recipe.guard, read_text(recipe.guard))
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -49,37 +58,53 @@ def build(recipe: Recipe) -> Stream:
         tokenizer=tokenizer,
         tasks=tasks,
         methods=[part.make(protocol) for part in recipe.methods],
-        heldout=[_held_out(part, text, tokenizer, protocol) for part, text in zip(recipe.heldout, texts, strict=True)],
+        heldout=[_held_out(part, text, tokenizer, protocol) for part, text in texts],
+        prompts=prompts,
         settings=recipe.settings(),
         seeds=recipe.seeds,
         protocol=protocol.describe(),
         recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
-        guard_text=None if guard is None else _held_out(*guard, tokenizer, Protocol()),
+        guard_text=None if guard is None else replace(_held_out(*guard, tokenizer, Protocol()), shown=True),
+        orders=recipe.orders,
+        limits={figure: list(values) for figure, values in recipe.limits.items()},
     )
 
 
 def run_recipe(
-    recipe: Recipe, directory: Path | str, progress: Callable[[float], Progress] = lambda _: Silent()
+    recipe: Recipe,
+    directory: Path | str,
+    progress: Callable[[float], Progress] = lambda _: Silent(),
+    *,
+    workers: int | None = None,
+    address: str | None = None,
 ) -> RunResults:
     """Run a recipe, or go on with it where ``directory`` holds part of it.
 
-    Methods and seeds may have been added to the recipe since; anything else must be as it was.
+    Methods, seeds and orders may have been added to the recipe since; anything else must be as it was.
 
     Args:
         recipe: what to run.
         directory: the run directory; made if missing.
         progress: given the whole amount of work, gives what hears about it; nobody if not given.
+        workers: how many processes share the methods, orders and seeds; this one runs them itself if ``None``. Needs
+            Ray.
+        address: of a running Ray cluster, whose machines see ``directory`` and the recipe's files; this machine if
+            ``None``.
 
     Returns:
-        The measurements, also in ``directory / "results.json"``.
+        The measurements, also in ``directory / "results.json"``. They do not depend on ``workers``.
 
     Raises:
         RecipeError: as :func:`build`.
         RunError: if ``directory`` holds a run of another recipe, and as :func:`curlora.continual.run.run_stream`.
     """
     directory = Path(directory)
-    stream = build(recipe)
-    return run_stream(stream, directory, progress, begin=lambda: _claim(recipe, directory))
+    begin = partial(_claim, recipe, directory)
+    if workers is not None or address is not None:
+        with ray_workers(recipe, directory, workers, address) as runner:
+            return run_stream(build(recipe), directory, progress, begin, runner)
+    with threads(recipe.resources.cpus):
+        return run_stream(build(recipe), directory, progress, begin)
 
 
 _SAVED = "recipe.json"
@@ -121,7 +146,9 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     old, new = known(before), known(now)
     begun = {name: method for name, method in methods(before).items() if (directory / name).exists()}
     changed = [f"method {name!r}" for name, method in begun.items() if methods(now).get(name) != method]
-    return [part for part in new if old[part] != new[part]] + changed
+    # Folders are called by the place of an order, so further ones may only come behind.
+    reordered = ["orders"] if now.orders[: len(before.orders)] != before.orders else []
+    return [part for part in new if old[part] != new[part]] + reordered + changed
 
 
 def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:

@@ -57,6 +57,10 @@ def _united(runs: Sequence[RunResults]) -> RunResults:
         update={
             "created": ", ".join(_distinct(run.created for run in runs)),
             "recipe": _recipe([run.recipe for run in runs]),
+            "limits": {
+                figure: sorted({value for run in runs for value in run.limits.get(figure, [])})
+                for figure in _distinct(figure for run in runs for figure in run.limits)
+            },
             "environment": {
                 key: "; ".join(_distinct(run.environment[key] for run in runs if key in run.environment))
                 for key in _distinct(key for run in runs for key in run.environment)
@@ -81,12 +85,13 @@ def _methods(runs: Sequence[RunResults]) -> list[MethodResult]:
 
 def definition(method: MethodResult) -> Any:
     """How a method was made and trained, its names aside."""
-    return method.method, method.options, method.plugins, method.learning_rate
+    return method.method, method.options, method.plugins, method.learning_rate, method.training
 
 
 def _with_seeds_of(method: MethodResult, other: MethodResult) -> MethodResult:
-    known = {seed.seed for seed in method.seeds}
-    return method.model_copy(update={"seeds": method.seeds + [s for s in other.seeds if s.seed not in known]})
+    known = {(seed.seed, *seed.order) for seed in method.seeds}
+    new = [seed for seed in other.seeds if (seed.seed, *seed.order) not in known]
+    return method.model_copy(update={"seeds": method.seeds + new})
 
 
 def _numbered(method: MethodResult, number: int) -> MethodResult:

@@ -35,6 +35,11 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
         "The schedule is stepped once a batch but sized for one step an example, so that with 500 warm-up steps most "
         "of a task is warm-up, and the learning rate is never brought down again.",
     ),
+    "heads": (
+        "by_seed",
+        "fixed",
+        "Every head starts from seed 1311, whatever the run's: deviations over seeds leave out what heads add to them.",
+    ),
     "data": (
         "corrected",
         "reference",
@@ -77,6 +82,7 @@ class Protocol(BaseModel):
     evaluation: Literal["batched", "one_by_one"] = "batched"
     order: Literal["shuffled", "as_given"] = "shuffled"
     schedule_length: Literal["batches", "examples"] = "batches"
+    heads: Literal["by_seed", "fixed"] = "by_seed"
     data: Literal["corrected", "reference"] = "corrected"
     perplexity: Literal["windows", "first_chunk"] = "windows"
     indices: Literal["paper", "reference"] = "paper"
@@ -91,7 +97,7 @@ class Protocol(BaseModel):
     @property
     def settings(self) -> dict[str, Any]:
         """The switches that are settings of the training and scoring."""
-        return self.model_dump(include={"readout", "evaluation", "order", "schedule_length"})
+        return self.model_dump(include={"readout", "evaluation", "order", "schedule_length", "heads"})
 
     @property
     def curlora_options(self) -> dict[str, Any]:

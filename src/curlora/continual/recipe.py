@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -15,22 +16,28 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
+    Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from curlora.continual.data import HeldOutPart, TaskPart
+from curlora.continual.data import AnswersPart, HeldOutPart, TaskPart
+from curlora.continual.grid import expand
 from curlora.continual.methods import Method, make_method
 from curlora.continual.plugins import PLUGINS, make_plugin
 from curlora.continual.protocol import SWITCHES, Protocol
-from curlora.continual.settings import Settings
+from curlora.continual.settings import OF_A_METHOD, Settings
 
 __all__ = ["MethodPart", "ModelPart", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
+
+_PERMUTED_AT_MOST = 4
 
 
 class RecipeError(ValueError):
@@ -94,19 +101,33 @@ class ModelPart(_Part):
             raise RecipeError(f"model: {self.name} cannot be loaded: {error}") from error
 
 
+class Resources(_Part):
+    """What a method with one seed is given to run on: CPU threads (all of the process's if ``None``) and GPUs.
+
+    ``gpus`` counts where a run is shared out over workers; a share such as 0.5 puts two of them on one GPU.
+    """
+
+    cpus: Annotated[int, Field(gt=0)] | None = None
+    gpus: Annotated[float, Field(ge=0)] = 0
+
+
 class MethodPart(_Part):
     """A method: ``frozen``, ``full``, or an adapter of PEFT with its configuration's options; and plug-ins.
 
-    With ``adapter_per_task`` each task trains an adapter of its own, beside those of earlier tasks.
+    With ``adapter_per_task`` each task trains an adapter of its own, beside those of earlier tasks. ``training`` holds
+    settings that are different for this method. In the place of any value but a name ``{grid: [...]}`` stands for
+    several methods, one with each of the values; ``grid`` is then what one of them has there.
     """
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(@[A-Za-z0-9_.,=+-]+)?$")]
     method: str
     label: str | None = None
     options: dict[str, Any] = {}
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     adapter_per_task: bool = False
     plugins: list[dict[str, Any]] = []
+    training: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
 
     @model_validator(mode="after")
     def _complete(self) -> MethodPart:
@@ -125,6 +146,8 @@ class MethodPart(_Part):
         for plugin in self.plugins:
             if "name" not in plugin:
                 raise ValueError(f"a plug-in needs a name: {plugin}")
+        acting = list(PLUGINS)
+        for plugin in sorted(self.plugins, key=lambda one: acting.index(one["name"]) if one["name"] in acting else -1):
             if named.count(plugin["name"]) > 1:
                 raise ValueError(f"plug-in {plugin['name']!r} is there twice")
             rest = {key: value for key, value in plugin.items() if key != "name"}
@@ -146,6 +169,8 @@ class MethodPart(_Part):
             makers,
             lora_start=protocol.lora_start,
             adapter_per_task=self.adapter_per_task,
+            training=self.training,
+            grid=self.grid,
         )
 
 
@@ -159,12 +184,26 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values
 
 
+def _kind_of_text(value: Any) -> str:
+    return "answers" if "prompts" in value or isinstance(value, AnswersPart) else "text"
+
+
+HeldOutText = Annotated[
+    Annotated[HeldOutPart, Tag("text")] | Annotated[AnswersPart, Tag("answers")], Discriminator(_kind_of_text)
+]
+
+
 class Recipe(_Part):
     """A run. Paths in it are relative to the recipe's own folder, and may hold ``${VARIABLES}`` of the environment.
 
     A method ``frozen`` (heads only) is added where there is none: no accuracy is shown without the frozen model's.
     ``output`` is relative to the working directory.
-    ``guard`` is a general text that plug-ins go by and that is not scored; not the text that is held out.
+    ``heldout`` are texts that no method is shown, the base model's answers to ``prompts`` among them where wanted.
+    ``guard`` is a general text that plug-ins go by, another than those that are held out.
+    ``orders`` are further orders of the tasks, each a list of all their names, or ``all`` of them; every method is run
+    in each, beginning with the order in which ``tasks`` stand.
+    ``limits`` are what the report looks for the best of each method within, on the guard's text: ``kl`` from the base
+    model in nats per token, ``perplexity_increase`` as a share.
     ``switches`` set some switches of the ``protocol`` otherwise; ``reference`` holds what is different in ``training``
     where the protocol is the paper's.
     """
@@ -173,17 +212,32 @@ class Recipe(_Part):
     model: ModelPart
     tasks: Annotated[list[TaskPart], Field(min_length=1), AfterValidator(_distinct)]
     methods: Annotated[list[MethodPart], Field(min_length=1), AfterValidator(_distinct)]
-    heldout: Annotated[list[HeldOutPart], Field(min_length=1), AfterValidator(_distinct)]
+    heldout: Annotated[list[HeldOutText], Field(min_length=1), AfterValidator(_distinct)]
     guard: HeldOutPart | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
+    orders: list[list[str]] = []
     training: Settings = Settings()
     protocol: Literal["honest", "paper"] = "honest"
     switches: dict[str, str] = {}
     reference: dict[str, Any] = {}
+    resources: Resources = Resources()
+    limits: dict[Literal["kl", "perplexity_increase"], list[Annotated[float, Field(gt=0)]]] = {}
     output: Path | None = None
 
     # Paths as they are used, and as they were written.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _grids(cls, methods: Any) -> Any:
+        if not isinstance(methods, list):
+            return methods
+        # An entry that comes with its grid's values has been expanded before.
+        return [
+            one
+            for method in methods
+            for one in (expand(method) if isinstance(method, dict) and not method.get("grid") else [method])
+        ]
 
     @field_validator("methods")
     @classmethod
@@ -193,6 +247,27 @@ class Recipe(_Part):
         if any(part.name == "frozen" for part in methods):
             raise ValueError("the name 'frozen' is for the method that trains the heads alone")
         return [MethodPart(name="frozen", method="frozen", label="Heads only"), *methods]
+
+    @field_validator("orders", mode="before")
+    @classmethod
+    def _all_orders(cls, value: Any, info: ValidationInfo) -> Any:
+        names = [task.name for task in info.data.get("tasks", [])]
+        if value != "all":
+            return value
+        if len(names) > _PERMUTED_AT_MOST:
+            raise ValueError(f"all orders of {len(names)} tasks are too many; name some of them")
+        return [list(order) for order in itertools.permutations(names)][1:]
+
+    @field_validator("orders")
+    @classmethod
+    def _orders_of_all_tasks(cls, orders: list[list[str]], info: ValidationInfo) -> list[list[str]]:
+        names = [task.name for task in info.data.get("tasks", [])]
+        for number, order in enumerate(orders):
+            if sorted(order) != sorted(names):
+                raise ValueError(f"an order names each task once: {', '.join(names)}; got {', '.join(order)}")
+            if order == names or order in orders[:number]:
+                raise ValueError(f"the order {', '.join(order)} is there twice (the first is that of tasks)")
+        return orders
 
     @field_validator("heldout", mode="before")
     @classmethod
@@ -210,7 +285,11 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _guard_is_there(self) -> Recipe:
+        if self.guard is not None and self.guard.name in [text.name for text in self.heldout]:
+            raise ValueError(f"guard and heldout: {self.guard.name!r} is there twice; the guard's text is another one")
         for method in self.methods:
+            if self.guard is None and method.make(Protocol()).needs_guard_text:
+                raise ValueError(f"method {method.name!r} goes by a general text: say which, under guard")
             for plugin in method.plugins:
                 if PLUGINS[plugin["name"]].needs_guard_text and self.guard is None:
                     raise ValueError(
@@ -237,6 +316,17 @@ class Recipe(_Part):
                     self.settings().changed(variant.training)
                 except ValidationError as error:
                     raise ValueError(f"task {task.name!r}: training.{_first(error)}") from error
+        for method in self.methods:
+            misplaced = sorted(set(method.training) - OF_A_METHOD)
+            if misplaced:
+                raise ValueError(
+                    f"method {method.name!r}: training: {misplaced[0]!r} is not a setting of one method: "
+                    f"{', '.join(sorted(OF_A_METHOD))}"
+                )
+            try:
+                self.settings().changed(method.training)
+            except ValidationError as error:
+                raise ValueError(f"method {method.name!r}: training.{_first(error)}") from error
         return self
 
     def portable(self) -> Recipe:
@@ -374,8 +464,8 @@ def _with_paths(content: Any, folder: Path, written: dict[str, str], key: str = 
     if isinstance(content, dict):
         return {name: _with_paths(value, folder, written, str(name)) for name, value in content.items()}
     if isinstance(content, list):
-        return [_with_paths(value, folder, written, key) for value in content]
-    if key == "path" and isinstance(content, str):
+        return [_with_paths(value, folder, written) for value in content]
+    if key in ("path", "prompts") and isinstance(content, str):
         path = _expanded(content)
         written[str(folder / path)] = content
         return str(folder / path)

@@ -8,7 +8,7 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -30,7 +30,8 @@ __all__ = [
     "environment",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+_READ = (3, SCHEMA_VERSION)  # what version 3 lacks has defaults
 
 
 class ResultsError(ValueError):
@@ -77,21 +78,26 @@ class TextScore(_Record):
 
 
 class Guarded(_Record):
-    """How a guard's budget was kept over one task.
+    """How a limit on forgetting was kept over one task.
 
-    ``perplexity_rise`` of the guard's own text, relative to the base model, was measured after the task and is at most
-    ``limit``; ``predicted`` is the forgetting that was predicted there, in nats per token. ``scale`` is what was left
-    of the task's change of the model after it was scaled back: 1 is all of it.
+    ``perplexity_rise`` of the guard's own text, relative to the base model, was measured after the task. It is at most
+    ``limit``, or where there is a ``kl``, the divergence from the base model on that text in nats per token, that is.
+    ``scale`` is what was left of the task's change of the model after it was scaled back: 1 is all of it.
+    ``predicted`` is the forgetting that a guard predicted there, in nats per token.
     """
 
-    predicted: float
+    predicted: float | None = None
     perplexity_rise: float
+    kl: float | None = None
     limit: float
     scale: float
 
 
 class SeedResult(_Record):
     """What one method did over the stream with one seed.
+
+    ``order`` names the tasks in the order in which they were learned, where that is not the stream's own: then ``i``
+    and ``j`` below count in it.
 
     ``scores[i][j]`` is of task ``j`` after task ``i``. ``before[i]`` is of task ``i`` just before it was learned, and
     ``base[i]`` of the base model, where that was asked for. ``heldout[name][0]`` is the base model's,
@@ -101,6 +107,7 @@ class SeedResult(_Record):
     """
 
     seed: int
+    order: list[str] = []
     scores: list[list[Score]]
     before: list[Score]
     base: list[Score]
@@ -141,6 +148,11 @@ class SeedResult(_Record):
         """Scores of a held-out text, of the first one if no name is given."""
         return next(iter(self.heldout.values())) if name is None else self.heldout[name]
 
+    def lost(self, name: str, figure: Literal["kl", "rise"] = "kl") -> float:
+        """What the whole stream cost on a text: ``KL(base || model)`` in nats per token, or the rise of perplexity."""
+        before, after = self.heldout[name][0], self.heldout[name][-1]
+        return after.drift if figure == "kl" else after.perplexity / before.perplexity - 1
+
     @property
     def perplexity_rise(self) -> float:
         """Relative rise of the first text's perplexity over the whole stream; 0.01 is one per cent."""
@@ -161,7 +173,10 @@ class Statistic(_Record):
 
 
 class MethodResult(_Record):
-    """One method, with every seed."""
+    """One method, with every seed.
+
+    ``training`` holds the settings that were different for it, ``grid`` what tells it from the others of its grid.
+    """
 
     name: str
     label: str
@@ -172,6 +187,13 @@ class MethodResult(_Record):
     trainable_parameters: int
     adapter_bytes: int
     seeds: list[SeedResult]
+    training: dict[str, Any] = {}
+    grid: dict[str, Any] = {}
+
+    @property
+    def entry(self) -> str:
+        """What the recipe calls it: the methods of one grid have one entry."""
+        return self.name.partition("@")[0]
 
     def over_seeds(self, figure: Callable[[SeedResult], float | None]) -> Statistic | None:
         """A figure over seeds; ``None`` where a seed has none."""
@@ -217,12 +239,23 @@ class MethodResult(_Record):
     def perplexity_rise(self) -> Statistic:
         return Statistic.of([seed.perplexity_rise for seed in self.seeds])
 
-    def guarded(self, task: int) -> dict[str, Statistic] | None:
-        """How the guard's budget was kept over a task, by the fields of :class:`Guarded`; ``None`` without a guard."""
+    def lost(self, name: str, figure: Literal["kl", "rise"] = "kl") -> Statistic:
+        """What the whole stream cost on a text: ``KL(base || model)`` in nats per token, or the rise of perplexity."""
+        return Statistic.of([seed.lost(name, figure) for seed in self.seeds])
+
+    def lost_on(
+        self, names: Sequence[str], over: Callable[[list[float]], float], figure: Literal["kl", "rise"] = "kl"
+    ) -> Statistic:
+        """The same over several texts, such as their mean, or by ``max`` the worst of them, in each run."""
+        return Statistic.of([over([seed.lost(name, figure) for name in names]) for seed in self.seeds])
+
+    def guarded(self, task: int) -> dict[str, Statistic | None] | None:
+        """How the limit was kept over a task, by the fields of :class:`Guarded`; ``None`` where there is no limit."""
         records = [seed.guarded[task] for seed in self.seeds if task < len(seed.guarded)]
         if not records:
             return None
-        return {name: Statistic.of([getattr(of, name) for of in records]) for name in Guarded.model_fields}
+        fields = {name: [getattr(of, name) for of in records] for name in Guarded.model_fields}
+        return {name: None if None in values else Statistic.of(values) for name, values in fields.items()}
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -237,7 +270,11 @@ class MethodResult(_Record):
 
 
 class RunResults(_Record):
-    """A whole run: one stream, several methods, one or more seeds."""
+    """A whole run: one stream, several methods, one or more seeds.
+
+    ``heldout`` describes the texts that are followed, by name; those in ``shown`` plug-ins may go by.
+    ``limits`` are those of the recipe.
+    """
 
     schema_version: int = SCHEMA_VERSION
     title: str
@@ -245,6 +282,8 @@ class RunResults(_Record):
     base_model: str
     base_parameters: int
     heldout: dict[str, str]
+    shown: list[str] = []
+    limits: dict[str, list[float]] = {}
     protocol: dict[str, str]
     settings: dict[str, Any]
     recipe: dict[str, Any] | None
@@ -256,6 +295,25 @@ class RunResults(_Record):
     def seeds(self) -> list[int]:
         """The seeds that any method was run with."""
         return sorted({seed.seed for method in self.methods for seed in method.seeds})
+
+    @property
+    def unseen(self) -> list[str]:
+        """The texts that no method is shown."""
+        return [name for name in self.heldout if name not in self.shown]
+
+    def by_order(self) -> dict[tuple[str, ...], RunResults]:
+        """The run as one for each order of the tasks, by their names; the stream's own order first."""
+        own = [task.name for task in self.tasks]
+        orders = dict.fromkeys(tuple(seed.order or own) for method in self.methods for seed in method.seeds)
+        return {order: self._in_order(order, own) for order in sorted(orders, key=lambda order: order != tuple(own))}
+
+    def _in_order(self, order: tuple[str, ...], own: list[str]) -> RunResults:
+        methods = []
+        for method in self.methods:
+            seeds = [seed for seed in method.seeds if tuple(seed.order or own) == order]
+            if seeds:
+                methods.append(method.model_copy(update={"seeds": seeds}))
+        return self.model_copy(update={"tasks": [self.tasks[own.index(name)] for name in order], "methods": methods})
 
     def save(self, path: Path) -> None:
         """Write JSON; the file appears whole or not at all."""
@@ -273,10 +331,11 @@ class RunResults(_Record):
             found = json.loads(text).get("schema_version")
         except (ValueError, AttributeError):
             found = None
-        if isinstance(found, int) and found != SCHEMA_VERSION:
+        if isinstance(found, int) and found not in _READ:
             raise ResultsError(
-                f"{path} is of version {found} of the schema, where this program reads version {SCHEMA_VERSION}. Run "
-                "the recipe again, or read it with the version of curlora that wrote it."
+                f"{path} is of version {found} of the schema, where this program reads "
+                f"{' and '.join(map(str, _READ))}. Run the recipe again, or read it with the version of "
+                "curlora that wrote it."
             )
         try:
             return cls.model_validate_json(text)

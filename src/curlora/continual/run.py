@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import shutil
@@ -19,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from curlora.continual.answers import Prompts, kept_answers
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
@@ -32,7 +35,7 @@ from curlora.continual.results import (
     TextScore,
     environment,
 )
-from curlora.continual.sequence import BaseScores, Encoded, MethodRun, Progress, Silent, encode, work_of
+from curlora.continual.sequence import BaseScores, Encoded, MethodRun, Progress, Silent, encode, in_order, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
 from curlora.continual.storage import write_whole
@@ -40,7 +43,7 @@ from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, Task
 from curlora.continual.trainer import TaskTrainer
 
-__all__ = ["Stream", "run_stream"]
+__all__ = ["Base", "Finished", "Job", "Runner", "Stream", "jobs_of", "measured_base", "run_job", "run_stream"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class Stream:
         seeds: each method is run once with each.
         protocol: further facts for the report: the switches of the protocol.
         recipe: the recipe, for the report.
-        guard_text: a general text for plug-ins that go by one; it is not scored.
+        prompts: whose answers by the base model are followed as texts are.
+        guard_text: a general text for plug-ins that go by one; it is followed as well.
+        orders: further orders of the tasks, each all of their names; every method is run in each.
+        limits: on forgetting, for the report: see :class:`curlora.continual.recipe.Recipe`.
     """
 
     title: str
@@ -73,7 +79,62 @@ class Stream:
     seeds: Sequence[int] = (0,)
     protocol: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
+    prompts: Sequence[Prompts] = ()
     guard_text: HeldOut | None = None
+    orders: Sequence[Sequence[str]] = ()
+    limits: Mapping[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[HeldOut]:
+        """All that are followed: those that are held out, then the guard's."""
+        return [*self.heldout, *([] if self.guard_text is None else [self.guard_text])]
+
+    def with_answers(self, directory: Path) -> Stream:
+        """The stream with the base model's answers to its prompts among the held-out texts.
+
+        Args:
+            directory: the run directory, which keeps them.
+        """
+        if not self.prompts:
+            return self
+        load = functools.cache(lambda: self.load_model().to(process_state().device))
+        if process_state().is_main_process:
+            for text in self.prompts:
+                kept_answers(text, self.tokenizer, directory, load)
+        process_state().wait_for_everyone()
+        answers = [kept_answers(text, self.tokenizer, directory, load) for text in self.prompts]
+        return dataclasses.replace(self, heldout=[*self.heldout, *answers], prompts=())
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method with one seed in one order of the tasks: what is run at one go.
+
+    Args:
+        method: the method.
+        seed: of the run.
+        order: names of the tasks; empty for the stream's own order.
+        folder: where it is saved, in the run directory.
+    """
+
+    method: Method
+    seed: int
+    order: tuple[str, ...]
+    folder: Path
+
+
+def jobs_of(stream: Stream, directory: Path) -> list[Job]:
+    """All that there is to run, in order."""
+    return [
+        Job(method, seed, tuple(order), directory / method.name / (f"seed-{seed}" + (f"-order-{n}" if n else "")))
+        for method in stream.methods
+        for n, order in enumerate(((), *stream.orders))
+        for seed in stream.seeds
+    ]
+
+
+Runner = Callable[[Sequence[Job], "Base", Progress], Iterator[tuple[Job, "Finished"]]]
+"""Runs jobs, here or elsewhere, and gives each with its record when it is finished, in any order."""
 
 
 def run_stream(
@@ -81,6 +142,7 @@ def run_stream(
     directory: Path,
     progress: Callable[[float], Progress] = lambda _: Silent(),
     begin: Callable[[], None] = lambda: None,
+    runner: Runner | None = None,
 ) -> RunResults:
     """Run every method and seed that ``directory`` does not hold already.
 
@@ -92,6 +154,7 @@ def run_stream(
         directory: the run directory; made if missing.
         progress: given the whole amount of work, gives what hears about it.
         begin: called by the first process once it alone has the directory, before anything is done in it.
+        runner: runs the jobs; one after another in this process if ``None``.
 
     Returns:
         The measurements, also in ``directory / "results.json"``.
@@ -105,53 +168,48 @@ def run_stream(
     for part in encoded:
         check_shared_out(part.settings.batch_size)
     with _locked(directory, begin), _disk_errors(directory):
-        return _run(stream, encoded, directory, progress)
+        stream = stream.with_answers(directory)
+        return _run(stream, encoded, directory, progress, runner)
 
 
-def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Callable[[float], Progress]) -> RunResults:
-    pairs = [(method, seed) for method in stream.methods for seed in stream.seeds]
-    finished = {(method.name, seed): _finished(directory, method.name, seed) for method, seed in pairs}
-    todo = [(method, seed) for method, seed in pairs if finished[method.name, seed] is None]
+def _run(
+    stream: Stream,
+    encoded: list[Encoded],
+    directory: Path,
+    progress: Callable[[float], Progress],
+    runner: Runner | None,
+) -> RunResults:
+    jobs = jobs_of(stream, directory)
+    finished = {job.folder: _finished(job.folder) for job in jobs}
+    todo = [job for job in jobs if finished[job.folder] is None]
     if process_state().is_main_process:
-        for method, seed in pairs:
-            if (method, seed) not in todo:  # cut off just before this was done
-                State(_folder(directory, method.name, seed)).forget()
-    listener = progress(sum(work_of(method, encoded, stream.heldout) for method, _ in todo))
+        for job in jobs:
+            if job not in todo:  # cut off just before this was done
+                State(job.folder).forget()
+    listener = progress(sum(work_of(job.method, in_order(encoded, job.order), stream.texts) for job in todo))
 
     listener.stage("Base model")
-    base = _base(stream, encoded, directory)
-    for method, seed in todo:
-        folder = _folder(directory, method.name, seed)
-        result, trainable, size = MethodRun(
-            method,
-            lambda: _same_model(stream.load_model(), base.model, directory),
-            stream.tokenizer,
-            encoded,
-            stream.heldout,
-            seed=seed,
-            base=BaseScores(base.heldout, base.tasks),
-            directory=folder,
-            progress=listener,
-            guard_text=stream.guard_text,
-        ).run()
-        record = _Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)
-        finished[method.name, seed] = record
-        if process_state().is_main_process:
-            write_whole(folder / _RESULT, record.model_dump_json(indent=2))
-            State(folder).forget()
+    base = measured_base(stream, encoded, directory)
+    here = ((job, run_job(job, stream, encoded, base, directory, listener)) for job in todo)
+    for job, record in here if runner is None else runner(todo, base, listener):
+        finished[job.folder] = record
 
     results = RunResults(
         title=stream.title,
         created=time.strftime("%Y-%m-%d %H:%M"),
         base_model=stream.base_model,
         base_parameters=base.parameters,
-        heldout={text.name: text.describe() for text in stream.heldout},
+        heldout={text.name: text.describe() for text in stream.texts},
+        shown=[text.name for text in stream.texts if text.shown],
+        limits=dict(stream.limits),
         protocol=dict(stream.protocol),
         settings=stream.settings.model_dump(),
         recipe=stream.recipe,
         environment={**environment(), "processes": str(process_state().num_processes)},
         tasks=[_describe(task) for task in stream.tasks],
-        methods=[_gather(method, [finished[method.name, seed] for seed in stream.seeds]) for method in stream.methods],
+        methods=[
+            _gather(method, [finished[job.folder] for job in jobs if job.method is method]) for method in stream.methods
+        ],
     )
     if process_state().is_main_process:
         results.save(directory / "results.json")
@@ -159,10 +217,46 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
     return results
 
 
+def run_job(
+    job: Job, stream: Stream, encoded: Sequence[Encoded], base: Base, directory: Path, listener: Progress
+) -> Finished:
+    """Run one job, or go on with it, and save its record.
+
+    Args:
+        job: of :func:`jobs_of`.
+        stream: what it belongs to.
+        encoded: the stream's tasks in its own order.
+        base: what is known of the base model.
+        directory: the run directory.
+        listener: hears of the progress.
+    """
+    encoded = in_order(encoded, job.order)
+    # Measured of all tasks or of none.
+    known = dict(zip((task.name for task in stream.tasks), base.tasks, strict=False))
+    result, trainable, size = MethodRun(
+        job.method,
+        lambda: _same_model(stream.load_model(), base.model, directory),
+        stream.tokenizer,
+        encoded,
+        stream.texts,
+        seed=job.seed,
+        base=BaseScores(base.heldout, [known[part.task.name] for part in encoded if part.task.name in known]),
+        directory=job.folder,
+        progress=listener,
+        guard_text=stream.guard_text,
+        order=job.order,
+    ).run()
+    record = Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)
+    if process_state().is_main_process:
+        write_whole(job.folder / _RESULT, record.model_dump_json(indent=2))
+        State(job.folder).forget()
+    return record
+
+
 _RESULT, _BASE = "result.json", "base.json"
 
 
-class _Base(BaseModel):
+class Base(BaseModel):
     """What is known of the base model, so that going on does not measure it again."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -174,7 +268,7 @@ class _Base(BaseModel):
     tasks: list[Score]
 
 
-class _Finished(BaseModel):
+class Finished(BaseModel):
     """A method that went through the whole stream with one seed."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
@@ -184,17 +278,17 @@ class _Finished(BaseModel):
     adapter_bytes: int
 
 
-def _folder(directory: Path, method: str, seed: int) -> Path:
-    return directory / method / f"seed-{seed}"
+def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> Base:
+    """What is known of the base model, from the run directory or measured now.
 
-
-def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
+    Raises:
+        RunError: if the data are others than in the run that the directory holds, or a text is too long for the model.
+    """
     path = directory / _BASE
-    texts = [*stream.heldout, *([] if stream.guard_text is None else [stream.guard_text])]
-    data = _data_digest(encoded, texts)
+    data = _data_digest(encoded, stream.texts)
     if path.exists():
         try:
-            known = _Base.model_validate_json(path.read_text(encoding="utf-8"))
+            known = Base.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(f"{path} cannot be read. Remove it, and the base model is measured again.") from error
         if known.data == data:
@@ -208,10 +302,10 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
     model = TaskModel(language_model)
     positions = getattr(language_model.config, "max_position_embeddings", None)
-    for text in (*stream.heldout, *([] if stream.guard_text is None else [stream.guard_text])):
-        if positions is not None and min(text.window, len(text.tokens)) > positions:
+    for text in stream.texts:
+        if positions is not None and text.longest > positions:
             raise RunError(
-                f"The text {text.name!r} has windows of {text.window} tokens, where the model has {positions} "
+                f"The text {text.name!r} has windows of {text.longest} tokens, where the model has {positions} "
                 "positions."
             )
     scores = []
@@ -221,11 +315,11 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
         scores.append(trainer.score(part.evaluation))
     if process_state().is_main_process:
         shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
-    base = _Base(
+    base = Base(
         data=data,
         model=_model_digest(language_model),
         parameters=language_model.num_parameters(),  # also right for weights that are packed
-        heldout={text.name: measure(language_model, text) for text in stream.heldout},
+        heldout={text.name: measure(language_model, text) for text in stream.texts},
         tasks=scores,
     )
     if process_state().is_main_process:
@@ -262,12 +356,12 @@ def _same_model(model: nn.Module, digest: str, directory: Path) -> nn.Module:
     return model
 
 
-def _finished(directory: Path, method: str, seed: int) -> _Finished | None:
-    path = _folder(directory, method, seed) / _RESULT
+def _finished(folder: Path) -> Finished | None:
+    path = folder / _RESULT
     if not path.exists():
         return None
     try:
-        return _Finished.model_validate_json(path.read_text(encoding="utf-8"))
+        return Finished.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(
             f"{path} does not hold the result of a method, or of another version of this program. Remove the folder "
@@ -275,7 +369,7 @@ def _finished(directory: Path, method: str, seed: int) -> _Finished | None:
         ) from error
 
 
-def _gather(method: Method, finished: Sequence[_Finished | None]) -> MethodResult:
+def _gather(method: Method, finished: Sequence[Finished | None]) -> MethodResult:
     records = [record for record in finished if record is not None]
     return MethodResult(
         name=method.name,
@@ -287,6 +381,8 @@ def _gather(method: Method, finished: Sequence[_Finished | None]) -> MethodResul
         trainable_parameters=records[0].trainable_parameters,
         adapter_bytes=records[0].adapter_bytes,
         seeds=[record.result for record in records],
+        training=method.training,
+        grid=method.grid,
     )
 
 

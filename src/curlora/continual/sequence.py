@@ -24,7 +24,7 @@ from curlora.continual.results import Score, SeedResult, TextScore
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
 from curlora.continual.storage import sync
-from curlora.continual.task_model import TaskModel
+from curlora.continual.task_model import HEAD_SEED, TaskModel
 from curlora.continual.tasks import Row, Task
 from curlora.continual.trainer import TaskTrainer, steps_of
 
@@ -35,6 +35,8 @@ __all__ = [
     "Progress",
     "Silent",
     "encode",
+    "in_order",
+    "trained_by",
     "work_of",
 ]
 
@@ -95,12 +97,35 @@ def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: 
     return encoded
 
 
+def in_order(stream: Sequence[Encoded], order: Sequence[str]) -> list[Encoded]:
+    """The tasks in another order, each with its number there.
+
+    Args:
+        stream: from :func:`encode`.
+        order: names of all its tasks; the stream's own order if empty.
+    """
+    names = [part.task.name for part in stream]
+    ordered = []
+    for number, part in enumerate(stream[names.index(name)] for name in order or names):
+        if part.number != number:
+            train, evaluation = ([{**row, "task": number} for row in rows] for rows in (part.train, part.evaluation))
+            part = replace(part, number=number, train=train, evaluation=evaluation)
+        ordered.append(part)
+    return ordered
+
+
+def trained_by(method: Method, stream: Sequence[Encoded]) -> list[Encoded]:
+    """The tasks with the settings that are the method's own."""
+    return [replace(part, settings=part.settings.changed(method.training)) for part in stream]
+
+
 # Units of progress, about equal in time: a training batch runs a backward too.
 _TRAIN_UNITS, _WINDOW_UNITS = 3.0, 8.0
 
 
 def work_of(method: Method, stream: Sequence[Encoded], heldout: Sequence[HeldOut]) -> float:
     """Units of progress that :class:`MethodRun` will report."""
+    stream = trained_by(method, stream)
     plugins = [make() for make in method.plugins]
     numbers = range(len(stream))
     return sum(_learning_work(method, plugins, stream[i]) + _scoring_work(method, stream, i, heldout) for i in numbers)
@@ -135,13 +160,14 @@ class MethodRun:
         method: the method.
         load_model: gives a fresh causal language model.
         tokenizer: its tokenizer.
-        stream: the tasks in order, from :func:`encode`.
+        stream: the tasks in order, from :func:`encode` or :func:`in_order`.
         heldout: the texts that are followed.
-        seed: of the method's start, of the order of examples, of dropout.
+        seed: of the method's start, of heads, of the order of examples, of dropout.
         base: what is known of the base model.
         directory: where the adapter and the heads are saved; made if missing.
         progress: hears what happens.
         guard_text: for plug-ins that go by a general text.
+        order: what results say of the order of the tasks.
 
     Raises:
         RunError: if the method cannot be put on the model.
@@ -160,14 +186,18 @@ class MethodRun:
         directory: Path,
         progress: Progress,
         guard_text: HeldOut | None = None,
+        order: Sequence[str] = (),
     ) -> None:
+        stream = trained_by(method, stream)
         self.method, self.stream, self.heldout, self.seed = method, stream, heldout, seed
         self.tokenizer, self.directory, self.progress = tokenizer, directory, progress
         self.guard_text = guard_text
         set_seed(seed)
         base_model = load_model()
         try:
-            adapted = method.apply(base_model, seed)
+            if method.needs_guard_text:
+                base_model.to(process_state().device)  # it is run
+            adapted = method.apply(base_model, seed, guard_text)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
         self.model = TaskModel(adapted.to(process_state().device))
@@ -178,6 +208,7 @@ class MethodRun:
         self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
         self.result = SeedResult(
             seed=seed,
+            order=list(order),
             scores=[],
             before=list(base.tasks[:1]),
             base=list(base.tasks),
@@ -200,6 +231,8 @@ class MethodRun:
             RunError: if the state of a run that was cut off cannot be read.
         """
         label = self.method.label if self.seed == 0 else f"{self.method.label} (seed {self.seed})"
+        if self.result.order:
+            label += f" ({', '.join(self.result.order)})"
         learned = 0  # tasks; the last of them may not have been scored
         saved = self.state.load(self.model, self.plugins, self._begin)
         if saved is not None:
@@ -222,7 +255,9 @@ class MethodRun:
         return self.result, sum(p.numel() for p in self.model.trained_parameters().values()), size
 
     def _begin(self, number: int) -> None:
-        self.model.begin(number, self.stream[number].task.classes)
+        part = self.stream[number]
+        seed = HEAD_SEED if part.settings.heads == "fixed" else ((self.seed + 1) * 1_000_003 + number) % 2**32
+        self.model.begin(number, part.task.classes, seed)
         try:
             self.method.begin_task(self.model.model, number, self.seed)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
@@ -252,7 +287,7 @@ class MethodRun:
             adapter=adapters[-1],
             adapter_since=since,
         )
-        for plugin in sorted(self.plugins, key=lambda plugin: not plugin.changes_start):
+        for plugin in self.plugins:
             plugin.before_task(context)
         if fresh and since == part.number and any(plugin.changes_start for plugin in self.plugins):
             # What was found out by measuring may come out otherwise on another machine: a run that goes on takes this.
@@ -275,7 +310,7 @@ class MethodRun:
             train_tokens=self.result.train_tokens + part.settings.epochs * sum(len(row["input_ids"]) for row in rows),
             train_seconds=self.result.train_seconds + ahead + trainer.seconds,
         )
-        for plugin in sorted(self.plugins, key=lambda plugin: not plugin.changes_weights):
+        for plugin in self.plugins:
             guarded = plugin.after_task(context)
             if guarded is not None:
                 self._add(guarded=[*self.result.guarded, guarded])

@@ -14,7 +14,7 @@ from transformers.trainer_utils import SchedulerType
 
 from curlora.continual.processes import use_cpu
 
-__all__ = ["Settings"]
+__all__ = ["OF_A_METHOD", "Settings"]
 
 # The arguments of transformers' Trainer that the engine sets itself.
 _OWN_ARGUMENTS = {
@@ -31,17 +31,23 @@ _OWN_ARGUMENTS = {
 # These follow an evaluation in the course of training.
 _NOT_BY_STEPS = ("reduce_lr_on_plateau", "greedy")
 
+# What may be different for a method: nothing that changes what is scored, or how.
+OF_A_METHOD = {
+    "epochs", "batch_size", "gradient_accumulation_steps", "head_learning_rate", "weight_decay", "max_grad_norm",
+    "schedule", "warmup", "trainer",
+}  # fmt: skip
+
 
 class Settings(BaseModel):
     """How every method of a run is trained and measured.
 
-    A head has its own learning rate, the same for all methods. Batch sizes count the examples of one step over all
-    processes together. ``warmup`` is a share of a task's steps if below 1, else a number of steps. ``max_grad_norm`` 0
-    leaves gradients as they are. ``checkpoint_steps`` is what a kill can cost at most. ``forward_transfer`` scores each
-    task also just before it is learned. ``trainer`` holds further arguments of transformers' ``TrainingArguments``,
-    such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
+    A head has its own learning rate, ``head_learning_rate``, beside the method's. Batch sizes count the examples of one
+    step over all processes together. ``warmup`` is a share of a task's steps if below 1, else a number of steps.
+    ``max_grad_norm`` 0 leaves gradients as they are. ``checkpoint_steps`` is what a kill can cost at most.
+    ``forward_transfer`` scores each task also just before it is learned. ``trainer`` holds further arguments of
+    transformers' ``TrainingArguments``, such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
 
-    ``readout``, ``order``, ``schedule_length`` and ``evaluation`` are switches of the protocol; see
+    ``readout``, ``order``, ``schedule_length``, ``evaluation`` and ``heads`` are switches of the protocol; see
     :mod:`curlora.continual.protocol`.
     """
 
@@ -66,6 +72,7 @@ class Settings(BaseModel):
     order: Literal["shuffled", "as_given"] = "shuffled"
     schedule_length: Literal["batches", "examples"] = "batches"
     evaluation: Literal["batched", "one_by_one"] = "batched"
+    heads: Literal["by_seed", "fixed"] = "by_seed"
 
     @field_validator("schedule")
     @classmethod

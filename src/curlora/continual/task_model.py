@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from curlora.continual.tasks import IGNORED
 
-__all__ = ["Answers", "TaskModel"]
+__all__ = ["HEAD_SEED", "Answers", "TaskModel"]
 
 # The paper's seed of a fresh head (section 5).
 HEAD_SEED = 1311
@@ -47,8 +47,13 @@ class TaskModel(nn.Module):
         self.heads = nn.ModuleDict()
         self._begun_with: set[str] = set()
 
-    def begin(self, task: int, classes: int | None) -> None:
+    def begin(self, task: int, classes: int | None, seed: int = HEAD_SEED) -> None:
         """Begin a task: freeze the heads of others, and add a fresh one unless ``classes`` is ``None``.
+
+        Args:
+            task: its number in the stream.
+            classes: outputs of its head.
+            seed: that the head's values are drawn with.
 
         An adapter of its own, where it has one, is added after this.
         """
@@ -57,7 +62,7 @@ class TaskModel(nn.Module):
         if classes is None:
             return
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(HEAD_SEED)
+            torch.manual_seed(seed)
             head = nn.Linear(self.language_model.config.hidden_size, classes)
         self.heads[str(task)] = head.to(next(self.model.parameters()).device)
 

@@ -96,12 +96,12 @@ class TaskTrainer(Trainer):
             **{"dataloader_pin_memory": torch.cuda.is_available(), **reporting},
         )
         groups: list[dict[str, Any]] = []
+        backbone = list(model.backbone_parameters())
+        if backbone:  # the first: the Trainer logs its learning rate
+            groups.append({"params": backbone, "lr": learning_rate})
         head = [p for p in model.heads.parameters() if p.requires_grad]
         if head:
             groups.append({"params": head, "lr": settings.head_learning_rate})
-        backbone = list(model.backbone_parameters())
-        if backbone:
-            groups.append({"params": backbone, "lr": learning_rate})
         optimizer = None
         if groups:
             betas = (arguments.adam_beta1, arguments.adam_beta2)

@@ -1,13 +1,13 @@
 """The guard: what general text uses of a model, and training that leaves it alone as far as a user asks for."""
 
 from curlora.guard.anchors import Anchors
-from curlora.guard.budget import keep_within
 from curlora.guard.calibration import Calibration, Moments
 from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.redraw import redraw
+from curlora.guard.scale_back import scale_to_limit
 from curlora.guard.text import perplexity
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "GuardError",
     "Moments",
     "calibrate",
-    "keep_within",
     "perplexity",
     "redraw",
+    "scale_to_limit",
 ]

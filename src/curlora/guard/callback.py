@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from curlora.guard.budget import keep_within
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
+from curlora.guard.scale_back import scale_to_limit
 from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["GuardCallback", "Kept"]
@@ -32,10 +32,11 @@ class GuardCallback(TrainerCallback):
     by ``report_to`` read the logs before any callback of a user's, and do not see it.
 
     With a ``measure`` the limit holds by measurement as well: when training has ended, what it changed in ``U`` is
-    scaled back along itself until the measure allows it (:func:`curlora.guard.keep_within`), and :attr:`kept` says how
-    far it was. Whatever else was trained stays as it is, and counts. Checkpoints of the training are from before that;
-    save the model after ``train``. Make the callback where training begins, before a checkpoint is gone on from: what
-    training changed is counted from there, and of a further training from where the last one ended.
+    scaled back along itself until the measure allows it (:func:`curlora.guard.scale_to_limit`), and :attr:`kept`
+    says how far it was. Whatever else was trained stays as it is, and counts. Checkpoints of the training are from
+    before that; save the model after ``train``. Make the callback where training begins, before a checkpoint is
+    gone on from: what training changed is counted from there, and of a further training from where the last one
+    ended.
 
     Args:
         guard: of the model that is trained.
@@ -76,7 +77,7 @@ class GuardCallback(TrainerCallback):
         if self.measure is None or self.max_rise is None:
             return
         finite = all(bool(U.isfinite().all()) for U in self._now())
-        found = keep_within(
+        found = scale_to_limit(
             self.max_rise, lambda: self._measured() / self._at_start - 1, self.guard.parameters, self._before
         )
         self.kept = Kept(*found)

@@ -45,7 +45,7 @@ class Guard:
         budget: the most that may be forgotten, in nats per token of the calibration's text; ``None`` for no limit.
         max_perplexity_increase: a relative rise of perplexity, 0.01 for 1 %, as a budget of ``log(1.01)`` nats. That is
             what the rise would be on text that the model itself might have written. What it is on a text at hand is for
-            a measurement to say, after training: :func:`curlora.guard.keep_within`.
+            a measurement to say, after training: :func:`curlora.guard.scale_to_limit`.
         damping: see :func:`curlora.guard.coordinates.coordinates`.
         adapter: the adapter's name; the active one if ``None``.
 

@@ -14,7 +14,7 @@ from curlora.continual import load_recipe, run_recipe
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
-from curlora.continual.plugins import EWC, GuardPlugin, TaskContext, TowardBase
+from curlora.continual.plugins import EWC, GuardPlugin, KLToBase, TaskContext
 from curlora.continual.recipe import RecipeError
 from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
@@ -213,7 +213,7 @@ def test_the_penalty_is_toward_the_base_where_its_weights_were_changed(guarded_p
     kind = lora if method == "pissa" else {"method": "full"}
     drifts = {}
     for strength in (1e-6, 1e3):
-        plugins = [{"name": "toward_base", "strength": strength, "tokens": 64}]
+        plugins = [{"name": "kl_to_base", "strength": strength, "tokens": 64}]
         content["methods"] = [{"name": "held", "learning_rate": 0.01, "plugins": plugins, **kind}]
         guarded_path.write_text(yaml.safe_dump(content))
         results = run_recipe(load_recipe(guarded_path), tmp_path / f"{strength}")
@@ -230,7 +230,7 @@ def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_p
         with adapted.disable_adapter():
             return adapted(input_ids=ids, logits_to_keep=kept).logits
 
-    plugin = TowardBase(strength=3.0, tokens=8)
+    plugin = KLToBase(strength=3.0, tokens=8)
     plugin.before_task(TaskContext(0, model, [], lambda rows: {}, 0, text, base_logits))
     for number in range(4):
         plugin.step = number

@@ -23,6 +23,8 @@ def make_method(
     plugins: Sequence[Callable[[], Plugin]] = (),
     lora_start: str = "peft",
     adapter_per_task: bool = False,
+    training: dict[str, Any] | None = None,
+    grid: dict[str, Any] | None = None,
 ) -> Method:
     """A method by its name: ``"frozen"``, ``"full"``, or an adapter of PEFT such as ``"lora"`` or ``"curlora"``.
 
@@ -30,8 +32,9 @@ def make_method(
         ValueError: if it is none of these, or an option is unknown or not allowed.
     """
     fields: dict[str, Any] = dict(
-        name=name, label=label, learning_rate=learning_rate, options=options or {}, plugins=plugins
-    )
+        name=name, label=label, learning_rate=learning_rate, options=options or {}, plugins=plugins,
+        training=training or {}, grid=grid or {},
+    )  # fmt: skip
     if adapter_per_task and method in ("frozen", "full"):
         raise ValueError(f"adapter_per_task is for adapters, and {method} has none")
     if method == "frozen":

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from curlora.continual.heldout import HeldOut
 from curlora.continual.plugins import Plugin
 
 __all__ = ["Method"]
@@ -24,6 +25,8 @@ class Method:
         learning_rate: of everything that is trained but the heads.
         options: of the method; each kind says which it has.
         plugins: make what is combined with the method, anew for every seed.
+        training: settings that are different for this method.
+        grid: where it is one of a recipe's grid, what it has there.
 
     Raises:
         ValueError: if an option is unknown or not allowed.
@@ -36,6 +39,8 @@ class Method:
     learning_rate: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     plugins: Sequence[Callable[[], Plugin]] = ()
+    training: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -46,12 +51,18 @@ class Method:
         """Its options, for the report."""
         return self.options
 
-    def apply(self, model: nn.Module, seed: int) -> nn.Module:
+    @property
+    def needs_guard_text(self) -> bool:
+        """Whether :meth:`apply` looks at a general text."""
+        return False
+
+    def apply(self, model: nn.Module, seed: int, text: HeldOut | None = None) -> nn.Module:
         """Prepare a fresh base model for training.
 
         Args:
             model: a causal language model; it is changed.
             seed: of the run.
+            text: the recipe's ``guard`` text, where it has one.
 
         Returns:
             What is trained.

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 
 __all__ = ["Frozen"]
@@ -28,7 +29,7 @@ class Frozen(Method):
     def kind(self) -> str:
         return "frozen"
 
-    def apply(self, model: nn.Module, seed: int) -> nn.Module:
+    def apply(self, model: nn.Module, seed: int, text: HeldOut | None = None) -> nn.Module:
         return model.requires_grad_(False)
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:

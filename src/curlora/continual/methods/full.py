@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 
 __all__ = ["Full"]
@@ -26,7 +27,7 @@ class Full(Method):
     def kind(self) -> str:
         return "full"
 
-    def apply(self, model: nn.Module, seed: int) -> nn.Module:
+    def apply(self, model: nn.Module, seed: int, text: HeldOut | None = None) -> nn.Module:
         return model.requires_grad_(True)
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:

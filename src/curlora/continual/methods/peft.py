@@ -13,10 +13,13 @@ import torch
 from peft import PeftConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
+from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 
 __all__ = ["Peft", "peft_types"]
@@ -105,12 +108,23 @@ class Peft(Method):
                 raise ValueError(f"{config_class.__name__} has no option {option!r}")
         options = {**({"seed": seed} if self.peft_type == "curlora" else {}), **self.options}
         try:
+            if self.needs_guard_text:
+                options["corda_config"] = CordaConfig(**{"corda_method": "kpm", **options.get("corda_config", {})})
             return config_class(**options)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{config_class.__name__}: {error}") from error
 
-    def apply(self, model: nn.Module, seed: int) -> nn.Module:
-        adapted = get_peft_model(model, self.configuration(seed), adapter_name=self.adapter(0))
+    @property
+    def needs_guard_text(self) -> bool:
+        return self.options.get("init_lora_weights") == "corda"
+
+    def apply(self, model: nn.Module, seed: int, text: HeldOut | None = None) -> nn.Module:
+        config = self.configuration(seed)
+        if self.needs_guard_text:
+            if text is None:
+                raise ValueError("CorDA goes by what a general text uses of the model: say which, under guard")
+            _prepare_corda(model, config, text)
+        adapted = get_peft_model(model, config, adapter_name=self.adapter(0))
         self._start_lora(adapted, self.adapter(0))
         return adapted
 
@@ -170,3 +184,19 @@ class Peft(Method):
         # Into the folder itself, or where each task has an adapter into a folder for each.
         peft_model.save_pretrained(directory / "adapter", save_embedding_layers=False)
         return sum(file.stat().st_size for file in (directory / "adapter").rglob(SAFETENSORS_WEIGHTS_NAME))
+
+
+def _prepare_corda(model: nn.Module, config: Any, text: HeldOut) -> None:
+    """Decompose the weights by what a text uses of them (Yang et al. 2024, https://arxiv.org/abs/2406.05223).
+
+    In its knowledge-preserving mode, the default here, the adapter then begins as the part that the text uses least.
+    """
+    device = next(model.parameters()).device
+
+    @torch.no_grad()
+    def run() -> None:
+        for piece in text.pieces():
+            model(input_ids=piece.to(device)[None], use_cache=False)
+
+    model.eval()
+    preprocess_corda(model, config, run_model=run)

@@ -9,33 +9,38 @@ from curlora.continual.plugins.anchors import AnchorsPlugin
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.ewc import EWC
 from curlora.continual.plugins.guard import GuardPlugin
+from curlora.continual.plugins.kl_to_base import KLToBase
 from curlora.continual.plugins.probe import Probe
 from curlora.continual.plugins.redraw import Redraw
 from curlora.continual.plugins.replay import Replay
-from curlora.continual.plugins.toward_base import TowardBase
+from curlora.continual.plugins.scale_back import ScaleBack
 
 __all__ = [
     "EWC",
     "PLUGINS",
     "AnchorsPlugin",
     "GuardPlugin",
+    "KLToBase",
     "Plugin",
     "Probe",
     "Redraw",
     "Replay",
+    "ScaleBack",
     "TaskContext",
-    "TowardBase",
     "make_plugin",
 ]
 
+# In the order in which they act before a task and after it: what changes the model, then its head, then what looks at
+# both.
 PLUGINS: dict[str, type[Plugin]] = {
-    "anchors": AnchorsPlugin,
-    "ewc": EWC,
-    "guard": GuardPlugin,
-    "probe": Probe,
     "redraw": Redraw,
+    "guard": GuardPlugin,
+    "scale_back": ScaleBack,
+    "probe": Probe,
+    "ewc": EWC,
+    "anchors": AnchorsPlugin,
     "replay": Replay,
-    "toward_base": TowardBase,
+    "kl_to_base": KLToBase,
 }
 
 

@@ -60,11 +60,9 @@ class Plugin(TrainerCallback):
     """Whether it does something where heads are all that is trained."""
     needs_guard_text: ClassVar[bool] = False
     changes_start: ClassVar[bool] = False
-    """Whether :meth:`before_task` changes the model: then it comes before those of plug-ins that look at it."""
+    """Whether :meth:`before_task` changes the model: then it is saved as it is after that."""
     holds_trained: ClassVar[bool] = False
     """Whether it keeps later tasks from changing what earlier ones have trained."""
-    changes_weights: ClassVar[bool] = False
-    """Whether :meth:`after_task` does: then it comes before those of plug-ins that look at what was learned."""
 
     def describe(self) -> dict[str, Any]:
         """Its name and options, for the report."""

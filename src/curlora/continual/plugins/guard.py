@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.continual.errors import RunError
-from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.plugins.scale_back import ScaleBack, text_of
 from curlora.continual.results import Guarded
-from curlora.guard import Calibration, Guard, GuardError, calibrate, keep_within
+from curlora.guard import Calibration, Guard, GuardError, calibrate
 
 __all__ = ["GuardPlugin"]
 
@@ -22,12 +22,12 @@ class GuardPlugin(Plugin):
     """Trains a CURLoRA adapter under :class:`curlora.Guard`, with the recipe's ``guard`` text.
 
     Before an adapter's first task, as a rule the stream's, the model is calibrated as it is then. In training the
-    predicted forgetting stays within the budget. After each task the rise of the text's perplexity is measured, over
-    all that has been learned so far, and what the task changed is scaled back until it is allowed
-    (:func:`curlora.guard.budget.keep_within`).
+    predicted forgetting stays within the budget. After each task what the text has lost is measured, over all that has
+    been learned so far, and what the task changed is scaled back until it is allowed, as :class:`ScaleBack` does it.
 
     Args:
         max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
+        max_kl: in its place the most that ``KL(base || model)`` on the text may be, in nats per token.
         spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it,
             and each later one can only learn at the cost of those before it; with an adapter for each task, only what
             they have left of it.
@@ -39,56 +39,47 @@ class GuardPlugin(Plugin):
             mixture of experts does.
 
     Raises:
-        ValueError: if one of them is not positive.
+        ValueError: if not exactly one limit is given, or an option is not positive.
     """
 
     only_for: ClassVar[str | None] = "curlora"
     needs_guard_text: ClassVar[bool] = True
-    changes_weights: ClassVar[bool] = True
 
     def __init__(
         self,
-        max_perplexity_increase: float,
+        max_perplexity_increase: float | None = None,
+        max_kl: float | None = None,
         spread: bool = True,
         slack: float = 1.0,
         damping: float = 0.1,
         batch_size: int = 8,
     ) -> None:
-        self.limit, self.slack, self.damping = float(max_perplexity_increase), float(slack), float(damping)
-        for name, value in (
-            ("max_perplexity_increase", self.limit), ("slack", self.slack), ("damping", self.damping)
-        ):  # fmt: skip
+        self.kept = ScaleBack(max_perplexity_increase, max_kl, spread)
+        self.slack, self.damping = float(slack), float(damping)
+        for name, value in (("slack", self.slack), ("damping", self.damping)):
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"guard needs a positive {name}, got {value}")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"guard needs a batch_size of 1 or more, got {batch_size!r}")
-        if not isinstance(spread, bool):
-            raise ValueError(f"guard needs a spread that is true or false, got {spread!r}")
-        self.batch_size, self.spread = batch_size, spread
+        self.batch_size = batch_size
         self.calibration: Calibration | None = None
         self.calibrated_at = 0  # the task before which it was
         self.drift_before = 0.0  # predicted of adapters that are not trained any more
         self.learned = 0.0  # predicted of all of them after the last task
-        self.base_perplexity = math.nan
         self.guard: Guard | None = None
-        self.before: list[Tensor] = []
 
     def describe(self) -> dict[str, Any]:
         return {
             "name": "guard",
-            "max_perplexity_increase": self.limit,
-            "spread": self.spread,
+            **self.kept.limits(),
             "slack": self.slack,
             "damping": self.damping,
             "batch_size": self.batch_size,
         }
 
     def before_task(self, context: TaskContext) -> None:
-        text = _text(context)
+        text = text_of(context)
         try:
-            if self.calibration is None:
-                # The base model: no task has been learned, or this would have been saved with it.
-                self.base_perplexity = measure(context.model.language_model, text).perplexity
             if self.calibration is None or self.calibrated_at < context.adapter_since:
                 self.calibration = calibrate(
                     context.model.language_model,
@@ -102,13 +93,13 @@ class GuardPlugin(Plugin):
             self.guard = Guard(
                 context.model.language_model,
                 self.calibration,
-                budget=self.slack * math.log1p(self._limit(context, since=context.adapter_since)),
+                budget=self.slack * self.kept.nats(context, since=context.adapter_since),
                 damping=self.damping,
                 adapter=context.adapter,
             )
         except GuardError as error:
             raise RunError(f"plug-in guard: {error}") from error
-        self.before = [U.detach().clone() for U in self.guard.parameters]
+        self.kept.begin(context, self.guard.parameters)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -123,37 +114,23 @@ class GuardPlugin(Plugin):
     def drift(self) -> float | None:
         return None if self.guard is None else self.drift_before + self.guard.drift()
 
-    def after_task(self, context: TaskContext) -> Guarded:
+    def after_task(self, context: TaskContext) -> Guarded | None:
         assert self.guard is not None
-        text, model = _text(context), context.model
-
-        def rise() -> float:
-            return measure(model.language_model, text).perplexity / self.base_perplexity - 1
-
-        limit = self._limit(context)
-        scale, found = keep_within(limit, rise, self.guard.parameters, self.before)
+        kept = self.kept.after_task(context)
         self.learned = self.drift_before + self.guard.drift()
-        return Guarded(predicted=self.learned, perplexity_rise=found, limit=limit, scale=scale)
-
-    def _limit(self, context: TaskContext, since: int = 0) -> float:
-        """What the text may have lost after the task, of what it had before the task of number ``since``."""
-        return self.limit * (context.number + 1 - since) / context.tasks if self.spread else self.limit
+        return None if kept is None else kept.model_copy(update={"predicted": self.learned})
 
     def state_dict(self) -> dict[str, Tensor]:
         if self.calibration is None:
             return {}
-        numbers = (self.base_perplexity, self.calibrated_at, self.drift_before, self.learned)
-        state = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
-        return {**state, **{f"calibration.{name}": value for name, value in self.calibration.state_dict().items()}}
+        numbers = torch.tensor((self.calibrated_at, self.drift_before, self.learned), dtype=torch.float64)
+        calibration = {f"calibration.{name}": value for name, value in self.calibration.state_dict().items()}
+        return {"numbers": numbers, **self.kept.state_dict(), **calibration}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         prefix = "calibration."
-        moments = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        self.calibration = Calibration.from_state_dict(moments)
-        self.base_perplexity, calibrated_at, self.drift_before, self.learned = state["numbers"].tolist()
+        calibration = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        self.calibration = Calibration.from_state_dict(calibration)
+        self.kept.load_state_dict(state)
+        calibrated_at, self.drift_before, self.learned = state["numbers"].tolist()
         self.calibrated_at = int(calibrated_at)
-
-
-def _text(context: TaskContext) -> HeldOut:
-    assert context.guard_text is not None  # the recipe sees to it
-    return context.guard_text

@@ -23,26 +23,38 @@ class Probe(Plugin):
     ``frozen`` this is a baseline that is as good as heads can be. Tasks without a head are left alone.
 
     Args:
+        again: whether the head is fitted once more when the task has been learned, to what the model has become. What
+            other plug-ins do to the model then comes first.
         ridge: see :func:`curlora.continual.probe.fit`.
         batch_size: rows that states are computed of together.
 
     Raises:
-        ValueError: if ``ridge`` is not positive, or ``batch_size`` not a whole number of 1 or more.
+        ValueError: if ``ridge`` is not positive, ``batch_size`` not a whole number of 1 or more, or ``again`` no truth
+            value.
     """
 
     for_heads: ClassVar[bool] = True
 
-    def __init__(self, ridge: float = 0.1, batch_size: int = 32) -> None:
-        self.ridge, self.batch_size = float(ridge), batch_size
+    def __init__(self, ridge: float = 0.1, batch_size: int = 32, again: bool = False) -> None:
+        self.ridge, self.batch_size, self.again = float(ridge), batch_size, again
         if not (self.ridge > 0 and math.isfinite(self.ridge)):
             raise ValueError(f"probe needs a positive ridge, got {ridge}")
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"probe needs a batch_size of 1 or more, got {batch_size!r}")
+        if not isinstance(again, bool):
+            raise ValueError(f"probe needs again that is true or false, got {again!r}")
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "probe", "ridge": self.ridge, "batch_size": self.batch_size}
+        return {"name": "probe", "ridge": self.ridge, "batch_size": self.batch_size, "again": self.again}
 
     def before_task(self, context: TaskContext) -> None:
+        self._fit(context)
+
+    def after_task(self, context: TaskContext) -> None:
+        if self.again:
+            self._fit(context)
+
+    def _fit(self, context: TaskContext) -> None:
         heads, key = context.model.heads, str(context.number)
         if key not in heads:
             return

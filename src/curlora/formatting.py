@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from curlora.continual.results import Statistic
 
-__all__ = ["format_number", "format_percent", "format_size", "format_statistic", "format_time", "per_cent"]
+__all__ = ["allowed", "format_number", "format_percent", "format_size", "format_statistic", "format_time", "per_cent"]
 
 
 def format_statistic(statistic: Statistic, signed: bool = False, digits: int = 3) -> str:
@@ -44,3 +45,10 @@ def per_cent(statistic: Statistic) -> Statistic:
     """A share, a hundred times."""
     deviation = None if statistic.deviation is None else 100 * statistic.deviation
     return Statistic(mean=100 * statistic.mean, deviation=deviation)
+
+
+def allowed(record: Mapping[str, Statistic | None]) -> str:
+    """The limit of :meth:`curlora.continual.results.MethodResult.guarded`: per cent of perplexity, or nats of KL."""
+    limit = record["limit"]
+    assert limit is not None
+    return f"{limit.mean:.4f}" if record["kl"] is not None else f"{100 * limit.mean:.2f} %"

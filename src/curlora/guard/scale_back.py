@@ -10,11 +10,11 @@ from torch import Tensor
 
 from curlora.tuner.sharded import laid_out_like, whole
 
-__all__ = ["keep_within"]
+__all__ = ["scale_to_limit"]
 
 
 @torch.no_grad()
-def keep_within(
+def scale_to_limit(
     limit: float,
     measure: Callable[[], float],
     parameters: Sequence[Tensor],

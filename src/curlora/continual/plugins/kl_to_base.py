@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.task_model import TaskModel
 
-__all__ = ["TowardBase"]
+__all__ = ["KLToBase"]
 
 
-class TowardBase(Plugin):
+class KLToBase(Plugin):
     """Adds ``strength * KL(base || model)`` on a piece of the recipe's ``guard`` text to the loss of every step.
 
     As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
@@ -35,14 +35,14 @@ class TowardBase(Plugin):
     def __init__(self, strength: float, tokens: int = 128) -> None:
         self.strength = float(strength)
         if not (self.strength > 0 and math.isfinite(self.strength)) or not isinstance(tokens, int) or tokens < 2:
-            raise ValueError(f"toward_base needs a positive strength and 2 tokens or more, got {strength=} {tokens=}")
+            raise ValueError(f"kl_to_base needs a positive strength and 2 tokens or more, got {strength=} {tokens=}")
         self.tokens = tokens
         self.pieces: list[Tensor] = []
         self.step = 0
         self.base_logits: Callable[[Tensor, int], Tensor] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "toward_base", "strength": self.strength, "tokens": self.tokens}
+        return {"name": "kl_to_base", "strength": self.strength, "tokens": self.tokens}
 
     def before_task(self, context: TaskContext) -> None:
         assert context.guard_text is not None  # the recipe sees to it

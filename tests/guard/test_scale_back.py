@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curlora.guard import keep_within
+from curlora.guard import scale_to_limit
 
 
 def step(curve, limit, **options):
@@ -19,7 +19,7 @@ def step(curve, limit, **options):
         seen.append(float(parameter) / 10)
         return curve(float(parameter) / 10)
 
-    scale, found = keep_within(limit, measure, [parameter], [torch.zeros(1)], **options)
+    scale, found = scale_to_limit(limit, measure, [parameter], [torch.zeros(1)], **options)
     assert float(parameter) / 10 == pytest.approx(scale)  # it is left where it says
     assert found == curve(float(parameter) / 10)  # of a curve that jumps, the scale is not exact enough
     return scale, found, len(seen)
@@ -80,7 +80,7 @@ def test_parameters_that_are_not_finite_are_taken_back_at_once():
         seen.append(1)
         return float(sum(parameters))
 
-    assert keep_within(0.5, measure, parameters, [torch.tensor([0.25]), torch.tensor([0.125])]) == (0.0, 0.375)
+    assert scale_to_limit(0.5, measure, parameters, [torch.tensor([0.25]), torch.tensor([0.125])]) == (0.0, 0.375)
     assert [float(p) for p in parameters] == [0.25, 0.125]
     assert len(seen) == 2
 
@@ -93,5 +93,5 @@ def test_an_error_while_measuring_loses_nothing():
         return next(answers)  # then there is nothing more
 
     with pytest.raises(StopIteration):
-        keep_within(1.0, measure, [U], [torch.zeros(2, 2)])
+        scale_to_limit(1.0, measure, [U], [torch.zeros(2, 2)])
     assert (U == 3).all()

@@ -1,0 +1,90 @@
+"""A method's grid: ``{grid: [a, b]}`` in the place of any value stands for one method with ``a`` and one with ``b``."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+__all__ = ["expand"]
+
+
+class _Grid(NamedTuple):
+    path: tuple[str | int, ...]
+    """Where it stands in the entry: keys, and places in lists."""
+    names: tuple[str, ...]
+    """The same for people: an entry of a list is called by its own name, where it has one."""
+    choices: list[Any]
+
+
+def expand(method: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The methods that an entry of a recipe stands for: one for each combination of the values in its grids.
+
+    Each is called as the entry, with the values that it has behind an ``@``, such as ``lora@learning_rate=0.001,r=16``;
+    its ``grid`` holds them by the keys that are named there. An entry without a grid is returned alone.
+
+    >>> [one["name"] for one in expand({"name": "lora", "options": {"r": {"grid": [8, 16]}}})]
+    ['lora@r=8', 'lora@r=16']
+
+    Args:
+        method: as the recipe has it, not checked yet.
+
+    Raises:
+        ValueError: if a grid is no list of two or more values that differ.
+    """
+    grids = list(_grids(method))
+    if not grids:
+        return [dict(method)]
+    keys = [_key(grid, grids) for grid in grids]
+    label = method.get("label") or method.get("name")
+    expanded = []
+    for values in itertools.product(*(grid.choices for grid in grids)):
+        shown = [(key, _plain(value)) for key, value in zip(keys, values, strict=True)]
+        one = _replaced(method, {grid.path: value for grid, value in zip(grids, values, strict=True)})
+        one["name"] = f"{method.get('name')}@" + ",".join(f"{key}={value}" for key, value in shown)
+        one["label"] = f"{label}, " + ", ".join(f"{key} {value}" for key, value in shown)
+        one["grid"] = dict(zip(keys, values, strict=True))
+        expanded.append(one)
+    return expanded
+
+
+def _grids(value: Any, path: tuple[str | int, ...] = (), names: tuple[str, ...] = ()) -> Iterator[_Grid]:
+    if isinstance(value, Mapping) and path and set(value) == {"grid"}:
+        choices = value["grid"]
+        if not isinstance(choices, list) or len(choices) < 2:
+            raise ValueError(f"{'.'.join(names)}: a grid is a list of two or more values, got {choices!r}")
+        if len({json.dumps(choice, sort_keys=True, default=str) for choice in choices}) < len(choices):
+            raise ValueError(f"{'.'.join(names)}: a value is twice in the grid {choices!r}")
+        yield _Grid(path, names, choices)
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _grids(inner, (*path, key), (*names, str(key)))
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            name = inner.get("name", place) if isinstance(inner, Mapping) else place
+            yield from _grids(inner, (*path, place), (*names, str(name)))
+
+
+def _key(grid: _Grid, grids: list[_Grid]) -> str:
+    """Its last name, or as many of them as it takes to tell it from the others."""
+    others = [other.names for other in grids if other is not grid]
+    lengths = range(1, len(grid.names) + 1)
+    length = next((n for n in lengths if all(other[-n:] != grid.names[-n:] for other in others)), len(grid.names))
+    return ".".join(grid.names[-length:])
+
+
+def _replaced(value: Any, chosen: Mapping[tuple[str | int, ...], Any], path: tuple[str | int, ...] = ()) -> Any:
+    if path in chosen:
+        return chosen[path]
+    if isinstance(value, Mapping):
+        return {key: _replaced(inner, chosen, (*path, key)) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, chosen, (*path, place)) for place, inner in enumerate(value)]
+    return value
+
+
+def _plain(value: Any) -> str:
+    """As it may stand in the name of a folder."""
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")

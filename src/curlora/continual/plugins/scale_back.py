@@ -1,0 +1,114 @@
+"""After each task what it changed is scaled back until a general text has lost no more than is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.results import Guarded, TextScore
+from curlora.guard import scale_to_limit
+
+__all__ = ["ScaleBack"]
+
+
+class ScaleBack(Plugin):
+    """Limits what any method costs on the recipe's ``guard`` text, by measuring it at the end of each task.
+
+    Everything that the task trained, heads excepted, is moved back along the straight line to where it was before the
+    task, until the limit is kept (:func:`curlora.guard.scale_to_limit`). This is what a guard does at the end, without
+    what a guard does in training: the simplest rival that keeps to a budget. It holds a copy of the trained
+    parameters.
+
+    Args:
+        max_perplexity_increase: of the text over the whole stream, relative to the base model: 0.01 for 1 %.
+        max_kl: in its place the most that ``KL(base || model)`` on the text may be, in nats per token.
+        spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it.
+
+    Raises:
+        ValueError: if not exactly one limit is given, it is not positive, or ``spread`` is no truth value.
+    """
+
+    needs_guard_text: ClassVar[bool] = True
+
+    def __init__(
+        self, max_perplexity_increase: float | None = None, max_kl: float | None = None, spread: bool = True
+    ) -> None:
+        limits = {"max_perplexity_increase": max_perplexity_increase, "max_kl": max_kl}
+        given = {name: float(value) for name, value in limits.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError("give one limit: max_perplexity_increase or max_kl")
+        ((name, self.limit),) = given.items()
+        if not (self.limit > 0 and math.isfinite(self.limit)):
+            raise ValueError(f"a limit is positive, got {name} {self.limit}")
+        if not isinstance(spread, bool):
+            raise ValueError(f"spread is true or false, got {spread!r}")
+        self.limits_kl, self.spread = name == "max_kl", spread
+        self.base_perplexity = math.nan
+        self.parameters: list[Tensor] = []
+        self.before: list[Tensor] = []
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "scale_back", **self.limits()}
+
+    def limits(self) -> dict[str, Any]:
+        """The options, for the report."""
+        return {"max_kl" if self.limits_kl else "max_perplexity_increase": self.limit, "spread": self.spread}
+
+    def nats(self, context: TaskContext, since: int = 0) -> float:
+        """What may be lost from before the task of number ``since`` to the end of this one, in nats per token."""
+        limit = self.limit_after(context.number + 1 - since, context.tasks)
+        return limit if self.limits_kl else math.log1p(limit)
+
+    def limit_after(self, learned: int, tasks: int) -> float:
+        """The limit when so many of the stream's tasks have been learned."""
+        return self.limit * learned / tasks if self.spread else self.limit
+
+    def before_task(self, context: TaskContext) -> None:
+        self.begin(context, list(context.model.backbone_parameters()))
+
+    def begin(self, context: TaskContext, parameters: Sequence[Tensor]) -> None:
+        """Remember where ``parameters`` are; before the first task also what the text is like to the base model."""
+        if math.isnan(self.base_perplexity):
+            self.base_perplexity = measure(context.model.language_model, text_of(context)).perplexity
+        self.parameters = list(parameters)
+        self.before = [parameter.detach().clone() for parameter in parameters]
+
+    def after_task(self, context: TaskContext) -> Guarded | None:
+        limit = self.limit_after(context.number + 1, context.tasks)
+        base_logits: Callable[[Tensor, int], Tensor] | None = context.base_logits if self.limits_kl else None
+        if not self.parameters:
+            return None
+        found: dict[float, TextScore] = {}
+
+        def lost() -> float:
+            score = measure(context.model.language_model, text_of(context), base_logits)
+            value = score.drift if self.limits_kl else score.perplexity / self.base_perplexity - 1
+            found[value] = score
+            return value
+
+        scale, value = scale_to_limit(limit, lost, self.parameters, self.before)
+        score = found.get(value)
+        return Guarded(
+            perplexity_rise=math.nan if score is None else score.perplexity / self.base_perplexity - 1,
+            kl=value if self.limits_kl else None,
+            limit=limit,
+            scale=scale,
+        )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"base_perplexity": torch.tensor(self.base_perplexity, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.base_perplexity = float(state["base_perplexity"])
+
+
+def text_of(context: TaskContext) -> HeldOut:
+    """The recipe's general text, which it has to have."""
+    assert context.guard_text is not None
+    return context.guard_text

@@ -1,0 +1,138 @@
+"""What a study asks: how much was learned for what was forgotten, by each method at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from curlora.continual.results import MethodResult, RunResults, SeedResult, Statistic
+
+__all__ = [
+    "Limit",
+    "Point",
+    "best_within",
+    "front",
+    "limited_text",
+    "limits_of",
+    "points",
+    "what_is_learned",
+]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One method, or one of a method's grid, over all its runs.
+
+    Args:
+        method: the method.
+        learned: see :func:`what_is_learned`.
+        limited: ``KL(base || model)`` on the text that limits are about, in nats per token.
+        rise: of that text's perplexity, as a share.
+        mean, worst: the divergence over the texts that no method is shown: their mean, and the worst of them.
+        mean_rise, worst_rise: the same of perplexity.
+    """
+
+    method: MethodResult
+    learned: Statistic
+    limited: Statistic
+    rise: Statistic
+    mean: Statistic
+    worst: Statistic
+    mean_rise: Statistic
+    worst_rise: Statistic
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A limit on the guard's text: a divergence in nats per token, or a rise of perplexity as a share."""
+
+    figure: Literal["kl", "rise"]
+    value: float
+
+    def __str__(self) -> str:
+        return f"KL {self.value:g}" if self.figure == "kl" else f"perplexity +{100 * self.value:g} %"
+
+    def keeps(self, point: Point) -> bool:
+        """Whether the mean over the point's runs is within."""
+        return (point.limited if self.figure == "kl" else point.rise).mean <= self.value
+
+
+def limits_of(results: RunResults) -> list[Limit]:
+    """The limits that the recipe names."""
+    return [
+        *(Limit("kl", value) for value in results.limits.get("kl", [])),
+        *(Limit("rise", value) for value in results.limits.get("perplexity_increase", [])),
+    ]
+
+
+def limited_text(results: RunResults) -> str:
+    """The text that limits are about: the guard's, or without one the first that is held out."""
+    return next(iter(results.shown), next(iter(results.heldout)))
+
+
+def what_is_learned(results: RunResults) -> str:
+    """What ``learned`` is, in words.
+
+    Where every task is of text that is not generated, accuracy says little, and the loss on the answers is what falls.
+    """
+    return "fall of loss, nats" if _by_loss(results) else "average accuracy"
+
+
+def points(results: RunResults) -> list[Point]:
+    """One for each method, in the run's order."""
+    base = next((method for method in results.methods if method.method == "frozen"), None)
+    limited, unseen = limited_text(results), results.unseen or list(results.heldout)
+    by_loss = _by_loss(results) and base is not None
+    start = _final_loss(base.seeds[0]) if by_loss and base is not None else 0.0
+    return [
+        Point(
+            method,
+            Statistic.of([start - _final_loss(seed) if by_loss else seed.average_accuracy for seed in method.seeds]),
+            method.lost(limited),
+            method.lost(limited, "rise"),
+            method.lost_on(unseen, fmean),
+            method.lost_on(unseen, max),
+            method.lost_on(unseen, fmean, "rise"),
+            method.lost_on(unseen, max, "rise"),
+        )
+        for method in results.methods
+    ]
+
+
+def best_within(known: Sequence[Point], limit: Limit) -> dict[str, Point | None]:
+    """Of each entry of the recipe the point that has learned most within a limit; ``None`` where none is within."""
+    best: dict[str, Point | None] = {}
+    for point in known:
+        entry = point.method.entry
+        present = best.setdefault(entry, None)
+        if limit.keeps(point) and (present is None or point.learned.mean > present.learned.mean):
+            best[entry] = point
+    return best
+
+
+def front(known: Sequence[Point], figure: Callable[[Point], Statistic] = lambda point: point.mean) -> list[Point]:
+    """The points that no other of them beats both in what is learned and in what is forgotten.
+
+    Args:
+        known: of one entry.
+        figure: what is forgotten; the mean divergence on the texts that were not shown, unless given.
+
+    Returns:
+        In the order of that figure.
+    """
+    kept: list[Point] = []
+    for point in sorted(known, key=lambda point: (figure(point).mean, -point.learned.mean)):
+        if not kept or point.learned.mean > kept[-1].learned.mean:
+            kept.append(point)
+    return kept
+
+
+def _by_loss(results: RunResults) -> bool:
+    frozen = any(method.method == "frozen" for method in results.methods)
+    return frozen and all(task.metric == "exact match" and task.kind != "classification" for task in results.tasks)
+
+
+def _final_loss(seed: SeedResult) -> float:
+    return fmean(score.loss for score in seed.scores[-1])

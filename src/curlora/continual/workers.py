@@ -1,0 +1,194 @@
+"""A run that is shared out: each method, order and seed is a task of Ray, on this machine or on a cluster.
+
+Nothing of it is kept in Ray. A task runs into its folder of the run directory, as it would in one process; where a
+worker dies, Ray begins the task again on another, and there it goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from curlora.continual.errors import RunError
+from curlora.continual.run import Base, Finished, Job, Runner, jobs_of, measured_base, run_job
+from curlora.continual.sequence import Encoded, Progress, encode
+
+if TYPE_CHECKING:
+    from curlora.continual.recipe import Recipe
+    from curlora.continual.run import Stream
+
+__all__ = ["ray_workers", "threads"]
+
+_TRIES = 3  # after the first; a machine that goes away takes its tasks along
+_LISTEN = 0.5  # seconds between two looks at what the workers have done
+
+
+@contextlib.contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """While it lasts torch computes on that many threads; as many as before if ``None``."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: str | None) -> Iterator[Runner]:
+    """Ray, started on this machine or joined, as what runs jobs; let go of at the end.
+
+    Args:
+        recipe: what is run. Its ``resources`` are what each job is given.
+        directory: the run directory, which every machine sees.
+        workers: how many jobs run at once, at most; as many as there is room for if ``None``.
+        address: of a running cluster; ``None`` for this machine alone.
+
+    Raises:
+        RunError: if Ray is not installed, the cluster cannot be reached, or nowhere is room for one job.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise RunError("Workers need Ray, which is not installed: pip install 'curlora[ray]'") from error
+    if workers is not None and workers < 1:
+        raise RunError(f"A run needs 1 or more workers, got {workers}.")
+    cpus, gpus = recipe.resources.cpus or 1, recipe.resources.gpus
+    options: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    if address is None:
+        # Cores are not counted: whoever asks for so many workers has them.
+        options |= {"num_cpus": (workers or max(1, (os.cpu_count() or 1) // cpus)) * cpus}
+    else:
+        options = {"address": address, "logging_level": "error", "log_to_driver": False}
+    try:
+        if address is not None and ":" in address:  # Ray itself tries for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(**options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RunError(f"The Ray cluster at {address or 'this machine'} cannot be used: {error}") from error
+    try:
+        there = ray.cluster_resources()
+        if there.get("GPU", 0) < gpus or there.get("CPU", 0) < cpus:
+            raise RunError(
+                f"The recipe gives each method {cpus} CPUs and {gpus:g} GPUs, and there are {there.get('CPU', 0):g} "
+                f"CPUs and {there.get('GPU', 0):g} GPUs in all."
+            )
+        yield functools.partial(_run_on_ray, recipe, directory.absolute(), workers, cpus, gpus)
+    finally:
+        ray.shutdown()
+
+
+def _run_on_ray(
+    recipe: Recipe,
+    directory: Path,
+    workers: int | None,
+    cpus: int,
+    gpus: float,
+    jobs: Sequence[Job],
+    base: Base,
+    listener: Progress,
+) -> Iterator[tuple[Job, Finished]]:
+    import ray
+    from ray.util.queue import Queue
+
+    heard: Any = Queue(actor_options={"num_cpus": 0})
+    content = recipe.model_dump_json()
+    task = ray.remote(_work).options(num_cpus=cpus, num_gpus=gpus, max_retries=_TRIES)
+    waiting = list(jobs)
+    running: dict[Any, Job] = {}
+    progress = _Combined(listener)
+    try:
+        while waiting or running:
+            while waiting and (workers is None or len(running) < workers):
+                job = waiting.pop(0)
+                folder = str(job.folder.absolute().relative_to(directory))
+                running[task.remote(content, str(directory), folder, cpus, heard)] = job
+            done, _ = ray.wait(list(running), timeout=_LISTEN)
+            while not heard.empty():
+                progress.hear(*heard.get())
+            for reference in done:
+                yield running.pop(reference), _record(reference)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+
+
+def _record(reference: Any) -> Finished:
+    import ray
+
+    try:
+        return Finished.model_validate_json(ray.get(reference))
+    except ray.exceptions.RayTaskError as error:
+        cause: BaseException = error.cause
+        while isinstance(cause, ray.exceptions.RayTaskError):
+            cause = cause.cause
+        raise cause from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+        raise RunError(
+            f"A worker has died {_TRIES + 1} times over the same method. It may want more memory than there is."
+        ) from error
+
+
+def _work(content: str, directory: str, folder: str, cpus: int, heard: Any) -> str:
+    """In a worker: run the job of that folder. Its record as JSON."""
+    stream, encoded = _prepared(content, directory)
+    job = next(job for job in jobs_of(stream, Path(directory)) if job.folder == Path(directory) / folder)
+    speaking = _Speaking(folder, heard)
+    with threads(cpus):
+        base = measured_base(stream, encoded, Path(directory))
+        return run_job(job, stream, encoded, base, Path(directory), speaking).model_dump_json()
+
+
+@functools.lru_cache(maxsize=1)
+def _prepared(content: str, directory: str) -> tuple[Stream, list[Encoded]]:
+    """A recipe's data, read once by each worker."""
+    from curlora.continual.launch import build
+    from curlora.continual.recipe import Recipe
+
+    stream = build(Recipe.model_validate(json.loads(content)))
+    stream = stream.with_answers(Path(directory))
+    return stream, encode(stream.tasks, stream.tokenizer, stream.settings)
+
+
+class _Speaking:
+    """A progress that is heard where the run was begun."""
+
+    def __init__(self, folder: str, heard: Any) -> None:
+        self.folder, self.heard = folder, heard
+        self.heard.put((folder, None, 0.0))  # from its beginning, or its last checkpoint
+
+    def stage(self, text: str) -> None:
+        self.heard.put((self.folder, text, 0.0))
+
+    def advance(self, units: float) -> None:
+        self.heard.put((self.folder, "", units))
+
+
+class _Combined:
+    """The progress of all workers as one; what a worker that died had done does not count twice."""
+
+    def __init__(self, listener: Progress) -> None:
+        self.listener = listener
+        self.done: dict[str, float] = {}
+        self.again: dict[str, float] = {}
+
+    def hear(self, folder: str, stage: str | None, units: float) -> None:
+        if stage is None:
+            self.again[folder] = self.done.get(folder, 0.0)
+        elif stage:
+            self.listener.stage(stage)
+        known = min(units, self.again.get(folder, 0.0))
+        self.again[folder] = self.again.get(folder, 0.0) - known
+        self.done[folder] = self.done.get(folder, 0.0) + units - known
+        if units > known:
+            self.listener.advance(units - known)

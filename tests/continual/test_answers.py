@@ -1,0 +1,91 @@
+"""The base model's own answers: sampled once, kept, scored after their prompts."""
+
+import json
+
+import pytest
+import torch
+
+from curlora.continual import load_recipe, run_recipe
+from curlora.continual.answers import Answers, Prompts, answer, kept_answers
+from curlora.continual.errors import RunError
+from curlora.continual.heldout import measure
+from curlora.continual.recipe import RecipeError
+from tests.models import WORDS, llama, word_tokenizer
+
+PROMPTS = [WORDS[1], " ".join(WORDS[2:7]), " ".join(WORDS[7:9])]
+QUICK = ["training.epochs=1"]
+
+
+def test_they_are_the_models_own_and_the_same_for_a_seed():
+    first, again, other = (answer(llama(), word_tokenizer(), PROMPTS, 12, seed) for seed in (0, 0, 1))
+    assert all(
+        torch.equal(a, b) for pair, same in zip(first, again, strict=True) for a, b in zip(pair, same, strict=True)
+    )
+    assert not all(torch.equal(a[1], b[1]) for a, b in zip(first, other, strict=True))
+    assert [prompt.tolist() for prompt, _ in first] == [word_tokenizer()(text)["input_ids"] for text in PROMPTS]
+    assert all(1 <= len(tokens) <= 12 for _, tokens in first)
+
+
+def test_sampling_leaves_the_generator_alone():
+    model = llama()
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    answer(model, word_tokenizer(), PROMPTS, 4, 0)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_an_answer_is_scored_after_its_prompt(tmp_path):
+    text = kept_answers(Prompts("own", tuple(PROMPTS), 6), word_tokenizer(), tmp_path, llama)
+    model, losses = llama(), []
+    for row, prompt in zip(text.rows, text.prompt_lengths, strict=True):
+        log_p = model(row[None]).logits[0].double().log_softmax(-1)
+        losses += [-float(log_p[i - 1, row[i]]) for i in range(prompt, len(row))]
+    expected = torch.tensor(losses).mean().exp().item()
+    assert measure(model, text).perplexity == pytest.approx(expected, rel=1e-5)
+    assert text.windows == 3
+    assert text.describe() == f"own (3 answers of the base model, {len(losses)} tokens)"
+
+
+def test_they_are_kept(tmp_path):
+    text = Prompts("own", tuple(PROMPTS), 6)
+    first = kept_answers(text, word_tokenizer(), tmp_path, llama)
+
+    def no_model():
+        raise AssertionError("it was loaded")
+
+    again = kept_answers(text, word_tokenizer(), tmp_path, no_model)
+    assert isinstance(again, Answers)
+    assert torch.equal(first.tokens, again.tokens)
+    (path,) = tmp_path.glob("answers-*.json")
+    path.write_text(path.read_text()[:-5])
+    with pytest.raises(RunError, match=r"does not hold the base model's answers. Remove it"):
+        kept_answers(text, word_tokenizer(), tmp_path, no_model)
+
+
+def test_a_run_follows_them(recipe_path, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    words = "{name: words, path: text.txt, tokens: 50, window: 16}"
+    where = f"heldout=[{words}, {{name: own, prompts: prompts.txt, max_new_tokens: 5}}]"
+    results = run_recipe(load_recipe(recipe_path, [*QUICK, where]), tmp_path / "run")
+    assert list(results.heldout) == ["words", "own"]
+    lora = results.methods[1].seeds[0]
+    assert lora.heldout["own"][0].drift == 0
+    assert lora.lost("own") > 0
+    listed = where.replace("prompts.txt", json.dumps(PROMPTS))
+    other = run_recipe(load_recipe(recipe_path, [*QUICK, listed]), tmp_path / "listed")
+    assert other.methods[1].seeds[0].heldout == lora.heldout
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("{name: own, prompts: []}", "prompts"),
+        ("{name: own, prompts: missing.txt}", r"heldout 'own' .*missing.txt\) cannot be read"),
+        ("{name: own, prompts: [a], max_new_tokens: 0}", "max_new_tokens"),
+        ("{name: own, prompts: [a], window: 3}", "window"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(part, message, recipe_path, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        run_recipe(load_recipe(recipe_path, [f"heldout=[{part}]"]), tmp_path / "run")

@@ -1,0 +1,134 @@
+"""A run that is shared out over workers gives what it gives in one process, whatever dies on the way."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from curlora.continual import load_recipe, run_recipe
+from curlora.continual.errors import RunError
+from curlora.continual.recipe import RecipeError
+from curlora.continual.workers import _Combined, threads
+from tests.continual.streams import figures
+
+pytest.importorskip("ray", reason="needs Ray")
+
+STUDY = [
+    "training.logging_steps=1", "training.checkpoint_steps=1", "resources={cpus: 1}", "orders=[[second, first]]",
+    "methods.1.learning_rate={grid: [0.01, 0.02]}",
+]  # fmt: skip
+
+
+class Heard:
+    """A progress that adds up."""
+
+    def __init__(self):
+        self.units = self.total = 0.0
+
+    def __call__(self, total):
+        self.total = total
+        return self
+
+    def stage(self, text): ...
+
+    def advance(self, units):
+        self.units += units
+
+
+def workers():
+    """The processes that are running a job."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_bytes().startswith(b"ray::_work"):
+                found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_path, tmp_path):
+    alone = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "alone")
+    killed, over, heard = [], threading.Event(), Heard()
+
+    def kill():
+        while not over.wait(0.02) and len(killed) < 2:
+            if list((tmp_path / "shared").glob("*/seed-0*/checkpoints/*/checkpoint-*/complete")):
+                for process in workers()[:1]:
+                    os.kill(process, signal.SIGKILL)
+                    killed.append(process)
+                time.sleep(1)
+
+    watcher = threading.Thread(target=kill)
+    watcher.start()
+    try:
+        shared = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "shared", heard, workers=2)
+    finally:
+        over.set()
+        watcher.join()
+    assert killed
+    assert figures(shared) == figures(alone)
+    assert heard.units == pytest.approx(heard.total)
+    assert not list((tmp_path / "shared").rglob("checkpoints"))
+
+
+def test_what_is_wrong_is_said_as_by_one_process(recipe_path, tmp_path):
+    content = yaml.safe_load(recipe_path.read_text())
+    content["methods"][2]["options"] = {"r": 4, "target_modules": ["missing"]}
+    recipe_path.write_text(yaml.safe_dump(content))
+    with pytest.raises((RunError, RecipeError), match="missing"):
+        run_recipe(load_recipe(recipe_path, ["training.epochs=1"]), tmp_path / "run", workers=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (
+            ["resources={gpus: 8}"],
+            {"workers": 1},
+            r"gives each method 1 CPUs and 8 GPUs, and there are 1 CPUs and 0 GPUs",
+        ),
+        ([], {"workers": 0}, "1 or more workers, got 0"),
+        ([], {"address": "127.0.0.1:1"}, r"Ray cluster at 127.0.0.1:1 cannot be used"),
+    ],
+)
+def test_where_there_is_no_room(changes, options, message, recipe_path, tmp_path):
+    with pytest.raises(RunError, match=message):
+        run_recipe(load_recipe(recipe_path, changes), tmp_path / "run", **options)
+    assert not (tmp_path / "run" / "base.json").exists()
+
+
+def test_without_ray(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RunError, match=r"pip install 'curlora\[ray\]'"):
+        run_recipe(load_recipe(recipe_path), tmp_path / "run", workers=1)
+
+
+def test_progress_does_not_count_twice():
+    heard = []
+
+    class Listener:
+        def stage(self, text): ...
+
+        def advance(self, units):
+            heard.append(units)
+
+    combined = _Combined(Listener())
+    for folder, stage, units in [("a", None, 0), ("a", "", 3), ("b", None, 0), ("b", "", 1),
+                                 ("a", None, 0), ("a", "", 2), ("a", "", 2)]:  # fmt: skip
+        combined.hear(folder, stage, units)
+    assert sum(heard) == 3 + 1 + 1
+
+
+def test_threads_are_as_before_afterwards():
+    import torch
+
+    before = torch.get_num_threads()
+    with threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
