@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from curlora.continual.results import Statistic
+from curlora.continual.results import Statistic, TaskInfo
 
-__all__ = ["format_number", "format_percent", "format_size", "format_statistic", "format_time", "per_cent"]
+__all__ = [
+    "format_number",
+    "format_percent",
+    "format_size",
+    "format_statistic",
+    "format_time",
+    "format_too_long",
+    "per_cent",
+]
 
 
 def format_statistic(statistic: Statistic, signed: bool = False, digits: int = 3) -> str:
@@ -44,3 +53,15 @@ def per_cent(statistic: Statistic) -> Statistic:
     """A share, a hundred times."""
     deviation = None if statistic.deviation is None else 100 * statistic.deviation
     return Statistic(mean=100 * statistic.mean, deviation=deviation)
+
+
+def format_too_long(task: TaskInfo | Mapping[str, int]) -> str:
+    """How many examples were cut or left out, as a clause: ``3 to learn from were cut``; empty if none were."""
+    counts = task.model_dump() if isinstance(task, TaskInfo) else task
+    parts = []
+    for split, purpose in (("train", "to learn from"), ("evaluation", "to be scored on")):
+        done = [(counts.get(f"{split}_cut", 0), "cut"), (counts.get(f"{split}_dropped", 0), "left out")]
+        said = " and ".join(f"{count:,} {what}" for count, what in done if count)
+        if said:
+            parts.append(f"{said} of those {purpose}")
+    return ", ".join(parts)

@@ -150,7 +150,7 @@ def _run(stream: Stream, encoded: list[Encoded], directory: Path, progress: Call
         settings=stream.settings.model_dump(),
         recipe=stream.recipe,
         environment={**environment(), "processes": str(process_state().num_processes)},
-        tasks=[_describe(task) for task in stream.tasks],
+        tasks=[_describe(part) for part in encoded],
         methods=[_gather(method, [finished[method.name, seed] for seed in stream.seeds]) for method in stream.methods],
     )
     if process_state().is_main_process:
@@ -214,11 +214,14 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
                 f"The text {text.name!r} has windows of {text.window} tokens, where the model has {positions} "
                 "positions."
             )
+    for part in encoded:
+        if part.generation is not None:
+            part.generation.check_positions(positions)
     scores = []
     for part in wanted:
         model.begin(part.number, part.task.classes)
         trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / ".base")
-        scores.append(trainer.score(part.evaluation))
+        scores.append(trainer.score(part.evaluation, part.generation))
     if process_state().is_main_process:
         shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
     base = _Base(
@@ -290,7 +293,8 @@ def _gather(method: Method, finished: Sequence[_Finished | None]) -> MethodResul
     )
 
 
-def _describe(task: Task) -> TaskInfo:
+def _describe(part: Encoded) -> TaskInfo:
+    task = part.task
     return TaskInfo(
         name=task.name,
         kind=task.kind,
@@ -300,6 +304,7 @@ def _describe(task: Task) -> TaskInfo:
         train_examples=len(task.train),
         evaluation_examples=len(task.evaluation),
         majority_rate=task.majority_rate,
+        **part.too_long,
     )
 
 
