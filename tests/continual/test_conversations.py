@@ -142,8 +142,9 @@ def test_what_is_no_conversation_is_named_with_its_row_in_the_file(messages, mes
 @pytest.mark.parametrize(
     ("rows", "source", "message"),
     [
-        ([{"instruction": None, "output": "x"}], {}, "row 0 has a message whose content is not text: message 0"),
-        ([{"instruction": "x", "output": 3}], {}, "row 0 has a message whose content is not text: message 1"),
+        ([{"instruction": None, "output": "x"}], {}, "row 0 has no instruction"),
+        ([{"instruction": "x", "output": ["y"]}], {}, r"row 0 has a list in output, .*{output\[0\]}"),
+        ([{"instruction": "x", "input": ["a"], "output": "y"}], {}, "row 0 has a list in input"),
         ([{"prompt": "x", "completion": None}], {}, "row 0 has no completion"),
         ([{"prompt": "x", "completion": {"a": "b"}}], {}, r"row 0 has a dict in completion, .*{completion\[a\]}"),
         ([{"text": "x"}], {}, "no layout of conversations is recognised among the columns text. Name the column"),

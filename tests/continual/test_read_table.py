@@ -170,6 +170,8 @@ def test_what_is_no_parquet_file(tmp_path):
     assert "is no Parquet file, whatever its name says" in refused(tmp_path / "data.parquet")
     (tmp_path / "data.parquet").write_bytes(parquet()[:-30])
     assert "cannot be read as parquet" in refused(tmp_path / "data.parquet")
+    pandas.DataFrame({"text": []}).to_parquet(tmp_path / "data.parquet")
+    assert "the file has no rows" in refused(tmp_path / "data.parquet")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])

@@ -58,7 +58,7 @@ def test_columns_and_what_is_in_them(given, text):
         ("{nested}", r"has a list in nested, .* such as {nested\[0\]\[text\]}"),
         ("{nothing}", "has a list in nothing, which is no text$"),
         ("{when}", "has a date in when"),
-        ("{bytes}", "has a bytes in bytes"),
+        ("{bytes}", "has bytes in bytes"),
         ("{none}", "has no none"),
         ("{nan}", "has no nan"),
         ("{answers[text][2]}", r"has no answers\[text\]\[2\]"),

@@ -138,12 +138,14 @@ def _messages(table: Table, where: str, column: str, layout: str | None) -> Call
 
 def _alpaca(table: Table, where: str) -> Callable[[Mapping[str, Any]], Any]:
     table.check_columns(["instruction", "output"], where)
+    texts = {name: RowTemplate(name, table.columns) for name in ("instruction", "output")}
+    if "input" in table.columns:
+        texts["input"] = RowTemplate("input", table.columns)
 
     def read(row: Mapping[str, Any]) -> Conversation:
-        asked, more = row.get("instruction"), row.get("input")
-        if isinstance(asked, str) and isinstance(more, str) and more.strip():
-            asked = f"{asked}\n\n{more}"
-        return _turns(asked, row.get("output"))
+        asked = texts["instruction"].fill(row)
+        more = texts["input"].fill(row) if row.get("input") is not None else ""
+        return _turns(f"{asked}\n\n{more}" if more.strip() else asked, texts["output"].fill(row))
 
     return read
 
@@ -168,7 +170,7 @@ def _pairs(table: Table, where: str, prompt: str, completion: str) -> Callable[[
     return read
 
 
-def _turns(asked: Any, answered: Any) -> Conversation:
+def _turns(asked: str, answered: str) -> Conversation:
     return [_message("user", asked), _message("assistant", answered)]
 
 

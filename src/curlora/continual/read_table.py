@@ -115,7 +115,7 @@ def read_table(place: Place, where: str) -> Table:
         return _from_hub(place, where)
     assert place.path is not None
     if not place.path.is_file():
-        raise DataError(f"{where}: there is no such file")
+        raise DataError(f"{where}: {'is a folder' if place.path.is_dir() else 'there is no such file'}")
     suffix = place.path.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
         raise DataError(f"{where}: {suffix or 'no'} is not among the file types that are read: {_listed()}")
@@ -265,8 +265,9 @@ def _from_json(place: Place, where: str) -> Table:
             if line.strip():
                 try:
                     rows.append(json.loads(line))
-                except ValueError as error:
-                    raise DataError(f"{where}: line {number} is not JSON: {error}") from error
+                except json.JSONDecodeError as error:
+                    at = f"{error.msg}, column {error.colno}"
+                    raise DataError(f"{where}: line {number} is not JSON: {at}") from error
     columns: dict[str, None] = {}  # a set that keeps its order
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
@@ -298,11 +299,9 @@ def _check_surrogates(rows: Sequence[Any], where: str) -> None:
 
 def _from_parquet(path: Path) -> Table:
     import datasets
+    from pyarrow import parquet
 
-    try:
-        rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    except datasets.exceptions.DatasetsError as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+    rows = datasets.Dataset(parquet.read_table(path))
     return Table(rows.column_names, rows)
 
 

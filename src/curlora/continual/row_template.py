@@ -95,7 +95,7 @@ def _item(value: Any, key: str) -> Any:
 
 
 def _kind(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    return "bytes" if isinstance(value, bytes) else f"a {type(value).__name__}"
 
 
 def _advice(name: str, value: Any) -> str:
