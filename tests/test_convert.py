@@ -206,6 +206,16 @@ class TestCommands:
         assert "made on another base model" in done.output
         assert not (path / "out").exists()
 
+    def test_a_base_that_has_moved_is_a_folder_that_is_not_there(self, saved):
+        path, _ = saved
+        (path / "base").rename(path / "moved")
+        done = self.call("convert", path / "adapter", "--to", "lora", "--out", path / "out")
+        assert done.exit_code == 1
+        assert f"there is no folder {path / 'base'}" in done.output.replace("\n", "")
+        assert "Repo id" not in done.output
+        done = self.call("convert", path / "adapter", "--to", "lora", "--out", path / "out", "--base", path / "moved")
+        assert done.exit_code == 0
+
     def test_no_adapter_or_another_kind(self, saved):
         path, _ = saved
         get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(path / "lora")

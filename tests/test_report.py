@@ -13,6 +13,7 @@ from curlora.continual.results import Score, Statistic, TextScore
 from curlora.formatting import format_percent, format_size, format_statistic, format_time
 from curlora.report import render, write_report
 from tests.results import TEXT, make_method, make_results, make_seed, make_task, with_guard
+from tests.test_tables import with_long_examples
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -73,6 +74,13 @@ def test_the_tables_hold_the_figures():
     assert matrix[7] == ["", "tweets", "0.790", "0.805", "0.880"]
     assert found["methods"][2] == ["LoRA", "lora", "0.001", "r 16", "", "0"]
     assert set(found) == {"summary", "matrix", "methods"}
+
+
+def test_what_was_cut_or_left_out_is_said():
+    page = render([with_long_examples()])
+    said = "3 cut and 1 left out of those to learn from, 2 left out of those to be scored on"
+    assert f"; longer than max_length: {said}; up to 25% of the generated answers were cut off unfinished.</li>" in page
+    assert "longer than max_length" not in render([make_results()])
 
 
 def test_figures_over_seeds_have_their_deviation():

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from curlora.tables import comparison, results_tables
-from tests.results import make_results, with_guard
+from tests.results import make_results, make_task, with_guard
 
 
 def printed(*parts, width=80):
@@ -29,6 +29,27 @@ def test_a_run():
     assert ["base", "model", "20.20"] in found
     assert ["LoRA", "0.825", "0.832", "+0.010", "21.40", "+5.9", "%", "0.0240"] in found
     assert ["LoRA", "1,290,240", "4.94", "MiB", "40", "s", "333"] in found
+
+
+def with_long_examples():
+    """Of the second task some examples are cut or left out, and some generated answers cut off after the last."""
+    results = make_results()
+    tasks = [*results.tasks]
+    tasks[1] = make_task("reuters", train_cut=3, train_dropped=1, evaluation_dropped=2, kind="completion")
+    (seed,) = results.methods[2].seeds
+    scores = [*seed.scores[:2], [seed.scores[2][0], seed.scores[2][1].model_copy(update={"unfinished": 0.25})]]
+    seed = seed.model_copy(update={"scores": [*scores[:2], [*scores[2], seed.scores[2][2]]]})
+    methods = [*results.methods[:2], results.methods[2].model_copy(update={"seeds": [seed]})]
+    return results.model_copy(update={"tasks": tasks, "methods": methods})
+
+
+def test_what_was_cut_or_left_out_is_said():
+    text = " ".join(printed(*results_tables(with_long_examples())).split())
+    said = "3 cut and 1 left out of those to learn from, 2 left out of those to be scored on."
+    assert f"Examples of reuters that are longer than max_length: {said}" in text
+    assert "Of the answers generated for reuters up to 25% were cut off unfinished." in text
+    assert "max_length" not in printed(*results_tables(make_results()))
+    assert "unfinished" not in printed(*results_tables(make_results()))
 
 
 def test_several_seeds_fit_into_80_columns():

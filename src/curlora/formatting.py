@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from curlora.continual.results import Statistic
+from curlora.continual.results import Statistic, TaskInfo
 
-__all__ = ["allowed", "format_number", "format_percent", "format_size", "format_statistic", "format_time", "per_cent"]
+__all__ = [
+    "allowed",
+    "format_number",
+    "format_percent",
+    "format_size",
+    "format_statistic",
+    "format_time",
+    "format_too_long",
+    "per_cent",
+]
 
 
 def format_statistic(statistic: Statistic, signed: bool = False, digits: int = 3) -> str:
@@ -52,3 +61,15 @@ def allowed(record: Mapping[str, Statistic | None]) -> str:
     limit = record["limit"]
     assert limit is not None
     return f"{limit.mean:.4f}" if record["kl"] is not None else f"{100 * limit.mean:.2f} %"
+
+
+def format_too_long(task: TaskInfo | Mapping[str, int]) -> str:
+    """How many examples were cut or left out, as a clause: ``3 to learn from were cut``; empty if none were."""
+    counts = task.model_dump() if isinstance(task, TaskInfo) else task
+    parts = []
+    for split, purpose in (("train", "to learn from"), ("evaluation", "to be scored on")):
+        done = [(counts.get(f"{split}_cut", 0), "cut"), (counts.get(f"{split}_dropped", 0), "left out")]
+        said = " and ".join(f"{count:,} {what}" for count, what in done if count)
+        if said:
+            parts.append(f"{said} of those {purpose}")
+    return ", ".join(parts)

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from curlora.continual.plan import MethodPlan, Plan
+from curlora.formatting import format_too_long
 
 __all__ = ["plan_tables"]
 
@@ -75,6 +76,9 @@ def _memory(plan: Plan) -> Table:
 
 def _notes(plan: Plan) -> list[Text]:
     notes = ["Trained parameters are without heads."]
+    for task in plan.tasks:
+        if said := format_too_long(task.too_long):
+            notes.append(f"Examples of {task.name} that are longer than max_length: {said}.")
     if plan.quantized:
         notes.append(
             "The base is quantized: the size of its weights is unknown, and what is kept for backward is that of the "

@@ -17,7 +17,15 @@ from curlora.continual.merge import differing, merge
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.storage import write_whole
 from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points, what_is_learned
-from curlora.formatting import allowed, format_number, format_percent, format_size, format_statistic, format_time
+from curlora.formatting import (
+    allowed,
+    format_number,
+    format_percent,
+    format_size,
+    format_statistic,
+    format_time,
+    format_too_long,
+)
 from curlora.plots import Style, fills_of, key_of, overview_of, plots_of, styles_of
 
 __all__ = ["render", "write_report"]
@@ -56,6 +64,7 @@ def render(runs: Sequence[RunResults]) -> str:
         score=_score,
         text=_text,
         options=_options,
+        too_long=format_too_long,
         figure=_cell,
         rise=partial(_cell, form=format_percent),
         time=format_time,

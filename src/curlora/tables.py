@@ -14,7 +14,7 @@ from rich.text import Text
 from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import best_within, limited_text, limits_of, points, what_is_learned
-from curlora.formatting import allowed, format_percent, format_size, format_statistic, format_time
+from curlora.formatting import allowed, format_percent, format_size, format_statistic, format_time, format_too_long
 
 __all__ = ["comparison", "results_tables", "within_limits"]
 
@@ -169,6 +169,13 @@ def _notes(results: RunResults) -> list[Text]:
         lines[0] += (
             f" Mean and standard deviation of {' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds."
         )
+    for task in results.tasks:
+        if said := format_too_long(task):
+            lines.append(f"Examples of {task.name} that are longer than max_length: {said}.")
+    for j, task in enumerate(results.tasks):
+        unfinished = results.unfinished(j)
+        if unfinished:
+            lines.append(f"Of the answers generated for {task.name} up to {unfinished:.0%} were cut off unfinished.")
     if results.protocol:
         lines.append(f"As the paper's reference code has it: {', '.join(results.protocol)}.")
     return [Text(line, style="dim") for line in lines]

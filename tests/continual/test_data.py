@@ -4,8 +4,10 @@ import json
 import os
 from pathlib import Path
 
+import datasets
 import pandas
 import pytest
+from pydantic import ValidationError
 
 from curlora.continual.data import DataError, HeldOutPart, Source, TaskPart, read_task, read_text
 
@@ -83,7 +85,7 @@ def test_conversations(tmp_path):
     task = read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
     assert task.train == [messages]
     path.write_text(json.dumps({"messages": messages[:1]}) + "\n")
-    with pytest.raises(DataError, match="row 0 must be a conversation that ends with the assistant's"):
+    with pytest.raises(DataError, match="row 0 has no answer of the assistant's"):
         read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
     path.write_text(json.dumps({"messages": "hi"}) + "\n")
     with pytest.raises(DataError, match="row 0 is not a list of messages"):
@@ -116,12 +118,135 @@ def test_the_reference_variant_of_a_task(tmp_path):
         ("text,label\nx,maybe\n", "row 0 has label 'maybe', which is neither one of"),
         ("text,label\nx,7\n", "row 0 has label 7, which is neither"),
         ("words,label\nx,1\n", "no column 'text' among words, label"),
+        ("a,text,label\n1,x,y,yes\n2,y,no,no\n", "line 2 has 4 fields, where the heading has 3"),
+        ("text,label\nx,\n", "row 0 has label ''"),
     ],
 )
 def test_bad_tables_are_named(content, message, tmp_path):
     (tmp_path / "data.csv").write_text(content)
     with pytest.raises(DataError, match=message):
         read_task(part(tmp_path / "data.csv"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": 0}, "row 1 has no text in text: None"),
+        ({"text": None, "label": 0}, "row 1 has no text in text: None"),
+        ({"text": 5, "label": 0}, "row 1 has no text in text: 5"),
+        ({"text": ["x"], "label": 0}, r"row 1 has no text in text: \['x'\]"),
+        ({"text": "x"}, "row 1 has no label"),
+        ({"text": "x", "label": None}, "row 1 has no label"),
+        ({"text": "x", "label": [0]}, r"row 1 has label \[0\], which is neither"),
+        ({"text": "x", "label": 0.5}, "row 1 has label 0.5, which is neither"),
+        ({"text": "x", "label": True}, "row 1 has label True, which is neither"),
+        ({"text": "x", "label": -1}, "row 1 has label -1, which is neither"),
+    ],
+)
+def test_a_row_that_has_not_what_is_needed_is_named(row, message, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ({"text": "x", "label": 1}, row)))
+    with pytest.raises(DataError, match=message):
+        read_task(part(path))
+
+
+def test_rows_are_counted_in_the_file_whatever_their_order(tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"text": "x", "label": 1}] * 40 + [{"text": None, "label": 1}] + [{"text": "x", "label": 1}] * 9
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="row 40 has no text"):
+        read_task(part(path, shuffle=0))
+    assert len(read_task(part(path, limit=30)).train) == 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(labels=["a", "a", "b"]), "'a' is there twice"),
+        (dict(label_names={0: "no", 1: "maybe"}), "train: label_names: 'maybe' is not among the labels no, yes"),
+        (dict(prompt="text", completion="label"), "train: completion is not for a task of classification"),
+        (dict(score={"generate": None}), "score is for tasks of text"),
+        (dict(turns="last"), "a task of classification has no turns"),
+        (dict(too_long="split"), "Input should be 'cut' or 'drop'"),
+        (dict(kind="completion", labels=None, score={"generate": {}, "metric": "bleu"}), "'exact_match' or 'rouge'"),
+        (dict(kind="completion", labels=None, score={"generate": {}, "normalize": "("}), "nor a regular expression"),
+        (dict(kind="completion", labels=None, score={"generate": {"max_new_tokens": 0}}), "greater than 0"),
+    ],
+)
+def test_bad_entries_of_a_task_are_named(changes, message, tmp_path):
+    text = dict(prompt="text", completion="label") if changes.get("kind") else dict(text="text", label="label")
+    keys = {key: changes.pop(key) for key in ("label_names", "prompt", "completion") if key in changes}
+    source = dict(path=tmp_path / "data.csv", **text, **keys)
+    with pytest.raises(ValidationError, match=message):
+        TaskPart(**{**dict(name="t", labels=["no", "yes"], train=source, evaluation=source), **changes})
+
+
+def test_labels_that_differ_in_case_alone_are_two(tmp_path):
+    (tmp_path / "data.csv").write_text("text,label\nx,US\ny,us\n")
+    source = dict(path=tmp_path / "data.csv", text="text", label="label")
+    task = read_task(TaskPart(name="t", labels=["us", "US"], train=source, evaluation=source))
+    assert [label for _, label in task.train] == [1, 0]
+
+
+SQUAD = {"question": "Who?", "answers": {"text": ["Ada"], "answer_start": [3]}}
+
+
+def squad(path, **source):
+    given = dict(path=path, **source)
+    return read_task(TaskPart(name="t", kind="completion", train=given, evaluation=given)).train
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_what_is_nested_is_taken_by_indices_and_never_written_as_python_would(suffix, tmp_path):
+    path = tmp_path / f"squad{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_list([SQUAD]).to_parquet(str(path))
+    else:
+        path.write_text(json.dumps(SQUAD) + "\n")
+    assert squad(path, prompt="question", completion=" {answers[text][0]}") == [("Who?", " Ada")]
+    with pytest.raises(DataError, match=r"row 0 has a dict in answers, .* such as {answers\[text\]\[0\]}"):
+        squad(path, prompt="question", completion="answers")
+    with pytest.raises(DataError, match=r"row 0 has no answers\[text\]\[1\]"):
+        squad(path, prompt="question", completion="{answers[text][1]}")
+
+
+def test_messages_in_the_place_of_a_prompt_are_for_chat(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(
+        json.dumps({"prompt": [{"role": "user", "content": "hi"}], "completion": "x"}) + "\n"
+    )
+    with pytest.raises(DataError, match="row 0 has a list in prompt, .*. Messages are for kind: chat"):
+        squad(tmp_path / "pairs.jsonl", prompt="prompt", completion="completion")
+
+
+def test_numbers_of_a_csv_file_are_the_text_that_stands_there(tmp_path):
+    (tmp_path / "sums.csv").write_text("q,a\n1+1,2.0\n007,3.10\n,5\n")
+    assert squad(tmp_path / "sums.csv", prompt="{q}=", completion="a") == [
+        ("1+1=", "2.0"),
+        ("007=", "3.10"),
+        ("=", "5"),
+    ]
+
+
+def test_a_right_answer_that_cannot_be_compared_is_named_with_its_row(tmp_path):
+    path = tmp_path / "gsm.jsonl"
+    path.write_text("".join(json.dumps({"q": "x", "a": a}) + "\n" for a in ("#### 1", "#### 2", "none", "#### 4")))
+    source = dict(path=path, prompt="q", completion="a")
+    given = dict(name="t", kind="completion", train=source, evaluation={**source, "shuffle": 1})
+    with pytest.raises(DataError, match="evaluation row 2 has an answer in which the normalization 'gsm8k' finds noth"):
+        read_task(TaskPart(**given, score={"generate": {"max_new_tokens": 4}, "normalize": "gsm8k"}))
+    assert read_task(TaskPart(**given, score={"generate": None})).score.max_new_tokens == 256
+
+
+def test_held_out_texts_that_are_none_are_named(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"a\0b")
+    with pytest.raises(DataError, match="holds NUL characters"):
+        read_text(HeldOutPart(name="h", path=tmp_path / "text.txt"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n')
+    with pytest.raises(DataError, match=r"the column 'text' does not hold text: row 1 has \['b'\]"):
+        read_text(HeldOutPart(name="h", path=tmp_path / "rows.jsonl"))
+    (tmp_path / "rows.csv").write_text("text\na,b\n")
+    with pytest.raises(DataError, match="heldout 'h' .*: line 2 has 2 fields, where the heading has 1"):
+        read_text(HeldOutPart(name="h", path=tmp_path / "rows.csv"))
 
 
 def test_held_out_texts(tmp_path):

@@ -248,7 +248,11 @@ def test_over_several_processes(recipe_path, monkeypatch):
         ("tasks.0.train.path=missing.tsv", RecipeError, "there is no such file"),
         ("tasks.0.train.text=body", RecipeError, "there is no column 'body'"),
         ("heldout.path=train.csv", RecipeError, "there is no such file"),
-        (f"tasks.1={COMPLETION.replace('}}', '}, training: {max_length: 3}}')}", TaskError, "raise max_length"),
+        (
+            f"tasks.1={COMPLETION.replace('}}', '}, too_long: drop, training: {max_length: 2}}')}",
+            TaskError,
+            "no train example is left: all 30 are too long for max_length 2 .*Raise max_length",
+        ),
     ],
 )
 def test_bad_data_is_what_it_is_to_a_run(recipe_path, tmp_path, change, error, message):
@@ -258,6 +262,24 @@ def test_bad_data_is_what_it_is_to_a_run(recipe_path, tmp_path, change, error, m
     with pytest.raises(error) as run:
         run_recipe(recipe, tmp_path / "run")
     assert str(planned.value) == str(run.value)
+
+
+def test_what_is_cut_or_left_out_is_counted_as_a_run_counts_it(recipe_path, tmp_path):
+    longer = COMPLETION.replace("}}", "}, too_long: drop, training: {max_length: 7}}")
+    changes = [methods("frozen"), f"tasks.1={longer}", "training.max_length=4"]
+    recipe = load_recipe(recipe_path, changes)
+    planned = make_plan(recipe)
+    results = run_recipe(recipe, tmp_path / "run")
+    rows = [json.loads(line)["sentence"] for line in (tmp_path / "second-train.jsonl").read_text().splitlines()]
+    dropped = sum(2 * len(row.split()) - 1 > 7 for row in rows)
+    assert planned.tasks[1].too_long["train_dropped"] == dropped > 0
+    assert planned.tasks[0].too_long["train_cut"] > 0
+    for part, task in zip(planned.tasks, results.tasks, strict=True):
+        assert part.too_long == task.model_dump(include=set(part.too_long))
+        assert (part.examples, part.evaluation_examples) == (task.train_examples, task.evaluation_examples)
+    assert results.tasks[1].train_examples == len(rows) - dropped
+    said = " ".join(text_of(planned).split())
+    assert f"Examples of copy that are longer than max_length: {dropped} left out of those to learn from" in said
 
 
 def text_of(planned, width=80):

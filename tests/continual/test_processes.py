@@ -23,6 +23,13 @@ def recipe(recipe_path):
     content["training"] = {"epochs": 2, "batch_size": 4, "head_learning_rate": 0.05, "gradient_accumulation_steps": 2}
     content["training"]["checkpoint_steps"] = 5
     content["heldout"]["stride"] = 8
+    content["training"]["evaluation_batch_size"] = 4
+    split = {"prompt": "sentence", "completion": "sentence"}
+    digit = {"generate": {"max_new_tokens": 3}, "normalize": r"w(\d)"}  # right now and then, whatever the model says
+    content["tasks"].append({
+        "name": "said", "kind": "completion", "score": digit,
+        "train": {"path": "second-train.jsonl", **split}, "evaluation": {"path": "second-eval.jsonl", **split},
+    })  # fmt: skip
     recipe_path.write_text(yaml.safe_dump(content))
     return load_recipe(recipe_path)
 
@@ -41,6 +48,8 @@ def test_two_processes(recipe, recipe_path, tmp_path):
         assert (t.steps, t.train_tokens, b.trainable_parameters) == (s.steps, s.train_tokens, a.trainable_parameters)
         assert t.losses == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in s.losses]
         assert t.accuracy == s.accuracy
+        assert t.scores[-1][-1].unfinished == s.scores[-1][-1].unfinished == 1  # this tokenizer has no end of the text
+        assert 0 < s.accuracy[-1][-1] < 1
         for before, after in zip(s.text(), t.text(), strict=True):
             assert after.perplexity == pytest.approx(before.perplexity, rel=1e-5)
             assert after.drift == pytest.approx(before.drift, rel=1e-2, abs=1e-6)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from curlora.continual.merge import differing, merge
 from curlora.continual.results import (
     SCHEMA_VERSION,
     MethodResult,
@@ -99,6 +100,26 @@ def test_every_field_is_documented(heading, record):
     assert f"## Version {SCHEMA_VERSION}\n" in text
     table = text.split(f"\n{heading}")[1].split("\n\n")[1]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(record.model_fields)
+
+
+def test_results_from_before_examples_were_counted_are_read_and_united_with_new_ones(tmp_path):
+    results = make_results()
+    tasks = [task.model_copy(update={"train_cut": 4}) for task in results.tasks]
+    results = results.model_copy(update={"tasks": tasks})
+    content = json.loads(results.model_dump_json())
+    for task in content["tasks"]:
+        for key in ("train_cut", "train_dropped", "evaluation_cut", "evaluation_dropped"):
+            del task[key]
+    for method in content["methods"]:
+        for score in (score for row in method["seeds"][0]["scores"] for score in row):
+            del score["unfinished"]
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    old = RunResults.load(tmp_path / "results.json")
+    assert old.tasks[0].train_cut == old.methods[0].seeds[0].scores[0][0].unfinished == 0
+    assert old.methods == results.methods
+    assert len(merge([results, old])) == 1
+    other = old.model_copy(update={"tasks": [*old.tasks[:2], old.tasks[2].model_copy(update={"train_examples": 9})]})
+    assert differing([results, other]) == ["tasks"]
 
 
 def test_environment_names_what_results_depend_on():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import csv
-import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from curlora.continual.answer_score import AnswerScore
+from curlora.continual.conversations import read_conversations
+from curlora.continual.errors import DataError
+from curlora.continual.read_table import TABLE_SUFFIXES, Place, Table, read_table
+from curlora.continual.row_template import RowTemplate, RowTemplateError
 from curlora.continual.tasks import ChatTask, ClassificationTask, CompletionTask, Task, TaskError
 
 __all__ = [
     "AnswersPart",
     "DataError",
     "HeldOutPart",
+    "ScorePart",
     "Source",
     "TaskPart",
     "read_prompts",
@@ -24,37 +29,8 @@ __all__ = [
 ]
 
 
-class DataError(ValueError):
-    """Data that a recipe names is not right; says where and what."""
-
-
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Place(_Part):
-    """A table: a local ``.tsv``, ``.csv``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a data set of the hub.
-
-    ``quoted`` says whether a TSV or CSV file uses quotation marks to enclose fields (GLUE's do not). ``columns`` names
-    those of a TSV or CSV file that has no heading.
-    """
-
-    path: Path | None = None
-    columns: list[str] | None = None
-    quoted: bool = True
-    encoding: str = "utf-8-sig"  # with or without a byte-order mark
-    hub: str | None = None
-    subset: str | None = None
-    revision: str | None = None
-    split: str | None = None
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Place:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give either path (a local file) or hub (a data set's id)")
-        if self.hub is not None and self.split is None:
-            raise ValueError("a data set of the hub needs split")
-        return self
 
 
 class Source(Place):
@@ -63,7 +39,9 @@ class Source(Place):
     Classification: ``text`` is a column, or several that are joined by ``join``, and ``label`` a column;
     ``label_names`` maps its values to names in the task's ``labels``, without it they are names, or positions.
     Completion: ``prompt`` and ``completion``, each a column or a template such as
-    ``"Question: {question}\\nAnswer:"``. Chat: ``messages``, a column of conversations.
+    ``"Question: {question}\\nAnswer:"`` or ``"{answers[text][0]}"``. Chat: conversations in a ``layout`` that is
+    recognised (:func:`curlora.continual.conversations.read_conversations`), in the column ``messages`` if the layout's
+    own is not meant; or ``prompt`` and ``completion``.
 
     ``shuffle`` is the seed of an order to put the rows in before the first ``limit`` of them are taken.
     """
@@ -75,52 +53,145 @@ class Source(Place):
     prompt: str | None = None
     completion: str | None = None
     messages: str | None = None
+    layout: Literal["messages", "sharegpt", "alpaca"] | None = None
     shuffle: int | None = None
     limit: Annotated[int, Field(gt=0)] | None = None
 
+    @model_validator(mode="after")
+    def _one_layout(self) -> Source:
+        if self.layout == "alpaca" and self.messages is not None:
+            raise ValueError("the layout alpaca has instruction, input and output, and no column of messages")
+        if self.messages is not None or self.layout is not None:
+            if self.prompt is not None or self.completion is not None:
+                raise ValueError("give either messages or layout, or prompt and completion")
+        elif (self.prompt is None) != (self.completion is None):
+            raise ValueError(f"{'prompt' if self.prompt is None else 'completion'} is missing")
+        return self
 
-_NEEDS = {"classification": ("text", "label"), "completion": ("prompt", "completion"), "chat": ("messages",)}
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "classification": ("text", "label"),
+    "completion": ("prompt", "completion"),
+    "chat": (),
+}
+_KEYS = {
+    "classification": {"text", "join", "label", "label_names"},
+    "completion": {"prompt", "completion"},
+    "chat": {"prompt", "completion", "messages", "layout"},
+}
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(f"{label!r} is there twice")
+    return labels
+
+
+_Labels = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
 
 
 class Splits(_Part):
     """What a task is made of, and how it is trained otherwise."""
 
-    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    labels: _Labels | None = None
     train: Source | None = None
     evaluation: Source | None = None
     training: dict[str, Any] | None = None
 
 
+class GeneratePart(_Part):
+    """How answers are generated: greedily, to the end that the model puts, or ``max_new_tokens``."""
+
+    max_new_tokens: Annotated[int, Field(gt=0)] = 256
+
+
+class ScorePart(_Part):
+    """How a task of text is scored by what the model generates.
+
+    ``normalize`` is ``none``, ``lower``, ``gsm8k`` or a regular expression, see
+    :class:`curlora.continual.answer_score.AnswerScore`.
+    """
+
+    generate: GeneratePart
+    metric: Literal["exact_match", "rouge"] = "exact_match"
+    normalize: str = "none"
+
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _with_defaults(cls, value: Any) -> Any:
+        return {} if value in (None, True) else value  # generate: with nothing behind it
+
+    @model_validator(mode="after")
+    def _complete(self) -> ScorePart:
+        self.make()
+        return self
+
+    def make(self) -> AnswerScore:
+        """What scores.
+
+        Raises:
+            ValueError: if there is no such normalization, or a package is missing.
+        """
+        try:
+            return AnswerScore(self.generate.max_new_tokens, self.metric, self.normalize)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+
+
 class TaskPart(_Part):
     """A task of the stream.
 
-    ``training`` holds settings that are different for this task. ``reference`` holds what is different where the
-    protocol's ``data`` is ``reference``.
+    ``training`` holds settings that are different for this task. ``too_long`` says what becomes of an example of more
+    than ``max_length`` tokens: ``cut``, and it loses what does not fit, or ``drop``, and it is left out. ``turns`` says
+    which of the assistant's messages of a chat are trained, ``all`` or the ``last``. ``score`` has answers generated
+    and scored. ``reference`` holds what is different where the protocol's ``data`` is ``reference``.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     kind: Literal["classification", "completion", "chat"] = "classification"
-    labels: Annotated[list[str], Field(min_length=2)] | None = None
+    labels: _Labels | None = None
     train: Source
     evaluation: Source
     description: str = ""
     training: dict[str, Any] = {}
+    too_long: Literal["cut", "drop"] = "cut"
+    turns: Literal["all", "last"] = "all"
+    score: ScorePart | None = None
     reference: Splits | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> TaskPart:
         if (self.kind == "classification") != bool(self.labels):
             raise ValueError("labels are missing" if not self.labels else f"a task of {self.kind} has no labels")
+        if self.kind == "classification" and self.score is not None:
+            raise ValueError("score is for tasks of text: a class is scored by accuracy")
+        if self.kind != "chat" and self.turns != "all":
+            raise ValueError(f"a task of {self.kind} has no turns")
         for split in ("train", "evaluation"):
-            for key in _NEEDS[self.kind]:
-                if getattr(getattr(self, split), key) is None:
-                    raise ValueError(f"{split}: a task of {self.kind} needs {key}")
+            self._check_source(split, getattr(self, split))
         if self.reference is not None:
             try:
                 self.variant(reference=True)
             except ValidationError as error:
                 raise ValueError(f"reference: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
         return self
+
+    def _check_source(self, split: str, source: Source) -> None:
+        for key in _NEEDS[self.kind]:
+            if getattr(source, key) is None:
+                raise ValueError(f"{split}: a task of {self.kind} needs {key}")
+        misplaced = [
+            key
+            for key in sorted(set().union(*_KEYS.values()) - _KEYS[self.kind])
+            if getattr(source, key) != Source.model_fields[key].default
+        ]
+        if misplaced:
+            raise ValueError(f"{split}: {misplaced[0]} is not for a task of {self.kind}")
+        labels = self.labels or []
+        for name in (source.label_names or {}).values():
+            if name not in labels:
+                raise ValueError(f"{split}: label_names: {name!r} is not among the labels {', '.join(labels)}")
 
     def variant(self, reference: bool) -> TaskPart:
         """The task as the protocol has it."""
@@ -192,17 +263,21 @@ def read_task(part: TaskPart, reference: bool = False) -> Task:
         reference: take its reference variant, where there is one.
 
     Raises:
-        DataError: naming the task and file, if a file is missing, a column is not there, a label is unknown, or a
-            split is empty.
+        DataError: naming the task and file, if a file is missing or is another kind of file, a column is not there, a
+            row has not what is needed, a label is unknown, or a split is empty. Rows are counted from 0, without the
+            heading, in the order of the file.
     """
     part = part.variant(reference)
-    fields: dict[str, Any] = dict(name=part.name, description=part.description, training=part.training)
+    fields: dict[str, Any] = dict(
+        name=part.name, description=part.description, training=part.training, too_long=part.too_long, numbers={}
+    )
     for split in ("train", "evaluation"):
-        fields[split] = _examples(part, split, getattr(part, split))
+        fields[split], fields["numbers"][split] = _examples(part, split, getattr(part, split))
     try:
         if part.kind == "classification":
             return ClassificationTask(labels=part.labels or (), **fields)
-        return (CompletionTask if part.kind == "completion" else ChatTask)(**fields)
+        fields["score"] = None if part.score is None else part.score.make()
+        return CompletionTask(**fields) if part.kind == "completion" else ChatTask(turns=part.turns, **fields)
     except TaskError as error:
         raise DataError(str(error)) from error
 
@@ -214,135 +289,116 @@ def read_text(part: HeldOutPart) -> str:
         DataError: if it cannot be read.
     """
     where = f"heldout {part.name!r} ({part.path or part.hub})"
-    if part.path is not None and part.path.suffix.lower() not in _KINDS:
+    if part.path is not None and part.path.suffix.lower() not in TABLE_SUFFIXES:
         try:
-            return part.path.read_text(encoding=part.encoding)
-        except (OSError, UnicodeDecodeError) as error:
+            text = part.path.read_text(encoding=part.encoding)
+        except (OSError, UnicodeError) as error:
             raise DataError(f"{where} cannot be read as text: {error}") from error
-    table = _table(part, where)
-    _check_columns(table, [part.text], where)
-    rows = [row for row in table[part.text] if row]
-    if any(not isinstance(row, str) for row in rows):
-        raise DataError(f"{where}: the column {part.text!r} does not hold text")
+        if "\0" in text:
+            raise DataError(f"{where} cannot be read as text: it holds NUL characters; say which encoding it is in")
+        return text
+    table = read_table(part, where)
+    table.check_columns([part.text], where)
+    rows = []
+    for number, row in enumerate(table):
+        found = row.get(part.text)
+        if found is not None and not isinstance(found, str):
+            raise DataError(f"{where}: the column {part.text!r} does not hold text: row {number} has {found!r}")
+        if found:
+            rows.append(found)
     return part.join.join(rows)
 
 
-def _examples(task: TaskPart, split: str, source: Source) -> list[Any]:
+def _examples(task: TaskPart, split: str, source: Source) -> tuple[list[Any], list[int]]:
+    """The examples of a split, and which row of the file each of them is."""
     where = f"task {task.name!r}, {split} ({source.path or source.hub})"
-    table = _table(source, where)
-    if source.shuffle is not None:
-        table = table.shuffle(seed=source.shuffle)
-    if source.limit is not None:
-        table = table.select(range(min(source.limit, len(table))))
-    read = {"classification": _labelled, "completion": _completed, "chat": _conversations}[task.kind]
-    return read(task, source, table, where)
+    table = read_table(source, where)
+    numbers = list(range(len(table)))
+    if source.shuffle is not None:  # as datasets.Dataset.shuffle has it
+        numbers = numpy.random.default_rng(source.shuffle).permutation(len(table)).tolist()
+    numbers = numbers[: source.limit]
+    if source.shuffle is not None or len(numbers) < len(table):
+        table = table.select(numbers)
+    readers: dict[str, Callable[..., list[Any]]] = {
+        "classification": _labelled,
+        "completion": _completed,
+        "chat": _conversations,
+    }
+    return readers[task.kind](task, source, table, where, lambda i: numbers[i]), numbers
 
 
-def _labelled(task: TaskPart, source: Source, table: Any, where: str) -> list[Any]:
+def _labelled(
+    task: TaskPart, source: Source, table: Table, where: str, number_of: Callable[[int], int]
+) -> list[tuple[str, int]]:
     assert source.text is not None
     assert source.label is not None
     columns = [source.text] if isinstance(source.text, str) else source.text
-    _check_columns(table, [*columns, source.label], where)
+    table.check_columns([*columns, source.label], where)
     examples = []
-    for number, row in enumerate(table):
-        texts = [row[column] for column in columns]
-        if any(not isinstance(text, str) for text in texts):
-            raise DataError(f"{where}: row {number} has no text: {texts!r}")
-        label = _label(row[source.label], source, task.labels or [], f"{where}: row {number}")
-        examples.append((source.join.join(texts), label))
+    for i, row in enumerate(table):
+        at = f"{where}: row {number_of(i)}"
+        for column in columns:
+            if not isinstance(row.get(column), str):
+                raise DataError(f"{at} has no text in {column}: {row.get(column)!r}")
+        label = _label(row.get(source.label), source, task.labels or [], at)
+        examples.append((source.join.join(row[column] for column in columns), label))
     return examples
 
 
-def _completed(task: TaskPart, source: Source, table: Any, where: str) -> list[Any]:
+def _completed(
+    task: TaskPart, source: Source, table: Table, where: str, number_of: Callable[[int], int]
+) -> list[tuple[str, ...]]:
     assert source.prompt is not None
     assert source.completion is not None
-    templates = [_template(given, table, where) for given in (source.prompt, source.completion)]
-    examples = []
-    for number, row in enumerate(table):
-        values = {key: value for key, value in row.items() if value is not None}
+    templates = []
+    for given in (source.prompt, source.completion):
         try:
-            examples.append(tuple(template.format_map(values) for template in templates))
-        except KeyError as error:
-            raise DataError(f"{where}: row {number} has no {error.args[0]}") from error
-        except (ValueError, AttributeError, IndexError) as error:
-            raise DataError(f"{where}: row {number} does not fit {templates}: {error}") from error
-    return examples
-
-
-def _conversations(task: TaskPart, source: Source, table: Any, where: str) -> list[Any]:
-    assert source.messages is not None
-    _check_columns(table, [source.messages], where)
+            templates.append(RowTemplate(given, table.columns))
+        except RowTemplateError as error:
+            raise DataError(f"{where}: {error}") from error
     examples = []
-    for number, messages in enumerate(table[source.messages]):
-        whole = isinstance(messages, list) and all(
-            isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
-        )
-        if not whole:
-            raise DataError(f"{where}: row {number} is not a list of messages with role and content: {messages!r}")
-        examples.append([{"role": m["role"], "content": m["content"]} for m in messages])
+    for i, row in enumerate(table):
+        try:
+            examples.append(tuple(template.fill(row) for template in templates))
+        except RowTemplateError as error:
+            raise DataError(f"{where}: row {number_of(i)} {error}" + _meant_chat(source, row)) from error
     return examples
 
 
-def _template(given: str, table: Any, where: str) -> str:
-    template = given if "{" in given else f"{{{given}}}"
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise DataError(f"{where}: {given!r} is not a template: {error}") from error
-    _check_columns(table, names, where)
-    return template
+def _meant_chat(source: Source, row: Mapping[str, Any]) -> str:
+    for column in (source.prompt, source.completion):
+        value = row.get(column or "")
+        if isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]:
+            return ". Messages are for kind: chat"
+    return ""
 
 
-def _check_columns(table: Any, columns: list[str], where: str) -> None:
-    for column in columns:
-        if column not in table.column_names:
-            raise DataError(f"{where}: there is no column {column!r} among {', '.join(table.column_names)}")
+def _conversations(
+    task: TaskPart, source: Source, table: Table, where: str, number_of: Callable[[int], int]
+) -> list[Any]:
+    return read_conversations(
+        table,
+        where,
+        number_of,
+        layout=source.layout,
+        column=source.messages,
+        prompt=source.prompt,
+        completion=source.completion,
+    )
 
 
-def _label(value: Any, source: Source, labels: list[str], where: str) -> int:
+def _label(value: Any, source: Source, labels: list[str], at: str) -> int:
+    if value is None:
+        raise DataError(f"{at} has no label")
+    # A field of a TSV or CSV file is text.
+    number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if source.label_names is not None:
         names = {str(key): name for key, name in source.label_names.items()}
         if str(value) not in names:
-            raise DataError(f"{where} has label {value!r}, which label_names does not name")
-        value = names[str(value)]
-    if str(value) in labels:  # a CSV file's 0 and 1, or True and False, are read as numbers and truth values
+            raise DataError(f"{at} has label {number!r}, which label_names does not name")
+        return labels.index(names[str(value)])
+    if str(value) in labels:  # JSON's 0 and 1, or true and false, are numbers and truth values
         return labels.index(str(value))
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-        return value
-    raise DataError(f"{where} has label {value!r}, which is neither one of {labels} nor a position among them")
-
-
-_KINDS = {".tsv": "csv", ".csv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-
-
-def _table(source: Place, where: str) -> Any:
-    import datasets
-
-    if source.hub is not None:
-        try:
-            return datasets.load_dataset(source.hub, source.subset, split=source.split, revision=source.revision)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise DataError(f"{where}: cannot be had from the hub: {error}") from error
-    assert source.path is not None
-    if not source.path.is_file():
-        raise DataError(f"{where}: there is no such file")
-    suffix = source.path.suffix.lower()
-    if suffix not in _KINDS:
-        raise DataError(f"{where}: {suffix or 'no'} is not among the file types that are read: {', '.join(_KINDS)}")
-    if source.path.stat().st_size == 0:
-        raise DataError(f"{where}: the file is empty")
-    options: dict[str, Any] = {}
-    if _KINDS[suffix] == "csv":
-        options = {"delimiter": "\t" if suffix == ".tsv" else ",", "encoding": source.encoding}
-        options["keep_default_na"] = False  # a text may well be "null" or "NA"
-        if source.columns is not None:
-            options["names"] = source.columns
-        if not source.quoted:
-            options["quoting"] = csv.QUOTE_NONE
-    try:
-        return datasets.load_dataset(_KINDS[suffix], data_files=str(source.path), split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise DataError(f"{where}: cannot be read as {suffix[1:]}: {error.__cause__ or error}") from error
-    except ValueError as error:
-        reason = "the file has no rows" if "no data" in str(error) else f"cannot be read as {suffix[1:]}: {error}"
-        raise DataError(f"{where}: {reason}") from error
+    if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(labels):
+        return number
+    raise DataError(f"{at} has label {number!r}, which is neither one of {labels} nor a position among them")

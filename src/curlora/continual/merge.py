@@ -39,13 +39,17 @@ def differing(runs: Sequence[RunResults]) -> list[str]:
     return [name for name, value in first.items() if any(other[name] != value for other in others)]
 
 
+_COUNTED = {f"{split}_{done}" for split in ("train", "evaluation") for done in ("cut", "dropped")}
+
+
 def _conditions(run: RunResults) -> dict[str, Any]:
     recipe = run.recipe or {}
     model = {key: value for key, value in recipe.get("model", {}).items() if key != "name"}  # the name may be a path
     own = {task["name"]: task["training"] for task in recipe.get("tasks", []) if "training" in task}
     return {
         "base model": (run.base_model, run.base_parameters, model),
-        "tasks": run.tasks,
+        # How many examples were cut follows from the settings; runs of earlier versions do not say it.
+        "tasks": [task.model_dump(exclude=_COUNTED) for task in run.tasks],
         "held-out texts": list(run.heldout.items()),  # the first is the one that summaries show
         "protocol": sorted(run.protocol),
         "settings": (run.settings, own),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,8 @@ class TaskPlan:
     """A task. Tokens and steps are of its own rows, without what plug-ins add.
 
     ``tokens`` are those trained on in one epoch, ``steps`` the optimizer steps of all epochs, ``longest`` the tokens of
-    the longest row that is trained on.
+    the longest row that is trained on. ``too_long`` says how many examples were cut or left out, as
+    :class:`curlora.continual.sequence.Encoded` has it.
     """
 
     name: str
@@ -43,6 +44,7 @@ class TaskPlan:
     longest: int
     evaluation_examples: int
     evaluation_tokens: int
+    too_long: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,9 @@ def make_plan(recipe: Recipe) -> Plan:
     config = AutoConfig.from_pretrained(
         recipe.model.name, revision=recipe.model.revision, gguf_file=recipe.model.gguf_file
     )
+    for part in encoded:
+        if part.generation is not None:
+            part.generation.check_positions(getattr(config, "max_position_embeddings", None))
     quantized = recipe.model.quantization is not None or getattr(config, "quantization_config", None) is not None
     base = _without_weights(recipe.model, config)
     return Plan(
@@ -162,6 +167,7 @@ def _plan_task(part: Encoded) -> TaskPlan:
         longest=max(len(row["input_ids"]) for row in part.train),
         evaluation_examples=len(part.evaluation),
         evaluation_tokens=_tokens(part.evaluation),
+        too_long=part.too_long,
     )
 
 

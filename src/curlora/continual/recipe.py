@@ -34,6 +34,7 @@ from curlora.continual.methods import Method, make_method
 from curlora.continual.plugins import PLUGINS, make_plugin
 from curlora.continual.protocol import SWITCHES, Protocol
 from curlora.continual.settings import OF_A_METHOD, Settings
+from curlora.model_names import is_folder_name, missing_folder
 
 __all__ = ["MethodPart", "ModelPart", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
 
@@ -78,6 +79,7 @@ class ModelPart(_Part):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, which can pad."""
+        self._check_folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
         except (OSError, ValueError, ImportError) as error:
@@ -88,6 +90,7 @@ class ModelPart(_Part):
 
     def load(self) -> torch.nn.Module:
         """A fresh model."""
+        self._check_folder()
         given = self.quantization
         try:
             return AutoModelForCausalLM.from_pretrained(
@@ -99,6 +102,10 @@ class ModelPart(_Part):
             )
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model: {self.name} cannot be loaded: {error}") from error
+
+    def _check_folder(self) -> None:
+        if missing_folder(self.name):
+            raise RecipeError(f"model: there is no folder {self.name}")
 
 
 class Resources(_Part):
@@ -403,7 +410,7 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
         if local.is_dir():
             written[str(local)] = model["name"]
             model["name"] = str(local)
-        elif model["name"].startswith(("/", ".", "~")):
+        elif is_folder_name(model["name"]):
             raise RecipeError(f"model.name: there is no folder {local}")
     try:
         recipe = Recipe.model_validate(content)

@@ -43,7 +43,11 @@ class _Record(BaseModel):
 
 
 class TaskInfo(_Record):
-    """A task of the stream, without its texts."""
+    """A task of the stream, without its texts.
+
+    Examples are those that were used. Of them ``train_cut`` and ``evaluation_cut`` were longer than ``max_length`` and
+    lost what did not fit; beside them ``train_dropped`` and ``evaluation_dropped`` were left out for their length.
+    """
 
     name: str
     kind: str
@@ -53,13 +57,21 @@ class TaskInfo(_Record):
     train_examples: int
     evaluation_examples: int
     majority_rate: float
+    train_cut: int = 0  # defaults, so that results from before there were these are read
+    train_dropped: int = 0
+    evaluation_cut: int = 0
+    evaluation_dropped: int = 0
 
 
 class Score(_Record):
-    """Of one task: ``accuracy`` between 0 and 1, and the mean ``loss`` per label in nats."""
+    """Of one task: ``accuracy``, or what the task's metric is, between 0 and 1; the mean ``loss`` per label in nats.
+
+    Where answers were generated, ``unfinished`` is the share of them that were cut off at ``max_new_tokens``.
+    """
 
     accuracy: float
     loss: float
+    unfinished: float = 0.0
 
     @property
     def perplexity(self) -> float:
@@ -314,6 +326,14 @@ class RunResults(_Record):
             if seeds:
                 methods.append(method.model_copy(update={"seeds": seeds}))
         return self.model_copy(update={"tasks": [self.tasks[own.index(name)] for name in order], "methods": methods})
+
+    def unfinished(self, task: int) -> float:
+        """The largest share of a task's generated answers that were cut off, over methods, seeds and stages."""
+        name = self.tasks[task].name
+        places = [
+            (seed, seed.order.index(name) if seed.order else task) for method in self.methods for seed in method.seeds
+        ]
+        return max((row[j].unfinished for seed, j in places for row in seed.scores if j < len(row)), default=0.0)
 
     def save(self, path: Path) -> None:
         """Write JSON; the file appears whole or not at all."""

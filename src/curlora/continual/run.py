@@ -206,7 +206,7 @@ def _run(
         settings=stream.settings.model_dump(),
         recipe=stream.recipe,
         environment={**environment(), "processes": str(process_state().num_processes)},
-        tasks=[_describe(task) for task in stream.tasks],
+        tasks=[_describe(part) for part in encoded],
         methods=[
             _gather(method, [finished[job.folder] for job in jobs if job.method is method]) for method in stream.methods
         ],
@@ -308,11 +308,14 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
                 f"The text {text.name!r} has windows of {text.longest} tokens, where the model has {positions} "
                 "positions."
             )
+    for part in encoded:
+        if part.generation is not None:
+            part.generation.check_positions(positions)
     scores = []
     for part in wanted:
         model.begin(part.number, part.task.classes)
         trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / ".base")
-        scores.append(trainer.score(part.evaluation))
+        scores.append(trainer.score(part.evaluation, part.generation))
     if process_state().is_main_process:
         shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
     base = Base(
@@ -386,7 +389,8 @@ def _gather(method: Method, finished: Sequence[Finished | None]) -> MethodResult
     )
 
 
-def _describe(task: Task) -> TaskInfo:
+def _describe(part: Encoded) -> TaskInfo:
+    task = part.task
     return TaskInfo(
         name=task.name,
         kind=task.kind,
@@ -396,6 +400,7 @@ def _describe(task: Task) -> TaskInfo:
         train_examples=len(task.train),
         evaluation_examples=len(task.evaluation),
         majority_rate=task.majority_rate,
+        **part.too_long,
     )
 
 

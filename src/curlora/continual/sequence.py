@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from curlora.continual.batches import Collator
 from curlora.continual.errors import RunError
+from curlora.continual.generation import Generation
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
@@ -69,13 +70,22 @@ class BaseScores:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A task as rows, ready for training and scoring, with its settings."""
+    """A task as rows, ready for training and scoring, with its settings.
+
+    Args:
+        task: with those examples alone that have a row.
+        generation: what is generated from in scoring, if anything is.
+        too_long: how many examples were cut or left out: ``train_cut``, ``train_dropped``, ``evaluation_cut``,
+            ``evaluation_dropped``.
+    """
 
     task: Task
     number: int
     train: Sequence[Row]
     evaluation: Sequence[Row]
     settings: Settings
+    generation: Generation | None = None
+    too_long: Mapping[str, int] = field(default_factory=dict)
 
 
 def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Encoded]:
@@ -88,12 +98,19 @@ def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: 
     for number, task in enumerate(tasks):
         own = settings.changed(dict(task.training))
         splits = {split: task.encode(split, tokenizer, own.max_length) for split in ("train", "evaluation")}
-        for rows in splits.values():
-            for row in rows:
+        too_long: dict[str, int] = {}
+        for name, split in splits.items():
+            too_long |= {f"{name}_cut": split.cut, f"{name}_dropped": len(getattr(task, name)) - len(split.kept)}
+            for row in split.rows:
                 row["task"] = number
+        if too_long["train_dropped"] or too_long["evaluation_dropped"]:
+            task = task.only(**{name: split.kept for name, split in splits.items()})
+        prompts = task.prompts(tokenizer, own.max_length)
+        generation = None if prompts is None else Generation(task.name, prompts, _evaluation_batch_size(own))
         if own.order == "shuffled":  # in order of length, so that batches hold little padding
-            splits["evaluation"].sort(key=lambda row: len(row["input_ids"]))
-        encoded.append(Encoded(task, number, splits["train"], splits["evaluation"], own))
+            splits["evaluation"].rows.sort(key=lambda row: len(row["input_ids"]))
+        rows, scored = splits["train"].rows, splits["evaluation"].rows
+        encoded.append(Encoded(task, number, rows, scored, own, generation, too_long))
     return encoded
 
 
@@ -120,7 +137,7 @@ def trained_by(method: Method, stream: Sequence[Encoded]) -> list[Encoded]:
 
 
 # Units of progress, about equal in time: a training batch runs a backward too.
-_TRAIN_UNITS, _WINDOW_UNITS = 3.0, 8.0
+_TRAIN_UNITS, _WINDOW_UNITS, _TOKEN_UNITS = 3.0, 8.0, 0.125
 
 
 def work_of(method: Method, stream: Sequence[Encoded], heldout: Sequence[HeldOut]) -> float:
@@ -132,7 +149,7 @@ def work_of(method: Method, stream: Sequence[Encoded], heldout: Sequence[HeldOut
 
 
 def _learning_work(method: Method, plugins: Sequence[Plugin], part: Encoded) -> float:
-    work = float(_batches(part)) if part.settings.forward_transfer and part.number > 0 else 0.0
+    work = _scoring_task(part) if part.settings.forward_transfer and part.number > 0 else 0.0
     if method.trains_backbone or part.task.classes is not None:
         rows = len(part.train) + sum(plugin.added_rows(part.number) for plugin in plugins)
         work += steps_of(rows, part.settings) * (_TRAIN_UNITS if method.trains_backbone else 1.0)
@@ -141,13 +158,17 @@ def _learning_work(method: Method, plugins: Sequence[Plugin], part: Encoded) -> 
 
 def _scoring_work(method: Method, stream: Sequence[Encoded], number: int, heldout: Sequence[HeldOut]) -> float:
     if not method.trains_backbone:
-        return _batches(stream[number])
-    return sum(map(_batches, stream[: number + 1])) + sum(text.windows for text in heldout) * _WINDOW_UNITS
+        return _scoring_task(stream[number])
+    return sum(map(_scoring_task, stream[: number + 1])) + sum(text.windows for text in heldout) * _WINDOW_UNITS
 
 
-def _batches(part: Encoded) -> int:
-    size = 1 if part.settings.evaluation == "one_by_one" else part.settings.evaluation_batch_size
-    return -(-len(part.evaluation) // size)
+def _scoring_task(part: Encoded) -> float:
+    generated = 0 if part.generation is None else part.generation.steps
+    return -(-len(part.evaluation) // _evaluation_batch_size(part.settings)) + generated * _TOKEN_UNITS
+
+
+def _evaluation_batch_size(settings: Settings) -> int:
+    return 1 if settings.evaluation == "one_by_one" else settings.evaluation_batch_size
 
 
 class MethodRun:
@@ -268,7 +289,7 @@ class MethodRun:
         if fresh:
             self._begin(part.number)
         if part.settings.forward_transfer and part.number >= len(self.result.before):  # the first is of the base model
-            before = self._trainer(part, []).score(part.evaluation)
+            before = self._trainer(part, []).score(part.evaluation, part.generation)
             self._add(before=[*self.result.before, before])
         if not any(p.requires_grad for p in self.model.parameters()):
             return
@@ -337,9 +358,9 @@ class MethodRun:
     def _score(self, part: Encoded) -> None:
         seen = self.stream[: part.number + 1]
         if not self.method.trains_backbone and self.result.scores:  # nothing that earlier tasks use has changed
-            row = [*self.result.scores[-1], self._trainer(part, []).score(part.evaluation)]
+            row = [*self.result.scores[-1], self._trainer(part, []).score(part.evaluation, part.generation)]
         else:
-            row = [self._trainer(other, []).score(other.evaluation) for other in seen]
+            row = [self._trainer(other, []).score(other.evaluation, other.generation) for other in seen]
         scores = {}
         for text in self.heldout:
             known = self.result.heldout[text.name]
@@ -364,6 +385,7 @@ class MethodRun:
             self.plugins,
             on_step=lambda: self._advance(units),
             on_prediction_step=lambda: self._advance(1.0),
+            on_generated=lambda tokens: self._advance(tokens * _TOKEN_UNITS),
         )
 
     def _add(self, **changes: object) -> None:

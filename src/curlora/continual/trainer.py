@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback
 
 from curlora.continual.batches import Collator, LengthGrouped
+from curlora.continual.generation import Generation, score_generated
 from curlora.continual.plugins import Plugin
 from curlora.continual.processes import process_state, use_cpu
 from curlora.continual.results import Score
@@ -52,6 +53,7 @@ class TaskTrainer(Trainer):
         logs: for what ``report_to`` asks for.
         plugins: add their penalties, and hear the Trainer's events.
         on_step, on_prediction_step: called after each.
+        on_generated: told how many tokens have been generated, one after the other.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class TaskTrainer(Trainer):
         plugins: Sequence[Plugin] = (),
         on_step: Callable[[], None] = lambda: None,
         on_prediction_step: Callable[[], None] = lambda: None,
+        on_generated: Callable[[int], None] = lambda tokens: None,
     ) -> None:
         processes = process_state().num_processes
         one_by_one = settings.evaluation == "one_by_one"
@@ -123,6 +126,8 @@ class TaskTrainer(Trainer):
         self.seed = seed
         self.directory = directory
         self.plugins = plugins
+        self.tokenizer = tokenizer
+        self.on_generated = on_generated
         self.seconds = self._began = 0.0
 
     def train_or_go_on(self) -> None:
@@ -136,12 +141,16 @@ class TaskTrainer(Trainer):
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds += time.monotonic() - self._began
 
-    def score(self, rows: Sequence[Row]) -> Score:
-        """The share of rows that are answered right, and the mean loss per label."""
+    def score(self, rows: Sequence[Row], generation: Generation | None = None) -> Score:
+        """The share of rows that are answered right, or what generated answers score; and the mean loss per label."""
         scores = torch.from_numpy(self.predict(list(rows)).predictions).double()
         assert len(scores) == len(rows)
         loss, labels, right = scores.sum(0).tolist()
-        return Score(accuracy=right / len(rows), loss=loss / labels)
+        if generation is None:
+            return Score(accuracy=right / len(rows), loss=loss / labels)
+        with self.accelerator.autocast():
+            found = score_generated(self.model.language_model, self.tokenizer, generation, self.on_generated)
+        return Score(accuracy=found.score, loss=loss / labels, unfinished=found.unfinished)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)

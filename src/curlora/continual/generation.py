@@ -1,0 +1,219 @@
+"""Scoring by generation: the model answers prompts greedily, and its answers are scored."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import reduce
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from curlora.continual.errors import RunError
+from curlora.continual.processes import process_state
+from curlora.continual.tasks import Prompts
+
+__all__ = ["Answer", "GeneratedScore", "Generation", "generate", "score_generated"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model is to answer in the evaluation of a task.
+
+    Args:
+        task: the task's name.
+        prompts: what is answered, and how that is scored.
+        batch_size: prompts that are answered together, over all processes.
+    """
+
+    task: str
+    prompts: Prompts
+    batch_size: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest prompt has with its answer."""
+        return max(map(len, self.prompts.ids)) + self.prompts.score.max_new_tokens
+
+    @property
+    def steps(self) -> int:
+        """Tokens that each process generates for a row of a batch, one after the other, if no answer ends before."""
+        return -(-len(self.prompts.ids) // self.batch_size) * self.prompts.score.max_new_tokens
+
+    def check_positions(self, positions: int | None) -> None:
+        """Check that prompts and answers fit into the positions that a model has, if it has so many and no more.
+
+        Raises:
+            RunError: if they do not.
+        """
+        if positions is not None and self.longest > positions:
+            new = self.prompts.score.max_new_tokens
+            raise RunError(
+                f"Task {self.task!r} generates up to {new} tokens after a prompt of {self.longest - new}, where the "
+                f"model has {positions} positions. Lower max_new_tokens or max_length."
+            )
+
+
+class GeneratedScore(NamedTuple):
+    """Of all prompts: the mean score, and the share of answers that were cut off at ``max_new_tokens``."""
+
+    score: float
+    unfinished: float
+
+
+class Answer(NamedTuple):
+    """What was generated.
+
+    Args:
+        text: without special tokens.
+        finished: whether it came to an end before ``max_new_tokens``.
+    """
+
+    text: str
+    finished: bool
+
+
+def score_generated(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: Generation,
+    on_steps: Callable[[int], None] = lambda steps: None,
+) -> GeneratedScore:
+    """Generate and score; in a distributed run every process its share of the prompts.
+
+    Args:
+        model: a causal language model of transformers, with whatever adapters are in it.
+        tokenizer: its tokenizer.
+        generation: what to answer.
+        on_steps: told of tokens of ``generation.steps`` that are done.
+
+    Raises:
+        RunError: if a prompt and its answer do not fit into the model's positions.
+    """
+    generation.check_positions(getattr(model.config, "max_position_embeddings", None))
+    prompts, score = generation.prompts, generation.prompts.score
+    state = process_state()
+    numbers = list(range(len(prompts.ids)))[state.process_index :: state.num_processes]
+    answers = generate(
+        model,
+        tokenizer,
+        [prompts.ids[i] for i in numbers],
+        max_new_tokens=score.max_new_tokens,
+        stop=prompts.stop,
+        batch_size=max(1, generation.batch_size // state.num_processes),
+        on_steps=on_steps,
+    )
+    sums = torch.zeros(2, dtype=torch.float64)
+    for i, answer in zip(numbers, answers, strict=True):
+        right = score.score(answer.text, prompts.answers[i])
+        sums += torch.tensor([right, not answer.finished], dtype=torch.float64)
+    if state.num_processes > 1:
+        sums = reduce(sums.to(state.device), reduction="sum").cpu()
+    return GeneratedScore(*(sums / len(prompts.ids)).tolist())
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop: frozenset[int] = frozenset(),
+    batch_size: int = 16,
+    on_steps: Callable[[int], None] = lambda steps: None,
+) -> list[Answer]:
+    """Answer prompts greedily, those of about the same length together, padded on the left.
+
+    An answer ends with any of the tokens in ``stop``, the tokenizer's end of text, and those that the model's
+    generation configuration names. Nothing else of that configuration counts: no sampling, no penalty.
+
+    Args:
+        model: a causal language model of transformers, with whatever adapters are in it; in evaluation mode meanwhile.
+        tokenizer: its tokenizer.
+        prompts: tokens of each, at least one.
+        max_new_tokens: where an answer is cut off.
+        stop: further tokens that end one.
+        batch_size: prompts that are answered together.
+        on_steps: told of tokens that are done, ``max_new_tokens`` for each batch in all.
+
+    Returns:
+        In the order of the prompts.
+    """
+    ends = stop | _ends(tokenizer, model)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what needs the most memory comes first
+    answers: list[Answer | None] = [None] * len(prompts)
+    with _greedy(model, tokenizer, ends, max_new_tokens):
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            counter = _Counter(on_steps, max_new_tokens)
+            generated = model.generate(
+                **_padded([prompts[i] for i in chosen], tokenizer, model.device),
+                stopping_criteria=StoppingCriteriaList([counter]),
+            )
+            counter.finish()
+            for i, row in zip(chosen, generated[:, len(prompts[chosen[0]]) :].tolist(), strict=True):
+                end = next((place for place, token in enumerate(row) if token in ends), None)
+                answers[i] = Answer(tokenizer.decode(row[:end], skip_special_tokens=True), end is not None)
+    return [answer for answer in answers if answer is not None]
+
+
+def _padded(prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: Any) -> dict[str, Any]:
+    """A batch, its longest prompt first, padded on the left: an answer begins right behind its prompt."""
+    length = len(prompts[0])
+    input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, prompt in enumerate(prompts):
+        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[i, length - len(prompt) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    return frozenset(token for token in [tokenizer.eos_token_id, *named] if token is not None)
+
+
+@contextlib.contextmanager
+def _greedy(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], max_new_tokens: int
+) -> Iterator[None]:
+    """In evaluation mode, generating greedily: what the model's own configuration has beside that is set aside."""
+    own, modes = model.generation_config, {module: module.training for module in model.modules()}
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.generation_config = own
+        for module, training in modes.items():
+            module.training = training
+
+
+class _Counter(StoppingCriteria):
+    """Stops nothing: hears of every token of a batch."""
+
+    def __init__(self, on_steps: Callable[[int], None], steps: int) -> None:
+        self.on_steps = on_steps
+        self.left = steps
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._done(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def finish(self) -> None:
+        """The batch is done, whether or not any answer was as long as it may be."""
+        self._done(self.left)
+
+    def _done(self, steps: int) -> None:
+        self.left -= steps
+        self.on_steps(steps)

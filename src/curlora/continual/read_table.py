@@ -1,0 +1,330 @@
+"""Tables from local files and from the hub, checked while they are read."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from curlora.continual.errors import DataError
+
+__all__ = ["TABLE_SUFFIXES", "Place", "Table", "read_table"]
+
+
+class Place(BaseModel):
+    """A table: a local ``.tsv``, ``.csv``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a data set of the hub.
+
+    ``quoted`` says whether a TSV or CSV file uses quotation marks to enclose fields (GLUE's do not). ``columns`` names
+    those of a TSV or CSV file that has no heading.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Path | None = None
+    columns: list[str] | None = None
+    quoted: bool = True
+    encoding: str = "utf-8-sig"  # with or without a byte-order mark
+    hub: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    split: str | None = None
+
+    @field_validator("encoding")
+    @classmethod
+    def _known_encoding(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError as error:
+            raise ValueError(f"Python knows no encoding {value!r}; utf-8, utf-16 and latin-1 are some") from error
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _distinct_columns(cls, value: list[str] | None) -> list[str] | None:
+        twice = _twice(value or [])
+        if twice is not None:
+            raise ValueError(f"{twice!r} is there twice")
+        return value
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Place:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path (a local file) or hub (a data set's id)")
+        if self.hub is not None and self.split is None:
+            raise ValueError("a data set of the hub needs split")
+        if self.columns is not None and (self.path is None or self.path.suffix.lower() not in _SEPARATORS):
+            raise ValueError("columns name those of a TSV or CSV file without a heading")
+        return self
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with named columns.
+
+    Args:
+        columns: the names. A row may lack some.
+        rows: a mapping each; a sequence, or a data set of the library ``datasets``.
+    """
+
+    columns: Sequence[str]
+    rows: Any
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        return iter(self.rows)
+
+    def select(self, numbers: Sequence[int]) -> Table:
+        """The rows of these numbers, in this order."""
+        rows = [self.rows[i] for i in numbers] if isinstance(self.rows, list) else self.rows.select(numbers)
+        return Table(self.columns, rows)
+
+    def check_columns(self, columns: Iterable[str], where: str) -> None:
+        """Check that the columns are there.
+
+        Raises:
+            DataError: naming the first that is not.
+        """
+        for column in columns:
+            if column not in self.columns:
+                raise DataError(f"{where}: there is no column {column!r} among {', '.join(self.columns)}")
+
+
+def read_table(place: Place, where: str) -> Table:
+    """Read a table.
+
+    Every field of a TSV or CSV file is a string, as it stands there. Text of JSON stays text: nothing is taken for a
+    date or a number that the file has in quotation marks.
+
+    Args:
+        place: the file or data set.
+        where: names it in errors.
+
+    Raises:
+        DataError: if it is not there, is no such file, or has no rows; if a row of a TSV or CSV file has more or fewer
+            fields than the heading, with the line; if two columns have one name.
+    """
+    if place.hub is not None:
+        return _from_hub(place, where)
+    assert place.path is not None
+    if not place.path.is_file():
+        raise DataError(f"{where}: {'is a folder' if place.path.is_dir() else 'there is no such file'}")
+    suffix = place.path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        raise DataError(f"{where}: {suffix or 'no'} is not among the file types that are read: {_listed()}")
+    try:
+        _check_signature(place.path, suffix, where)
+        if suffix == ".parquet":
+            table = _from_parquet(place.path)
+        elif suffix in _SEPARATORS:
+            table = _from_csv(place, _SEPARATORS[suffix], where)
+        else:
+            table = _from_json(place, where)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: is not text in the encoding {place.encoding}: {error.reason} at byte {error.start}. If it is "
+            "text in another encoding, say which under encoding"
+        ) from error
+    except UnicodeError as error:
+        raise DataError(f"{where}: is not text in the encoding {place.encoding}: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error.__cause__ or error
+        raise DataError(f"{where}: cannot be read as {suffix[1:]}: {reason}") from error
+    if not len(table):
+        raise DataError(f"{where}: the file has no rows")
+    return table
+
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
+"""Of files that are read as tables."""
+
+_PARQUET = b"PAR1"
+_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_SIGNATURES = {
+    b"PK\x03\x04": "a zip archive, such as an Excel workbook",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook or another Office document",
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    _PARQUET: "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"SQLite format 3": "an SQLite database",
+    b"%PDF": "a PDF",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+}
+
+
+def _listed() -> str:
+    return ", ".join(TABLE_SUFFIXES)
+
+
+def _check_signature(path: Path, suffix: str, where: str) -> None:
+    """Refuse what is another kind of file than its name says, before a reader makes something else of it."""
+    with path.open("rb") as stream:
+        start = stream.read(16)
+    if not start:
+        raise DataError(f"{where}: the file is empty")
+    if suffix == ".parquet":
+        if not start.startswith(_PARQUET):
+            raise DataError(f"{where}: is no Parquet file, whatever its name says")
+        return
+    for signature, kind in _SIGNATURES.items():
+        if start.startswith(signature):
+            raise DataError(f"{where}: is {kind}, where {suffix} is text: save it as {suffix}, or give it its own name")
+
+
+def _lines(place: Place, where: str, newline: str | None) -> Iterator[str]:
+    """The lines of a text file, checked to be text."""
+    assert place.path is not None
+    with place.path.open("rb") as raw:
+        if raw.read(2) in _UTF16 and "16" not in place.encoding:
+            raise DataError(f"{where}: is text in UTF-16: say encoding: utf-16")
+    with place.path.open(encoding=place.encoding, newline=newline) as stream:
+        for number, line in enumerate(stream, start=1):
+            if "\0" in line:
+                raise DataError(
+                    f"{where}: line {number} holds a NUL character, so this is no text file, or text in another "
+                    "encoding: say which under encoding"
+                )
+            yield line.removeprefix("\ufeff") if number == 1 else line
+
+
+def _from_csv(place: Place, separator: str, where: str) -> Table:
+    quoting: Any = csv.QUOTE_MINIMAL if place.quoted else csv.QUOTE_NONE
+    # Strict: otherwise a quotation mark that is never closed takes all lines up to the next one for one field.
+    reader = csv.reader(_lines(place, where, newline=""), delimiter=separator, quoting=quoting, strict=True)
+    columns, named_by = place.columns, "columns names"
+    rows: list[dict[str, str]] = []
+    limit = csv.field_size_limit(2**31 - 1)  # the library's is for all readers, and below what a long text has
+    line = 1
+    try:
+        for fields in reader:
+            if len(fields) > 1 or "".join(fields).strip():  # not a blank line
+                if columns is None:
+                    columns, named_by = _heading(fields, where), "the heading has"
+                elif len(fields) != len(columns):
+                    raise DataError(
+                        f"{where}: line {line} has {_count(len(fields), 'field')}, where {named_by} {len(columns)}"
+                        + _advice(place, separator, len(fields) > len(columns))
+                    )
+                else:
+                    rows.append(dict(zip(columns, fields, strict=True)))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(
+            f"{where}: line {line}: {error}. A quotation mark at the start of a field opens it, and must close it; "
+            "where quotation marks enclose nothing, say quoted: false"
+        ) from error
+    finally:
+        csv.field_size_limit(limit)
+    return Table([name for name in columns or [] if name], rows)
+
+
+def _heading(names: Sequence[str], where: str) -> list[str]:
+    twice = _twice([name for name in names if name])  # a column without a name, as pandas writes its index, is nobody's
+    if twice is not None:
+        raise DataError(f"{where}: two columns have the name {twice!r}: rename one of them")
+    return list(names)
+
+
+def _advice(place: Place, separator: str, more: bool) -> str:
+    if not more:
+        return ""
+    name = "tab" if separator == "\t" else "comma"
+    if place.quoted:
+        return f": put a text that holds a {name} in quotation marks"
+    return f": a text that holds a {name} needs quotation marks around it, and quoted: true"
+
+
+def _from_json(place: Place, where: str) -> Table:
+    assert place.path is not None
+    lines = list(_lines(place, where, newline=None))
+    first = next((line.lstrip()[:1] for line in lines if line.strip()), "")
+    rows: list[Any]
+    if first == "[" or (place.path.suffix.lower() == ".json" and not _is_json(next(filter(str.strip, lines), ""))):
+        try:
+            whole = json.loads("".join(lines))
+        except ValueError as error:
+            raise DataError(f"{where}: is not JSON: {error}") from error
+        rows = whole if isinstance(whole, list) else [whole]
+    else:
+        rows = []
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError as error:
+                    at = f"{error.msg}, column {error.colno}"
+                    raise DataError(f"{where}: line {number} is not JSON: {at}") from error
+    columns: dict[str, None] = {}  # a set that keeps its order
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{where}: row {number} is {_kind(row)}, where an object is expected that has a value for each column"
+            )
+        columns.update(dict.fromkeys(row))
+    if any("\\ud" in line or "\\uD" in line for line in lines):
+        _check_surrogates(rows, where)
+    return Table(list(columns), rows)
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_surrogates(rows: Sequence[Any], where: str) -> None:
+    """JSON can say half of a character, which no tokenizer takes."""
+    for number, row in enumerate(rows):
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: row {number} holds half of a character: {error.reason}") from error
+
+
+def _from_parquet(path: Path) -> Table:
+    import datasets
+    from pyarrow import parquet
+
+    rows = datasets.Dataset(parquet.read_table(path))
+    return Table(rows.column_names, rows)
+
+
+def _from_hub(place: Place, where: str) -> Table:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(place.hub, place.subset, split=place.split, revision=place.revision)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{where}: cannot be had from the hub: {error}") from error
+    if not len(rows):
+        raise DataError(f"{where}: the split has no rows")
+    return Table(rows.column_names, rows)
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    return next((name for name in names if names.count(name) > 1), None)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _kind(value: Any) -> str:
+    names = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
