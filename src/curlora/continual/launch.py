@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.data import HeldOutPart, read_task, read_text
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.protocol import Protocol
-from curlora.continual.recipe import MethodPart, Recipe, RecipeError
+from curlora.continual.recipe import MethodPart, Recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 from curlora.continual.sequence import Progress, Silent
@@ -27,7 +28,7 @@ def build(recipe: Recipe) -> Stream:
 
     Raises:
         RecipeError: naming the task or file, if a file is missing, a column is not there, a label is unknown, a
-            split is empty or a held-out text is too short: all of that before the model is loaded.
+            split is empty, a held-out text is too short, or it is the guard's: all of that before the model is loaded.
     """
     protocol = recipe.switched()
     reference = protocol.data == "reference"
@@ -42,6 +43,10 @@ def build(recipe: Recipe) -> Stream:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     tokenizer = recipe.model.load_tokenizer()
+    heldout = [_held_out(part, text, tokenizer, protocol) for part, text in zip(recipe.heldout, texts, strict=True)]
+    guard_text = None if guard is None else _held_out(*guard, tokenizer, Protocol())
+    if guard_text is not None:
+        _check_apart(recipe, heldout, guard_text)
     return Stream(
         title=recipe.title,
         base_model=recipe.model.name if not Path(recipe.model.name).is_dir() else Path(recipe.model.name).name,
@@ -49,12 +54,13 @@ def build(recipe: Recipe) -> Stream:
         tokenizer=tokenizer,
         tasks=tasks,
         methods=[part.make(protocol) for part in recipe.methods],
-        heldout=[_held_out(part, text, tokenizer, protocol) for part, text in zip(recipe.heldout, texts, strict=True)],
+        heldout=heldout,
         settings=recipe.settings(),
         seeds=recipe.seeds,
         protocol=protocol.describe(),
         recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
-        guard_text=None if guard is None else _held_out(*guard, tokenizer, Protocol()),
+        guard_text=guard_text,
+        load_empty=recipe.model.load_empty,
     )
 
 
@@ -129,6 +135,39 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
     if len(tokens) < 2:
         raise RecipeError(f"heldout {part.name!r} becomes {len(tokens)} tokens; perplexity needs at least 2")
     if protocol.perplexity == "first_chunk":
-        chunk = min(part.chunk or part.window, len(tokens))
-        return HeldOut(part.name, tokens[:chunk], window=max(2, chunk))
-    return HeldOut(part.name, tokens[: part.tokens], part.window, part.stride)
+        asked, given = part.chunk or part.window, part.chunk is not None
+        scored = HeldOut(part.name, tokens[:asked], window=max(2, min(asked, len(tokens))))
+    else:
+        asked, given = part.tokens, "tokens" in part.model_fields_set
+        scored = HeldOut(part.name, tokens[:asked], part.window, part.stride)
+    if given and len(tokens) < asked:
+        behind = f" behind the first {part.skip:,}" if part.skip else ""
+        warnings.warn(
+            f"The text {part.name!r} is shorter than the recipe asks for: {len(tokens):,} tokens{behind}, not {asked:,}.",
+            RecipeWarning,
+            stacklevel=2,
+        )
+    return scored
+
+
+def _check_apart(recipe: Recipe, heldout: Sequence[HeldOut], guard: HeldOut) -> None:
+    """A text that the guard has been shown says little of any other."""
+    assert recipe.guard is not None
+    for part, text in zip(recipe.heldout, heldout, strict=True):
+        ends = part.skip + len(text.tokens), recipe.guard.skip + len(guard.tokens)
+        shared = min(ends) - max(part.skip, recipe.guard.skip)
+        if torch.equal(text.tokens, guard.tokens):
+            shared = len(text.tokens)
+        elif _source(part) != _source(recipe.guard) or shared <= 0:
+            continue
+        found = (
+            f"heldout {text.name!r} and guard {guard.name!r} have {shared:,} of {len(text.tokens):,} tokens in common. "
+            "Hold out another text, or another part of it (skip)."
+        )
+        if shared == len(text.tokens):
+            raise RecipeError(found)
+        warnings.warn(found, RecipeWarning, stacklevel=2)
+
+
+def _source(part: HeldOutPart) -> dict[str, Any]:
+    return part.model_dump(exclude={"name", "skip", "tokens", "window", "stride", "chunk"})

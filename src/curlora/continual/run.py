@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from curlora.continual.checks import check_methods, check_texts
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
@@ -60,6 +61,8 @@ class Stream:
         protocol: further facts for the report: the switches of the protocol.
         recipe: the recipe, for the report.
         guard_text: a general text for plug-ins that go by one; it is not scored.
+        load_empty: gives the model on the meta device, by which the methods are checked before any is run; without it
+            each is found out when it begins.
     """
 
     title: str
@@ -74,6 +77,12 @@ class Stream:
     protocol: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
     guard_text: HeldOut | None = None
+    load_empty: Callable[[], nn.Module] | None = None
+
+    @property
+    def texts(self) -> list[HeldOut]:
+        """Those that are scored, and the one that plug-ins go by."""
+        return [*self.heldout, *([] if self.guard_text is None else [self.guard_text])]
 
 
 def run_stream(
@@ -97,13 +106,17 @@ def run_stream(
         The measurements, also in ``directory / "results.json"``.
 
     Raises:
-        RunError: if another process runs in ``directory``, a result in it cannot be read, the disk is full, or the
-            batch size cannot be shared out over the processes.
+        RunError: if a text is longer than the model has positions, a method cannot be put on the model, another
+            process runs in ``directory``, a result in it cannot be read, the disk is full, or the batch size cannot be
+            shared out over the processes.
         curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
     """
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in encoded:
         check_shared_out(part.settings.batch_size)
+    if stream.load_empty is not None:
+        check_texts(stream.load_empty().config, stream.texts, encoded)
+        check_methods(stream.methods, stream.load_empty, len(encoded), stream.seeds[0])
     with _locked(directory, begin), _disk_errors(directory):
         return _run(stream, encoded, directory, progress)
 
@@ -190,8 +203,7 @@ def _folder(directory: Path, method: str, seed: int) -> Path:
 
 def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     path = directory / _BASE
-    texts = [*stream.heldout, *([] if stream.guard_text is None else [stream.guard_text])]
-    data = _data_digest(encoded, texts)
+    data = _data_digest(encoded, stream.texts)
     if path.exists():
         try:
             known = _Base.model_validate_json(path.read_text(encoding="utf-8"))
@@ -207,13 +219,7 @@ def _base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> _Base:
     wanted = [part for part in encoded if part.settings.forward_transfer]
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
     model = TaskModel(language_model)
-    positions = getattr(language_model.config, "max_position_embeddings", None)
-    for text in (*stream.heldout, *([] if stream.guard_text is None else [stream.guard_text])):
-        if positions is not None and min(text.window, len(text.tokens)) > positions:
-            raise RunError(
-                f"The text {text.name!r} has windows of {text.window} tokens, where the model has {positions} "
-                "positions."
-            )
+    check_texts(language_model.config, stream.texts, encoded)
     scores = []
     for part in wanted:
         model.begin(part.number, part.task.classes)

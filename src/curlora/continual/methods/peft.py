@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
 from curlora.continual.methods.base import Method
+from curlora.continual.problems import unknown_names
 
 __all__ = ["Peft", "peft_types"]
 
@@ -100,14 +101,13 @@ class Peft(Method):
             raise ValueError(
                 "alora_invocation_tokens: activated LoRA acts in PeftModel's own forward, which is not used"
             )
-        for option in self.options:
-            if option not in known:
-                raise ValueError(f"{config_class.__name__} has no option {option!r}")
+        if unknown := [option for option in self.options if option not in known]:
+            raise ValueError(f"options: {unknown_names(config_class.__name__, unknown, known, 'option')}")
         options = {**({"seed": seed} if self.peft_type == "curlora" else {}), **self.options}
         try:
             return config_class(**options)
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{config_class.__name__}: {error}") from error
+            raise ValueError(f"options: {config_class.__name__}: {error}") from error
 
     def apply(self, model: nn.Module, seed: int) -> nn.Module:
         adapted = get_peft_model(model, self.configuration(seed), adapter_name=self.adapter(0))
