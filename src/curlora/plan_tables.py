@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
@@ -27,8 +25,8 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         *(f"Held out: {text.describe()}" for text in stream.heldout),
     ]
 
-    columns = ("examples", "tokens\nan epoch", "epochs", "steps", "longest\nrow", "scored\nexamples", "scored\ntokens")
-    tasks = _table("Tasks", "task", columns)
+    figures = ("examples", "tokens\nan epoch", "epochs", "steps", "longest\nrow", "scored\nexamples", "scored\ntokens")
+    tasks = _table("Tasks", "task", *figures)
     for part in plan.tasks:
         longest = max(len(row["input_ids"]) for row in part.train)
         steps = steps_of(len(part.train), part.settings)
@@ -36,8 +34,8 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         tasks.add_row(Text(part.task.name), *_counts(*trained, len(part.evaluation), tokens_of(part.evaluation)))
 
     over = "" if len(stream.seeds) == 1 else f" and {len(stream.seeds)} seeds"
-    columns = ("trained\nparameters", "steps", "tokens\ntrained on", "held-out\nwindows")
-    counts = _table(f"Methods, over all tasks{over}", "method", columns)
+    title = f"Methods, over all tasks{over}"
+    counts = _table(title, "method", "trained\nparameters", "steps", "tokens\ntrained on", "held-out\nwindows")
     counts.add_row("base model", "", "", "", *_counts(plan.base_windows))
     for m in methods:
         row = _counts(m.trained, m.steps, m.tokens, m.windows)
@@ -45,8 +43,8 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     sums = [sum(getattr(m, key) for m in methods) for key in ("steps", "tokens", "windows")]
     counts.add_row("the whole run", "", *_counts(*sums[:2], plan.base_windows + sums[2]))
 
-    columns = ("weights", "trained, gra-\ndient, AdamW", "kept for\nbackward", "logits", "in all")
-    memory = _table("Memory of training in each process, estimated by docs/complexity.md", "method", columns)
+    title = "Memory of training in each process, estimated"
+    memory = _table(title, "method", "weights", "trained, gra-\ndient, AdamW", "kept for\nbackward", "logits", "in all")
     for m in methods:
         parts = (m.memory.weights, m.memory.trained, m.memory.kept, m.memory.logits, m.memory.total)
         memory.add_row(Text(m.label), *map(_size, parts))
@@ -56,7 +54,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     return [Text("\n".join(heading)), tasks, counts, memory, notes]
 
 
-def _table(title: str, first: str, columns: Iterable[str]) -> Table:
+def _table(title: str, first: str, *columns: str) -> Table:
     table = Table(title=f"\n{title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column(first, overflow="fold")
     for column in columns:

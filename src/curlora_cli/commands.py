@@ -69,7 +69,7 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="key.key=value changes an entry of the recipe, such as tasks.0.train.limit=100. May be repeated.",
+            help="Change an entry: key.key=value, such as training.epochs=3. May be repeated.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print the plan, no more.")] = False,
@@ -288,7 +288,7 @@ def _quiet_libraries() -> Iterator[None]:
             show(message, category, *where)
 
     with warnings.catch_warnings():
-        warnings.showwarning = show_for_people
+        warnings.showwarning = show_for_people  # type: ignore[assignment]
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", category=FutureWarning)
         yield

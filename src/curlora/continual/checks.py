@@ -146,10 +146,9 @@ def _check_ranks(method: Method, model: nn.Module) -> None:
             above[name] = smaller
     if not above:
         return
-    some = ", ".join(
-        f"{name.removeprefix('base_model.model.')} ({smaller})" for name, smaller in list(above.items())[:3]
-    )
-    found = f"its rank is above the smaller side of {len(above)} layer(s): {some}{', ...' if len(above) > 3 else ''}."
+    named = [f"{name.removeprefix('base_model.model.')} ({smaller})" for name, smaller in above.items()]
+    some = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+    found = f"its rank is above the smaller side of {len(above)} layer(s): {some}."
     if method.kind == "curlora":
         raise ValueError(f"{found} Choose a smaller r, or give these layers their own in rank_pattern.")
     warnings.warn(f"method {method.name!r}: {found} No update of theirs needs that much.", RecipeWarning, stacklevel=2)

@@ -143,7 +143,8 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
     if given and len(tokens) < asked:
         behind = f" behind the first {part.skip:,}" if part.skip else ""
         warnings.warn(
-            f"The text {part.name!r} is shorter than the recipe asks for: {len(tokens):,} tokens{behind}, not {asked:,}.",
+            f"The text {part.name!r} is shorter than the recipe asks for: {len(tokens):,} tokens{behind}, where "
+            f"{asked:,} are wanted.",
             RecipeWarning,
             stacklevel=2,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +19,15 @@ from curlora.continual.sequence import Encoded
 from curlora.continual.tasks import IGNORED, Row
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["Memory", "estimate", "kept_for_backward"]
+__all__ = ["Memory", "UnknownError", "estimate", "kept_for_backward"]
 
 _FLOAT32 = 4
 # Activations that are written in Python keep more than their input.
 _KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_pytorch_tanh_python": 4, "gelu_fast": 6, "quick_gelu": 2}
 
 
-class _NoFormula(Exception):
-    """Says of what there is none."""
+class UnknownError(Exception):
+    """Says of what there is no formula."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +66,30 @@ def estimate(
         heads: how many classes the heads of all tasks have.
         part, rows: the task, and what is trained on.
     """
-    trainer, classes = part.settings.trainer, part.task.classes or 0
+    config, trainer, classes = base.config.get_text_config(), part.settings.trainer, part.task.classes or 0
     batch = min(part.settings.batch_size // process_state().num_processes, len(rows))
     length = max(len(row["input_ids"]) for row in rows)
-    autocast = bool(trainer.get("bf16") or trainer.get("fp16"))
-    checkpointing = bool(trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"))
-    config = base.config.get_text_config()
     if classes:
         logits = batch * classes * _FLOAT32
     else:
         answers = [[i for i, label in enumerate(row["labels"]) if label != IGNORED] for row in part.train]
-        outputs = (length - min(map(min, answers))) * (2 if autocast else _size(base))
-        logits = batch * config.vocab_size * (outputs + max(map(len, answers)) * 2 * _FLOAT32)
+        given = (length - min(map(min, answers))) * _computed(base, trainer)
+        logits = batch * config.vocab_size * (given + max(map(len, answers)) * 2 * _FLOAT32)
     if adapted.model is None:
         return Memory(logits=logits, unknown=adapted.unknown)
     trained = 4 * _bytes(p for p in adapted.model.parameters() if p.requires_grad)
     trained += _FLOAT32 * (config.hidden_size + 1) * (heads + 3 * classes)
-    weights = kept = None
+    weights = None
     try:
         weights = _weights(method, adapted.model, base, quantization)
-        device = process_state().device.type
-        kept = kept_for_backward(adapted.model, base, batch, length, device, autocast, checkpointing)
-    except _NoFormula as error:
-        return Memory(weights, trained, kept, logits, f"there is no formula for {error}")
+        kept = kept_for_backward(adapted.model, base, batch, length, trainer, process_state().device.type)
+    except UnknownError as error:
+        return Memory(weights, trained, None, logits, f"there is no formula for {error}")
     return Memory(weights, trained, kept, logits)
 
 
 def kept_for_backward(
-    model: nn.Module, base: Any, batch: int, length: int, device: str, autocast: bool, checkpointing: bool
+    model: nn.Module, base: Any, batch: int, length: int, trainer: Mapping[str, Any], device: str
 ) -> int:
     """Bytes that are kept from the first block that trains something to the last norm.
 
@@ -101,46 +97,49 @@ def kept_for_backward(
         model: what is trained; of it, and of ``base``, only shapes are looked at.
         base: without adapters.
         batch, length: of the step.
+        trainer: the arguments of transformers' Trainer.
         device: it runs on.
-        autocast: whether weights in float32 compute in half precision.
-        checkpointing: whether a block keeps nothing but its input, and is computed again.
+
+    Raises:
+        UnknownError: if there is no formula for the model or the adapter.
     """
     config, blocks, plain = base.config.get_text_config(), _blocks(model), _blocks(base)
     trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
     if not any(trains):
         return 0
     if len({str([p.shape for p in block.parameters()]) for block in plain}) > 1:
-        raise _NoFormula("blocks that differ")
+        raise UnknownError("blocks that differ")
     if any(p.ndim > 2 for p in plain.parameters()) or not hasattr(config, "num_attention_heads"):
-        raise _NoFormula("blocks that are more, or other, than attention and a dense MLP")
-    count, tokens, size = len(blocks) - trains.index(True), batch * length, 2 if autocast else _size(base)
-    width, heads = config.hidden_size, config.num_attention_heads
+        raise UnknownError("blocks that are more, or other, than attention and a dense MLP")
+    width, heads, size = config.hidden_size, config.num_attention_heads, _computed(base, trainer)
     across = heads * (getattr(config, "head_dim", None) or width // heads)
+    autocast = _autocast(trainer)
 
-    norms = [m for m in plain[0].modules() if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None]
-    normed = sum(width if norm.weight.numel() == width else across for norm in norms)
+    norms: list[Any] = [m for m in plain[0].modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
     rms = any("RMS" in type(norm).__name__ for norm in norms)
     residual = _FLOAT32 if rms or autocast else size
+    normed = sum(width if norm.weight.numel() == width else across for norm in norms)
+    block = normed * residual
+    if rms and all(norm.weight.requires_grad for norm in blocks[-1].modules() if type(norm) is type(norms[0])):
+        block += normed * (_FLOAT32 if autocast else size)
 
     dropout = any(getattr(config, name, 0) for name in ("attn_pdrop", "attention_dropout"))
-    fused = attention_implementation(config) != "eager" and not (dropout and device == "cpu")
-    attention = (4 * across + length) * size + heads * _FLOAT32
-    if not fused:
-        attention = (4 * across + heads * length * (3 if dropout else 1)) * _FLOAT32
+    if attention_implementation(config) == "eager" or (dropout and device == "cpu"):  # which has no fused kernel for it
+        block += (4 * across + heads * length * (3 if dropout else 1)) * _FLOAT32
+    else:
+        block += (4 * across + length) * size + heads * _FLOAT32
 
     sides = [in_out_features(m) for m in plain[0].modules() if isinstance(m, (nn.Linear, Conv1D))]
     inner = sides[-1][0]  # the last layer of the MLP leads back to the width
     gated = sum(m for n, m in sides[-3:-1] if n == width != m) >= 2 * inner
-    activation = getattr(config, "hidden_act", None) or getattr(config, "activation_function", "")
-    mlp = (_KEPT_BY_ACTIVATION.get(activation, 1) + 2 * gated) * inner * size
+    activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
+    block += (_KEPT_BY_ACTIVATION.get(activation, 1) + 2 * gated) * inner * size
 
-    block = attention + mlp + normed * residual
-    if rms and all(norm.weight.requires_grad for norm in blocks[-1].modules() if type(norm) is type(norms[0])):
-        block += normed * (_FLOAT32 if autocast else size)
-    trained = _of_trained_layers(blocks, size, autocast)
-    kept = count * width * residual + block + trained // count if checkpointing else count * block + trained
-    copies = 2 * sum(n * m for n, m in sides) * (1 if checkpointing else count) if autocast else 0
-    return tokens * (kept + width * residual) + copies
+    count, tokens = len(blocks) - trains.index(True), batch * length
+    kept, copies = count * block + _of_trained_layers(blocks, size, autocast), count
+    if trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"):  # one block at a time
+        kept, copies = kept // count + count * width * residual, 1
+    return tokens * (kept + width * residual) + 2 * autocast * copies * sum(n * m for n, m in sides)
 
 
 def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool) -> int:
@@ -159,7 +158,7 @@ def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool) -> int:
                     total += layer.r[adapter] * each + dropout * layer.in_features * each
                     inputs[name if dropout or each != size else module, layer.in_features] = each
         elif isinstance(layer, BaseTunerLayer):
-            raise _NoFormula(f"what {type(layer).__name__} keeps for backward")
+            raise UnknownError(f"what {type(layer).__name__} keeps for the backward pass")
         elif isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.requires_grad and "lora_" not in name:
             inputs[module, in_out_features(layer)[0]] = size
     return total + sum(n * each for (_, n), each in inputs.items())
@@ -167,8 +166,13 @@ def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool) -> int:
 
 def _weights(method: Method, model: nn.Module, base: Any, quantization: Any) -> int:
     copies = [base]
-    if method.trains_backbone:  # some methods load the base once more
-        method.base_logits(model, lambda: copies.append(base) or base)
+
+    def load() -> nn.Module:
+        copies.append(base)
+        return base
+
+    if method.trains_backbone:
+        method.base_logits(model, load)  # for which some methods hold the base once more
     total = _bytes(p for p in model.parameters() if not p.requires_grad) + _bytes(model.buffers())
     total += (len(copies) - 1) * (_bytes(base.parameters()) + _bytes(base.buffers()))
     for layer in model.modules():
@@ -178,13 +182,22 @@ def _weights(method: Method, model: nn.Module, base: Any, quantization: Any) -> 
     if quantization is None:
         return total
     given = quantization if isinstance(quantization, dict) else quantization.to_dict()
-    bits = given.get("bits") or given.get("nbits") or (4 if given.get("load_in_4bit") else 0)
+    bits = given.get("bits") or given.get("nbits") or 4 * bool(given.get("load_in_4bit"))
+    if not bits and not given.get("load_in_8bit"):
+        raise UnknownError(f"the size of weights that {given.get('quant_method')} has quantized")
     # A group of weights has a scale and a zero point of 2 bytes each, or a scale of 4.
-    each = 1.0 if given.get("load_in_8bit") else bits / 8 + 4 / (given.get("group_size") or 64)
-    if each == 1 / 16:
-        raise _NoFormula(f"the size of weights that {given.get('quant_method')} has quantized")
+    each = bits / 8 + 4 / (given.get("group_size") or 64) if bits else 1.0
     linear = [m.weight for m in _blocks(base).modules() if isinstance(m, (nn.Linear, Conv1D))]
     return total + len(copies) * (int(each * sum(weight.numel() for weight in linear)) - _bytes(linear))
+
+
+def _autocast(trainer: Mapping[str, Any]) -> bool:
+    return bool(trainer.get("bf16") or trainer.get("fp16"))
+
+
+def _computed(base: nn.Module, trainer: Mapping[str, Any]) -> int:
+    """Bytes of an entry of what layers compute."""
+    return 2 if _autocast(trainer) else next(base.parameters()).element_size()
 
 
 def _blocks(model: Any) -> nn.ModuleList:
@@ -192,11 +205,7 @@ def _blocks(model: Any) -> nn.ModuleList:
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise _NoFormula("a model without a list of blocks")
-
-
-def _size(model: nn.Module) -> int:
-    return next(model.parameters()).element_size()
+    raise UnknownError("a model without a list of blocks")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

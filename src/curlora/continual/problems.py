@@ -106,9 +106,9 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
             where = ": ".join(part for part in (within, place(location, content)) if part)
             joint = " is missing" if one["type"] == "missing" else ": " if where else ""
             lines += [f"{where}{joint}{line}" for line in _message(one).split("\n")]
-    for location, names in extra.items():
-        where = ": ".join(part for part in (within, place(location, content)) if part)
-        owner = _model_at(model, location)
+    for owned_by, names in extra.items():
+        where = ": ".join(part for part in (within, place(owned_by, content)) if part)
+        owner = _model_at(model, owned_by)
         lines.append(unknown_names(where or "a recipe", names, owner.model_fields if owner else ()))
     return list(dict.fromkeys(lines))
 
@@ -118,6 +118,8 @@ def _message(error: ErrorDetails) -> str:
         return ""
     message = error["msg"].removeprefix("Value error, ")
     found = error["input"]
+    if error["type"] == "string_type" and isinstance(found, bool):
+        return f"a text is expected, got {found}. Quote it: YAML reads yes, no, on and off as truth values"
     told = error["type"] in ("value_error", "at_their_places") or isinstance(found, (dict, list, tuple, BaseModel))
     return message if told else f"{message}, got {found!r}"
 

@@ -248,9 +248,9 @@ class Recipe(_Part):
         changes = [(f"task {name!r}: training", variant.training) for name, variant in variants]
         _check_settings(None, changes)
         misplaced = [
-            f"{where}: {key} is for all tasks alike"
-            for where, training in changes
-            for key in sorted(training.keys() & {"forward_transfer", *SWITCHES})
+            f"task {task.name!r}: training: {key} is for all tasks alike"
+            for task in tasks
+            for key in sorted(task.training.keys() & {"forward_transfer", *SWITCHES})
         ]
         if misplaced:
             raise at_their_places(misplaced)

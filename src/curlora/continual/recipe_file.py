@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +101,13 @@ def _with_environment(content: Any, keys: Collection[str]) -> Any:
     return _SHORT.sub(lambda m: m[0] if m[2] in keys else f"{m[1]}${{oc.env:{m[2]}}}", content)
 
 
-def _filled_in(
-    config: Any, as_written: Any, location: list[int | str], keys: Collection[str], problems: list[str]
-) -> Any:
+def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collection[str], problems: list[str]) -> Any:
     """Plain values, with each variable filled in that has a value."""
     if not isinstance(config, (DictConfig, ListConfig)):
         return config
     values: dict[Any, Any] = {}
-    for key in config if isinstance(config, DictConfig) else range(len(config)):
+    entries: Iterable[Any] = config if isinstance(config, DictConfig) else range(len(config))
+    for key in entries:
         here = [*location, key]
         try:
             values[key] = _filled_in(config[key], as_written, here, keys, problems)

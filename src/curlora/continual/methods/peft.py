@@ -106,7 +106,7 @@ class Peft(Method):
         options = {**({"seed": seed} if self.peft_type == "curlora" else {}), **self.options}
         try:
             return config_class(**options)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"options: {config_class.__name__}: {error}") from error
 
     def apply(self, model: nn.Module, seed: int) -> nn.Module:
