@@ -17,7 +17,7 @@ from curlora.continual.results import RunResults
 from curlora.demo import assets
 from tests.results import make_results
 
-COMMAND = [sys.executable, "-m", "curlora.cli"]
+COMMAND = [sys.executable, "-m", "curlora_cli"]
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "add_peft_type",
+    "attention_implementation",
     "brought_bias",
     "check_whoever_reads",
     "convert_expert_names",
@@ -138,6 +139,11 @@ def execution_device(layer: nn.Module) -> torch.device:
     """Where a layer runs whose weights a hook of Accelerate's brings. Without that hook: on the CPU."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return torch.device("cpu" if device is None else device)
+
+
+def attention_implementation(config: Any) -> str:
+    """How a model of transformers computes attention: ``"eager"``, ``"sdpa"`` and so on. Without its name, the last."""
+    return getattr(config, "_attn_implementation", None) or "sdpa"
 
 
 def brought_bias(layer: nn.Module) -> Tensor | None:

@@ -7,7 +7,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from curlora.continual.plan import MethodPlan, Plan
+from curlora.continual.plan import Plan, tokens_of
+from curlora.continual.processes import process_state
+from curlora.continual.trainer import steps_of
 from curlora.formatting import format_too_long
 
 __all__ = ["plan_tables"]
@@ -15,81 +17,64 @@ __all__ = ["plan_tables"]
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
     """What to print, in order: the run, its tasks, its methods, the memory they need, and what is not known."""
-    return [_heading(plan), _tasks(plan), _methods(plan), _memory(plan), *_notes(plan)]
-
-
-def _heading(plan: Plan) -> Text:
-    processes = "1 process" if plan.processes == 1 else f"{plan.processes} processes"
-    seeds = ", ".join(map(str, plan.seeds))
-    lines = [
-        plan.title,
-        f"{plan.base_model}: {plan.base_parameters:,} parameters. {processes} on {plan.device}. "
-        f"Seed{'s' if len(plan.seeds) > 1 else ''} {seeds}.",
-        *(f"Held out: {text}" for text in plan.heldout.values()),
+    stream, state, methods = plan.stream, process_state(), plan.methods
+    processes = "1 process" if state.num_processes == 1 else f"{state.num_processes} processes"
+    heading = [
+        stream.title,
+        f"{stream.base_model}: {plan.base_parameters:,} parameters. {processes} on {state.device}. "
+        f"Seed{'s' if len(stream.seeds) > 1 else ''} {', '.join(map(str, stream.seeds))}.",
+        *(f"Held out: {text.describe()}" for text in stream.heldout),
+        *(
+            f"Held out: {text.name} (the base model's answers to {len(text.prompts)} prompts)"
+            for text in stream.prompts
+        ),
+        *(["Orders of the tasks: " + str(1 + len(stream.orders)) + "."] if stream.orders else []),
     ]
-    return Text("\n".join(lines))
+
+    figures = ("examples", "tokens\nan epoch", "epochs", "steps", "longest\nrow", "scored\nexamples", "scored\ntokens")
+    tasks = _table("Tasks", "task", *figures)
+    for part in plan.tasks:
+        longest = max(len(row["input_ids"]) for row in part.train)
+        steps = steps_of(len(part.train), part.settings)
+        trained = (len(part.train), tokens_of(part.train), part.settings.epochs, steps, longest)
+        tasks.add_row(Text(part.task.name), *_counts(*trained, len(part.evaluation), tokens_of(part.evaluation)))
+
+    over = "" if len(stream.seeds) == 1 else f" and {len(stream.seeds)} seeds"
+    title = f"Methods, over all tasks{over}"
+    counts = _table(title, "method", "trained\nparameters", "steps", "tokens\ntrained on", "held-out\nwindows")
+    counts.add_row("base model", "", "", "", *_counts(plan.base_windows))
+    for m in methods:
+        row = _counts(m.trained, m.steps, m.tokens, m.windows)
+        counts.add_row(Text(m.label), *row, end_section=m is methods[-1])
+    sums = [sum(getattr(m, key) for m in methods) for key in ("steps", "tokens", "windows")]
+    counts.add_row("the whole run", "", *_counts(*sums[:2], plan.base_windows + sums[2]))
+
+    title = "Memory of training in each process, estimated"
+    memory = _table(title, "method", "weights", "trained, gra-\ndient, AdamW", "kept for\nbackward", "logits", "in all")
+    for m in methods:
+        parts = (m.memory.weights, m.memory.trained, m.memory.kept, m.memory.logits, m.memory.total)
+        memory.add_row(Text(m.label), *map(_size, parts))
+
+    unknown = [f"{m.label}: {m.memory.unknown}" for m in methods if m.memory.unknown]
+    too_long = [
+        f"Examples of {part.task.name} that are longer than max_length: {said}."
+        for part in plan.tasks
+        if (said := format_too_long(part.too_long))
+    ]
+    notes = Text("\n" + "\n".join(["Trained parameters are without heads.", *too_long, *unknown]), style="dim")
+    return [Text("\n".join(heading)), tasks, counts, memory, notes]
 
 
-def _table(title: str, first: str, *headings: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+def _table(title: str, first: str, *columns: str) -> Table:
+    table = Table(title=f"\n{title}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column(first, overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True, vertical="bottom")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     return table
 
 
-def _tasks(plan: Plan) -> Table:
-    headings = ("examples", "tokens\nan epoch", "epochs", "steps", "longest\nrow", "scored\nexamples", "scored\ntokens")
-    table = _table("\nTasks", "task", *headings)
-    for task in plan.tasks:
-        counts = (
-            task.examples, task.tokens, task.epochs, task.steps, task.longest, task.evaluation_examples,
-            task.evaluation_tokens,
-        )  # fmt: skip
-        table.add_row(Text(task.name), *(f"{count:,}" for count in counts))
-    return table
-
-
-def _methods(plan: Plan) -> Table:
-    seeds = "" if len(plan.seeds) == 1 else f" and {len(plan.seeds)} seeds"
-    headings = ("trained\nparameters", "steps", "tokens\ntrained on", "held-out\nwindows")
-    table = _table(f"\nMethods, over all tasks{seeds}", "method", *headings)
-    table.add_row("base model", "", "", "", f"{plan.base_windows:,}")
-    for method in plan.methods:
-        counts = (method.steps, method.tokens, method.windows)
-        trained = "unknown" if method.trained is None else f"{method.trained:,}"
-        last = method is plan.methods[-1]
-        table.add_row(Text(method.label), trained, *(f"{count:,}" for count in counts), end_section=last)
-    table.add_row("the whole run", "", f"{plan.steps:,}", f"{plan.tokens:,}", f"{plan.windows:,}")
-    return table
-
-
-def _memory(plan: Plan) -> Table:
-    headings = ("frozen\nweights", "trained, gra-\ndient, AdamW", "kept for\nbackward", "logits", "in all")
-    table = _table("\nMemory of training in each process, estimated", "method", *headings)
-    for method in plan.methods:
-        memory = method.memory
-        parts = (memory.frozen, memory.trained, memory.kept, memory.logits, memory.total)
-        table.add_row(Text(method.label), *map(_size, parts))
-    return table
-
-
-def _notes(plan: Plan) -> list[Text]:
-    notes = ["Trained parameters are without heads."]
-    for task in plan.tasks:
-        if said := format_too_long(task.too_long):
-            notes.append(f"Examples of {task.name} that are longer than max_length: {said}.")
-    if plan.quantized:
-        notes.append(
-            "The base is quantized: the size of its weights is unknown, and what is kept for backward is that of the "
-            "same model unquantized."
-        )
-    notes += [f"{method.label} {_reason(method)}" for method in plan.methods if method.unknown]
-    return [Text("\n" + "\n".join(notes), style="dim")]
-
-
-def _reason(method: MethodPlan) -> str:
-    return method.unknown.removesuffix(".") + "."
+def _counts(*counts: int | None) -> list[str]:
+    return ["unknown" if count is None else f"{count:,}" for count in counts]
 
 
 def _size(size: int | None) -> str:

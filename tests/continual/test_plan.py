@@ -316,7 +316,7 @@ def test_large_figures_fit_into_80_columns(recipe_path):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "curlora.cli", "run", *map(str, arguments)],
+        [sys.executable, "-m", "curlora_cli", "run", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=900,

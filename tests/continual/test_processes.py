@@ -11,7 +11,7 @@ from curlora.continual.recipe import load_recipe
 from curlora.continual.results import RunResults
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-TORCHRUN += ["-m", "curlora.cli", "run"]
+TORCHRUN += ["-m", "curlora_cli", "run"]
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_cut_off_at_one_write_after_another(recipe, tmp_path, monkeypatch):
 def test_killed_at_random_moments(recipe, recipe_path, tmp_path):
     whole = run_recipe(recipe, tmp_path / "whole")
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "curlora.cli", "run", str(recipe_path), "--out", str(out)]
+    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", str(out)]
     environment = {**os.environ, "COLUMNS": "100"}
     chance = random.Random(20)
     kills = 0
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(recipe, small_disk, tmp_
 
 
 def test_an_unreadable_folder_is_one_message(recipe, recipe_path):
-    command = [sys.executable, "-m", "curlora.cli", "run", str(recipe_path), "--out", "/proc/nowhere/run"]
+    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", "/proc/nowhere/run"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "cannot be used as a run directory" in done.stderr

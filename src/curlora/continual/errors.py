@@ -1,6 +1,6 @@
 """What stops a run, for people."""
 
-__all__ = ["DataError", "RunError"]
+__all__ = ["DataError", "RecipeError", "RecipeWarning", "RunError"]
 
 
 class RunError(RuntimeError):
@@ -9,3 +9,11 @@ class RunError(RuntimeError):
 
 class DataError(ValueError):
     """Data that a recipe names is not right; says where and what."""
+
+
+class RecipeError(ValueError):
+    """A recipe, or data that it names, is not right; says where and what."""
+
+
+class RecipeWarning(UserWarning):
+    """A recipe can be run, but is not what its author may think."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import Prompts
 from curlora.continual.data import AnswersPart, HeldOutPart, read_prompts, read_task, read_text
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.protocol import Protocol
-from curlora.continual.recipe import MethodPart, Recipe, RecipeError
+from curlora.continual.recipe import MethodPart, Recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 from curlora.continual.sequence import Progress, Silent
@@ -31,7 +32,7 @@ def build(recipe: Recipe) -> Stream:
 
     Raises:
         RecipeError: naming the task or file, if a file is missing, a column is not there, a label is unknown, a
-            split is empty or a held-out text is too short: all of that before the model is loaded.
+            split is empty, a held-out text is too short, or it is the guard's: all of that before the model is loaded.
     """
     protocol = recipe.switched()
     reference = protocol.data == "reference"
@@ -51,6 +52,10 @@ def build(recipe: Recipe) -> Stream:
     except ValueError as error:
         raise RecipeError(str(error)) from error
     tokenizer = recipe.model.load_tokenizer()
+    heldout = [(part, _held_out(part, text, tokenizer, protocol)) for part, text in texts]
+    guard_text = None if guard is None else replace(_held_out(*guard, tokenizer, Protocol()), shown=True)
+    if recipe.guard is not None and guard_text is not None:
+        _check_apart(heldout, recipe.guard, guard_text)
     return Stream(
         title=recipe.title,
         base_model=recipe.model.name if not Path(recipe.model.name).is_dir() else Path(recipe.model.name).name,
@@ -58,15 +63,16 @@ def build(recipe: Recipe) -> Stream:
         tokenizer=tokenizer,
         tasks=tasks,
         methods=[part.make(protocol) for part in recipe.methods],
-        heldout=[_held_out(part, text, tokenizer, protocol) for part, text in texts],
+        heldout=[text for _, text in heldout],
         prompts=prompts,
         settings=recipe.settings(),
         seeds=recipe.seeds,
         protocol=protocol.describe(),
         recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
-        guard_text=None if guard is None else replace(_held_out(*guard, tokenizer, Protocol()), shown=True),
+        guard_text=guard_text,
         orders=recipe.orders,
         limits={figure: list(values) for figure, values in recipe.limits.items()},
+        load_empty=recipe.model.load_empty,
     )
 
 
@@ -156,6 +162,39 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
     if len(tokens) < 2:
         raise RecipeError(f"heldout {part.name!r} becomes {len(tokens)} tokens; perplexity needs at least 2")
     if protocol.perplexity == "first_chunk":
-        chunk = min(part.chunk or part.window, len(tokens))
-        return HeldOut(part.name, tokens[:chunk], window=max(2, chunk))
-    return HeldOut(part.name, tokens[: part.tokens], part.window, part.stride)
+        asked, given = part.chunk or part.window, part.chunk is not None
+        scored = HeldOut(part.name, tokens[:asked], window=max(2, min(asked, len(tokens))))
+    else:
+        asked, given = part.tokens, "tokens" in part.model_fields_set
+        scored = HeldOut(part.name, tokens[:asked], part.window, part.stride)
+    if given and len(tokens) < asked:
+        behind = f" behind the first {part.skip:,}" if part.skip else ""
+        warnings.warn(
+            f"The text {part.name!r} is shorter than the recipe asks for: {len(tokens):,} tokens{behind}, where "
+            f"{asked:,} are wanted.",
+            RecipeWarning,
+            stacklevel=2,
+        )
+    return scored
+
+
+def _check_apart(heldout: Sequence[tuple[HeldOutPart, HeldOut]], guard_part: HeldOutPart, guard: HeldOut) -> None:
+    """A text that the guard has been shown says little of any other."""
+    for part, text in heldout:
+        ends = part.skip + len(text.tokens), guard_part.skip + len(guard.tokens)
+        shared = min(ends) - max(part.skip, guard_part.skip)
+        if torch.equal(text.tokens, guard.tokens):
+            shared = len(text.tokens)
+        elif _source(part) != _source(guard_part) or shared <= 0:
+            continue
+        found = (
+            f"heldout {text.name!r} and guard {guard.name!r} have {shared:,} of {len(text.tokens):,} tokens in common. "
+            "Hold out another text, or another part of it (skip)."
+        )
+        if shared == len(text.tokens):
+            raise RecipeError(found)
+        warnings.warn(found, RecipeWarning, stacklevel=2)
+
+
+def _source(part: HeldOutPart) -> dict[str, Any]:
+    return part.model_dump(exclude={"name", "skip", "tokens", "window", "stride", "chunk"})

@@ -1,239 +1,212 @@
-"""What training would take of memory, found out without the base model's weights."""
+"""What training takes of memory, by the formulas of docs/complexity.md."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
 
-from curlora.continual.batches import Collator
+from curlora._compat import attention_implementation, in_out_features
+from curlora.continual.checks import Adapted
 from curlora.continual.methods import Method
 from curlora.continual.processes import process_state
-from curlora.continual.run import Stream
 from curlora.continual.sequence import Encoded
-from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import IGNORED, Row
-from curlora.tuner.basis import Basis
 from curlora.tuner.layer import CurloraLayer
-from curlora.tuner.linear import CurloraLinear
 
-__all__ = ["Memory", "kept_for_backward", "resident", "with_largest_step"]
+__all__ = ["Memory", "UnknownError", "estimate", "kept_for_backward"]
+
+_FLOAT32 = 4
+# Activations that are written in Python keep more than their input.
+_KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_pytorch_tanh_python": 4, "gelu_fast": 6, "quick_gelu": 2}
+
+
+class UnknownError(Exception):
+    """Says of what there is no formula."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Estimated peak of training in one process, in bytes; ``None`` where it cannot be told.
-
-    Not in it: what the allocator and the backward pass take for a moment, what plug-ins keep, and with activation
-    checkpointing what a block computes again.
+    """Bytes at the peak of training in one process; ``None`` where there is no formula, and ``unknown`` says of what.
 
     Args:
-        frozen: weights and buffers that are not trained, with every copy of the base model that a method holds.
-        trained: weights that are trained, their gradients, and AdamW's two moments, each in the weight's dtype; among
-            them the heads of all tasks, of which one at a time is trained.
-        kept: what the forward pass of the largest step keeps for backward outside parameters and buffers.
-        logits: what the output layer gives in that step.
+        weights: that are not trained, with buffers, the columns that CURLoRA holds, and a method's copy of the base.
+        trained: weights that are trained, their gradients, and AdamW's two moments.
+        kept: what the forward pass keeps for the backward pass, but for the logits.
+        logits: what the output layer gives, and what the loss makes of it.
     """
 
-    frozen: int | None = None
+    weights: int | None = None
     trained: int | None = None
     kept: int | None = None
     logits: int | None = None
+    unknown: str = ""
 
     @property
     def total(self) -> int | None:
         """The sum, where every part of it is known."""
-        parts = (self.frozen, self.trained, self.kept, self.logits)
-        known = [part for part in parts if part is not None]
-        return sum(known) if len(known) == len(parts) else None
+        parts = [part for part in (self.weights, self.trained, self.kept, self.logits) if part is not None]
+        return sum(parts) if len(parts) == 4 else None
 
 
-def resident(method: Method, model: nn.Module, fresh: Callable[[], nn.Module]) -> Memory:
-    """What is there between steps, without heads.
+def estimate(
+    method: Method, adapted: Adapted, base: Any, quantization: Any, heads: int, part: Encoded, rows: Sequence[Row]
+) -> Memory:
+    """The memory of a task's largest step: its longest rows, as many as a batch has in one process.
 
     Args:
-        method: the method.
-        model: to which it was applied, on the meta device.
-        fresh: gives another base model, for what a method holds besides.
+        method, adapted: the method, and the model with it.
+        base: the model without it, on the meta device too.
+        quantization: how the base is quantized; ``None`` if it is not.
+        heads: how many classes the heads of all tasks have.
+        part, rows: the task, and what is trained on.
     """
-    copies: list[nn.Module] = []
+    config, trainer, classes = base.config.get_text_config(), part.settings.trainer, part.task.classes or 0
+    batch = min(part.settings.batch_size // process_state().num_processes, len(rows))
+    length = max(len(row["input_ids"]) for row in rows)
+    if classes:
+        logits = batch * classes * _FLOAT32
+    else:
+        answers = [[i for i, label in enumerate(row["labels"]) if label != IGNORED] for row in part.train]
+        given = (length - min(map(min, answers))) * _computed(base, trainer)
+        logits = batch * config.vocab_size * (given + max(map(len, answers)) * 2 * _FLOAT32)
+    if adapted.model is None:
+        return Memory(logits=logits, unknown=adapted.unknown)
+    trained = 4 * _bytes(p for p in adapted.model.parameters() if p.requires_grad)
+    trained += _FLOAT32 * (config.hidden_size + 1) * (heads + 3 * classes)
+    weights = None
+    try:
+        weights = _weights(method, adapted.model, base, quantization)
+        kept = kept_for_backward(adapted.model, base, batch, length, trainer, process_state().device.type)
+    except UnknownError as error:
+        return Memory(weights, trained, None, logits, f"there is no formula for {error}")
+    return Memory(weights, trained, kept, logits)
+
+
+def kept_for_backward(
+    model: nn.Module, base: Any, batch: int, length: int, trainer: Mapping[str, Any], device: str
+) -> int:
+    """Bytes that are kept from the first block that trains something to the last norm.
+
+    Args:
+        model: what is trained; of it, and of ``base``, only shapes are looked at.
+        base: without adapters.
+        batch, length: of the step.
+        trainer: the arguments of transformers' Trainer.
+        device: it runs on.
+
+    Raises:
+        UnknownError: if there is no formula for the model or the adapter.
+    """
+    config, blocks, plain = base.config.get_text_config(), _blocks(model), _blocks(base)
+    trains = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    if not any(trains):
+        return 0
+    if len({str([p.shape for p in block.parameters()]) for block in plain}) > 1:
+        raise UnknownError("blocks that differ")
+    if any(p.ndim > 2 for p in plain.parameters()) or not hasattr(config, "num_attention_heads"):
+        raise UnknownError("blocks that are more, or other, than attention and a dense MLP")
+    width, heads, size = config.hidden_size, config.num_attention_heads, _computed(base, trainer)
+    across = heads * (getattr(config, "head_dim", None) or width // heads)
+    autocast = _autocast(trainer)
+
+    norms: list[Any] = [m for m in plain[0].modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+    rms = any("RMS" in type(norm).__name__ for norm in norms)
+    residual = _FLOAT32 if rms or autocast else size
+    normed = sum(width if norm.weight.numel() == width else across for norm in norms)
+    block = normed * residual
+    if rms and all(norm.weight.requires_grad for norm in blocks[-1].modules() if type(norm) is type(norms[0])):
+        block += normed * (_FLOAT32 if autocast else size)
+
+    dropout = any(getattr(config, name, 0) for name in ("attn_pdrop", "attention_dropout"))
+    if attention_implementation(config) == "eager" or (dropout and device == "cpu"):  # which has no fused kernel for it
+        block += (4 * across + heads * length * (3 if dropout else 1)) * _FLOAT32
+    else:
+        block += (4 * across + length) * size + heads * _FLOAT32
+
+    sides = [in_out_features(m) for m in plain[0].modules() if isinstance(m, (nn.Linear, Conv1D))]
+    inner = sides[-1][0]  # the last layer of the MLP leads back to the width
+    gated = sum(m for n, m in sides[-3:-1] if n == width != m) >= 2 * inner
+    activation = str(getattr(config, "hidden_act", None) or getattr(config, "activation_function", ""))
+    block += (_KEPT_BY_ACTIVATION.get(activation, 1) + 2 * gated) * inner * size
+
+    count, tokens = len(blocks) - trains.index(True), batch * length
+    kept, copies = count * block + _of_trained_layers(blocks, size, autocast), count
+    if trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"):  # one block at a time
+        kept, copies = kept // count + count * width * residual, 1
+    return tokens * (kept + width * residual) + 2 * autocast * copies * sum(n * m for n, m in sides)
+
+
+def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool) -> int:
+    """Bytes for each token of what layers keep whose weights are trained."""
+    inputs: dict[tuple[str, int], int] = {}  # those of one module with as many inputs share them
+    total = 0
+    for name, layer in blocks.named_modules():
+        module = name if autocast else name.rpartition(".")[0]  # in autocast each has its own copy
+        if isinstance(layer, CurloraLayer):
+            total += sum(U.r * U.weight.element_size() for U in layer.matrices.values() if U.weight.requires_grad)
+        elif isinstance(layer, LoraLayer) and not layer.lora_variant:
+            for adapter, A in layer.lora_A.items():
+                each = 2 if autocast else A.weight.element_size()
+                if A.weight.requires_grad:
+                    dropout = isinstance(layer.lora_dropout[adapter], nn.Dropout)
+                    total += layer.r[adapter] * each + dropout * layer.in_features * each
+                    inputs[name if dropout or each != size else module, layer.in_features] = each
+        elif isinstance(layer, BaseTunerLayer):
+            raise UnknownError(f"what {type(layer).__name__} keeps for the backward pass")
+        elif isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.requires_grad and "lora_" not in name:
+            inputs[module, in_out_features(layer)[0]] = size
+    return total + sum(n * each for (_, n), each in inputs.items())
+
+
+def _weights(method: Method, model: nn.Module, base: Any, quantization: Any) -> int:
+    copies = [base]
 
     def load() -> nn.Module:
-        copies.append(fresh())
-        return copies[-1]
+        copies.append(base)
+        return base
 
     if method.trains_backbone:
-        method.base_logits(model, load)
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    others = [tensor for copy in copies for tensor in (*copy.parameters(), *copy.buffers())]
-    return Memory(
-        frozen=_bytes([*frozen, *model.buffers(), *others]),
-        trained=4 * _bytes([p for p in model.parameters() if p.requires_grad]),
-    )
-
-
-def kept_for_backward(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes that a forward pass keeps for backward: each storage once; what the model holds anyway is left out.
-
-    Args:
-        model: called with ``batch`` as keywords.
-        batch: tensors by name.
-    """
-    layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
-    bases = [U.basis for layer in layers for U in layer.matrices.values() if U.basis is not None]
-    held = itertools.chain(model.parameters(), model.buffers(), *(basis.tensors for basis in bases))
-    own = {tensor.untyped_storage()._cdata for tensor in held}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(**batch)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def _hold_fake_bases(model: nn.Module) -> None:
-    """There is no weight to read the columns and rows of adapters from: their shapes are what counts."""
+        method.base_logits(model, load)  # for which some methods hold the base once more
+    total = _bytes(p for p in model.parameters() if not p.requires_grad) + _bytes(model.buffers())
+    total += (len(copies) - 1) * (_bytes(base.parameters()) + _bytes(base.buffers()))
     for layer in model.modules():
-        if isinstance(layer, CurloraLinear):
-            weight: Any = layer.weight
-            for U in layer.matrices.values():
-                factor = torch.empty(layer.out_features, U.r, dtype=weight.dtype, device=weight.device)
-                gathered = torch.empty(U.r, dtype=torch.int64, device=weight.device)
-                U.hold(Basis(U.indices, U.fingerprint, factor, gathered, key=b"fake"))
+        if isinstance(layer, CurloraLayer):  # what belongs to the outputs, or to both sides of a parameter
+            sides = layer.weight_shape if layer.parameter_name else [in_out_features(layer.get_base_layer())[1]]
+            total += sum(sum(sides) * U.r * U.weight.element_size() for U in layer.matrices.values())
+    if quantization is None:
+        return total
+    given = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    bits = given.get("bits") or given.get("nbits") or 4 * bool(given.get("load_in_4bit"))
+    if not bits and not given.get("load_in_8bit"):
+        raise UnknownError(f"the size of weights that {given.get('quant_method')} has quantized")
+    # A group of weights has a scale and a zero point of 2 bytes each, or a scale of 4.
+    each = bits / 8 + 4 / (given.get("group_size") or 64) if bits else 1.0
+    linear = [m.weight for m in _blocks(base).modules() if isinstance(m, (nn.Linear, Conv1D))]
+    return total + len(copies) * (int(each * sum(weight.numel() for weight in linear)) - _bytes(linear))
 
 
-def with_largest_step(
-    there: Memory,
-    model: nn.Module,
-    stream: Stream,
-    encoded: Sequence[Encoded],
-    learned: Iterable[tuple[Encoded, Sequence[Row]]],
-) -> Memory:
-    """What is there between steps, and what the largest step takes besides.
-
-    The weights become fake tensors: of the run's device for every choice that is made by it, and without numbers. The
-    batch is real, so that a model's code may look at its mask.
-
-    Args:
-        there: as :func:`resident` has it.
-        model: the method's, on the meta device.
-        stream: what is run.
-        encoded: its tasks.
-        learned: those that something is trained on, each with the rows that are.
-    """
-    device = process_state().device
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = model.to_empty(device=device)
-        _hold_fake_bases(model)
-    task_model = TaskModel(model).train()
-    largest = Memory(there.frozen, there.trained, 0, 0)
-    for step in _largest([_shape(part, rows) for part, rows in learned]):
-        for part in (*encoded, step.part):
-            task_model.begin(part.number, part.task.classes)
-        heads = list(task_model.heads.parameters())
-        settings = step.part.settings
-        if settings.trainer.get("activation_checkpointing", settings.trainer.get("gradient_checkpointing")):
-            task_model.gradient_checkpointing_enable()
-        batch = step.batch(Collator(stream.tokenizer, settings.readout))
-        batch["num_items_in_batch"] = (batch["labels"] != IGNORED).sum().float()  # as the Trainer gives it
-        with _RealMasks(), _mixed_precision(settings.trainer, device), _outputs(task_model) as logits:
-            kept = kept_for_backward(task_model, {name: value.to(device) for name, value in batch.items()})
-        assert there.trained is not None
-        trained = there.trained + _bytes(heads) + 3 * _bytes([p for p in heads if p.requires_grad])
-        memory = Memory(there.frozen, trained, kept, sum(logits))
-        largest = max(largest, memory, key=lambda one: one.total or 0)
-    return largest
+def _autocast(trainer: Mapping[str, Any]) -> bool:
+    return bool(trainer.get("bf16") or trainer.get("fp16"))
 
 
-@dataclass(frozen=True)
-class _Step:
-    """The largest step of a task: so many rows of so many tokens, the last ``labels`` of each to be answered."""
-
-    part: Encoded
-    rows: int
-    length: int
-    labels: int
-
-    def within(self, other: _Step) -> bool:
-        alike = self.part.task.classes is None, self.part.settings.trainer
-        return alike == (other.part.task.classes is None, other.part.settings.trainer) and (
-            self.rows <= other.rows and self.length <= other.length and self.labels <= other.labels
-        )
-
-    def batch(self, collate: Collator) -> dict[str, Tensor]:
-        """All rows as long as the longest, but one a token shorter: padding has a mask, which takes memory too."""
-        lengths = [self.length] * self.rows
-        if self.rows > 1 and self.length > self.labels:
-            lengths[-1] -= 1
-        rows: list[Row] = []
-        for length in lengths:
-            ahead = [IGNORED] * (length - self.labels)
-            labels = 0 if self.part.task.classes is not None else [*ahead, *[0] * self.labels]
-            rows.append({"input_ids": [0] * length, "labels": labels, "task": self.part.number})
-        return collate(rows)
+def _computed(base: nn.Module, trainer: Mapping[str, Any]) -> int:
+    """Bytes of an entry of what layers compute."""
+    return 2 if _autocast(trainer) else next(base.parameters()).element_size()
 
 
-def _shape(part: Encoded, rows: Sequence[Row]) -> _Step:
-    per_process = part.settings.batch_size // process_state().num_processes
-    labels = 1
-    if part.task.classes is None:
-        labels = max(sum(label != IGNORED for label in row["labels"]) for row in part.train)
-    return _Step(part, min(per_process, len(rows)), max(len(row["input_ids"]) for row in rows), labels)
+def _blocks(model: Any) -> nn.ModuleList:
+    wanted = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == wanted:
+            return module
+    raise UnknownError("a model without a list of blocks")
 
 
-def _largest(steps: Sequence[_Step]) -> list[_Step]:
-    """Those that no other is at least as large as."""
-    found: list[_Step] = []
-    for step in steps:
-        if not any(step.within(other) for other in found):
-            found = [*(other for other in found if not other.within(step)), step]
-    return found
-
-
-class _RealMasks(TorchDispatchMode):
-    """Lets a real mask choose from a fake tensor, which does not know how much a mask chooses."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.index.Tensor and isinstance(args[0], FakeTensor):
-            indices: list[Tensor | None] = []
-            for index in args[1]:
-                real_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-                indices += index.nonzero(as_tuple=True) if real_mask else [index]
-            args = (args[0], indices)
-        return func(*args, **(kwargs or {}))
-
-
-def _mixed_precision(trainer: dict[str, Any], device: torch.device) -> contextlib.AbstractContextManager[object]:
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        if trainer.get(name):
-            return torch.autocast(device.type, dtype=dtype)
-    return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _outputs(model: TaskModel) -> Iterator[list[int]]:
-    """Collects the bytes of what output layers give."""
-    sizes: list[int] = []
-    layers = [model.language_model.get_output_embeddings(), *model.heads.values()]
-    hooks = [layer.register_forward_hook(lambda _, __, output: sizes.append(output.nbytes)) for layer in layers]
-    try:
-        yield sizes
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _bytes(tensors: Sequence[Tensor]) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

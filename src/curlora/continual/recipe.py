@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import itertools
-import os
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,24 +23,23 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from curlora.continual.data import AnswersPart, HeldOutPart, TaskPart
+from curlora.continual.errors import RecipeError
 from curlora.continual.grid import expand
 from curlora.continual.methods import Method, make_method
-from curlora.continual.plugins import PLUGINS, make_plugin
+from curlora.continual.plugins import PLUGINS, Plugin, make_plugin
+from curlora.continual.problems import at_their_places, describe_errors, unknown_names
 from curlora.continual.protocol import SWITCHES, Protocol
+from curlora.continual.recipe_file import read_recipe_file
 from curlora.continual.settings import OF_A_METHOD, Settings
-from curlora.model_names import is_folder_name, missing_folder
+from curlora.hub import no_such_folder
 
 __all__ = ["MethodPart", "ModelPart", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
 
 _PERMUTED_AT_MOST = 4
-
-
-class RecipeError(ValueError):
-    """A recipe, or data that it names, is not right; says where and what."""
 
 
 class _Part(BaseModel):
@@ -83,10 +80,19 @@ class ModelPart(_Part):
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model: the tokenizer of {self.name} cannot be had: {error}") from error
+            raise RecipeError(f"model.name: the tokenizer of {self.name} cannot be had: {error}") from error
         if tokenizer.pad_token is None:  # any will do: padding is masked
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
+
+    def load_empty(self) -> torch.nn.Module:
+        """The model on the meta device, of its configuration alone: without weights, and not quantized."""
+        try:
+            config = AutoConfig.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"model.name: {self.name} cannot be had: {error}") from error
 
     def load(self) -> torch.nn.Module:
         """A fresh model."""
@@ -101,11 +107,11 @@ class ModelPart(_Part):
                 quantization_config=None if given is None else AutoQuantizationConfig.from_dict(dict(given)),
             )
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model: {self.name} cannot be loaded: {error}") from error
+            raise RecipeError(f"model.name: {self.name} cannot be loaded: {error}") from error
 
     def _check_folder(self) -> None:
-        if missing_folder(self.name):
-            raise RecipeError(f"model: there is no folder {self.name}")
+        if problem := no_such_folder(self.name):
+            raise RecipeError(f"model.name: {problem}")
 
 
 class Resources(_Part):
@@ -138,6 +144,18 @@ class MethodPart(_Part):
 
     @model_validator(mode="after")
     def _complete(self) -> MethodPart:
+        problems = []
+        try:
+            self._make([], Protocol())
+        except ValueError as error:
+            problems.append(str(error))
+        for plugin in self.plugins:
+            try:
+                self._plugin(plugin)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
         self.make(Protocol())
         return self
 
@@ -147,38 +165,40 @@ class MethodPart(_Part):
         Raises:
             ValueError: if the method, a plug-in or one of their options is unknown, missing or not allowed.
         """
-        options = {**(protocol.curlora_options if self.method == "curlora" else {}), **self.options}
-        makers = []
-        named = [plugin.get("name") for plugin in self.plugins]
-        for plugin in self.plugins:
-            if "name" not in plugin:
-                raise ValueError(f"a plug-in needs a name: {plugin}")
         acting = list(PLUGINS)
-        for plugin in sorted(self.plugins, key=lambda one: acting.index(one["name"]) if one["name"] in acting else -1):
-            if named.count(plugin["name"]) > 1:
-                raise ValueError(f"plug-in {plugin['name']!r} is there twice")
-            rest = {key: value for key, value in plugin.items() if key != "name"}
-            made = make_plugin(plugin["name"], rest)
-            if made.only_for not in (None, self.method):
-                raise ValueError(f"plug-in {plugin['name']!r} is for method {made.only_for!r} alone")
-            if self.adapter_per_task and made.holds_trained:
-                raise ValueError(
-                    f"plug-in {plugin['name']!r} holds what earlier tasks have trained, and with adapter_per_task "
-                    "nothing changes that"
-                )
-            makers.append(lambda name=plugin["name"], rest=rest: make_plugin(name, rest))
+        return self._make(
+            [self._plugin(one) for one in sorted(self.plugins, key=lambda one: acting.index(one["name"]))], protocol
+        )
+
+    def _make(self, plugins: Sequence[Callable[[], Plugin]], protocol: Protocol) -> Method:
         return make_method(
             self.method,
             self.name,
             self.label or self.name,
             self.learning_rate or 0.0,
-            options,
-            makers,
+            {**(protocol.curlora_options if self.method == "curlora" else {}), **self.options},
+            plugins,
             lora_start=protocol.lora_start,
             adapter_per_task=self.adapter_per_task,
             training=self.training,
             grid=self.grid,
         )
+
+    def _plugin(self, plugin: dict[str, Any]) -> Callable[[], Plugin]:
+        if "name" not in plugin:
+            raise ValueError(f"plugins: a plug-in needs a name: {plugin}")
+        name, rest = plugin["name"], {key: value for key, value in plugin.items() if key != "name"}
+        if [other.get("name") for other in self.plugins].count(name) > 1:
+            raise ValueError(f"plugins: {name!r} is there twice")
+        made = make_plugin(name, rest)
+        if made.only_for not in (None, self.method):
+            raise ValueError(f"plug-in {name!r} is for method {made.only_for!r} alone")
+        if self.adapter_per_task and made.holds_trained:
+            raise ValueError(
+                f"plug-in {name!r} holds what earlier tasks have trained, and with adapter_per_task nothing changes "
+                "that"
+            )
+        return lambda: make_plugin(name, rest)
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -290,50 +310,72 @@ class Recipe(_Part):
             raise ValueError(f"{misplaced[0]} is a switch of the protocol: put it under switches")
         return value
 
+    @field_validator("switches")
+    @classmethod
+    def _known_switches(cls, value: dict[str, str]) -> dict[str, str]:
+        unknown = [name for name in value if name not in SWITCHES]
+        if unknown:
+            raise ValueError(unknown_names("the protocol", unknown, SWITCHES, "switch"))
+        return value
+
+    @field_validator("reference")
+    @classmethod
+    def _known_reference(cls, value: dict[str, Any]) -> dict[str, Any]:
+        _check_settings(None, [("reference", value)])
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_training(cls, tasks: list[TaskPart]) -> list[TaskPart]:
+        variants = [(task.name, variant) for task in tasks for variant in (task, task.variant(reference=True))]
+        changes = [(f"task {name!r}: training", variant.training) for name, variant in variants]
+        _check_settings(None, changes)
+        misplaced = [
+            f"task {task.name!r}: training: {key} is for all tasks alike"
+            for task in tasks
+            for key in sorted(task.training.keys() & {"forward_transfer", *SWITCHES})
+        ]
+        if misplaced:
+            raise at_their_places(misplaced)
+        return tasks
+
     @model_validator(mode="after")
     def _guard_is_there(self) -> Recipe:
         if self.guard is not None and self.guard.name in [text.name for text in self.heldout]:
             raise ValueError(f"guard and heldout: {self.guard.name!r} is there twice; the guard's text is another one")
-        for method in self.methods:
-            if self.guard is None and method.make(Protocol()).needs_guard_text:
-                raise ValueError(f"method {method.name!r} goes by a general text: say which, under guard")
-            for plugin in method.plugins:
-                if PLUGINS[plugin["name"]].needs_guard_text and self.guard is None:
-                    raise ValueError(
-                        f"method {method.name!r}: plug-in {plugin['name']!r} goes by a general text: say which, under "
-                        "guard"
-                    )
+        lacking = [
+            f"method {method.name!r}: plug-in {plugin['name']!r} goes by a general text: say which, under guard"
+            for method in self.methods
+            for plugin in method.plugins
+            if PLUGINS[plugin["name"]].needs_guard_text and self.guard is None
+        ]
+        lacking += [
+            f"method {method.name!r} goes by a general text: say which, under guard"
+            for method in self.methods
+            if self.guard is None and method.make(Protocol()).needs_guard_text
+        ]
+        if lacking:
+            raise at_their_places(lacking)
         return self
 
     @model_validator(mode="after")
     def _switches_fit(self) -> Recipe:
-        self.switched()
-        try:
-            self.training.changed(self.reference)
-        except ValidationError as error:
-            raise ValueError(f"reference.{_first(error)}") from error
+        readout = self.switched().readout
+        _check_settings(self.training, [("reference", self.reference)])
         for task in self.tasks:
-            if task.kind != "classification" and self.switched().readout == "last_position":
+            if task.kind != "classification" and readout == "last_position":
                 raise ValueError(f"readout: last_position is about classes, and task {task.name!r} is of text")
-            misplaced = sorted(set(task.training) & {"forward_transfer", *SWITCHES})
-            if misplaced:
-                raise ValueError(f"task {task.name!r}: training: {misplaced[0]} is for all tasks alike")
             for variant in (task, task.variant(reference=True)):
-                try:
-                    self.settings().changed(variant.training)
-                except ValidationError as error:
-                    raise ValueError(f"task {task.name!r}: training.{_first(error)}") from error
-        for method in self.methods:
-            misplaced = sorted(set(method.training) - OF_A_METHOD)
-            if misplaced:
-                raise ValueError(
-                    f"method {method.name!r}: training: {misplaced[0]!r} is not a setting of one method: "
-                    f"{', '.join(sorted(OF_A_METHOD))}"
-                )
-            try:
-                self.settings().changed(method.training)
-            except ValidationError as error:
-                raise ValueError(f"method {method.name!r}: training.{_first(error)}") from error
+                _check_settings(self.settings(), [(f"task {task.name!r}: training", variant.training)])
+        misplaced = [
+            f"method {method.name!r}: training: {key!r} is not a setting of one method: "
+            f"{', '.join(sorted(OF_A_METHOD))}"
+            for method in self.methods
+            for key in sorted(set(method.training) - OF_A_METHOD)
+        ]
+        if misplaced:
+            raise at_their_places(misplaced)
+        _check_settings(self.settings(), [(f"method {one.name!r}: training", one.training) for one in self.methods])
         return self
 
     def portable(self) -> Recipe:
@@ -353,13 +395,23 @@ class Recipe(_Part):
 
     def switched(self) -> Protocol:
         """The protocol with its switches."""
-        for name in self.switches:
-            if name not in SWITCHES:
-                raise ValueError(f"{name!r} is not a switch of the protocol: {', '.join(SWITCHES)}")
         try:
             return Protocol.named(self.protocol, **self.switches)
         except ValidationError as error:
-            raise ValueError(f"switch {_first(error)}") from error
+            raise at_their_places(describe_errors(error, Protocol, self.switches, "switches")) from error
+
+
+def _check_settings(settings: Settings | None, changes: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Check settings of which some are changed somewhere; of ``None``, each of the changed ones by itself."""
+    problems: list[str] = []
+    for where, change in changes:
+        try:
+            (settings or Settings()).changed(change)
+        except ValidationError as error:
+            if settings is not None or any(one["loc"] for one in error.errors()):
+                problems += describe_errors(error, Settings, change, where)
+    if problems:
+        raise at_their_places(list(dict.fromkeys(problems)))
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -385,69 +437,20 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
     if not path.exists() and str(path) in packaged_recipes():
         path = packaged_recipes()[str(path)]
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content, written = read_recipe_file(path, changes, folder or path.absolute().parent, Recipe.model_fields)
     except OSError as error:
+        near = difflib.get_close_matches(path.stem, packaged_recipes(), n=1)
         raise RecipeError(
             f"{path} cannot be read: {error.strerror}. It is neither a file nor one of the recipes that come with "
-            f"curlora: {', '.join(packaged_recipes())}"
+            f"curlora: {', '.join(packaged_recipes())}." + (f" Did you mean {near[0]!r}?" if near else "")
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(
-            f"{path} holds no recipe: a mapping with title, model, tasks, methods and heldout is expected"
-        )
-    for change in changes:
-        _apply(content, change)
-    folder = folder or path.absolute().parent
-    written: dict[str, str] = {}
-    content = _with_paths(content, folder, written)
-    if isinstance(content.get("output"), str):
-        content["output"] = str(_expanded(content["output"]))
-    model = content.get("model")
-    if isinstance(model, dict) and isinstance(model.get("name"), str):
-        local = folder / _expanded(model["name"])
-        if local.is_dir():
-            written[str(local)] = model["name"]
-            model["name"] = str(local)
-        elif is_folder_name(model["name"]):
-            raise RecipeError(f"model.name: there is no folder {local}")
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        entries = [f"  {'.'.join(map(str, e['loc'])) or 'recipe'}: {_message(e)}" for e in error.errors()]
-        raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(entries)) from error
+        lines = "\n".join(f"  {line}" for line in describe_errors(error, Recipe, content))
+        raise RecipeError(f"{path} is not a recipe that can be run:\n{lines}") from error
     recipe._written.update(written)
     return recipe
-
-
-def _apply(content: Any, change: str) -> None:
-    keys, found, value = change.partition("=")
-    if not found:
-        raise RecipeError(f"{change!r} is not a change: key.key=value is expected")
-    *path, last = keys.split(".")
-    place = content
-    try:
-        value = yaml.safe_load(value)
-        for key in path:
-            place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
-        if isinstance(place, list):
-            place[int(last)] = value
-        else:
-            place[last] = value
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{change!r}: what is behind = is not YAML: {error}") from error
-    except (ValueError, IndexError, TypeError, AttributeError) as error:
-        raise RecipeError(f"{change!r} names no place in the recipe: {error}") from error
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    return ": ".join([*map(str, first["loc"]), _message(first)])
-
-
-def _message(error: Any) -> str:
-    return str(error["msg"]).removeprefix("Value error, ")
 
 
 def _replaced(content: Any, strings: dict[str, str]) -> Any:
@@ -456,24 +459,3 @@ def _replaced(content: Any, strings: dict[str, str]) -> Any:
     if isinstance(content, list):
         return [_replaced(value, strings) for value in content]
     return strings.get(content, content) if isinstance(content, str) else content
-
-
-def _expanded(path: str) -> Path:
-    expanded = Path(os.path.expandvars(path)).expanduser()
-    missing = re.findall(r"\$\{?(\w+)", str(expanded))
-    if missing:
-        raise RecipeError(f"{path}: the environment variable {missing[0]} is not set")
-    return expanded
-
-
-def _with_paths(content: Any, folder: Path, written: dict[str, str], key: str = "") -> Any:
-    """The recipe with its paths made absolute; ``written`` gets how they were."""
-    if isinstance(content, dict):
-        return {name: _with_paths(value, folder, written, str(name)) for name, value in content.items()}
-    if isinstance(content, list):
-        return [_with_paths(value, folder, written) for value in content]
-    if key in ("path", "prompts") and isinstance(content, str):
-        path = _expanded(content)
-        written[str(folder / path)] = content
-        return str(folder / path)
-    return content

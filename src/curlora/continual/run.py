@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import Prompts, kept_answers
+from curlora.continual.checks import check_methods, check_texts
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
@@ -66,6 +67,8 @@ class Stream:
         guard_text: a general text for plug-ins that go by one; it is followed as well.
         orders: further orders of the tasks, each all of their names; every method is run in each.
         limits: on forgetting, for the report: see :class:`curlora.continual.recipe.Recipe`.
+        load_empty: gives the model on the meta device, by which the methods are checked before any is run; without it
+            each is found out when it begins.
     """
 
     title: str
@@ -83,6 +86,7 @@ class Stream:
     guard_text: HeldOut | None = None
     orders: Sequence[Sequence[str]] = ()
     limits: Mapping[str, list[float]] = field(default_factory=dict)
+    load_empty: Callable[[], nn.Module] | None = None
 
     @property
     def texts(self) -> list[HeldOut]:
@@ -160,13 +164,17 @@ def run_stream(
         The measurements, also in ``directory / "results.json"``.
 
     Raises:
-        RunError: if another process runs in ``directory``, a result in it cannot be read, the disk is full, or the
-            batch size cannot be shared out over the processes.
+        RunError: if a text is longer than the model has positions, a method cannot be put on the model, another
+            process runs in ``directory``, a result in it cannot be read, the disk is full, or the batch size cannot be
+            shared out over the processes.
         curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
     """
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in encoded:
         check_shared_out(part.settings.batch_size)
+    if stream.load_empty is not None:
+        check_texts(stream.load_empty().config, stream.texts, encoded)
+        check_methods(stream.methods, stream.load_empty, len(encoded), stream.seeds[0])
     with _locked(directory, begin), _disk_errors(directory):
         stream = stream.with_answers(directory)
         return _run(stream, encoded, directory, progress, runner)
@@ -301,16 +309,7 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
     wanted = [part for part in encoded if part.settings.forward_transfer]
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
     model = TaskModel(language_model)
-    positions = getattr(language_model.config, "max_position_embeddings", None)
-    for text in stream.texts:
-        if positions is not None and text.longest > positions:
-            raise RunError(
-                f"The text {text.name!r} has windows of {text.longest} tokens, where the model has {positions} "
-                "positions."
-            )
-    for part in encoded:
-        if part.generation is not None:
-            part.generation.check_positions(positions)
+    check_texts(language_model.config, stream.texts, encoded)
     scores = []
     for part in wanted:
         model.begin(part.number, part.task.classes)

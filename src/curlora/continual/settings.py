@@ -12,6 +12,7 @@ from transformers import TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 
+from curlora.continual.problems import unknown_names
 from curlora.continual.processes import use_cpu
 
 __all__ = ["OF_A_METHOD", "Settings"]
@@ -89,8 +90,8 @@ class Settings(BaseModel):
         for key in value:
             if key in _OWN_ARGUMENTS:
                 raise ValueError(f"{key!r} is set by the run itself; see the other keys of training")
-            if key not in known:
-                raise ValueError(f"transformers' TrainingArguments have no {key!r}")
+        if unknown := [key for key in value if key not in known]:
+            raise ValueError(unknown_names("transformers' Trainer", unknown, known, "argument"))
         # YAML takes 1e-6 for a string.
         return {key: _number(entry) if key.startswith("adam_") else entry for key, entry in value.items()}
 

@@ -10,6 +10,7 @@ from curlora.continual.methods.frozen import Frozen
 from curlora.continual.methods.full import Full
 from curlora.continual.methods.peft import Peft, peft_types
 from curlora.continual.plugins import Plugin
+from curlora.continual.problems import unknown_names
 
 __all__ = ["Frozen", "Full", "Method", "Peft", "make_method"]
 
@@ -44,5 +45,6 @@ def make_method(
     if method == "full":
         return Full(**fields)
     if method not in peft_types():
-        raise ValueError(f"{method!r} is not one of frozen, full, {', '.join(sorted(peft_types()))}")
+        known = ["frozen", "full", *sorted(peft_types())]
+        raise ValueError(f"{unknown_names('a recipe', [method], known, 'method')}")
     return Peft(peft_type=method, lora_start=lora_start, adapter_per_task=adapter_per_task, **fields)

@@ -21,7 +21,7 @@ class Full(Method):
 
     def __post_init__(self) -> None:
         if self.options:
-            raise ValueError(f"full has no option {next(iter(self.options))!r}")
+            raise ValueError(f"options: full has none, and so no {next(iter(self.options))!r}")
 
     @property
     def kind(self) -> str:

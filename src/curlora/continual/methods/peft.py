@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
+from curlora.continual.problems import unknown_names
 
 __all__ = ["Peft", "peft_types"]
 
@@ -103,16 +104,15 @@ class Peft(Method):
             raise ValueError(
                 "alora_invocation_tokens: activated LoRA acts in PeftModel's own forward, which is not used"
             )
-        for option in self.options:
-            if option not in known:
-                raise ValueError(f"{config_class.__name__} has no option {option!r}")
+        if unknown := [option for option in self.options if option not in known]:
+            raise ValueError(f"options: {unknown_names(config_class.__name__, unknown, known, 'option')}")
         options = {**({"seed": seed} if self.peft_type == "curlora" else {}), **self.options}
         try:
             if self.needs_guard_text:
                 options["corda_config"] = CordaConfig(**{"corda_method": "kpm", **options.get("corda_config", {})})
             return config_class(**options)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(f"{config_class.__name__}: {error}") from error
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"options: {config_class.__name__}: {error}") from error
 
     @property
     def needs_guard_text(self) -> bool:

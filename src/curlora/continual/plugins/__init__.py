@@ -14,6 +14,7 @@ from curlora.continual.plugins.probe import Probe
 from curlora.continual.plugins.redraw import Redraw
 from curlora.continual.plugins.replay import Replay
 from curlora.continual.plugins.scale_back import ScaleBack
+from curlora.continual.problems import unknown_names
 
 __all__ = [
     "EWC",
@@ -51,15 +52,17 @@ def make_plugin(name: str, options: dict[str, Any]) -> Plugin:
         ValueError: if the name or an option is unknown, missing or not allowed.
     """
     if name not in PLUGINS:
-        raise ValueError(f"{name!r} is not a plug-in: {', '.join(sorted(PLUGINS))}")
+        raise ValueError(unknown_names("a recipe", [name], sorted(PLUGINS), "plug-in"))
     known = inspect.signature(PLUGINS[name]).parameters
-    for option in options:
-        if option not in known:
-            raise ValueError(f"{name} has no option {option!r}")
+    problems = []
+    if unknown := [option for option in options if option not in known]:
+        problems.append(unknown_names(f"plug-in {name!r}", unknown, known, "option"))
     for option, parameter in known.items():
         if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"{name} needs {option}")
+            problems.append(f"plug-in {name!r} needs {option}")
+    if problems:
+        raise ValueError("\n".join(problems))
     try:
         return PLUGINS[name](**options)
     except TypeError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"plug-in {name!r}: {error}") from error

@@ -1,8 +1,11 @@
-"""The command line: parse, call, print."""
+"""The commands: parse, call, print. Libraries are imported by the command that needs them."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
+import logging
 import os
 import sys
 import time
@@ -11,12 +14,14 @@ from collections.abc import Iterator
 from enum import Enum
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
+
+from curlora_cli import libraries_loaded
 
 if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe
@@ -25,7 +30,7 @@ if TYPE_CHECKING:
 # Under torchrun or accelerate launch one process speaks for all.
 _FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console(quiet=not _FIRST_PROCESS)
 errors = Console(stderr=True, quiet=not _FIRST_PROCESS)
 
@@ -50,6 +55,7 @@ def demo(
         console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
         from curlora.demo import demo_recipe
 
+        libraries_loaded()
         _run(demo_recipe(quick, seed), out)
 
 
@@ -60,9 +66,20 @@ def run(
         Path | None, typer.Option(help="Run directory; the recipe's output, or runs/<its name>, if not given.")
     ] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", help="key.key=value: change an entry of the recipe. May be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Change an entry: key.key=value, such as training.epochs=3. May be repeated.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print the plan, no more.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Share methods, orders and seeds out over so many processes. Needs Ray."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Share them out over a running Ray cluster, such as 10.0.0.1:6379.")
+    ] = None,
 ) -> None:
     """Run a recipe: a stream of tasks by several methods. On a directory that holds part of it, go on."""
     with _errors_for_people("The same command goes on from the last checkpoint."), _quiet_libraries():
@@ -73,7 +90,17 @@ def run(
         if dry_run:
             _print_plan(loaded)
         else:
-            _run(loaded, out or loaded.output or Path("runs") / recipe.stem)
+            _run(loaded, out or loaded.output or Path("runs") / recipe.stem, workers, address)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, with which editors complete and check them."""
+    with _errors_for_people(), _quiet_libraries():
+        from curlora.continual.schema import recipe_schema
+
+        sys.stdout.write(json.dumps(recipe_schema(), indent=2) + "\n")
+        sys.stdout.flush()
 
 
 @app.command()
@@ -88,6 +115,7 @@ def report(
         from curlora.continual.results import RunResults
         from curlora.report import write_report
 
+        libraries_loaded()
         runs = [RunResults.load(directory / "results.json") for directory in directories]
         page = out or (directories[0] / "report.html" if len(directories) == 1 else Path("report.html"))
         write_report(runs, page)
@@ -104,11 +132,15 @@ def compare(
     if len(directories) < 2:
         raise typer.BadParameter("two or more run directories are compared", param_hint="DIRECTORIES")
     with _errors_for_people():
+        from curlora.continual.merge import merge
         from curlora.continual.results import RunResults
-        from curlora.tables import comparison
+        from curlora.tables import comparison, within_limits
 
         runs = [RunResults.load(directory / "results.json") for directory in directories]
         console.print(comparison(runs, [str(directory) for directory in directories]))
+        for results in merge(runs):
+            for table in within_limits(results):
+                console.print(table)
 
 
 class Target(str, Enum):
@@ -134,6 +166,7 @@ def convert(
     with _errors_for_people(), _quiet_libraries():
         from curlora.convert import AdapterError, load_with_base, save_as_lora, save_merged
 
+        libraries_loaded()
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise AdapterError(f"{out} exists and is not an empty folder: nothing was written")
         model = load_with_base(adapter, base)
@@ -160,12 +193,15 @@ def inspect(
             console.print(part)
 
 
-def _run(recipe: Recipe, directory: Path) -> None:
+def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: str | None = None) -> None:
     from curlora.continual.launch import run_recipe
     from curlora.report import write_report
 
+    libraries_loaded()
     with _progress_bars() as bars:
-        results = run_recipe(recipe, directory, progress=lambda total: _Bar(bars, total))
+        results = run_recipe(
+            recipe, directory, progress=lambda total: _Bar(bars, total), workers=workers, address=address
+        )
     if not _FIRST_PROCESS:
         return
     page = directory / "report.html"
@@ -180,11 +216,6 @@ def _print_plan(recipe: Recipe) -> None:
 
     for part in plan_tables(make_plan(recipe)):
         console.print(part)
-
-
-def main() -> None:
-    """Entry point of the ``curlora`` command."""
-    app()
 
 
 def print_results(results: RunResults) -> None:
@@ -229,33 +260,48 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         errors.print(f"Interrupted. {after_interrupt}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     except Exception as error:
-        from curlora.continual.errors import RunError
-        from curlora.continual.recipe import RecipeError
+        from curlora.continual.errors import RecipeError, RunError
         from curlora.continual.results import ResultsError
         from curlora.continual.tasks import TaskError
         from curlora.convert import AdapterError
         from curlora.demo.assets import AssetError
 
-        if not isinstance(error, (AdapterError, AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)):
+        known = (AdapterError, AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)
+        full = _is_disk_full(error) and not isinstance(error, known[:-1])  # these have said which disk
+        if not full and not isinstance(error, known):
             raise
-        errors.print("[bold red]Error:[/]", Text(str(error)), highlight=False, soft_wrap=True)
+        message = "The disk is full. Free some space, and give the same command again." if full else str(error)
+        errors.print("[bold red]Error:[/]", Text(message), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+def _is_disk_full(error: Exception) -> bool:
+    """Also of safetensors and torch, whose errors are their own."""
+    return "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Keep the libraries' bars and notices off the screen."""
+    logging.disable(logging.WARNING)  # what is said while they are imported is of extensions that are not used
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    from curlora.continual.errors import RecipeWarning
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    show = warnings.showwarning
+
+    def show_for_people(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if issubclass(category, RecipeWarning):
+            errors.print("[yellow]Warning:[/]", Text(str(message)), highlight=False, soft_wrap=True)
+        else:
+            show(message, category, *where)
+
     with warnings.catch_warnings():
+        warnings.showwarning = show_for_people  # type: ignore[assignment]
         if not sys.warnoptions:
             warnings.filterwarnings("ignore", category=FutureWarning)
         yield
-
-
-if __name__ == "__main__":
-    main()

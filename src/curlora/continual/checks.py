@@ -1,0 +1,169 @@
+"""What is checked before a weight is loaded: that every text fits the model, and every method can be put on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from curlora.continual.errors import RecipeWarning, RunError
+from curlora.continual.heldout import HeldOut
+from curlora.continual.methods import Method
+from curlora.continual.problems import unknown_names
+from curlora.continual.sequence import Encoded
+from curlora.tuner.layer import CurloraLayer
+
+__all__ = ["Adapted", "check_methods", "check_texts"]
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model on the meta device with a method on it, ready for the last task.
+
+    Args:
+        model: ``None`` where the method cannot be put on a model without weights.
+        trained: parameters that are trained over all tasks, heads not counted.
+        unknown: why there is no model.
+    """
+
+    model: nn.Module | None = None
+    trained: int | None = None
+    unknown: str = ""
+
+
+def check_texts(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) -> None:
+    """Check that no text is longer than the model has positions.
+
+    Args:
+        config: the model's, of transformers.
+        texts: scored or gone by in windows.
+        stream: the tasks.
+
+    Raises:
+        RunError: naming every text and task that is longer.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return
+    problems = [
+        f"The text {text.name!r} has windows of {text.longest} tokens, where the model has {positions} positions. Set "
+        f"its window to {positions} or less."
+        for text in texts
+        if text.longest > positions
+    ]
+    for part in stream:
+        if part.generation is not None:
+            part.generation.check_positions(positions)
+        longest = max(len(row["input_ids"]) for row in (*part.train, *part.evaluation))
+        if longest > positions:
+            problems.append(
+                f"Task {part.task.name!r} has a text of {longest} tokens, where the model has {positions} positions. "
+                f"Set max_length to {positions} or less: it is {part.settings.max_length}."
+            )
+    _refuse(problems)
+
+
+def check_methods(
+    methods: Sequence[Method], load_empty: Callable[[], nn.Module], tasks: int, seed: int
+) -> dict[str, Adapted]:
+    """Put every method on the model without its weights.
+
+    A method that reads the weights when it starts, such as PiSSA, is not checked.
+
+    Args:
+        methods: of the run.
+        load_empty: gives the model on the meta device.
+        tasks: how many there are.
+        seed: of the run.
+
+    Returns:
+        The model with each method, by the method's name. Methods with the same options have the same one.
+
+    Raises:
+        RunError: naming every method that cannot be put on the model, and why.
+    """
+    found: dict[str, Adapted] = {}
+    adapted: dict[str, Adapted] = {}
+    problems = []
+    for method in methods:
+        options = f"{method.kind} {method.describe()}"
+        try:
+            if options not in found:
+                found[options] = _put_on(method, load_empty, tasks, seed)
+            adapted[method.name] = found[options]
+        except ValueError as error:
+            problems.append(f"method {method.name!r} cannot be put on this model: {error}")
+    _refuse(problems)
+    return adapted
+
+
+def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, seed: int) -> Adapted:
+    base = load_empty()
+    layers = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    _check_targets(method.options.get("target_modules"), base, list(layers))
+    try:
+        model = method.apply(base, seed)
+        trained = _trained(model)
+        for task in range(1, tasks):
+            method.begin_task(model, task, seed)
+            if method.adapter(task) != method.adapter(task - 1):
+                trained += _trained(model)
+    except ValueError as error:
+        listed = "" if "inear layers" in str(error) else f" Linear layers of this model: {_last_parts(layers)}."
+        raise ValueError(f"{error}{listed if 'arget modules' in str(error) else ''}") from error
+    except Exception as error:  # whatever PEFT or a model's code says to tensors without values
+        first = str(error).strip().partition("\n")[0]
+        return Adapted(unknown=f"reads the model's weights when it starts ({type(error).__name__}: {first})")
+    _check_ranks(method, model)
+    return Adapted(model, trained)
+
+
+def _check_targets(targets: Any, base: nn.Module, layers: Sequence[str]) -> None:
+    """Each has to be a module of the model. PEFT is content if one of them is."""
+    if not isinstance(targets, (list, tuple)) or any(p.ndim > 2 for p in base.parameters()):  # such as experts
+        return
+    names = [name for name, _ in base.named_modules()]
+    unknown = [one for one in targets if not any(name == one or name.endswith(f".{one}") for name in names)]
+    if unknown:
+        said = unknown_names("the model", unknown, _last_parts(layers).split(", "), "module")
+        listed = "" if " It has " in said else f" Linear layers of this model: {_last_parts(layers)}."
+        raise ValueError(f"target_modules: {said}{listed}")
+
+
+def _check_ranks(method: Method, model: nn.Module) -> None:
+    above: dict[str, int] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, CurloraLayer):
+            smaller = min(layer.weight_shape[-2:])
+        elif isinstance(layer, LoraLayer):
+            smaller = min(layer.in_features, layer.out_features)
+        else:
+            continue
+        if any(r > smaller for r in layer.r.values()):
+            above[name] = smaller
+    if not above:
+        return
+    named = [f"{name.removeprefix('base_model.model.')} ({smaller})" for name, smaller in above.items()]
+    some = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
+    found = f"its rank is above the smaller side of {len(above)} layer(s): {some}."
+    if method.kind == "curlora":
+        raise ValueError(f"{found} Choose a smaller r, or give these layers their own in rank_pattern.")
+    warnings.warn(f"method {method.name!r}: {found} No update of theirs needs that much.", RecipeWarning, stacklevel=2)
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _last_parts(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
+
+
+def _refuse(problems: Sequence[str]) -> None:
+    if problems:
+        raise RunError("\n".join(problems))

@@ -1,0 +1,155 @@
+"""What is wrong with a recipe, in words: where, what was found, and what was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+__all__ = ["at_their_places", "describe_errors", "place", "unknown_names"]
+
+# What a key is called in PEFT, transformers, TRL and Axolotl, and what it is called where it is not known.
+_ELSEWHERE = {
+    "adapter": ["method"],
+    "alpha": ["lora_alpha"],
+    "base_model": ["model"],
+    "datasets": ["tasks"],
+    "dropout": ["lora_dropout", "curlora_dropout"],
+    "eval": ["evaluation"],
+    "lora_alpha": ["alpha"],
+    "lora_dropout": ["curlora_dropout"],
+    "lora_r": ["r"],
+    "lora_rank": ["r"],
+    "lora_target_modules": ["target_modules"],
+    "lr": ["learning_rate"],
+    "lr_scheduler_type": ["schedule"],
+    "max_seq_length": ["max_length"],
+    "max_steps": ["epochs"],
+    "micro_batch_size": ["batch_size"],
+    "modules": ["target_modules"],
+    "num_epochs": ["epochs"],
+    "num_train_epochs": ["epochs"],
+    "per_device_train_batch_size": ["batch_size"],
+    "per_device_eval_batch_size": ["evaluation_batch_size"],
+    "rank": ["r"],
+    "seed": ["seeds"],
+    "sequence_len": ["max_length"],
+    "test": ["evaluation"],
+    "validation": ["evaluation"],
+    "warmup_ratio": ["warmup"],
+    "warmup_steps": ["warmup"],
+}
+
+
+def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kind: str = "key") -> str:
+    """Say that ``owner`` has no such names, and which ones it has that are near.
+
+    >>> unknown_names("training", ["epoch"], ["epochs", "batch_size"])
+    "training has no key 'epoch'. Did you mean 'epochs'?"
+    """
+    known = list(known)
+    sentences = []
+    for name in map(str, names):
+        meant = [other for other in _ELSEWHERE.get(name, ()) if other in known]
+        meant = meant or difflib.get_close_matches(name, known, n=2, cutoff=0.6)
+        what = f"{owner} has no {kind} {name!r}."
+        if meant:
+            sentences.append(f"{what} Did you mean {' or '.join(map(repr, meant))}?")
+        else:
+            listed = f" It has {', '.join(known)}." if 0 < len(known) <= 40 else ""
+            sentences.append(what + listed)
+    return " ".join(sentences)
+
+
+def place(location: Sequence[int | str], content: Any) -> str:
+    """Where an entry stands in a recipe, with methods, tasks and texts by their names.
+
+    >>> place(["tasks", 0, "train", "limit"], {"tasks": [{"name": "sst2"}]})
+    "task 'sst2': train.limit"
+    """
+    match list(location):
+        case ["tasks" | "methods" | "heldout" as part, int() as number, *rest]:
+            entries = content.get(part) if isinstance(content, dict) else None
+            entry = entries[number] if isinstance(entries, list) and number < len(entries) else entries
+            name = entry.get("name") if isinstance(entry, dict) else None
+            owner = part.removesuffix("s") + (f" {name!r}" if isinstance(name, str) else f" number {number + 1}")
+            return ": ".join([owner, *([".".join(map(str, rest))] if rest else [])])
+    return ".".join(map(str, location))
+
+
+def at_their_places(lines: Sequence[str]) -> PydanticCustomError:
+    """An error of several, each of which says where it is."""
+    return PydanticCustomError("at_their_places", "{lines}", {"lines": "\n".join(lines)})
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel], content: Any, within: str = "") -> list[str]:
+    """A line for each thing that pydantic found.
+
+    Args:
+        error: of ``model``.
+        model: what ``content`` is to be.
+        content: as it was given.
+        within: where that stands.
+    """
+    lines: list[str] = []
+    extra: dict[tuple[int | str, ...], list[str]] = {}
+    for one in error.errors():
+        location = _existing(one["loc"], content)
+        if one["type"] == "at_their_places":
+            lines += one["msg"].split("\n")
+        elif one["type"] == "extra_forbidden":
+            extra.setdefault(one["loc"][:-1], []).append(str(one["loc"][-1]))
+        else:
+            where = ": ".join(part for part in (within, place(location, content)) if part)
+            joint = " is missing" if one["type"] == "missing" else ": " if where else ""
+            lines += [f"{where}{joint}{line}" for line in _message(one).split("\n")]
+    for owned_by, names in extra.items():
+        where = ": ".join(part for part in (within, place(owned_by, content)) if part)
+        owner = _model_at(model, owned_by)
+        lines.append(unknown_names(where or "a recipe", names, owner.model_fields if owner else ()))
+    return list(dict.fromkeys(lines))
+
+
+def _message(error: ErrorDetails) -> str:
+    if error["type"] == "missing":
+        return ""
+    message = error["msg"].removeprefix("Value error, ")
+    found = error["input"]
+    if error["type"] == "string_type" and isinstance(found, bool):
+        return f"a text is expected, got {found}. Quote it: YAML reads yes, no, on and off as truth values"
+    told = error["type"] in ("value_error", "at_their_places") or isinstance(found, (dict, list, tuple, BaseModel))
+    return message if told else f"{message}, got {found!r}"
+
+
+def _existing(location: Sequence[int | str], content: Any) -> list[int | str]:
+    """Without what pydantic adds where a value may be of several types."""
+    found: list[int | str] = []
+    for number, key in enumerate(location):
+        last = number == len(location) - 1
+        if isinstance(content, dict) and (key in content or last):
+            content = content.get(key)
+        elif isinstance(content, list) and isinstance(key, int) and key < len(content):
+            content = content[key]
+        elif not (isinstance(key, int) and isinstance(content, dict)):  # one, where several may be
+            continue
+        found.append(key)
+    return found
+
+
+def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
+    """The model of what stands there."""
+    found: type[BaseModel] | None = model
+    for key in location:
+        if found is not None and isinstance(key, str) and key in found.model_fields:
+            found = next(_models(found.model_fields[key].annotation), None)
+    return found
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
