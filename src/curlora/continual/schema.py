@@ -56,6 +56,9 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "name": "Short, of letters, digits, - and _.",
         "kind": "What is told: a class, a completion of a prompt, or the last message of a conversation.",
         **_SPLITS,
+        "turns": "Chat: whether all of the assistant's turns are learned, or the last alone.",
+        "too_long": "Whether examples that are longer than max_length are cut, or left out.",
+        "score": "How a task of text is scored by what the model generates; without it, by its loss and exact match.",
         "description": "A sentence for the report.",
         "reference": "What is different where the protocol's data is reference.",
     },
@@ -69,6 +72,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "prompt": "Completion: a column, or a template such as 'Question: {question}'.",
         "completion": "Completion: a column, or a template.",
         "messages": "Chat: the column of conversations.",
+        "layout": "Chat: messages, sharegpt or alpaca, where it is not told by the columns.",
         "shuffle": "The seed of an order that the rows are put in before limit is applied.",
         "limit": "How many rows are taken, from the first on.",
     },
@@ -96,7 +100,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
     "ScorePart": {
         "generate": "How answers are generated.",
         "metric": "What is counted.",
-        "normalize": "What answers are reduced to before they are compared: none, lower, gsm8k or a regular expression.",
+        "normalize": "What answers are reduced to first: none, lower, gsm8k or a regular expression.",
     },
     "HeldOutPart": {
         **_PLACE,
