@@ -186,9 +186,9 @@ def test_several_texts_have_a_table():
 def test_how_a_guards_budget_was_kept_has_a_table():
     found = tables(with_guard(make_results()))["guarded"]
     assert found[1:] == [
-        ["CURLoRA", "reviews", "0.0050", "+0.60 %", "1.00 %", "1.00"],
-        ["", "reuters", "0.0098", "+0.99 %", "1.00 %", "0.50"],
-        ["", "tweets", "0.0099", "+1.00 %", "1.00 %", "1.00"],
+        ["CURLoRA", "reviews", "0.0050", "+0.60 %", "–", "1.00 %", "1.00"],
+        ["", "reuters", "0.0098", "+0.99 %", "–", "1.00 %", "0.50"],
+        ["", "tweets", "0.0099", "+1.00 %", "–", "1.00 %", "1.00"],
     ]
     assert "guarded" not in tables(make_results())
 

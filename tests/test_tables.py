@@ -79,8 +79,8 @@ def test_the_switches_of_the_protocol_are_named():
 def test_how_a_guards_budget_was_kept(seeds):
     text = printed(*results_tables(with_guard(make_results(seeds=seeds))))
     assert "…" not in text
-    assert ["reuters", "0.0098", "+0.99", "%", "+1.00", "%", "0.50"] in rows(text)
-    assert "budget" not in printed(*results_tables(make_results()))
+    assert ["reuters", "0.0098", "+0.99", "%", "-", "1.00", "%", "0.50"] in rows(text)
+    assert "The limit on forgetting" not in printed(*results_tables(make_results()))
 
 
 def without(results, name):

@@ -74,8 +74,8 @@ def test_the_head_and_the_adapter_share_the_schedule(tmp_path):
     settings = recipe_of(GPT, "paper", "reference.warmup=4").settings().changed({"batch_size": 4})
     found = rates(settings, encoded(10), tmp_path, adapter=True)
     expected = [cosine(step, 4, 3 * 10) for step in range(9)]
-    assert [head for head, _ in found] == pytest.approx([LEARNING_RATE * factor for factor in expected])
-    assert [adapter for _, adapter in found] == pytest.approx([1e-3 * factor for factor in expected])
+    assert [head for _, head in found] == pytest.approx([LEARNING_RATE * factor for factor in expected])
+    assert [adapter for adapter, _ in found] == pytest.approx([1e-3 * factor for factor in expected])
 
 
 def test_the_honest_schedule_is_of_the_real_steps(tmp_path):
