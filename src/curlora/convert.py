@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from curlora.model_names import missing_folder
+from curlora.hub import no_such_folder
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 
@@ -168,8 +168,8 @@ def load_with_base(adapter: str, base: str | None = None) -> PeftModel:
     base = base or config.base_model_name_or_path
     if not base:
         raise AdapterError(f"{adapter} does not say what its base model is: name it")
-    if missing_folder(base):
-        raise AdapterError(f"there is no folder {base}, where the base model of {adapter} should be: name its folder")
+    if problem := no_such_folder(base):
+        raise AdapterError(f"{adapter}: its base model is not to be had: {problem}. Say where it is")
     try:
         model = _class_of(config).from_pretrained(base, dtype="auto")
         return PeftModel.from_pretrained(model, adapter).eval()

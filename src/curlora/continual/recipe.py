@@ -29,7 +29,6 @@ from curlora.continual.methods import Method, make_method
 from curlora.continual.plugins import PLUGINS, make_plugin
 from curlora.continual.protocol import SWITCHES, Protocol
 from curlora.continual.settings import Settings
-from curlora.model_names import is_folder_name, missing_folder
 
 __all__ = ["MethodPart", "ModelPart", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
 
@@ -72,7 +71,6 @@ class ModelPart(_Part):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, which can pad."""
-        self._check_folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
         except (OSError, ValueError, ImportError) as error:
@@ -83,7 +81,6 @@ class ModelPart(_Part):
 
     def load(self) -> torch.nn.Module:
         """A fresh model."""
-        self._check_folder()
         given = self.quantization
         try:
             return AutoModelForCausalLM.from_pretrained(
@@ -95,10 +92,6 @@ class ModelPart(_Part):
             )
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"model: {self.name} cannot be loaded: {error}") from error
-
-    def _check_folder(self) -> None:
-        if missing_folder(self.name):
-            raise RecipeError(f"model: there is no folder {self.name}")
 
 
 class MethodPart(_Part):
@@ -320,7 +313,7 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
         if local.is_dir():
             written[str(local)] = model["name"]
             model["name"] = str(local)
-        elif is_folder_name(model["name"]):
+        elif model["name"].startswith(("/", ".", "~")):
             raise RecipeError(f"model.name: there is no folder {local}")
     try:
         recipe = Recipe.model_validate(content)
