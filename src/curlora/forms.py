@@ -56,7 +56,7 @@ def per_cent(statistic: Statistic) -> Statistic:
 
 
 def format_too_long(task: TaskInfo | Mapping[str, int]) -> str:
-    """How many examples were cut or left out, as a clause: ``3 to learn from were cut``; empty if none were."""
+    """How many examples were cut or left out, as a clause: ``3 cut of those to learn from``; empty if none were."""
     counts = task.model_dump() if isinstance(task, TaskInfo) else task
     parts = []
     for split, purpose in (("train", "to learn from"), ("evaluation", "to be scored on")):
