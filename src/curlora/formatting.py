@@ -64,7 +64,7 @@ def allowed(record: Mapping[str, Statistic | None]) -> str:
 
 
 def format_too_long(task: TaskInfo | Mapping[str, int]) -> str:
-    """How many examples were cut or left out, as a clause: ``3 to learn from were cut``; empty if none were."""
+    """How many examples were cut or left out, as a clause: ``3 cut of those to learn from``; empty if none were."""
     counts = task.model_dump() if isinstance(task, TaskInfo) else task
     parts = []
     for split, purpose in (("train", "to learn from"), ("evaluation", "to be scored on")):

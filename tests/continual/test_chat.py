@@ -14,6 +14,7 @@ from curlora.continual.conversations import trained_turns
 from curlora.continual.data import TaskPart, read_task
 from curlora.continual.tasks import IGNORED, ChatTask, TaskError
 from curlora.demo import assets
+from tests.models import word_tokenizer
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -165,6 +166,22 @@ def test_what_is_context_is_not_trained_though_the_template_marks_it():
     messages[1]["weight"] = 0
     for template in (CHATML, MARKED):
         check(messages, tokenizer(template))
+
+
+def test_marks_that_do_not_tell_the_turns_apart_are_not_gone_by():
+    """This tokenizer has no token for the blank that ends a mark, and transformers then marks all that follows."""
+    made = word_tokenizer()
+    made.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}w2 {% generation %}{{ m.content }} w3 {% endgeneration %}"
+        "{% else %}w1 {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+    )
+    row = row_of(talk("w10", "w11", "w12", "w13 w14"), made)
+    assert made.decode(row["input_ids"]) == "w1 w10 w2 w11 w3 w1 w12 w2 w13 w14"
+    assert made.decode([label for _, label in learned(row)]) == "w11 w3 w13 w14 w3"
+    found = made.apply_chat_template(
+        talk("w10", "w11", "w12", "w13"), return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert sum(found["assistant_masks"]) > 4  # or else this test is of nothing
 
 
 def test_a_template_that_leaves_out_earlier_thoughts_can_train_the_last_turn_alone():

@@ -1,17 +1,26 @@
 """What is generated is what one token after the other gives, alone and without a cache; and it is scored as it is."""
 
+import json
+import re
+
 import pytest
 import torch
+import yaml
 from transformers import GenerationConfig
 
 from curlora.continual.answer_score import AnswerScore
 from curlora.continual.errors import RunError
 from curlora.continual.generation import Generation, generate, score_generated
 from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.launch import run_recipe
 from curlora.continual.methods import make_method
+from curlora.continual.plan import make_plan
+from curlora.continual.recipe import load_recipe
+from curlora.continual.results import RunResults
 from curlora.continual.sequence import BaseScores, MethodRun, encode, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ChatTask, CompletionTask, Prompts
+from curlora.report import render
 from tests.models import WORDS, curlora, gpt2, llama, word_tokenizer
 
 
@@ -164,7 +173,7 @@ class Recorder:
 
 
 def run(task, tokenizer, directory, method, **changes):
-    settings = Settings(batch_size=4, evaluation_batch_size=5, epochs=20, **changes)
+    settings = Settings(**{**dict(batch_size=4, evaluation_batch_size=5, epochs=20), **changes})
     encoded = encode([task], tokenizer, settings)
     recorder = Recorder()
     result, *_ = MethodRun(
@@ -223,3 +232,66 @@ def test_a_chat_answers_all_that_comes_before_the_last_turn_and_stops_where_a_tu
     assert prompts.answers == ["w13"]
     assert prompts.stop == {tokenizer.convert_tokens_to_ids("w96")}
     assert tokenizer.decode(task.prompts(tokenizer, 4).ids[0]) == "w1 w12 w96 w2"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainer": {"gradient_checkpointing": True}},
+        {"evaluation": "one_by_one"},
+        {"evaluation_batch_size": 1},
+        {"trainer": {"bf16": True}},
+    ],
+    ids=["checkpointing", "one by one", "batches of one", "bfloat16"],
+)
+def test_settings_that_change_how_but_not_what_is_generated(changes, tokenizer, tmp_path):
+    method = make_method("full", "full", "Full", 1e-2)
+    task = copying(score=AnswerScore(max_new_tokens=4, normalize=r"w(\d)"))
+    plain = run(task, tokenizer, tmp_path / "a", method, epochs=9)
+    other = run(task, tokenizer, tmp_path / "b", method, epochs=9, **changes)
+    assert 0 < plain.accuracy < 1
+    assert other.accuracy == pytest.approx(plain.accuracy, abs=0.5 if "bf16" in str(changes) else 0)
+    assert other.loss == pytest.approx(plain.loss, rel=0.1 if "bf16" in str(changes) else 1e-3)
+
+
+def test_a_recipe_that_generates(recipe_path, tmp_path):
+    content = yaml.safe_load(recipe_path.read_text())
+    split = {"prompt": "sentence", "completion": "sentence"}
+    task = {
+        "name": "said", "kind": "completion", "score": {"generate": {"max_new_tokens": 3}, "normalize": r"w(\d)"},
+        "train": {"path": "second-train.jsonl", **split}, "evaluation": {"path": "second-eval.jsonl", **split},
+    }  # fmt: skip
+    content["tasks"] = [task, {**task, "name": "again"}]
+    content["training"].update(forward_transfer=True, epochs=1)
+    content["methods"] = content["methods"][1:2]
+    recipe_path.write_text(yaml.safe_dump(content))
+    results = run_recipe(load_recipe(recipe_path), tmp_path / "run")
+    assert [task.metric for task in results.tasks] == ["exact match, generated"] * 2
+    lines = (recipe_path.parent / "second-eval.jsonl").read_text().splitlines()
+    digits = [re.findall(r"w(\d)", json.loads(line)["sentence"])[-1] for line in lines]
+    assert results.tasks[0].majority_rate == max(map(digits.count, digits)) / len(digits)
+    for method in results.methods:
+        (seed,) = method.seeds
+        assert seed.base[0] == seed.before[0]
+        assert all(score.unfinished == 1 for score in (*seed.base, *seed.before, *seed.scores[1]))
+        assert seed.base[0].accuracy == seed.base[1].accuracy
+    assert RunResults.load(tmp_path / "run" / "results.json") == results
+    assert "scored by exact match, generated" in render([results])
+
+
+def test_a_prompt_and_an_answer_beyond_the_models_positions_are_refused_before_training(recipe_path, tmp_path):
+    content = yaml.safe_load(recipe_path.read_text())
+    split = {"prompt": "sentence", "completion": "sentence"}
+    gpt2().save_pretrained(recipe_path.parent / "model")
+    content["tasks"][1] = {
+        "name": "said", "kind": "completion", "score": {"generate": {"max_new_tokens": 60}},
+        "train": {"path": "second-train.jsonl", **split}, "evaluation": {"path": "second-eval.jsonl", **split},
+    }  # fmt: skip
+    content["methods"] = content["methods"][:1]
+    recipe_path.write_text(yaml.safe_dump(content))
+    for attempt in (make_plan, lambda recipe: run_recipe(recipe, tmp_path / "run")):
+        with pytest.raises(
+            RunError, match="Task 'said' generates up to 60 tokens after a prompt of 7, where the model"
+        ):
+            attempt(load_recipe(recipe_path))
+    assert not list((tmp_path / "run").glob("*/seed-*"))

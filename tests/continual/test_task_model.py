@@ -18,7 +18,7 @@ def tokenizer():
 
 
 def rows_of(task, tokenizer, number):
-    return [{**row, "task": number} for row in task.encode("train", tokenizer, 64)]
+    return [{**row, "task": number} for row in task.encode("train", tokenizer, 64).rows]
 
 
 CLASSES = ClassificationTask("c", [("w1 w2 w3", 0), ("w4", 2), ("w5 w6", 1)], [("w1", 0)], labels=["a", "b", "c"])

@@ -76,7 +76,6 @@ class ModelPart(_Part):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, which can pad."""
-        self._check_folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
         except (OSError, ValueError, ImportError) as error:
@@ -96,7 +95,6 @@ class ModelPart(_Part):
 
     def load(self) -> torch.nn.Module:
         """A fresh model."""
-        self._check_folder()
         given = self.quantization
         try:
             return AutoModelForCausalLM.from_pretrained(

@@ -334,6 +334,8 @@ def _data_digest(encoded: Sequence[Encoded], texts: Sequence[HeldOut]) -> str:
     digest = hashlib.sha256()
     for part in encoded:
         digest.update(json.dumps([part.task.name, part.train, part.evaluation]).encode())
+        if part.generation is not None:
+            digest.update(json.dumps([part.generation.prompts.ids, part.generation.prompts.answers]).encode())
     for text in texts:
         digest.update(json.dumps([text.name, text.window, text.stride, text.tokens.tolist()]).encode())
     return digest.hexdigest()
