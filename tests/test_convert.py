@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
 import curlora
-from curlora_cli.commands import app
 from curlora.convert import AdapterError, load_with_base
+from curlora_cli.commands import app
 from tests.models import BASES, gpt2, layers, llama, randomize, tokens
 from tests.models import curlora as adapted
 
