@@ -323,7 +323,7 @@ def test_an_adapter_without_a_formula(recipe_path):
     assert planned.methods[1].trained == 2 * 32
     assert planned.methods[1].memory.kept is planned.methods[1].memory.total is None
     printed = " ".join(text_of(planned).split())
-    assert "ia3: there is no formula for what Linear keeps for the backward pass" in printed
+    assert "ia3: there is no formula for what an adapter of ia3 keeps for the backward pass" in printed
 
 
 def test_a_quantized_base(recipe_path, tmp_path, monkeypatch):

@@ -159,7 +159,8 @@ def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool, device:
                     total += layer.r[adapter] * each + dropout * layer.in_features * mask
                     inputs[name if dropout or each != size else module, layer.in_features] = each
         elif isinstance(layer, BaseTunerLayer):
-            raise UnknownError(f"what {type(layer).__name__} keeps for the backward pass")
+            kind = type(layer).__module__.rpartition(".")[0].rpartition(".")[2]
+            raise UnknownError(f"what an adapter of {kind} keeps for the backward pass")
         elif isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.requires_grad and "lora_" not in name:
             inputs[module, in_out_features(layer)[0]] = size
     return total + sum(n * each for (_, n), each in inputs.items())
