@@ -76,47 +76,54 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("titel=x", "titel: Extra inputs are not permitted"),
-        ("methods.1.method=lorra", "methods.1: 'lorra' is not one of frozen, full, .*curlora.*lora"),
-        ("methods.2.options.rank=4", "methods.2: CurloraConfig has no option 'rank'"),
-        ("methods.2.options.r=0", "methods.2: r must be a positive integer, got 0"),
-        ("methods.2.learning_rate=null", "methods.2: learning_rate is missing"),
-        ("methods.0.learning_rate=0.1", "methods.0: frozen trains the heads alone"),
+        ("titel=x", "a recipe has no key 'titel'. Did you mean 'title'"),
+        ("methods.1.method=lorra", "method 'lora': a recipe has no method 'lorra'. Did you mean 'lora'"),
+        ("methods.2.options.rank=4", "method 'cur': options: CurloraConfig has no option 'rank'. Did you mean 'r'"),
+        ("methods.2.options.r=0", "method 'cur': options: CurloraConfig: r must be a positive integer, got 0"),
+        ("methods.2.learning_rate=null", "method 'cur': learning_rate is missing"),
+        ("methods.0.learning_rate=0.1", "method 'frozen': frozen trains the heads alone"),
         ("methods.0.name=cur", "methods: 'cur' is there twice"),
         ("tasks.1.name=first", "tasks: 'first' is there twice"),
-        ("tasks.0.train.hub=glue", "tasks.0.train: give either path"),
+        ("tasks.0.train.hub=glue", "task 'first': train: give either path"),
         ("model.quantization={load_in_4bit: true}", "model.quantization: quant_method is missing"),
         ("model.dtype=float33", "model.dtype: 'float33' is not a floating-point dtype"),
         ("training.epochs=0", "training.epochs: Input should be greater than 0"),
-        ("tasks.0.labels=[a]", "tasks.0.labels: List should have at least 2"),
-        ("tasks.1.labels=[yes, no]", "tasks.1.labels.0: Input should be a valid string"),  # YAML reads booleans
-        ("methods.0.name=../x", "methods.0.name: String should match pattern"),
-        ("methods=[]", "methods: List should have at least 1"),
+        ("tasks.0.labels=[a]", "task 'first': labels: List should have at least 2"),
         (
-            "methods.1.plugins=[{name: ewk}]",
-            "methods.1: 'ewk' is not a plug-in: anchors, ewc, guard, probe, redraw, replay, kl_to_base",
+            "tasks.1.labels=[yes, no]",
+            "task 'second': labels.0: a text is expected, got True. Quote it",
+        ),  # YAML reads booleans
+        ("methods.0.name=../x", "method '../x': name: String should match pattern"),
+        ("methods=[]", "methods: List should have at least 1"),
+        ("methods.1.plugins=[{name: ewk}]", "method 'lora': a recipe has no plug-in 'ewk'. Did you mean 'ewc'"),
+        (
+            "methods.1.plugins=[{name: zzz}]",
+            "It has anchors, ewc, guard, kl_to_base, probe, redraw, replay",
         ),
         ("methods.1.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "'guard' is for method 'curlora' alone"),
         ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "goes by a general text: say which"),
-        ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0}]", "a positive max_perplexity_increase"),
-        ("methods.1.plugins=[{name: ewc}]", "methods.1: ewc needs strength"),
+        ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0}]", "a limit is positive, got max_perplexity_increase 0"),
+        ("methods.1.plugins=[{name: ewc}]", "method 'lora': plug-in 'ewc' needs strength"),
         (
             "methods.1.plugins=[{name: replay, examples: 0}]",
-            "methods.1: replay needs a whole number of examples, at least 1, got 0",
+            "method 'lora': replay needs a whole number of examples, at least 1, got 0",
         ),
         ("seeds=[1, 1]", "seeds: 1 is there twice"),
         ("training.trainer={output_dir: x}", "training.trainer: 'output_dir' is set by the run itself"),
-        ("training.trainer={bf61: true}", "training.trainer: transformers' TrainingArguments have no 'bf61'"),
+        (
+            "training.trainer={bf61: true}",
+            "transformers' Trainer has no argument 'bf61'. Did you mean 'bf16'",
+        ),
         ("training.schedule=cosinus", "training.schedule: 'cosinus' is not a schedule"),
         ("training.checkpoint_steps=7", "must be a multiple of logging_steps"),
         ("training.readout=last_position", "training: readout is a switch of the protocol"),
-        ("switches={readout: first}", "switch readout: Input should be 'last_token' or 'last_position'"),
-        ("switches={read: first}", "'read' is not a switch of the protocol: readout"),
+        ("switches={readout: first}", "switches: readout: Input should be 'last_token' or 'last_position'"),
+        ("switches={read: first}", "switches: the protocol has no switch 'read'. Did you mean 'readout'"),
         ("protocol=papers", "protocol: Input should be 'honest' or 'paper'"),
-        ("tasks.0.training={epoch: 1}", "task 'first': training.epoch: Extra inputs"),
-        ("tasks.0.reference={training: {epoch: 1}}", "task 'first': training.epoch: Extra inputs"),
-        ("tasks.0.reference={train: {path: x.csv, text: text}}", "tasks.0: reference: train: .*needs label"),
-        ("reference.epoch=5", "reference.epoch: Extra inputs"),
+        ("tasks.0.training={epoch: 1}", "task 'first': training has no key 'epoch'. Did you mean 'epochs'"),
+        ("tasks.0.reference={training: {epoch: 1}}", "task 'first': training has no key 'epoch'"),
+        ("tasks.0.reference={train: {path: x.csv, text: text}}", "task 'first': reference: train: .*needs label"),
+        ("reference.epoch=5", "reference has no key 'epoch'"),
         (
             "tasks.0.training={forward_transfer: true}",
             "task 'first': training: forward_transfer is for all tasks alike",
@@ -128,11 +135,26 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("seeds=[5000000000]", "seeds.0: Input should be less than"),
         ("methods.0.name=CUR", "methods: 'CUR' is there twice"),
         ("model.dtype=int8", "'int8' is not a floating-point dtype"),
-        ("methods.1.method=adalora", "'adalora' is not one of"),
+        ("methods.1.method=adalora", "has no method 'adalora'"),
         ("tasks.0.kind=completion", "a task of completion has no labels"),
         ("tasks.0.train.label=null", "train: a task of classification needs label"),
         ("heldout.stride=17", "stride 17 is longer than window 16"),
-        ("model.name=./gone", "model.name: there is no folder"),
+        ("model.name=./gone", "model.name: there is no folder .*gone"),
+        ("model.name=/models/of/old", "model.name: there is no folder /models/of/old"),
+        ("model.name=models/of/old", "model.name: there is no folder .*/models/of/old"),
+        ("model.name=recipe.yaml", "recipe.yaml is a file, where the folder of a model is expected"),
+        ("methods.2.options.lora_alpha=4", "CurloraConfig has no option 'lora_alpha'. Did you mean 'alpha'"),
+        ("methods.1.options.alpha=4", "LoraConfig has no option 'alpha'. Did you mean 'lora_alpha'"),
+        ("methods.1.optons={r: 4}", "method 'lora' has no key 'optons'. Did you mean 'options'"),
+        (
+            "methods.1.plugins=[{name: ewc, strenght: 1}]",
+            "'ewc' has no option 'strenght'. Did you mean 'strength'",
+        ),
+        ("tasks.0.train.limt=3", "task 'first': train has no key 'limt'. Did you mean 'limit'"),
+        ("tasks.0.train.limit=0", "task 'first': train.limit: Input should be greater than 0, got 0"),
+        ("heldout.tokns=3", "heldout 'words' has no key 'tokns'. Did you mean 'tokens'"),
+        ("training.num_train_epochs=3", "training has no key 'num_train_epochs'. Did you mean 'epochs'"),
+        ("training.colour=red", "training has no key 'colour'. It has epochs, batch_size, "),
         ("heldout.path=${NO_SUCH_VARIABLE}/x", "the environment variable NO_SUCH_VARIABLE is not set"),
         ("tasks.9.name=x", "'tasks.9.name=x' names no place in the recipe"),
         ("nonsense", "'nonsense' is not a change"),
@@ -144,9 +166,109 @@ def test_bad_entries_are_named(recipe_path, change, message):
 
 
 def test_every_bad_entry_is_named_at_once(recipe_path):
+    changes = [
+        "titel=x",
+        "training.epochs=0",
+        "model.dtype=float33",
+        "tasks.0.training={epoch: 1, batchsize: 2}",
+        "switches={read: first}",
+        "reference={epoch: 1}",
+        "methods.1.options={rank: 4, lora_alfa: 4}",
+        "methods.1.plugins=[{name: ewk}, {name: ewc, strenght: 1}]",
+        "methods.2.options={target_module: [q_proj]}",
+    ]
     with pytest.raises(RecipeError) as error:
-        load_recipe(recipe_path, ["titel=x", "training.epochs=0", "model.dtype=float33"])
-    assert all(entry in str(error.value) for entry in ("titel", "training.epochs", "model.dtype"))
+        load_recipe(recipe_path, changes)
+    wrong = ["titel", "training.epochs", "model.dtype", "'epoch'", "'batchsize'", "'read'", "'rank'", "'lora_alfa'"]
+    wrong += ["'ewk'", "'strenght'"]
+    for entry in (*wrong, "reference has no key 'epoch'", "needs strength", "method 'cur': options: CurloraConfig"):
+        assert entry in str(error.value), entry
+
+
+def test_a_name_alone_that_could_be_a_hubs_is_looked_for_there(recipe_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_recipe(recipe_path, ["model.name=gone"]).model.name == "gone"
+
+
+def test_variables_of_the_environment(recipe_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(recipe_path.parent))
+    monkeypatch.setenv("lower", "3")
+    monkeypatch.setenv("title", "of the environment")
+    recipe = load_recipe(
+        recipe_path,
+        [
+            "heldout.path=${DATA}/text.txt",
+            "tasks.0.train.path=${oc.env:DATA}/train.tsv",
+            "tasks.0.evaluation.path=${oc.env:NOT_THERE,eval.csv}",
+            "training.epochs=${lower}",
+            "tasks.0.description=${title} \\${DATA}",
+        ],
+    )
+    folder = recipe_path.parent
+    assert recipe.heldout[0].path == folder / "text.txt"
+    assert recipe.tasks[0].train.path == folder / "train.tsv"
+    assert recipe.tasks[0].evaluation.path == folder / "eval.csv"
+    assert recipe.training.epochs == 3
+    assert recipe.tasks[0].description == "Two small tasks ${DATA}"  # a key of recipes is one
+    portable = recipe.portable()
+    assert str(portable.heldout[0].path) == "${DATA}/text.txt"
+    assert str(portable.tasks[0].train.path) == "${oc.env:DATA}/train.tsv"
+
+
+def test_variables_that_are_other_entries(recipe_path):
+    recipe = load_recipe(recipe_path, ["training.evaluation_batch_size=${training.batch_size}"])
+    assert recipe.training.evaluation_batch_size == 4
+    recipe = load_recipe(recipe_path, ["guard={name: g, path: '${heldout.path}', tokens: '${heldout.window}'}"])
+    assert recipe.guard.path == recipe.heldout[0].path
+    assert recipe.guard.tokens == 16
+
+
+def test_every_variable_without_a_value_is_named_at_once(recipe_path):
+    changes = ["heldout.path=${GONE}", "title=${titel}", "training.epochs=${training.epoch}", "tasks.0.train.limit=???"]
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe_path, changes)
+    for line in (
+        "  heldout.path: the environment variable GONE is not set",
+        "  title: the environment variable titel is not set. Is the key 'title' meant?",
+        "  training.epochs: Interpolation key 'training.epoch' not found",
+        "  task 'first': train.limit: ??? stands for a value that is to be given",
+    ):
+        assert line in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("training=${training}", "refers to what it is a part of|nterpolation"), ("title=${", "names no place|not YAML")],
+)
+def test_variables_that_lead_nowhere(recipe_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(recipe_path, [change])
+
+
+@pytest.mark.parametrize("key", ["methods.1.learning_rate", "methods[1].learning_rate"])
+@pytest.mark.parametrize("value", ["1e-3", "0.001", "1.0e-3", ".001"])
+def test_entries_of_lists_and_numbers_by_set(recipe_path, key, value):
+    assert load_recipe(recipe_path, [f"{key}={value}"]).methods[1].learning_rate == 0.001
+
+
+def test_a_value_by_set_replaces_what_is_there_and_makes_what_is_not(recipe_path):
+    recipe = load_recipe(
+        recipe_path, ["methods.1.options={r: 2}", "training.trainer.adam_epsilon=1e-6", "seeds=[3, 4]"]
+    )
+    assert recipe.methods[1].options == {"r": 2}
+    assert recipe.training.trainer == {"tf32": 1e-6}
+    assert recipe.seeds == [3, 4]
+
+
+def test_a_key_that_is_there_twice(recipe_path):
+    recipe_path.write_text(recipe_path.read_text() + "\ntitle: again\n")
+    with pytest.raises(RecipeError, match=r"(?s)is not YAML: .*duplicate key title"):
+        load_recipe(recipe_path)
+
+
+def test_a_misspelt_name_of_a_recipe_that_comes_with_it():
+    with pytest.raises(RecipeError, match="Did you mean 'paper-smollm2'"):
+        load_recipe("paper-smolm2")
 
 
 @pytest.mark.parametrize(

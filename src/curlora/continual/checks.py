@@ -18,7 +18,7 @@ from curlora.continual.problems import unknown_names
 from curlora.continual.sequence import Encoded
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["Adapted", "check_methods", "check_texts"]
+__all__ = ["Adapted", "check_stream", "check_texts"]
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,65 @@ class Adapted:
     unknown: str = ""
 
 
+def check_stream(
+    methods: Sequence[Method],
+    texts: Sequence[HeldOut],
+    stream: Sequence[Encoded],
+    load_empty: Callable[[], Any],
+    seed: int,
+) -> dict[str, Adapted]:
+    """Check a whole run by its model without weights, each method by putting it on.
+
+    A method that reads the weights when it starts, such as PiSSA, is not checked.
+
+    Args:
+        methods: of the run.
+        texts: scored or gone by in windows.
+        stream: the tasks.
+        load_empty: gives the model on the meta device.
+        seed: of the run.
+
+    Returns:
+        The model with each method, by the method's name. Methods with the same options have the same one.
+
+    Raises:
+        RunError: naming every text and task that is longer than the model has positions, and every method that cannot
+            be put on it.
+    """
+    problems = _too_long(load_empty().config, texts, stream)
+    found: dict[str, Adapted] = {}
+    adapted: dict[str, Adapted] = {}
+    for method in methods:
+        options = f"{method.kind} {method.describe()}"
+        try:
+            if options not in found:
+                found[options] = _put_on(method, load_empty, len(stream), seed)
+            adapted[method.name] = found[options]
+        except ValueError as error:
+            problems.append(f"method {method.name!r} cannot be put on this model: {error}")
+    if problems:
+        raise RunError("\n".join(problems))
+    return adapted
+
+
 def check_texts(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) -> None:
     """Check that no text is longer than the model has positions.
 
     Args:
         config: the model's, of transformers.
-        texts: scored or gone by in windows.
-        stream: the tasks.
+        texts, stream: as for :func:`check_stream`.
 
     Raises:
         RunError: naming every text and task that is longer.
     """
+    if problems := _too_long(config, texts, stream):
+        raise RunError("\n".join(problems))
+
+
+def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) -> list[str]:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
-        return
+        return []
     problems = [
         f"The text {text.name!r} has windows of {text.longest} tokens, where the model has {positions} positions. Set "
         f"its window to {positions} or less."
@@ -65,41 +110,7 @@ def check_texts(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]
                 f"Task {part.task.name!r} has a text of {longest} tokens, where the model has {positions} positions. "
                 f"Set max_length to {positions} or less: it is {part.settings.max_length}."
             )
-    _refuse(problems)
-
-
-def check_methods(
-    methods: Sequence[Method], load_empty: Callable[[], nn.Module], tasks: int, seed: int
-) -> dict[str, Adapted]:
-    """Put every method on the model without its weights.
-
-    A method that reads the weights when it starts, such as PiSSA, is not checked.
-
-    Args:
-        methods: of the run.
-        load_empty: gives the model on the meta device.
-        tasks: how many there are.
-        seed: of the run.
-
-    Returns:
-        The model with each method, by the method's name. Methods with the same options have the same one.
-
-    Raises:
-        RunError: naming every method that cannot be put on the model, and why.
-    """
-    found: dict[str, Adapted] = {}
-    adapted: dict[str, Adapted] = {}
-    problems = []
-    for method in methods:
-        options = f"{method.kind} {method.describe()}"
-        try:
-            if options not in found:
-                found[options] = _put_on(method, load_empty, tasks, seed)
-            adapted[method.name] = found[options]
-        except ValueError as error:
-            problems.append(f"method {method.name!r} cannot be put on this model: {error}")
-    _refuse(problems)
-    return adapted
+    return problems
 
 
 def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, seed: int) -> Adapted:
@@ -162,8 +173,3 @@ def _trained(model: nn.Module) -> int:
 
 def _last_parts(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rpartition(".")[2] for name in names})) or "none"
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise RunError("\n".join(problems))

@@ -136,13 +136,13 @@ def kept_for_backward(
     block += (_KEPT_BY_ACTIVATION.get(activation, 1) + 2 * gated) * inner * size
 
     count, tokens = len(blocks) - trains.index(True), batch * length
-    kept, copies = count * block + _of_trained_layers(blocks, size, autocast), count
+    kept, copies = count * block + _of_trained_layers(blocks, size, autocast, device), count
     if trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing"):  # one block at a time
         kept, copies = kept // count + count * width * residual, 1
     return tokens * (kept + width * residual) + 2 * autocast * copies * sum(n * m for n, m in sides)
 
 
-def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool) -> int:
+def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool, device: str) -> int:
     """Bytes for each token of what layers keep whose weights are trained."""
     inputs: dict[tuple[str, int], int] = {}  # those of one module with as many inputs share them
     total = 0
@@ -155,10 +155,12 @@ def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool) -> int:
                 each = 2 if autocast else A.weight.element_size()
                 if A.weight.requires_grad:
                     dropout = isinstance(layer.lora_dropout[adapter], nn.Dropout)
-                    total += layer.r[adapter] * each + dropout * layer.in_features * each
+                    mask = A.weight.element_size() if device == "cpu" else 1  # there it holds factors, and not bits
+                    total += layer.r[adapter] * each + dropout * layer.in_features * mask
                     inputs[name if dropout or each != size else module, layer.in_features] = each
         elif isinstance(layer, BaseTunerLayer):
-            raise UnknownError(f"what {type(layer).__name__} keeps for the backward pass")
+            kind = type(layer).__module__.rpartition(".")[0].rpartition(".")[2]
+            raise UnknownError(f"what an adapter of {kind} keeps for the backward pass")
         elif isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.requires_grad and "lora_" not in name:
             inputs[module, in_out_features(layer)[0]] = size
     return total + sum(n * each for (_, n), each in inputs.items())

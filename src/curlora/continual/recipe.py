@@ -76,6 +76,7 @@ class ModelPart(_Part):
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, which can pad."""
+        self._check_folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
         except (OSError, ValueError, ImportError) as error:
@@ -86,6 +87,7 @@ class ModelPart(_Part):
 
     def load_empty(self) -> torch.nn.Module:
         """The model on the meta device, of its configuration alone: without weights, and not quantized."""
+        self._check_folder()
         try:
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
             with torch.device("meta"):
@@ -96,6 +98,7 @@ class ModelPart(_Part):
     def load(self) -> torch.nn.Module:
         """A fresh model."""
         given = self.quantization
+        self._check_folder()
         try:
             return AutoModelForCausalLM.from_pretrained(
                 self.name,

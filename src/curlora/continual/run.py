@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import Prompts, kept_answers
-from curlora.continual.checks import check_methods, check_texts
+from curlora.continual.checks import check_stream, check_texts
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
@@ -173,8 +173,7 @@ def run_stream(
     for part in encoded:
         check_shared_out(part.settings.batch_size)
     if stream.load_empty is not None:
-        check_texts(stream.load_empty().config, stream.texts, encoded)
-        check_methods(stream.methods, stream.load_empty, len(encoded), stream.seeds[0])
+        check_stream(stream.methods, stream.texts, encoded, stream.load_empty, stream.seeds[0])
     with _locked(directory, begin), _disk_errors(directory):
         stream = stream.with_answers(directory)
         return _run(stream, encoded, directory, progress, runner)
