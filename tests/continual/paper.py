@@ -13,6 +13,7 @@ SWITCHED = {
     "readout": ("last_token", "last_position"),
     "evaluation": ("batched", "one_by_one"),
     "order": ("shuffled", "as_given"),
+    "heads": ("by_seed", "fixed"),
     "schedule_length": ("batches", "examples"),
     "data": ("corrected", "reference"),
     "perplexity": ("windows", "first_chunk"),

@@ -121,7 +121,7 @@ def test_every_switch_and_the_settings_it_makes(name, protocol):
     recipe = recipe_of(name, protocol)
     assert recipe.switched().model_dump() == expected
     settings = recipe.settings().model_dump()
-    made = {"readout", "evaluation", "order", "schedule_length"}
+    made = {"readout", "evaluation", "order", "schedule_length", "heads"}
     assert {switch: settings[switch] for switch in made} == {switch: expected[switch] for switch in made}
     assert set(recipe.switched().describe()) == {s for s, value in expected.items() if value == SWITCHED[s][1]}
     for switch, values in SWITCHED.items():  # each alone, from the command line

@@ -401,7 +401,7 @@ def test_what_is_cut_or_left_out_is_counted_as_a_run_counts_it(recipe_path, tmp_
     assert planned.tasks[0].too_long["train_cut"] > 0
     for part, task in zip(planned.tasks, results.tasks, strict=True):
         assert part.too_long == task.model_dump(include=set(part.too_long))
-        assert (part.examples, part.evaluation_examples) == (task.train_examples, task.evaluation_examples)
+        assert (len(part.train), len(part.evaluation)) == (task.train_examples, task.evaluation_examples)
     assert results.tasks[1].train_examples == len(rows) - dropped
     said = " ".join(text_of(planned).split())
     assert f"Examples of copy that are longer than max_length: {dropped} left out of those to learn from" in said

@@ -102,7 +102,10 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ),
         ("methods.1.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "'guard' is for method 'curlora' alone"),
         ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "goes by a general text: say which"),
-        ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0}]", "a limit is positive, got max_perplexity_increase 0"),
+        (
+            "methods.2.plugins=[{name: guard, max_perplexity_increase: 0}]",
+            "a limit is positive, got max_perplexity_increase 0",
+        ),
         ("methods.1.plugins=[{name: ewc}]", "method 'lora': plug-in 'ewc' needs strength"),
         (
             "methods.1.plugins=[{name: replay, examples: 0}]",
@@ -256,7 +259,7 @@ def test_a_value_by_set_replaces_what_is_there_and_makes_what_is_not(recipe_path
         recipe_path, ["methods.1.options={r: 2}", "training.trainer.adam_epsilon=1e-6", "seeds=[3, 4]"]
     )
     assert recipe.methods[1].options == {"r": 2}
-    assert recipe.training.trainer == {"tf32": 1e-6}
+    assert recipe.training.trainer == {"adam_epsilon": 1e-6}
     assert recipe.seeds == [3, 4]
 
 

@@ -47,7 +47,7 @@ CHANGES = {
             "plugins": [{"name": "kl_to_base", "strength": 1.0, "tokens": 16}],
         },
     ],
-    "guard": {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16},
+    "guard": {"name": "more words", "path": "more.txt", "tokens": 50, "window": 16},
     "training": {
         "epochs": 2,
         "batch_size": 4,

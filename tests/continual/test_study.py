@@ -118,7 +118,7 @@ def test_a_method_may_be_trained_otherwise(recipe_path, tmp_path):
             "{max_length: 5}",
             r"method 'lora': training: 'max_length' is not a setting of one method: batch_size, epochs",
         ),
-        ("{epochs: 0}", r"method 'lora': training.epochs: .*greater than 0"),
+        ("{epochs: 0}", r"method 'lora': training: epochs: .*greater than 0"),
         ("{evaluation: one_by_one}", "'evaluation' is not a setting of one method"),
     ],
 )

@@ -359,3 +359,16 @@ def test_a_weight_that_cannot_be_read_is_refused_clearly():
     base.weight = nn.Parameter(torch.zeros(32, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match=r"'layer' is a Linear whose weight cannot be read.*exclude_modules"):
         make_layer(base)
+
+
+def test_ranks_and_factors_by_adapter_are_as_they_are_now():
+    model = curlora(llama(), alpha=1.5)
+    layer = layers(model)[0]
+    ranks, scaling = layer.r, layer.scaling
+    assert (dict(ranks), dict(scaling), dict(layer.alpha)) == ({"default": 4}, {"default": 1.5}, {"default": 1.5})
+    model.add_adapter("second", CurloraConfig(r=3))
+    layer.set_scale("second", 2.0)
+    assert (dict(ranks), dict(scaling)) == ({"default": 4, "second": 3}, {"default": 1.5, "second": 2.0})
+    model.delete_adapter("second")
+    assert "second" not in ranks
+    assert repr(ranks) == "{'default': 4}"

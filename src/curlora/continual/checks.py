@@ -114,6 +114,8 @@ def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) 
 
 
 def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, seed: int) -> Adapted:
+    if method.needs_guard_text:
+        return Adapted(unknown="runs the model when it starts")
     base = load_empty()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     _check_targets(method.options.get("target_modules"), base, list(layers))

@@ -95,19 +95,19 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
         within: where that stands.
     """
     lines: list[str] = []
-    extra: dict[tuple[int | str, ...], list[str]] = {}
+    extra: dict[tuple[int | str, ...], tuple[list[int | str], list[str]]] = {}
     for one in error.errors():
         location = _existing(one["loc"], content)
         if one["type"] == "at_their_places":
             lines += one["msg"].split("\n")
         elif one["type"] == "extra_forbidden":
-            extra.setdefault(one["loc"][:-1], []).append(str(one["loc"][-1]))
+            extra.setdefault(one["loc"][:-1], (location[:-1], []))[1].append(str(one["loc"][-1]))
         else:
             where = ": ".join(part for part in (within, place(location, content)) if part)
             joint = " is missing" if one["type"] == "missing" else ": " if where else ""
             lines += [f"{where}{joint}{line}" for line in _message(one).split("\n")]
-    for owned_by, names in extra.items():
-        where = ": ".join(part for part in (within, place(owned_by, content)) if part)
+    for owned_by, (there, names) in extra.items():
+        where = ": ".join(part for part in (within, place(there, content)) if part)
         owner = _model_at(model, owned_by)
         lines.append(unknown_names(where or "a recipe", names, owner.model_fields if owner else ()))
     return list(dict.fromkeys(lines))
@@ -142,9 +142,13 @@ def _existing(location: Sequence[int | str], content: Any) -> list[int | str]:
 def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
     """The model of what stands there."""
     found: type[BaseModel] | None = model
+    several: list[type[BaseModel]] = []
     for key in location:
-        if found is not None and isinstance(key, str) and key in found.model_fields:
-            found = next(_models(found.model_fields[key].annotation), None)
+        if (chosen := next((one for one in several if one.__name__ == key), None)) is not None:
+            found = chosen  # by its tag, where one of several is expected
+        elif found is not None and isinstance(key, str) and key in found.model_fields:
+            several = list(_models(found.model_fields[key].annotation))
+            found = next(iter(several), None)
     return found
 
 

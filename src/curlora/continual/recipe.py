@@ -213,11 +213,12 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 def _kind_of_text(value: Any) -> str:
-    return "answers" if "prompts" in value or isinstance(value, AnswersPart) else "text"
+    return "AnswersPart" if "prompts" in value or isinstance(value, AnswersPart) else "HeldOutPart"
 
 
 HeldOutText = Annotated[
-    Annotated[HeldOutPart, Tag("text")] | Annotated[AnswersPart, Tag("answers")], Discriminator(_kind_of_text)
+    Annotated[HeldOutPart, Tag("HeldOutPart")] | Annotated[AnswersPart, Tag("AnswersPart")],
+    Discriminator(_kind_of_text),
 ]
 
 

@@ -162,7 +162,7 @@ def recipe_schema() -> dict[str, Any]:
         "required": ["name"],
     }
     del method["grid"]  # which a recipe does not say itself
-    for key in ("method", "learning_rate", "adapter_per_task", "plugins"):
+    for key in ("method", "learning_rate", "adapter_per_task"):
         plain = method[key]
         grid = {"type": "object", "properties": {"grid": {"type": "array", "minItems": 2}}, "required": ["grid"]}
         method[key] = {"description": plain.pop("description"), "anyOf": [plain, grid]}

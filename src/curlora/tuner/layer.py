@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,17 +61,17 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
     @property
     def r(self) -> Mapping[str, int]:
         """The rank of each adapter."""
-        return MappingProxyType({name: U.r for name, U in self.matrices.items()})
+        return _OfEach(self.matrices, "r")
 
     @property
     def alpha(self) -> Mapping[str, float]:
         """The factor of each adapter's update, as it was configured."""
-        return MappingProxyType({name: U.alpha for name, U in self.matrices.items()})
+        return _OfEach(self.matrices, "alpha")
 
     @property
     def scaling(self) -> Mapping[str, float]:
         """The factor of each adapter's update, as it is now; :meth:`set_scale` changes it."""
-        return MappingProxyType({name: U.scaling for name, U in self.matrices.items()})
+        return _OfEach(self.matrices, "scaling")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -327,6 +326,25 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
 
     def _active(self) -> list[str]:
         return [adapter for adapter in self.active_adapters if adapter in self.curlora_U]
+
+
+class _OfEach(Mapping[str, Any]):
+    """An attribute of each adapter's matrix, by the adapter's name, as it is whenever it is asked for."""
+
+    def __init__(self, matrices: Mapping[str, LinkingMatrix], attribute: str) -> None:
+        self.matrices, self.attribute = matrices, attribute
+
+    def __getitem__(self, adapter: str) -> Any:
+        return getattr(self.matrices[adapter], self.attribute)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.matrices)
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 def _refresh_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:

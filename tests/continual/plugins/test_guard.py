@@ -161,7 +161,7 @@ def test_refused_before_anything_is_loaded(guarded_path):
     guard = guarded["plugins"][0]
     for plugins, message in (
         ([guard, guard], "'guard' is there twice"),
-        ([{**guard, "max_perplexity_increase": 0}], "positive max_perplexity_increase"),
+        ([{**guard, "max_perplexity_increase": 0}], "a limit is positive, got max_perplexity_increase"),
         ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
         ([{**guard, "spread": "yes"}], "spread that is true or false"),
@@ -182,7 +182,7 @@ def test_a_window_that_the_model_has_no_positions_for_is_named(guarded_path, tmp
     config["max_position_embeddings"] = 100
     (guarded_path.parent / "model/config.json").write_text(json.dumps(config))
     guarded_path.write_text(yaml.safe_dump(content))
-    with pytest.raises(RunError, match="'more words' has windows of 100000 tokens, where the model has 100 positions"):
+    with pytest.raises(RunError, match="'more words' has windows of 256 tokens, where the model has 100 positions"):
         run_recipe(load_recipe(guarded_path), tmp_path / "run")
 
 

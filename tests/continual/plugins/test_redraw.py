@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from curlora import redraw
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.batches import Collator
-from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.plugins import Redraw, TaskContext
 from curlora.continual.sequence import MethodRun
@@ -105,7 +104,7 @@ def test_later_tasks_keep_what_there_is():
 
 
 def test_a_text_that_says_nothing_is_named():
-    with pytest.raises(RunError, match="plug-in redraw: The text has no two tokens"):
+    with pytest.raises(ValueError, match="needs at least 2 tokens, got 1"):
         Redraw().before_task(context(untrained(), 2, text=HeldOut("word", TEXT.tokens[:1])))
 
 
@@ -118,7 +117,7 @@ def test_bad_options(options):
 @pytest.fixture
 def redrawn_path(recipe_path):
     content = yaml.safe_load(recipe_path.read_text())
-    content["guard"] = {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16}
+    content["guard"] = {"name": "more words", "path": "more.txt", "tokens": 50, "window": 16}
     plugins = [{"name": "guard", "max_perplexity_increase": 0.5}, {"name": "redraw", "examples": 16}]
     content["methods"] = [{**content["methods"][-1], "name": "redrawn", "plugins": plugins}]
     content["training"].update(checkpoint_steps=2, logging_steps=1, forward_transfer=True)
