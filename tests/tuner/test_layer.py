@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora import CurloraConfig
 from curlora.tuner.linear import CurloraLinear
+from tests.models import curlora, layers, llama
 
 
 def make_base(kind="linear", bias=True, inputs=12, outputs=9, dtype=torch.float32):

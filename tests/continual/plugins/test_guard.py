@@ -164,7 +164,7 @@ def test_refused_before_anything_is_loaded(guarded_path):
         ([{**guard, "max_perplexity_increase": 0}], "a limit is positive, got max_perplexity_increase"),
         ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
-        ([{**guard, "spread": "yes"}], "spread that is true or false"),
+        ([{**guard, "spread": "yes"}], "spread is true or false"),
         ([{"name": "anchors"}], "holds what earlier tasks have trained"),
         ([{"name": "ewc", "strength": 1}], "holds what earlier tasks have trained"),
     ):

@@ -117,7 +117,8 @@ def test_bad_options(options):
 @pytest.fixture
 def redrawn_path(recipe_path):
     content = yaml.safe_load(recipe_path.read_text())
-    content["guard"] = {"name": "more words", "path": "more.txt", "tokens": 50, "window": 16}
+    content["guard"] = {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16}
+    content["heldout"]["path"] = "more.txt"
     plugins = [{"name": "guard", "max_perplexity_increase": 0.5}, {"name": "redraw", "examples": 16}]
     content["methods"] = [{**content["methods"][-1], "name": "redrawn", "plugins": plugins}]
     content["training"].update(checkpoint_steps=2, logging_steps=1, forward_transfer=True)

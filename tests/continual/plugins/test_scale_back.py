@@ -133,4 +133,9 @@ def test_corda_begins_as_the_base_model_and_is_measured_from_it(guarded_path, tm
     results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
     untrained, trained = (method.seeds[0] for method in results.methods[1:])
     assert untrained.lost("more words") == pytest.approx(0, abs=1e-5)
-    assert trained.lost("more words") > 1e-4  # measured from the base and not from what is left of it
+    # What is trained is what the text uses least, and so the text hardly notices.
+    assert trained.lost("more words") < 1e-4
+    saved = [
+        load_file(tmp_path / "run" / name / "seed-0/adapter/adapter_model.safetensors") for name in ("corda", "trained")
+    ]
+    assert all(not torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
