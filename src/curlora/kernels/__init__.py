@@ -1,0 +1,90 @@
+"""Triton kernels for what :mod:`curlora.functional` computes, and where they are used in its place.
+
+Each operation has a module of its own, and is a registered operator of PyTorch's (:mod:`curlora.kernels.operators`).
+The formulas in :mod:`curlora.functional` are what kernels are held to, and what is computed wherever a kernel cannot run
+or would be slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curlora.kernels.operators import INTERPRETED
+
+__all__ = ["MAX_RANK", "chosen", "use"]
+
+MAX_RANK = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CHOICES = ("auto", "torch", "triton")
+# To which rank kernels are chosen by themselves. A guess until benchmarks/gpu.py has been run: above it PyTorch's own
+# products read the factor fewer times than a program does that has few tokens. Numbers of tokens are not asked for,
+# since a compiled graph is for any number of them.
+QUICKER_TO_RANK = 64
+
+
+def _checked(choice: str, name: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{name} is {choice!r}; it has to be one of {', '.join(map(repr, CHOICES))}.")
+    return choice
+
+
+_choice = _checked(os.environ.get("CURLORA_KERNELS", "auto"), "the environment variable CURLORA_KERNELS")
+
+
+@contextlib.contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Choose how adapted layers compute while this lasts, in every thread.
+
+    The environment variable ``CURLORA_KERNELS`` chooses for a whole process.
+
+    Args:
+        choice: ``"torch"``, PyTorch's operators everywhere; ``"triton"``, kernels wherever they can run; ``"auto"``,
+            the default, kernels where they are quicker.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    global _choice
+    before, _choice = _choice, _checked(choice, "the choice of kernels")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None) -> bool:
+    """Whether a kernel is to compute the update of ``output``.
+
+    Kernels run on NVIDIA's GPUs from Ampere on, in float16, bfloat16 and float32, for ranks to 256. Under
+    ``torch.func``'s transforms, in forward-mode differentiation and for tensors of other types (distributed ones, say)
+    it is PyTorch's operators, which all of these see through.
+    """
+    if _choice == "torch" or not (output.is_cuda or (INTERPRETED and _choice == "triton")):
+        return False
+    if index.shape[0] > (MAX_RANK if _choice == "triton" else QUICKER_TO_RANK):
+        return False
+    for tensor in (output, scaled_U, factor, offset):
+        if tensor is not None and not _fits(tensor, output.device):
+            return False
+    return _runs_on(output.device.index)
+
+
+def _fits(tensor: Tensor, device: torch.device) -> bool:
+    known = tensor.dtype in DTYPES or (INTERPRETED and tensor.dtype == torch.float64)
+    return known and tensor.device == device and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device: int | None) -> bool:
+    """Whether Triton is there, and the device is one that the kernels are written for."""
+    return INTERPRETED or _has_triton() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
