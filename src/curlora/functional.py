@@ -239,6 +239,4 @@ def _kernel_backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tu
     return grad_output if need_output else None, grad_U if need_U else None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "curlora::forward", _kernel_backward, setup_context=_GatherUpdate.setup_context
-)
+torch.library.register_autograd("curlora::forward", _kernel_backward, setup_context=_GatherUpdate.setup_context)

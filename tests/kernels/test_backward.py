@@ -1,9 +1,11 @@
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from torch.library import opcheck
 
 from curlora.kernels import backward
+from curlora.kernels.tiles import chunk, padded
 from tests.kernels.problems import LAYOUTS, assert_near, exact_gradients, make, problems, sizes
 
 
@@ -13,11 +15,13 @@ def check(problem, blocks=None):
     assert of_output.is_contiguous()
     assert (of_output.dtype, of_U.dtype) == (problem.grad.dtype, problem.scaled_U.dtype)
     *_, size, size_U = sizes(problem)
-    assert_near(of_output, expected, size, problem.grad.dtype, problem.scaled_U.dtype)
+    # Ranks that share a column are added to it together if they are loaded together, and else one after another.
+    roundings = 3 + triton.cdiv(len(problem.index), chunk(padded(len(problem.index))))
+    assert_near(of_output, expected, size, problem.grad.dtype, problem.scaled_U.dtype, roundings=roundings)
     assert_near(of_U, expected_U, size_U, problem.scaled_U.dtype)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problem=problems())
 def test_the_formula(problem):
     check(problem)
@@ -57,10 +61,10 @@ def test_what_is_not_needed_is_left_out():
     assert none.numel() == 0
 
 
-@pytest.mark.parametrize("r", [4, 100])
+@pytest.mark.parametrize("r", [4, 70])
 def test_sums_over_tokens_are_float32_and_the_same_in_every_run(r):
     """Many tokens in half precision: sums of that precision would stop growing."""
-    problem = make((500,), m=20, r=r, dtype=torch.bfloat16)
+    problem = make((300,), m=20, r=r, dtype=torch.bfloat16)
     problem.grad.abs_()
     problem.z.abs_()
     blocks = backward.Blocks(tokens=16, columns=32)

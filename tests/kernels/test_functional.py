@@ -1,6 +1,7 @@
 """What chooses between kernels and PyTorch's operators, and what other parts of PyTorch make of a kernel."""
 
 import copy
+import runpy
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from curlora import kernels
 from curlora.functional import gather_update, gather_update_by_row
 from curlora.kernels import backward, forward, mixed_batch
-from tests.kernels.problems import assert_near, exact, make
+from tests.kernels.problems import assert_near, exact, make, sizes
 from tests.models import curlora, layers, llama, randomize, tokens
 
 
@@ -40,7 +41,8 @@ def leaves(problem):
 def gradients(problem, f=gather_update):
     output, scaled_U, *rest = leaves(problem)
     result = f(output, scaled_U, *rest)
-    return [result.detach(), *torch.autograd.grad((result.float() * problem.grad).sum(), [output, scaled_U])]
+    result.backward(problem.grad)
+    return [result.detach(), output.grad, scaled_U.grad]
 
 
 def exact_gradients(problem):
@@ -53,8 +55,11 @@ def exact_gradients(problem):
 @pytest.mark.parametrize("lead", [(7,), (2, 3), ()])
 def test_both_kernels_behind_one_call(dtype, lead, launches):
     problem = make(lead, m=20, r=5, dtype=dtype)
-    for got, expected in zip(gradients(problem), exact_gradients(problem), strict=True):
-        assert_near(got, expected, dtype)
+    size, _, size_of_output, size_of_U = sizes(problem)
+    for got, expected, entries in zip(
+        gradients(problem), exact_gradients(problem), (size, size_of_output, size_of_U), strict=True
+    ):
+        assert_near(got, expected, entries, dtype)
     assert launches == ["forward", "backward"]
 
 
@@ -98,7 +103,7 @@ def test_z_is_kept_for_U_alone():
 def test_no_gradient_no_graph(launches):
     problem = make((4,), m=7, r=3)
     with torch.no_grad():
-        assert_near(gather_update(*leaves(problem)), exact(*problem.forward)[0], torch.float32)
+        assert_near(gather_update(*leaves(problem)), exact(*problem.forward)[0], sizes(problem)[0], torch.float32)
     assert launches == ["forward"]
 
 
@@ -148,7 +153,7 @@ def test_transforms_of_torch_func():
     tangent = torch.randn_like(output)
     _, forward_mode = torch.func.jvp(lambda y: gather_update(y, scaled_U, *rest), (output,), (tangent,))
     torch.testing.assert_close(forward_mode, exact(tangent, scaled_U, *rest[:2], None)[0])
-    hessian = torch.func.hessian(row_loss, 1)(output, scaled_U)
+    hessian = torch.func.jacrev(torch.func.jacrev(row_loss, 1), 1)(output, scaled_U)
     reference = torch.func.hessian(lambda y, U: exact(y, U, *rest)[0].sin().sum(), 1)(output, scaled_U)
     torch.testing.assert_close(hessian, reference)
 
@@ -165,12 +170,12 @@ def test_forward_mode_without_torch_func():
 
 def test_rows_with_matrices_of_their_own(launches):
     problem = make((3, 5), m=20, r=4, rows=3)
-    expected = exact(*problem.forward)[0]
-    assert_near(gather_update_by_row(*problem.forward), expected, torch.float32)
+    expected, size = exact(*problem.forward)[0], sizes(problem)[0]
+    assert_near(gather_update_by_row(*problem.forward), expected, size, torch.float32)
     assert launches == ["mixed_batch"]
     problem.scaled_U.requires_grad_()  # for which it has no kernel
     result = gather_update_by_row(*problem.forward)
-    assert_near(result.detach(), expected, torch.float32)
+    assert_near(result.detach(), expected, size, torch.float32)
     assert result.requires_grad
     assert launches == ["mixed_batch"]
 
@@ -180,7 +185,7 @@ def test_rows_with_matrices_of_their_own(launches):
 
 def test_ranks_that_no_kernel_takes(launches):
     problem = make((3,), m=20, r=257)
-    assert_near(gather_update(*problem.forward), exact(*problem.forward)[0], torch.float32)
+    assert_near(gather_update(*problem.forward), exact(*problem.forward)[0], sizes(problem)[0], torch.float32)
     assert launches == []
 
 
@@ -189,13 +194,23 @@ def test_choices(choice, launches):
     """By itself a kernel is chosen on a GPU only."""
     problem = make((3,), m=20, r=4)
     with kernels.use(choice):
-        assert_near(gather_update(*problem.forward), exact(*problem.forward)[0], torch.float32)
+        assert_near(gather_update(*problem.forward), exact(*problem.forward)[0], sizes(problem)[0], torch.float32)
     assert launches == []
 
 
 def test_a_choice_that_there_is_not():
     with pytest.raises(ValueError, match="'cuda'; it has to be one of 'auto', 'torch', 'triton'"), kernels.use("cuda"):
         pass
+
+
+@pytest.mark.parametrize("value", ["torch", "cuda"])
+def test_the_environment_chooses(value, monkeypatch):
+    monkeypatch.setenv("CURLORA_KERNELS", value)
+    if value == "torch":
+        assert runpy.run_path(kernels.__file__)["_choice"] == "torch"
+    else:
+        with pytest.raises(ValueError, match="variable CURLORA_KERNELS is 'cuda'; it has to be one of"):
+            runpy.run_path(kernels.__file__)
 
 
 def test_tensors_of_other_types_are_left_to_pytorch(launches):

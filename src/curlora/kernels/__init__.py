@@ -1,13 +1,14 @@
 """Triton kernels for what :mod:`curlora.functional` computes, and where they are used in its place.
 
-Each operation has a module of its own, and is a registered operator of PyTorch's (:mod:`curlora.kernels.operators`).
-The formulas in :mod:`curlora.functional` are what kernels are held to, and what is computed wherever a kernel cannot run
-or would be slower.
+Each operation has a module of its own, and is a registered operator (:mod:`curlora.kernels.operators`). The formulas in
+:mod:`curlora.functional` are what kernels are held to, and what is computed wherever a kernel cannot run or would be
+slower.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -63,7 +64,7 @@ def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offs
 
     Kernels run on NVIDIA's GPUs from Ampere on, in float16, bfloat16 and float32, for ranks to 256. Under
     ``torch.func``'s transforms, in forward-mode differentiation and for tensors of other types (distributed ones, say)
-    it is PyTorch's operators, which all of these see through.
+    PyTorch's operators are used, which all of these see through.
     """
     if _choice == "torch" or not (output.is_cuda or (INTERPRETED and _choice == "triton")):
         return False
@@ -72,7 +73,7 @@ def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offs
     for tensor in (output, scaled_U, factor, offset):
         if tensor is not None and not _fits(tensor, output.device):
             return False
-    return _runs_on(output.device.index)
+    return not _transformed(output, scaled_U, offset) and _runs_on(output.device.index)
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:
@@ -80,11 +81,26 @@ def _fits(tensor: Tensor, device: torch.device) -> bool:
     return known and tensor.device == device and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
+# A name that torch does not promise. Without it torch.func refuses the operators by itself: it has no rules for them.
+_functorch = getattr(torch._C, "_are_functorch_transforms_active", None)
+
+
+def _transformed(*tensors: Tensor | None) -> bool:
+    """Whether derivatives are taken in ways that the operators have no rules for."""
+    if _functorch is not None and _functorch():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
 @torch.compiler.assume_constant_result
 def _runs_on(device: int | None) -> bool:
-    """Whether Triton is there, and the device is one that the kernels are written for."""
-    return INTERPRETED or _has_triton() and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return INTERPRETED or _fits_device(device)
 
 
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def _fits_device(device: int | None) -> bool:
+    """Whether Triton is there, and the GPU is one that the kernels are written for."""
+    found = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+    return found and torch.cuda.get_device_capability(device) >= (8, 0)

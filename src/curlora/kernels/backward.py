@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curlora.kernels.operators import empty_backward
-from curlora.kernels.tiles import chunk, multiprocessors, numerics, on, padded, product, rows_of
+from curlora.kernels.tiles import chunk, multiprocessors, numerics, on, padded, product, rows_of, stages
 
 __all__ = ["Blocks", "choose", "launch"]
 
@@ -36,24 +36,28 @@ class Blocks(NamedTuple):
 
 
 def choose(tokens: int, m: int, r: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """Tiles that fit the shared memory of every GPU from Ampere on, and a program for each multiprocessor at least."""
-    R = padded(r)
-    small = dtype.itemsize <= 2
-    columns = (256 if R <= 16 else 128 if R <= 64 else 64) // (1 if small else 2)
-    most = 64 if R <= 64 else 32
+    """The largest tiles of tokens, and so the fewest readings of the factor, that leave no multiprocessor idle.
+
+    A multiprocessor then often has a single program, whose loads have to hide behind each other.
+    """
+    R, half = padded(r), dtype.itemsize <= 2
+    most = {16: 64, 32: 32, 64: 32}.get(R, 16) if half else {16: 32}.get(R, 16)
     block = next((b for b in (64, 32) if b <= most and tokens // b >= multiprocessors(device)), 16)
-    return Blocks(block, columns, warps=4 if R <= 64 else 8, stages=3 if small and R <= 64 else 2)
+    columns = (128 if R <= 64 else 64) // (1 if half else 2)
+    warps = 4 if R <= 32 or (R == 64 and block == 16 and half) else 8
+    return Blocks(block, columns, warps, stages(columns * (block + R) * dtype.itemsize, most=6))
 
 
 @triton.jit(do_not_specialize=["tokens", "inner"])
 def _kernel(
     grad, z, scaled_U, factor, index, result, sums,
-    tokens, m, r, inner, outer_stride, inner_stride, U_out, U_in,
-    NEED_OUTPUT: tl.constexpr, NEED_U: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
+    tokens, m, inner, outer_stride, inner_stride, U_out, U_in,
+    r: tl.constexpr, NEED_OUTPUT: tl.constexpr, NEED_U: tl.constexpr, PARTS: tl.constexpr,
+    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_M: tl.constexpr,
     PRECISION: tl.constexpr, PRECISION_U: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    dtype, dtype_U = grad.dtype.element_ty, scaled_U.dtype.element_ty
+    dtype = grad.dtype.element_ty
+    dtype_U = scaled_U.dtype.element_ty
     tile = tl.program_id(0)
     token = tile * BLOCK_T + tl.arange(0, BLOCK_T)
     present = token < tokens
@@ -79,7 +83,7 @@ def _kernel(
             mask=present[:, None] & (ranks < r)[None, :],
         )  # fmt: skip
 
-    for start in tl.static_range(0, R, CHUNK):
+    for start in tl.range(0, R, CHUNK, num_stages=1):
         some = start + tl.arange(0, CHUNK)
         if NEED_U and PARTS:
             mask = present[:, None] & (some < r)[None, :]
@@ -111,16 +115,20 @@ def _add_parts(parts, total, count, size, BLOCK_P: tl.constexpr, BLOCK: tl.const
     for start in range(0, count, BLOCK_P):
         which = start + tl.arange(0, BLOCK_P)
         mask = (which < count)[:, None] & (entry < size)[None, :]
-        added += tl.sum(tl.load(parts + which[:, None].to(tl.int64) * size + entry[None, :], mask=mask, other=0), axis=0)
+        added += tl.sum(
+            tl.load(parts + which[:, None].to(tl.int64) * size + entry[None, :], mask=mask, other=0), axis=0
+        )
     tl.store(total + entry, added.to(total.dtype.element_ty), mask=entry < size)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _add_tokens(
-    g, z, total, tokens, r,
-    BLOCK_T: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
+    g, z, total, tokens,
+    r: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     dtype = z.dtype.element_ty
     added = tl.zeros((BLOCK, BLOCK), SUM)
     for start in range(0, tokens, BLOCK_T):
@@ -160,12 +168,14 @@ def launch(
     programs = triton.cdiv(tokens, blocks.tokens)
     constants = numerics(grad.dtype, scaled_U.dtype)
     parts = R <= 64
-    sums = grad.new_empty((programs, r, r) if parts else (tokens, r), dtype=_sums_dtype(grad)) if z is not None else None
+    sums = (
+        grad.new_empty((programs, r, r) if parts else (tokens, r), dtype=_sums_dtype(grad)) if z is not None else None
+    )
     with on(grad.device):
         _kernel[(programs,)](
             rows.tensor, z, scaled_U, factor.contiguous(), index.contiguous(), grad_output, sums,
-            tokens, m, r, rows.inner, rows.outer_stride, rows.inner_stride, *scaled_U.stride(),
-            NEED_OUTPUT=need_output, NEED_U=z is not None, PARTS=parts, R=R, CHUNK=chunk(R), BLOCK_T=blocks.tokens,
+            tokens, m, rows.inner, rows.outer_stride, rows.inner_stride, *scaled_U.stride(),
+            r=r, NEED_OUTPUT=need_output, NEED_U=z is not None, PARTS=parts, R=R, CHUNK=chunk(R), BLOCK_T=blocks.tokens,
             BLOCK_M=blocks.columns, **constants, num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         if z is None:
@@ -177,7 +187,7 @@ def launch(
         else:
             side = triton.cdiv(r, 32)
             _add_tokens[(side, side)](
-                sums, z, grad_U, tokens, r, BLOCK_T=128, BLOCK=32, PRECISION=constants["PRECISION_U"],
+                sums, z, grad_U, tokens, r=r, BLOCK_T=64, BLOCK=32, PRECISION=constants["PRECISION_U"],
                 UPCAST=constants["UPCAST"], SUM=constants["SUM"], num_warps=4, num_stages=2,
             )  # fmt: skip
     return grad_output, grad_U

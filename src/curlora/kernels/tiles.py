@@ -48,7 +48,12 @@ def padded(r: int) -> int:
 
 def chunk(R: int) -> int:
     """Ranks whose entries of ``U`` are loaded at once: a whole one of rank 256 is more than a multiprocessor holds."""
-    return R if R <= 64 else 32
+    return min(R, 32)
+
+
+def stages(size: int, most: int) -> int:
+    """Tiles of ``size`` bytes that are under way at once: as many as fit shared memory beside what else is there."""
+    return 1 + max(1, min(64 * 1024 // size, most - 1))
 
 
 def numerics(dtype: torch.dtype, dtype_U: torch.dtype) -> dict[str, object]:
@@ -58,7 +63,7 @@ def numerics(dtype: torch.dtype, dtype_U: torch.dtype) -> dict[str, object]:
     ``U`` is float32 beside entries that were rounded to half: three products in TF32 keep all but its last two bits, on
     the tensor cores.
     """
-    allowed = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    allowed = "tf32" if _tf32_allowed() else "ieee"
     split = dtype in (torch.float16, torch.bfloat16) and dtype_U == torch.float32
     return {
         "PRECISION": allowed,
@@ -66,6 +71,13 @@ def numerics(dtype: torch.dtype, dtype_U: torch.dtype) -> dict[str, object]:
         "SUM": tl.float64 if dtype == torch.float64 else tl.float32,
         "UPCAST": INTERPRETED and torch.bfloat16 in (dtype, dtype_U),
     }
+
+
+def _tf32_allowed() -> bool:
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on, which refuses to be asked for the other where this one has been set.
+    precision = getattr(matmul, "fp32_precision", None)
+    return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -93,8 +105,9 @@ def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
 
 @triton.jit
 def mix(
-    output, begin, present, token, scaled_U, U_out, U_in, index, offset, z, m, r, keep,
-    HAS_OFFSET: tl.constexpr, KEEP_Z: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr,
+    output, begin, present, token, scaled_U, U_out, U_in, index, offset, z, m, keep,
+    r: tl.constexpr, HAS_OFFSET: tl.constexpr, KEEP_Z: tl.constexpr,
+    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """``z scaled_Uᵀ`` of a tile of tokens, shape ``(BLOCK_T, R)``. ``z`` is gathered here, and stored if ``keep``.
@@ -104,7 +117,7 @@ def mix(
     dtype = scaled_U.dtype.element_ty
     ranks = tl.arange(0, R)
     mixed = tl.zeros((BLOCK_T, R), SUM)
-    for start in tl.static_range(0, R, CHUNK):
+    for start in tl.range(0, R, CHUNK, num_stages=1):
         some = start + tl.arange(0, CHUNK)
         at = tl.load(index + some, mask=some < r, other=0)
         inside = (at >= 0) & (at < m)
@@ -126,17 +139,22 @@ def mix(
 
 @triton.jit
 def add_along(
-    mixed, output, begin, present, factor, result, result_begin, first, last, r,
-    R: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
+    mixed, output, begin, present, factor, result, result_begin, first, count, m,
+    r: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """``output + mixed factorᵀ`` of a tile of tokens, in the columns from ``first`` to before ``last``; stored."""
+    """``output + mixed factorᵀ`` of a tile of tokens, in ``count`` tiles of columns from ``first`` on; stored.
+
+    That a tile begins at a multiple of its width, and ends at ``m``, is what Triton has to see, or every load and store
+    would be of one entry.
+    """
     dtype = output.dtype.element_ty
     mixed = mixed.to(dtype)
     ranks = tl.arange(0, R)
-    for start in range(first, last, BLOCK_M):
-        columns = start + tl.arange(0, BLOCK_M)
-        mask = present[:, None] & (columns < last)[None, :]
-        of_factor = (ranks < r)[:, None] & (columns < last)[None, :]
+    for i in tl.range(0, count, num_stages=STAGES):
+        columns = (first + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+        mask = present[:, None] & (columns < m)[None, :]
+        of_factor = (ranks < r)[:, None] & (columns < m)[None, :]
         C = tl.load(factor + ranks[:, None] + columns[None, :] * r, mask=of_factor, other=0).to(dtype)
         y = tl.load(output + begin[:, None] + columns[None, :], mask=mask, other=0).to(SUM)
         y = product(mixed, C, y, PRECISION, UPCAST)
