@@ -1,6 +1,6 @@
 """The kernels of ``curlora::backward`` beside PyTorch's operators and a copy.
 
-    python benchmarks/kernels/backward.py --tokens 2048 --ranks 16     # on a GPU
+python benchmarks/kernels/backward.py --tokens 2048 --ranks 16     # on a GPU
 """
 
 import timing

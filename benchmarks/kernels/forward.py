@@ -1,6 +1,6 @@
 """The kernel of ``curlora::forward`` beside PyTorch's operators and a copy.
 
-    python benchmarks/kernels/forward.py --tokens 2048 --ranks 16     # on a GPU
+python benchmarks/kernels/forward.py --tokens 2048 --ranks 16     # on a GPU
 """
 
 import timing
