@@ -97,7 +97,7 @@ def by(method, call):
 
 def compared(calls, rounds):
     """Seconds of the floor, of the others over it, and of CURLoRA's overhead how much of LoRA's it is."""
-    seconds = measure.in_turn(calls, rounds, warmup=tiny(1, 3))
+    seconds = measure.in_turn(calls, rounds, warmup=tiny(0, 3))
     over = {name: time for name, time in measure.over_floor(seconds).items() if name != "floor"}
     result = {"floor": statistics.median(seconds["floor"]), "over": over}
     if "lora" in over:
@@ -169,10 +169,10 @@ def steps(name, layers, r, tokens, checkpointing=False, methods=METHODS, compile
     result = {"peak": {method: peak(call) for method, call in calls.items()}}
     if compiled:
         result["seconds_to_compile"] = rounded(time.perf_counter() - began)
-    result["step"] = compared(calls, tiny(2, 20))
+    result["step"] = compared(calls, tiny(1, 20))
     if not compiled and not checkpointing:
         calls = {method: by(method, partial(infer, run, x)) for method, run in runs.items()}
-        result["inference"] = compared(calls, tiny(2, 20))
+        result["inference"] = compared(calls, tiny(1, 20))
     yield {**setting, **result}
 
 
@@ -233,7 +233,7 @@ def decode(layers=8, context=512):
             token = partial(one_token, model, x[:, -1:], cache)
             calls[method] = by(method if method in METHODS else "floor", token)
         setting = {"model": name, "layers": frozen.config.num_hidden_layers, "r": 16, "context": length}
-        yield {**setting, "token": compared(calls, tiny(2, 50))}
+        yield {**setting, "token": compared(calls, tiny(1, 50))}
 
 
 @torch.no_grad()
@@ -264,7 +264,7 @@ def adapters(layers=4, count=64):
             model = models[METHODS[method][0]]
             calls[f"{method}, one"] = by(method, partial(infer, model, x))
             calls[f"{method}, many"] = by(method, partial(infer_many, model, x, names))
-        seconds = measure.in_turn(calls, tiny(2, 15))
+        seconds = measure.in_turn(calls, tiny(1, 15), warmup=tiny(0, 2))
         yield {"model": LLAMA, "layers": frozen.config.num_hidden_layers, "adapters": count, "length": length,
                "seconds": rounded({name: statistics.median(times) for name, times in seconds.items()})}  # fmt: skip
 
@@ -403,9 +403,9 @@ def main():
     def add(row):
         rows.append({**row, "at": round(time.perf_counter() - began, 1)})
         line = json.dumps(rows[-1])
-        print(line, flush=True)
         with options.out.open("a") as file:
             file.write(line + "\n")
+        print(line, flush=True)
 
     try:
         for stage in STAGES:

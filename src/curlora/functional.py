@@ -63,7 +63,8 @@ def gather_update(
             return torch.ops.curlora.forward.default(output, scaled_U, factor, index, offset, keep_z)[0]
         if not differentiated:
             return _add(output, scaled_U, factor, index, offset)[0]
-        return _GatherUpdate.apply(output, scaled_U, factor, index, offset)[0]
+        function = _GatherUpdate if torch.compiler.is_compiling() or kernels.transformed() else _PlainGatherUpdate
+        return function.apply(output, scaled_U, factor, index, offset)[0]
 
 
 def gather_update_by_row(
@@ -227,6 +228,22 @@ class _GatherUpdate(torch.autograd.Function):
             if need_offset:
                 grad_offset = -through.sum(0).to(ctx.offset_dtype)
         return grad_output, grad_U, None, None, grad_offset
+
+
+class _PlainGatherUpdate(torch.autograd.Function):
+    """As above where nothing is compiled or transformed.
+
+    Of a function whose context is set up apart PyTorch looks up the signature in every call, which takes longer than
+    the formula does for a few tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        outputs = _GatherUpdate.forward(*inputs)
+        _GatherUpdate.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = _GatherUpdate.backward
 
 
 def _kernel_backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:

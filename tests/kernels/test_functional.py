@@ -158,6 +158,20 @@ def test_transforms_of_torch_func():
     torch.testing.assert_close(hessian, reference)
 
 
+def test_where_torch_does_not_tell_of_transforms(monkeypatch, launches):
+    """What it does not promise: without it all is computed by operators that torch.func has rules for."""
+    assert not kernels.transformed()
+    with monkeypatch.context() as patch:
+        patch.delattr(torch._C, "_are_functorch_transforms_active")
+        without = runpy.run_path(kernels.__file__)
+    assert without["transformed"]()
+    monkeypatch.setattr(kernels, "_functorch", without["_functorch"])
+    problem = make((4,), m=7, r=3)
+    for got, expected in zip(gradients(problem), exact_gradients(problem), strict=True):
+        torch.testing.assert_close(got, expected.float())
+    assert launches == []
+
+
 def test_forward_mode_without_torch_func():
     problem = make((4,), m=7, r=3, dtype=torch.float64, dtype_U=torch.float64)
     output, scaled_U, *rest = problem.forward

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from curlora.kernels.operators import INTERPRETED
 
-__all__ = ["MAX_RANK", "chosen", "use"]
+__all__ = ["MAX_RANK", "chosen", "transformed", "use"]
 
 MAX_RANK = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,7 +73,9 @@ def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offs
     for tensor in (output, scaled_U, factor, offset):
         if tensor is not None and not _fits(tensor, output.device):
             return False
-    return not _transformed(output, scaled_U, offset) and _runs_on(output.device.index)
+    if transformed() or _differentiated_forward(output, scaled_U, offset):
+        return False
+    return _runs_on(output.device.index)
 
 
 def _fits(tensor: Tensor, device: torch.device) -> bool:
@@ -81,14 +83,16 @@ def _fits(tensor: Tensor, device: torch.device) -> bool:
     return known and tensor.device == device and type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-# A name that torch does not promise. Without it torch.func refuses the operators by itself: it has no rules for them.
-_functorch = getattr(torch._C, "_are_functorch_transforms_active", None)
+# A name that torch does not promise. Without it all is done as if such a transform were always under way.
+_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
-def _transformed(*tensors: Tensor | None) -> bool:
-    """Whether derivatives are taken in ways that the operators have no rules for."""
-    if _functorch is not None and _functorch():
-        return True
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is under way, for which an operator needs rules of its own."""
+    return bool(_functorch())
+
+
+def _differentiated_forward(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
