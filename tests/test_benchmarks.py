@@ -1,6 +1,7 @@
 """The benchmarks run, and the pages say what they measured."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,20 +12,74 @@ ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks" / "speed"
 
 
-def test_gpu_script_runs_small_shapes_on_whatever_there_is(tmp_path):
+GPU = ROOT / "benchmarks" / "gpu.py"
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_gpu_script_runs_small_shapes_on_the_cpu(tmp_path):
     out = tmp_path / "gpu.jsonl"
-    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--tiny", "--eager", "--rounds", "2", "--out", out]
+    # All but what is compiled or quantized, and more of the same.
+    stages = ["machine", "check", "step", "decode", "adapters", "bandwidth", "attach"]
+    command = [sys.executable, GPU, "--tiny", "--out", out, "--only", *stages]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert {row["model"] for row in rows} == {"Llama-3.2-3B", "Mistral-7B"}
-    assert {row["checkpointing"] for row in rows} == {True, False}
-    assert all(set(row["step"]["over"]) == {"curlora", "lora"} for row in rows)
+    rows = lines(out)
+    assert not [row for row in rows if "failed" in row]
+    assert {row["stage"] for row in rows} == set(stages)
+    checks = [row for row in rows if row["stage"] == "check"]
+    assert all(set(row["of_allowed"]) >= {"forward", "output", "scaled_U", "mixed_batch"} for row in checks)
+    steps = [row for row in rows if row["stage"] == "step"]
+    assert {(row["model"], row["checkpointing"]) for row in steps} == {
+        (model, checkpointing) for model in ("Llama-3.2-3B", "Mistral-7B") for checkpointing in (True, False)
+    }
+    assert all(set(row["step"]["over"]) == {"torch", "triton", "lora"} for row in steps)
+    tables = subprocess.run([sys.executable, GPU, "--tables", out], capture_output=True, text=True).stdout
+    for text in (tables, done.stdout):
+        assert "| Mistral-7B | 16 | 8 | checkpointing | step |" in text
+        assert "| CURLoRA, kernels | 3 x 2 |" in text
+        assert f"Kernels held to float64 in {len(checks)} settings" in text
+
+
+def test_gpu_script_is_of_use_wherever_it_is_cut_off(tmp_path):
+    out, said = tmp_path / "gpu.jsonl", []
+    command = [sys.executable, GPU, "--tiny", "--out", out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            said.append(line)
+            if '"stage": "step"' in line:
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == 1
+    printed = [json.loads(line) for line in said if line.startswith("{")]
+    assert lines(out)[: len(printed)] == printed  # which may have been cut off between the two
+    assert any(line.startswith("| Llama-3.2-3B | 16 | 8 | eager | step |") for line in said)
+
+
+WRONG = """
+import os, runpy, sys
+os.environ["TRITON_INTERPRET"] = "1"
+from curlora.kernels import mixed_batch
+launch = mixed_batch.launch
+mixed_batch.launch = lambda *arguments: launch(*arguments) * 1.1
+script, out = sys.argv[1:]
+sys.argv = [script, "--tiny", "--out", out]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_gpu_script_stops_at_a_kernel_that_is_wrong(tmp_path):
+    out = tmp_path / "gpu.jsonl"
+    done = subprocess.run([sys.executable, "-c", WRONG, GPU, out], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "A kernel is wrong, so nothing is measured. mixed_batch: " in done.stderr
+    assert {row["stage"] for row in lines(out)} == {"machine", "check"}
 
 
 def test_gpu_script_says_that_there_is_no_gpu():
     code = "import sys, torch, runpy; torch.cuda.is_available = lambda: False; sys.argv = ['gpu.py']; "
-    code += f"runpy.run_path({str(ROOT / 'benchmarks' / 'gpu.py')!r}, run_name='__main__')"
+    code += f"runpy.run_path({str(GPU)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
     assert "No GPU here" in done.stderr

@@ -1,4 +1,4 @@
-"""The adapter's forward and backward as pure torch: a gather, two skinny products and an add.
+"""The adapter's forward and backward: a gather, two skinny products and an add.
 
 For a frozen linear map ``y0 = x Wᵀ + b`` the product with the selected rows of ``W`` is already
 in its output, ``x W[rows]ᵀ = (y0 - b)[..., rows]``, so CURLoRA's update (eq. 8 of
@@ -12,15 +12,19 @@ https://arxiv.org/abs/2408.14572) needs neither the layer's input nor a matrix o
     dy0 = dy, plus g M added at ``rows``        duplicates accumulate
 
 Only ``z`` is saved for backward. No tensor that came from elsewhere is written to.
+
+What stands here is PyTorch's operators: the reference, and what runs wherever :func:`curlora.kernels.chosen` does not
+choose a kernel that computes the same.
 """
 
 import contextlib
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
+
+from curlora import kernels
 
 __all__ = ["autocast_off", "check_values", "gather", "gather_update", "gather_update_by_row", "linear_update"]
 
@@ -49,13 +53,18 @@ def gather_update(
     """
     _check(output, scaled_U, factor, index)
     check_values(output, scaled_U, factor)
+    differentiated = torch.is_grad_enabled() and (
+        output.requires_grad or scaled_U.requires_grad or (offset is not None and offset.requires_grad)
+    )
+    factor = factor if differentiated else factor.detach()
     with autocast_off(output):
-        if not torch.is_grad_enabled() or not (
-            output.requires_grad or scaled_U.requires_grad or (offset is not None and offset.requires_grad)
-        ):
-            return _add(output, scaled_U, factor.detach(), index, offset)[0]
-        result, _ = _GatherUpdate.apply(output, scaled_U, factor, index, offset)
-    return result
+        if kernels.chosen(output, scaled_U, factor, index, offset):
+            keep_z = differentiated and scaled_U.requires_grad
+            return torch.ops.curlora.forward.default(output, scaled_U, factor, index, offset, keep_z)[0]
+        if not differentiated:
+            return _add(output, scaled_U, factor, index, offset)[0]
+        function = _GatherUpdate if torch.compiler.is_compiling() or kernels.transformed() else _PlainGatherUpdate
+        return function.apply(output, scaled_U, factor, index, offset)[0]
 
 
 def gather_update_by_row(
@@ -72,8 +81,12 @@ def gather_update_by_row(
         A new tensor of ``output``'s shape and dtype.
     """
     check_values(output, scaled_U, factor)
-    rows = output.reshape(output.shape[0], -1, output.shape[-1])
+    tensors = (output, scaled_U, factor, offset)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     with autocast_off(output):
+        if not differentiated and kernels.chosen(output, scaled_U, factor, index, offset):
+            return torch.ops.curlora.mixed_batch.default(output, scaled_U, factor, index, offset)
+        rows = output.reshape(output.shape[0], -1, output.shape[-1])
         z = gather(rows, index, offset)
         mixed = torch.bmm(z.to(scaled_U.dtype), scaled_U.mT).to(output.dtype)
         return _plus(output, rows.flatten(0, 1), mixed.flatten(0, 1), factor.to(output.dtype).T)
@@ -188,7 +201,7 @@ class _GatherUpdate(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        base, scaled_U, factor, index, offset = inputs
+        base, scaled_U, factor, index, offset = inputs[:5]
         ctx.shape, ctx.dtype = base.shape, base.dtype
         ctx.offset_dtype = None if offset is None else offset.dtype
         ctx.set_materialize_grads(False)
@@ -197,7 +210,7 @@ class _GatherUpdate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         z, scaled_U, factor, index = ctx.saved_tensors
-        need_output, need_U, _, _, need_offset = ctx.needs_input_grad
+        need_output, need_U, _, _, need_offset = ctx.needs_input_grad[:5]
         if grad is None:  # in second derivatives z may be used where the result is not
             if grad_z is None:
                 return (None,) * 5
@@ -217,5 +230,30 @@ class _GatherUpdate(torch.autograd.Function):
         return grad_output, grad_U, None, None, grad_offset
 
 
-# ``apply`` asks for it in every call, and to find it out takes as long as the products of one token.
-_GatherUpdate.forward.__signature__ = inspect.signature(_GatherUpdate.forward)  # type: ignore[attr-defined]
+class _PlainGatherUpdate(torch.autograd.Function):
+    """As above where nothing is compiled or transformed.
+
+    Of a function whose context is set up apart PyTorch looks up the signature in every call, which takes longer than
+    the formula does for a few tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        outputs = _GatherUpdate.forward(*inputs)
+        _GatherUpdate.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = _GatherUpdate.backward
+
+
+def _kernel_backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of ``curlora::forward``: by the kernel, unless what it computes is itself to be differentiated."""
+    need_output, need_U, _, _, need_offset, _ = ctx.needs_input_grad
+    if grad is None or grad_z is not None or need_offset or torch.is_grad_enabled():
+        return (*_GatherUpdate.backward(ctx, grad, grad_z), None)
+    z, scaled_U, factor, index = ctx.saved_tensors
+    grad_output, grad_U = torch.ops.curlora.backward.default(grad, z, scaled_U, factor, index, need_output)
+    return grad_output if need_output else None, grad_U if need_U else None, None, None, None, None
+
+
+torch.library.register_autograd("curlora::forward", _kernel_backward, setup_context=_GatherUpdate.setup_context)

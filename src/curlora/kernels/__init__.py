@@ -1,0 +1,110 @@
+"""Triton kernels for what :mod:`curlora.functional` computes, and where they are used in its place.
+
+Each operation has a module of its own, and is a registered operator (:mod:`curlora.kernels.operators`). The formulas in
+:mod:`curlora.functional` are what kernels are held to, and what is computed wherever a kernel cannot run or would be
+slower.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from curlora.kernels.operators import INTERPRETED
+
+__all__ = ["MAX_RANK", "chosen", "transformed", "use"]
+
+MAX_RANK = 256
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CHOICES = ("auto", "torch", "triton")
+# To which rank kernels are chosen by themselves. A guess until benchmarks/gpu.py has been run: above it PyTorch's own
+# products read the factor fewer times than a program does that has few tokens. Numbers of tokens are not asked for,
+# since a compiled graph is for any number of them.
+QUICKER_TO_RANK = 64
+
+
+def _checked(choice: str, name: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{name} is {choice!r}; it has to be one of {', '.join(map(repr, CHOICES))}.")
+    return choice
+
+
+_choice = _checked(os.environ.get("CURLORA_KERNELS", "auto"), "the environment variable CURLORA_KERNELS")
+
+
+@contextlib.contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Choose how adapted layers compute while this lasts, in every thread.
+
+    The environment variable ``CURLORA_KERNELS`` chooses for a whole process.
+
+    Args:
+        choice: ``"torch"``, PyTorch's operators everywhere; ``"triton"``, kernels wherever they can run; ``"auto"``,
+            the default, kernels where they are quicker.
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    global _choice
+    before, _choice = _choice, _checked(choice, "the choice of kernels")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None) -> bool:
+    """Whether a kernel is to compute the update of ``output``.
+
+    Kernels run on NVIDIA's GPUs from Ampere on, in float16, bfloat16 and float32, for ranks to 256. Under
+    ``torch.func``'s transforms, in forward-mode differentiation and for tensors of other types (distributed ones, say)
+    PyTorch's operators are used, which all of these see through.
+    """
+    if _choice == "torch" or not (output.is_cuda or (INTERPRETED and _choice == "triton")):
+        return False
+    if index.shape[0] > (MAX_RANK if _choice == "triton" else QUICKER_TO_RANK):
+        return False
+    for tensor in (output, scaled_U, factor, offset):
+        if tensor is not None and not _fits(tensor, output.device):
+            return False
+    if transformed() or _differentiated_forward(output, scaled_U, offset):
+        return False
+    return _runs_on(output.device.index)
+
+
+def _fits(tensor: Tensor, device: torch.device) -> bool:
+    known = tensor.dtype in DTYPES or (INTERPRETED and tensor.dtype == torch.float64)
+    return known and tensor.device == device and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+# A name that torch does not promise. Without it all is done as if such a transform were always under way.
+_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` is under way, for which an operator needs rules of its own."""
+    return bool(_functorch())
+
+
+def _differentiated_forward(*tensors: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(device: int | None) -> bool:
+    return INTERPRETED or _fits_device(device)
+
+
+@functools.cache
+def _fits_device(device: int | None) -> bool:
+    """Whether Triton is there, and the GPU is one that the kernels are written for."""
+    found = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+    return found and torch.cuda.get_device_capability(device) >= (8, 0)

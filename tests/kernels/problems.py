@@ -1,0 +1,139 @@
+"""Random inputs of every kind that a kernel takes, and what it should compute of them, in float64."""
+
+import dataclasses
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+# By how much one rounding changes an entry at most, beside the sum of what it is added up from, signs left out. Where
+# sums are rounded as well, term by term, this is what becomes of all of them.
+ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16)}
+ROUNDING |= {torch.float32: 5e-7, torch.float64: 3e-15}
+
+
+@dataclasses.dataclass
+class Problem:
+    output: Tensor
+    scaled_U: Tensor  # noqa: N815
+    factor: Tensor
+    index: Tensor
+    offset: Tensor | None
+    grad: Tensor
+    z: Tensor
+
+    @property
+    def forward(self):
+        return self.output, self.scaled_U, self.factor, self.index, self.offset
+
+    @property
+    def backward(self):
+        return self.grad, self.z, self.scaled_U, self.factor, self.index
+
+
+def make(
+    lead=(5,),
+    m=40,
+    r=3,
+    dtype=torch.float32,
+    dtype_U=torch.float32,
+    offset=True,
+    layout="contiguous",
+    rows=None,
+    seed=0,
+):
+    """A problem. ``rows``: a ``scaled_U`` for each row. Every third index repeats an earlier one."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, dtype=dtype):
+        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
+
+    index = torch.randint(0, m, (r,), generator=rng)
+    for i in range(2, r, 3):
+        index[i] = index[i // 2]
+    scaled_U = normal(*(() if rows is None else (rows,)), r, r, dtype=dtype_U) / r**0.5
+    tokens = torch.Size(lead).numel()
+    return Problem(
+        output=laid_out(normal(*lead, m), layout),
+        scaled_U=scaled_U.mT.contiguous().mT if layout != "contiguous" else scaled_U,
+        factor=normal(m, r),
+        index=index,
+        offset=normal(r) if offset else None,
+        grad=laid_out(normal(*lead, m), layout),
+        z=normal(tokens, r, dtype=dtype_U),
+    )
+
+
+def laid_out(tensor, layout):
+    """The same entries with other strides."""
+    if layout == "a slice":  # rows apart from each other, beginning where nothing is aligned
+        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype)
+        wide[..., 3:-2] = tensor
+        return wide[..., 3:-2]
+    if layout == "transposed" and tensor.ndim > 2:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "last stride":
+        return tensor.mT.contiguous().mT
+    return tensor
+
+
+LAYOUTS = ("contiguous", "a slice", "transposed", "last stride")
+
+
+@st.composite
+def problems(draw, rows=False):
+    """Ragged sizes, ranks to 256, empty batches, duplicates, any strides, all dtypes."""
+    r = draw(st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 65, 130, 256])))
+    lead = draw(st.sampled_from([(1,), (17,), (3, 7), (2, 1, 5), (0,), (2, 0), (33,)]))
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    return make(
+        lead=lead,
+        m=draw(st.sampled_from([1, 7, 16, 40, 67])),
+        r=r,
+        dtype=dtype,
+        dtype_U=draw(st.sampled_from([torch.float32, dtype])),
+        offset=draw(st.booleans()),
+        layout=draw(st.sampled_from(LAYOUTS)),
+        rows=lead[0] if rows else None,
+        seed=draw(st.integers(0, 10**6)),
+    )
+
+
+def exact(output, scaled_U, factor, index, offset):
+    """The result and ``z`` in float64."""
+    output, scaled_U, factor = output.double(), scaled_U.double(), factor.double()
+    z = output[..., index]
+    if offset is not None:
+        z = z - offset.double()
+    mixed = torch.einsum("b...j,bij->b...i", z, scaled_U) if scaled_U.ndim == 3 else z @ scaled_U.T
+    return output + mixed @ factor.T, z.reshape(-1, len(index))
+
+
+def exact_gradients(grad, z, scaled_U, factor, index):
+    """Of the output and of ``scaled_U``, in float64."""
+    grad, z, scaled_U, factor = (t.double() for t in (grad, z, scaled_U, factor))
+    g = grad.reshape(-1, grad.shape[-1]) @ factor
+    of_output = grad.reshape(-1, grad.shape[-1]).clone().index_add_(1, index, g @ scaled_U)
+    return of_output.view(grad.shape), g.T @ z
+
+
+def sizes(problem):
+    """What the entries of both results, and of both gradients, are added up from, signs left out."""
+
+    def unsigned(tensor):
+        return tensor.double().abs()
+
+    offset = None if problem.offset is None else -unsigned(problem.offset)
+    output, scaled_U, factor = map(unsigned, (problem.output, problem.scaled_U, problem.factor))
+    forward = exact(output, scaled_U, factor, problem.index, offset)
+    if scaled_U.ndim == 3:
+        return forward
+    return *forward, *exact_gradients(unsigned(problem.grad), unsigned(problem.z), scaled_U, factor, problem.index)
+
+
+def assert_near(got, expected, size, *dtypes, roundings=4):
+    """Each entry within so many roundings to the coarsest dtype: of ``z`` or ``g``, of ``mixed``, of the result."""
+    assert got.shape == expected.shape
+    assert torch.isfinite(got).all()
+    bound = roundings * max(ROUNDING[dtype] for dtype in dtypes)
+    assert ((got.double() - expected).abs() <= bound * size).all()
