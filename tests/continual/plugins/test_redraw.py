@@ -120,7 +120,7 @@ def redrawn_path(recipe_path):
     content["guard"] = {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16}
     content["heldout"]["path"] = "more.txt"
     plugins = [{"name": "guard", "max_perplexity_increase": 0.5}, {"name": "redraw", "examples": 16}]
-    content["methods"] = [{**content["methods"][-1], "name": "redrawn", "plugins": plugins}]
+    content["methods"] = [{**content["methods"][-1], "name": "redrawn", "learning_rate": 0.05, "plugins": plugins}]
     content["training"].update(checkpoint_steps=2, logging_steps=1, forward_transfer=True)
     recipe_path.write_text(yaml.safe_dump(content))
     return recipe_path
