@@ -93,11 +93,10 @@ def _score(method: MethodResult, i: int, j: int, figure: str) -> Statistic:
 
 def _text(method: MethodResult, name: str) -> dict[str, Statistic]:
     """What the whole stream did to a held-out text."""
-    pairs = [(seed.heldout[name][0], seed.heldout[name][-1]) for seed in method.seeds]
     return {
-        "after": Statistic.of([after.perplexity for _, after in pairs]),
-        "rise": Statistic.of([after.perplexity / before.perplexity - 1 for before, after in pairs]),
-        "drift": Statistic.of([after.drift for _, after in pairs]),
+        "after": Statistic.of([seed.text(name)[-1].perplexity for seed in method.seeds]),
+        "rise": method.lost(name, "rise"),
+        "drift": method.lost(name),
     }
 
 

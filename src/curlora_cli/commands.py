@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -262,22 +261,18 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
     except Exception as error:
         from curlora.continual.errors import RecipeError, RunError
         from curlora.continual.results import ResultsError
+        from curlora.continual.storage import is_disk_full
         from curlora.continual.tasks import TaskError
         from curlora.convert import AdapterError
         from curlora.demo.assets import AssetError
 
         known = (AdapterError, AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)
-        full = _is_disk_full(error) and not isinstance(error, known[:-1])  # these have said which disk
+        full = is_disk_full(error) and not isinstance(error, known[:-1])  # these have said which disk
         if not full and not isinstance(error, known):
             raise
         message = "The disk is full. Free some space, and give the same command again." if full else str(error)
         errors.print("[bold red]Error:[/]", Text(message), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Also of safetensors and torch, whose errors are their own."""
-    return "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from curlora.continual import load_recipe, run_recipe
-from curlora.continual.answers import Answers, Prompts, answer, kept_answers
+from curlora.continual.answers import Answers, PromptList, answer, kept_answers
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import measure
 from curlora.continual.recipe import RecipeError
@@ -36,7 +36,7 @@ def test_sampling_leaves_the_generator_alone():
 
 
 def test_an_answer_is_scored_after_its_prompt(tmp_path):
-    text = kept_answers(Prompts("own", tuple(PROMPTS), 6), word_tokenizer(), tmp_path, llama)
+    text = kept_answers(PromptList("own", tuple(PROMPTS), 6), word_tokenizer(), tmp_path, llama)
     model, losses = llama(), []
     for row, prompt in zip(text.rows, text.prompt_lengths, strict=True):
         log_p = model(row[None]).logits[0].double().log_softmax(-1)
@@ -48,7 +48,7 @@ def test_an_answer_is_scored_after_its_prompt(tmp_path):
 
 
 def test_they_are_kept(tmp_path):
-    text = Prompts("own", tuple(PROMPTS), 6)
+    text = PromptList("own", tuple(PROMPTS), 6)
     first = kept_answers(text, word_tokenizer(), tmp_path, llama)
 
     def no_model():

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.errors import RunError
+from curlora.continual.generation import generating, named_ends, padded
 from curlora.continual.heldout import HeldOut
 from curlora.continual.storage import write_whole
 
-__all__ = ["Answers", "Prompts", "answer", "kept_answers"]
+__all__ = ["Answers", "PromptList", "answer", "kept_answers"]
 
 _TOGETHER = 8  # prompts that are answered in one batch
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptList:
     """Prompts that the base model has to answer.
 
     Args:
@@ -80,7 +81,7 @@ class Answers(HeldOut):
         return f"{self.name} ({len(self.lengths)} answers of the base model, {count:,} tokens)"
 
 
-def kept_answers(text: Prompts, tokenizer: PreTrainedTokenizerBase, directory: Path, load_model: Any) -> Answers:
+def kept_answers(text: PromptList, tokenizer: PreTrainedTokenizerBase, directory: Path, load_model: Any) -> Answers:
     """The answers that ``directory`` holds, or new ones, which it holds from then on.
 
     Args:
@@ -113,7 +114,6 @@ def kept_answers(text: Prompts, tokenizer: PreTrainedTokenizerBase, directory: P
     )
 
 
-@torch.no_grad()
 def answer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
@@ -131,28 +131,20 @@ def answer(
     """
     language_model: Any = model
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    device = next(model.parameters()).device
+    device, ends = next(model.parameters()).device, named_ends(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    end = language_model.generation_config.eos_token_id
-    ends = set(end if isinstance(end, list) else [end]) - {None}
     answers = []
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        generating(model, ends, pad, max_new_tokens, do_sample=True, top_k=0),
+    ):
         torch.manual_seed(seed)
         for begin in range(0, len(encoded), _TOGETHER):
-            batch = encoded[begin : begin + _TOGETHER]
-            longest = max(map(len, batch))
-            ids = torch.tensor([[pad] * (longest - len(row)) + row for row in batch], device=device)
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=device)
-            found = language_model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0,
-                top_k=0, top_p=1.0, repetition_penalty=1.0, pad_token_id=pad,
-            )  # fmt: skip
-            for row, tokens in zip(batch, found[:, longest:].tolist(), strict=True):
+            batch = padded(encoded[begin : begin + _TOGETHER], pad, device)
+            found = language_model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
+            for row, tokens in zip(encoded[begin : begin + _TOGETHER], found, strict=True):
                 length = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
                 answers.append((torch.tensor(row), torch.tensor(tokens[:length])))
-    model.train(training)
     return answers
 
 

@@ -102,8 +102,8 @@ def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) 
         if text.longest > positions
     ]
     for part in stream:
-        if part.generation is not None:
-            part.generation.check_positions(positions)
+        if part.generation is not None and (problem := part.generation.problem_of_positions(positions)):
+            problems.append(problem)
         longest = max(len(row["input_ids"]) for row in (*part.train, *part.evaluation))
         if longest > positions:
             problems.append(

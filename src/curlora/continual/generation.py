@@ -15,7 +15,16 @@ from curlora.continual.errors import RunError
 from curlora.continual.processes import process_state
 from curlora.continual.tasks import Prompts
 
-__all__ = ["Answer", "GeneratedScore", "Generation", "generate", "score_generated"]
+__all__ = [
+    "Answer",
+    "GeneratedScore",
+    "Generation",
+    "generate",
+    "generating",
+    "named_ends",
+    "padded",
+    "score_generated",
+]
 
 
 @dataclass(frozen=True)
@@ -42,18 +51,15 @@ class Generation:
         """Tokens that each process generates for a row of a batch, one after the other, if no answer ends before."""
         return -(-len(self.prompts.ids) // self.batch_size) * self.prompts.score.max_new_tokens
 
-    def check_positions(self, positions: int | None) -> None:
-        """Check that prompts and answers fit into the positions that a model has, if it has so many and no more.
-
-        Raises:
-            RunError: if they do not.
-        """
-        if positions is not None and self.longest > positions:
-            new = self.prompts.score.max_new_tokens
-            raise RunError(
-                f"Task {self.task!r} generates up to {new} tokens after a prompt of {self.longest - new}, where the "
-                f"model has {positions} positions. Lower max_new_tokens or max_length."
-            )
+    def problem_of_positions(self, positions: int | None) -> str | None:
+        """What to say if prompts and answers do not fit into the positions that a model has; it may have any number."""
+        if positions is None or self.longest <= positions:
+            return None
+        new = self.prompts.score.max_new_tokens
+        return (
+            f"Task {self.task!r} generates up to {new} tokens after a prompt of {self.longest - new}, where the "
+            f"model has {positions} positions. Lower max_new_tokens or max_length."
+        )
 
 
 class GeneratedScore(NamedTuple):
@@ -92,7 +98,8 @@ def score_generated(
     Raises:
         RunError: if a prompt and its answer do not fit into the model's positions.
     """
-    generation.check_positions(getattr(model.config, "max_position_embeddings", None))
+    if problem := generation.problem_of_positions(getattr(model.config, "max_position_embeddings", None)):
+        raise RunError(problem)
     prompts, score = generation.prompts, generation.prompts.score
     state = process_state()
     numbers = list(range(len(prompts.ids)))[state.process_index :: state.num_processes]
@@ -141,15 +148,15 @@ def generate(
     Returns:
         In the order of the prompts.
     """
-    ends = stop | _ends(tokenizer, model)
+    ends = stop | named_ends(model) | ({tokenizer.eos_token_id} - {None})
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what needs the most memory comes first
     answers: list[Answer | None] = [None] * len(prompts)
-    with _greedy(model, tokenizer, ends, max_new_tokens):
+    with generating(model, ends, tokenizer.pad_token_id, max_new_tokens, do_sample=False):
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
             counter = _Counter(on_steps, max_new_tokens)
             generated = model.generate(
-                **_padded([prompts[i] for i in chosen], tokenizer, model.device),
+                **padded([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device),
                 stopping_criteria=StoppingCriteriaList([counter]),
             )
             counter.finish()
@@ -159,10 +166,10 @@ def generate(
     return [answer for answer in answers if answer is not None]
 
 
-def _padded(prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, device: Any) -> dict[str, Any]:
-    """A batch, its longest prompt first, padded on the left: an answer begins right behind its prompt."""
-    length = len(prompts[0])
-    input_ids = torch.full((len(prompts), length), tokenizer.pad_token_id)
+def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Any]:
+    """A batch, padded on the left: an answer begins right behind its prompt."""
+    length = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), pad)
     attention_mask = torch.zeros_like(input_ids)
     for i, prompt in enumerate(prompts):
         input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
@@ -170,24 +177,18 @@ def _padded(prompts: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
 
-def _ends(tokenizer: PreTrainedTokenizerBase, model: Any) -> frozenset[int]:
+def named_ends(model: Any) -> frozenset[int]:
+    """The tokens that end an answer by the model's generation configuration."""
     named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    return frozenset(token for token in [tokenizer.eos_token_id, *named] if token is not None)
+    return frozenset(named if isinstance(named, list) else [named]) - {None}
 
 
 @contextlib.contextmanager
-def _greedy(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ends: frozenset[int], max_new_tokens: int
-) -> Iterator[None]:
-    """In evaluation mode, generating greedily: what the model's own configuration has beside that is set aside."""
+def generating(model: Any, ends: frozenset[int], pad: int, max_new_tokens: int, **how: Any) -> Iterator[None]:
+    """In evaluation mode, generating as ``how`` says: the model's own generation configuration is set aside."""
     own, modes = model.generation_config, {module: module.training for module in model.modules()}
     model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=pad, **how
     )
     model.eval()
     try:

@@ -39,13 +39,18 @@ class HeldOut:
     shown: bool = False
 
     def __post_init__(self) -> None:
-        stride = self.window if self.stride is None else self.stride
         if len(self.tokens) < 2:
             raise ValueError(f"perplexity needs at least 2 tokens, got {len(self.tokens)}")
-        if self.window < 2 or not 1 <= stride <= self.window:
+        if self.window < 2 or not 1 <= self.step <= self.window:
             raise ValueError(
-                f"perplexity needs 1 <= stride <= window and window >= 2, got stride={stride} and window={self.window}"
+                "perplexity needs 1 <= stride <= window and window >= 2, got "
+                f"stride={self.step} and window={self.window}"
             )
+
+    @property
+    def step(self) -> int:
+        """Tokens from one window to the next."""
+        return self.window if self.stride is None else self.stride
 
     @property
     def windows(self) -> int:
@@ -62,9 +67,8 @@ class HeldOut:
 
         Windows start every ``stride`` tokens, and each scores those of its tokens that no window before it has scored.
         """
-        stride = self.window if self.stride is None else self.stride
         passes, last = [], 0
-        for begin in range(0, len(self.tokens), stride):
+        for begin in range(0, len(self.tokens), self.step):
             end = min(begin + self.window, len(self.tokens))
             new = end - 1 - max(last, begin)
             if new > 0:
@@ -80,8 +84,7 @@ class HeldOut:
 
     def describe(self) -> str:
         """What is scored, in words."""
-        stride = self.stride or self.window
-        how = "one chunk" if self.windows == 1 else f"windows of {self.window:,}, stride {stride:,}"
+        how = "one chunk" if self.windows == 1 else f"windows of {self.window:,}, stride {self.step:,}"
         return f"{self.name} ({len(self.tokens):,} tokens, {how})"
 
 
@@ -124,7 +127,6 @@ def measure(
 
     Returns:
         Both figures; a perplexity too large for a float is infinite.
-
     """
     device = next(model.parameters()).device
     state = process_state()

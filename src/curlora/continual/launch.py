@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.answers import Prompts
+from curlora.continual.answers import PromptList
 from curlora.continual.data import AnswersPart, HeldOutPart, read_prompts, read_task, read_text
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
@@ -44,7 +44,7 @@ def build(recipe: Recipe) -> Stream:
         tasks = [read_task(part, reference) for part in recipe.tasks]
         texts = [(part, read_text(part)) for part in recipe.heldout if isinstance(part, HeldOutPart)]
         prompts = [
-            Prompts(part.name, read_prompts(part), part.max_new_tokens, part.seed)
+            PromptList(part.name, read_prompts(part), part.max_new_tokens, part.seed)
             for part in recipe.heldout
             if isinstance(part, AnswersPart)
         ]

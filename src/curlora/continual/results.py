@@ -168,7 +168,7 @@ class SeedResult(_Record):
     @property
     def perplexity_rise(self) -> float:
         """Relative rise of the first text's perplexity over the whole stream; 0.01 is one per cent."""
-        return self.text()[-1].perplexity / self.text()[0].perplexity - 1
+        return self.lost(next(iter(self.heldout)), "rise")
 
 
 class Statistic(_Record):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.answers import Prompts, kept_answers
+from curlora.continual.answers import PromptList, kept_answers
 from curlora.continual.checks import check_stream, check_texts
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
@@ -39,7 +38,7 @@ from curlora.continual.results import (
 from curlora.continual.sequence import BaseScores, Encoded, MethodRun, Progress, Silent, encode, in_order, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
-from curlora.continual.storage import write_whole
+from curlora.continual.storage import is_disk_full, write_whole
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, Task
 from curlora.continual.trainer import TaskTrainer
@@ -82,7 +81,7 @@ class Stream:
     seeds: Sequence[int] = (0,)
     protocol: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
-    prompts: Sequence[Prompts] = ()
+    prompts: Sequence[PromptList] = ()
     guard_text: HeldOut | None = None
     orders: Sequence[Sequence[str]] = ()
     limits: Mapping[str, list[float]] = field(default_factory=dict)
@@ -193,11 +192,12 @@ def _run(
         for job in jobs:
             if job not in todo:  # cut off just before this was done
                 State(job.folder).forget()
-    listener = progress(sum(work_of(job.method, in_order(encoded, job.order), stream.texts) for job in todo))
+    in_orders = {order: in_order(encoded, order) for order in {job.order for job in todo}}
+    listener = progress(sum(work_of(job.method, in_orders[job.order], stream.texts) for job in todo))
 
     listener.stage("Base model")
     base = measured_base(stream, encoded, directory)
-    here = ((job, run_job(job, stream, encoded, base, directory, listener)) for job in todo)
+    here = ((job, run_job(job, stream, in_orders[job.order], base, directory, listener)) for job in todo)
     for job, record in here if runner is None else runner(todo, base, listener):
         finished[job.folder] = record
 
@@ -232,12 +232,11 @@ def run_job(
     Args:
         job: of :func:`jobs_of`.
         stream: what it belongs to.
-        encoded: the stream's tasks in its own order.
+        encoded: the stream's tasks in the job's order.
         base: what is known of the base model.
         directory: the run directory.
         listener: hears of the progress.
     """
-    encoded = in_order(encoded, job.order)
     # Measured of all tasks or of none.
     known = dict(zip((task.name for task in stream.tasks), base.tasks, strict=False))
     result, trainable, size = MethodRun(
@@ -421,7 +420,7 @@ def _locked(directory: Path, begin: Callable[[], None]) -> Iterator[None]:
             refusal = [f"{directory} is in use by another run. Wait for it, or choose another folder."]
         except OSError as error:
             unusable = f"{directory} cannot be used as a run directory: {error.strerror}. Choose another folder."
-            refusal = [_disk_full(directory) if error.errno in _FULL else unusable]
+            refusal = [_disk_full(directory) if is_disk_full(error) else unusable]
     if state.num_processes > 1:
         broadcast_object_list(refusal)
     try:
@@ -433,9 +432,6 @@ def _locked(directory: Path, begin: Callable[[], None]) -> Iterator[None]:
             with contextlib.suppress(OSError):  # Windows keeps a file that is open
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _disk_full(directory: Path) -> str:
@@ -451,7 +447,6 @@ def _disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in _FULL
-        if not full and "No space left" not in str(error) and shutil.disk_usage(directory).free > 1 << 20:
+        if not is_disk_full(error) and shutil.disk_usage(directory).free > 1 << 20:
             raise
         raise RunError(_disk_full(directory)) from error

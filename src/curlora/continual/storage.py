@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["mark_complete", "newest", "put_folder", "sync", "write_whole"]
+__all__ = ["is_disk_full", "mark_complete", "newest", "put_folder", "sync", "write_whole"]
 
 _COMPLETE = "complete"
+
+
+def is_disk_full(error: Exception) -> bool:
+    """Whether an error is of a full disk; safetensors and torch have errors of their own for that."""
+    return "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, text: str) -> None:

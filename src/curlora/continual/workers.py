@@ -19,7 +19,7 @@ import torch
 
 from curlora.continual.errors import RunError
 from curlora.continual.run import Base, Finished, Job, Runner, jobs_of, measured_base, run_job
-from curlora.continual.sequence import Encoded, Progress, encode
+from curlora.continual.sequence import Encoded, Progress, encode, in_order
 
 if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe
@@ -146,7 +146,8 @@ def _work(content: str, directory: str, folder: str, cpus: int, heard: Any) -> s
     speaking = _Speaking(folder, heard)
     with threads(cpus):
         base = measured_base(stream, encoded, Path(directory))
-        return run_job(job, stream, encoded, base, Path(directory), speaking).model_dump_json()
+        tasks = in_order(encoded, job.order)
+        return run_job(job, stream, tasks, base, Path(directory), speaking).model_dump_json()
 
 
 @functools.lru_cache(maxsize=1)
