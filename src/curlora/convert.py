@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
+from curlora.hub import no_such_folder
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 
@@ -167,6 +168,8 @@ def load_with_base(adapter: str, base: str | None = None) -> PeftModel:
     base = base or config.base_model_name_or_path
     if not base:
         raise AdapterError(f"{adapter} does not say what its base model is: name it")
+    if problem := no_such_folder(base):
+        raise AdapterError(f"The base model of {adapter}: {problem}. Say where it is now.")
     try:
         model = _class_of(config).from_pretrained(base, dtype="auto")
         return PeftModel.from_pretrained(model, adapter).eval()
