@@ -14,6 +14,7 @@ def recipe_path(tmp_path):
     llama().save_pretrained(tmp_path / "model")
     word_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text(" ".join(WORDS[i % 90] for i in range(60)))
+    (tmp_path / "guard.txt").write_text(" ".join(WORDS[7 * i % 90] for i in range(60)))
     train, evaluation = word_examples(2)
     lines = ["text\tlabel", *(f"{text}\t{label}" for text, label in train)]
     (tmp_path / "train.tsv").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")

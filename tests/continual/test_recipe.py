@@ -253,7 +253,7 @@ def test_a_value_by_set_replaces_what_is_there_and_makes_what_is_not(recipe_path
         recipe_path, ["methods.1.options={r: 2}", "training.trainer.adam_epsilon=1e-6", "seeds=[3, 4]"]
     )
     assert recipe.methods[1].options == {"r": 2}
-    assert recipe.training.trainer == {"tf32": 1e-6}
+    assert recipe.training.trainer == {"adam_epsilon": 1e-6}
     assert recipe.seeds == [3, 4]
 
 

@@ -47,7 +47,7 @@ CHANGES = {
             "plugins": [{"name": "toward_base", "strength": 1.0, "tokens": 16}],
         },
     ],
-    "guard": {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16},
+    "guard": {"name": "more words", "path": "guard.txt", "tokens": 50, "window": 16},
     "training": {
         "epochs": 2,
         "batch_size": 4,

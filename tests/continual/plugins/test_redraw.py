@@ -118,7 +118,7 @@ def test_bad_options(options):
 @pytest.fixture
 def redrawn_path(recipe_path):
     content = yaml.safe_load(recipe_path.read_text())
-    content["guard"] = {"name": "more words", "path": "text.txt", "tokens": 50, "window": 16}
+    content["guard"] = {"name": "more words", "path": "guard.txt", "tokens": 50, "window": 16}
     plugins = [{"name": "guard", "max_perplexity_increase": 0.5}, {"name": "redraw", "examples": 16}]
     content["methods"] = [{**content["methods"][-1], "name": "redrawn", "plugins": plugins}]
     content["training"].update(checkpoint_steps=2, logging_steps=1, forward_transfer=True)
