@@ -218,6 +218,9 @@ def test_variables_that_are_other_entries(recipe_path):
     recipe = load_recipe(recipe_path, ["guard={name: g, path: '${heldout.path}', tokens: '${heldout.window}'}"])
     assert recipe.guard.path == recipe.heldout[0].path
     assert recipe.guard.tokens == 16
+    nested = "{name: '${.path}', path: text.txt, text: '${..title}'}"
+    recipe = load_recipe(recipe_path, [f"guard={nested}"])
+    assert (recipe.guard.name, recipe.guard.text) == ("text.txt", "Two small tasks")
 
 
 def test_every_variable_without_a_value_is_named_at_once(recipe_path):
