@@ -1,5 +1,7 @@
 """The command as a user meets it: in a process of its own."""
 
+import errno
+import json
 import os
 import re
 import signal
@@ -11,10 +13,12 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import curlora
 from curlora.continual.results import RunResults
 from curlora.demo import assets
+from curlora_cli.commands import app
 from tests.results import make_results
 
 COMMAND = [sys.executable, "-m", "curlora_cli"]
@@ -43,10 +47,107 @@ def test_version():
     assert run("--version").stdout.strip() == curlora.__version__
 
 
-def test_help_names_the_demo():
-    done = run("--help")
+HELP_AND_WHAT_IT_IMPORTED = """
+import sys
+import curlora_cli
+sys.argv = ["curlora", *sys.argv[1:]]
+try:
+    curlora_cli.main()
+finally:
+    print("imported:", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]], ids=" ".join)
+def test_help_imports_no_heavy_library_and_says_nothing_else(arguments):
+    command = [sys.executable, "-c", HELP_AND_WHAT_IT_IMPORTED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0
-    assert "demo" in done.stdout
+    assert done.stderr == ""
+    text, _, imported = done.stdout.partition("imported: ")
+    assert curlora.__version__ in text if arguments == ["--version"] else "Usage: curlora" in text
+    assert "typer" in imported.split()
+    heavy = {"torch", "numpy", "transformers", "peft", "datasets", "accelerate", "curlora", "matplotlib"}
+    assert not heavy & set(imported.split())
+
+
+def test_help_names_the_commands():
+    done = run("--help")
+    for command in ("demo", "run", "schema", "report", "compare", "convert", "inspect"):
+        assert re.search(rf"^\W*{command} ", done.stdout, re.MULTILINE), command
+
+
+def test_the_shell_completes():
+    done = run(_CURLORA_CLI_COMPLETE="complete_bash", COMP_WORDS="curlora re", COMP_CWORD="1")
+    assert "report" in done.stdout
+
+
+def test_importing_the_package_registers_the_method():
+    done = subprocess.run(
+        [sys.executable, "-c", "import curlora, peft; print(peft.PeftType('CURLORA').value)"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "CURLORA"
+
+
+def interrupted(tmp_path, *arguments):
+    """The command while it imports transformers, which waits here to be interrupted."""
+    (tmp_path / "transformers").mkdir()
+    waiting = "import time\nopen('waiting', 'w').close()\ntime.sleep(100)\n"
+    (tmp_path / "transformers" / "__init__.py").write_text(waiting)
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "waiting").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=300)
+    return process.returncode, stderr
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
+    assert interrupted(tmp_path, "run", "recipe.yaml") == (130, "Interrupted. Nothing was begun.\n")
+
+
+def in_process(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+FULL = "Error: The disk is full. Nothing that was finished is lost: free some space, and give the same command again.\n"
+
+
+def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path, monkeypatch):
+    make_results().save(tmp_path / "results.json")
+    monkeypatch.setattr("curlora.report.write_report", full)
+    done = in_process("report", tmp_path)
+    assert (done.exit_code, done.stderr) == (1, FULL)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_a_full_disk_behind_the_output_is_one_sentence():
+    with open("/dev/full", "w") as stream:
+        done = subprocess.run([*COMMAND, "schema"], stdout=stream, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, FULL)
+
+
+def test_the_schema_is_json():
+    done = run("schema")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["properties"]["tasks"]
 
 
 def test_the_quick_demo_end_to_end(model_folder, tmp_path):
@@ -134,7 +235,7 @@ def test_a_bad_recipe_is_one_message(tmp_path):
     (tmp_path / "r.yaml").write_text("title: x\nmodle: y\n")
     done = run("run", tmp_path / "r.yaml", "--out", tmp_path / "out")
     assert done.returncode == 1
-    assert "a recipe has no key 'modle'. Did you mean 'model'" in done.stderr
+    assert "a recipe has no key 'modle'. Did you mean 'model'?" in done.stderr
     assert "tasks is missing" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from curlora import CurloraConfig, CurloraLayer, CurloraModel, _compat
@@ -32,6 +32,12 @@ def test_the_method_is_registered_once():
     assert PeftType["CURLORA"].value == "CURLORA"
     with pytest.raises(ImportError, match="already has a method called CURLORA"):
         _compat.add_peft_type("CURLORA")
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_how_a_model_computes_attention(kind):
+    assert _compat.attention_implementation(LlamaConfig(attn_implementation=kind)) == kind
+    assert _compat.attention_implementation(types.SimpleNamespace()) == "sdpa"  # without transformers' name for it
 
 
 class Quantized(nn.Module):

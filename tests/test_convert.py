@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 from typer.testing import CliRunner
@@ -206,15 +207,34 @@ class TestCommands:
         assert "made on another base model" in done.output
         assert not (path / "out").exists()
 
-    def test_a_base_that_has_moved_is_a_folder_that_is_not_there(self, saved):
+    def test_a_base_that_has_moved_is_named(self, saved):
         path, _ = saved
-        (path / "base").rename(path / "moved")
+        (path / "base").rename(path / "elsewhere")
         done = self.call("convert", path / "adapter", "--to", "lora", "--out", path / "out")
         assert done.exit_code == 1
-        assert f"there is no folder {path / 'base'}" in done.output.replace("\n", "")
-        assert "Repo id" not in done.output
-        done = self.call("convert", path / "adapter", "--to", "lora", "--out", path / "out", "--base", path / "moved")
-        assert done.exit_code == 0
+        said = done.output.replace("\n", "")
+        assert f"The base model of {path / 'adapter'}: there is no folder {path / 'base'}." in said
+        assert "Repo id" not in said
+        done = self.call(
+            "convert", path / "adapter", "--to", "lora", "--out", path / "out", "--base", path / "elsewhere"
+        )
+        assert done.exit_code == 0, done.output
+
+    @pytest.mark.parametrize("to", ["lora", "merged"])
+    def test_a_full_disk_leaves_nothing(self, saved, monkeypatch, to):
+        path, _ = saved
+
+        def half(folder, *_):
+            folder.mkdir()
+            (folder / "half").write_text("half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("curlora.convert.save_as_lora", half)
+        monkeypatch.setattr("curlora.convert.save_merged", half)
+        done = self.call("convert", path / "adapter", "--to", to, "--out", path / "out")
+        assert done.exit_code == 1
+        assert "Error: The disk is full." in done.output
+        assert not (path / "out").exists()
 
     def test_no_adapter_or_another_kind(self, saved):
         path, _ = saved

@@ -169,7 +169,7 @@ def load_with_base(adapter: str, base: str | None = None) -> PeftModel:
     if not base:
         raise AdapterError(f"{adapter} does not say what its base model is: name it")
     if problem := no_such_folder(base):
-        raise AdapterError(f"{adapter}: its base model is not to be had: {problem}. Say where it is")
+        raise AdapterError(f"The base model of {adapter}: {problem}. Say where it is now.")
     try:
         model = _class_of(config).from_pretrained(base, dtype="auto")
         return PeftModel.from_pretrained(model, adapter).eval()

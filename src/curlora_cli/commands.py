@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -169,10 +170,14 @@ def convert(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise AdapterError(f"{out} exists and is not an empty folder: nothing was written")
         model = load_with_base(adapter, base)
-        if to is Target.lora:
-            save_as_lora(out, model)
-        else:
-            save_merged(out, model)
+        try:
+            if to is Target.lora:
+                save_as_lora(out, model)
+            else:
+                save_merged(out, model)
+        except BaseException:  # what is there of it would be taken for all
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     console.print(Text(f"Written: {out}"), soft_wrap=True)
 
 
@@ -270,9 +275,12 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         full = is_disk_full(error) and not isinstance(error, known[:-1])  # these have said which disk
         if not full and not isinstance(error, known):
             raise
-        message = "The disk is full. Free some space, and give the same command again." if full else str(error)
+        message = _DISK_FULL if full else str(error)
         errors.print("[bold red]Error:[/]", Text(message), highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+_DISK_FULL = "The disk is full. Nothing that was finished is lost: free some space, and give the same command again."
 
 
 @contextlib.contextmanager

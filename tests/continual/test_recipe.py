@@ -224,10 +224,14 @@ def test_variables_that_are_other_entries(recipe_path):
     recipe = load_recipe(recipe_path, ["guard={name: g, path: '${heldout.path}', tokens: '${heldout.window}'}"])
     assert recipe.guard.path == recipe.heldout[0].path
     assert recipe.guard.tokens == 16
+    nested = "{name: '${.path}', path: text.txt, text: '${..title}'}"
+    recipe = load_recipe(recipe_path, [f"guard={nested}"])
+    assert (recipe.guard.name, recipe.guard.text) == ("text.txt", "Two small tasks")
 
 
 def test_every_variable_without_a_value_is_named_at_once(recipe_path):
     changes = ["heldout.path=${GONE}", "title=${titel}", "training.epochs=${training.epoch}", "tasks.0.train.limit=???"]
+    changes += ["model.name=./gone", "methods.1.options.rank=2"]
     with pytest.raises(RecipeError) as error:
         load_recipe(recipe_path, changes)
     for line in (
@@ -235,8 +239,11 @@ def test_every_variable_without_a_value_is_named_at_once(recipe_path):
         "  title: the environment variable titel is not set. Is the key 'title' meant?",
         "  training.epochs: Interpolation key 'training.epoch' not found",
         "  task 'first': train.limit: ??? stands for a value that is to be given",
+        f"  model.name: there is no folder {recipe_path.parent / 'gone'}",
+        "  method 'lora': options: LoraConfig has no option 'rank'",
     ):
         assert line in str(error.value), error.value
+    assert len(str(error.value).split("\n")) == 1 + 6
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def _of_trained_layers(blocks: nn.ModuleList, size: int, autocast: bool, device:
                     inputs[name if dropout or each != size else module, layer.in_features] = each
         elif isinstance(layer, BaseTunerLayer):
             kind = type(layer).__module__.rpartition(".")[0].rpartition(".")[2]
+            kind += ", such as DoRA," if isinstance(layer, LoraLayer) else ""
             raise UnknownError(f"what an adapter of {kind} keeps for the backward pass")
         elif isinstance(layer, (nn.Linear, Conv1D)) and layer.weight.requires_grad and "lora_" not in name:
             inputs[module, in_out_features(layer)[0]] = size

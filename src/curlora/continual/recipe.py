@@ -439,18 +439,21 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
     if not path.exists() and str(path) in packaged_recipes():
         path = packaged_recipes()[str(path)]
     try:
-        content, written = read_recipe_file(path, changes, folder or path.absolute().parent, Recipe.model_fields)
+        content, written, wrong = read_recipe_file(path, changes, folder or path.absolute().parent, Recipe.model_fields)
     except OSError as error:
         near = difflib.get_close_matches(path.stem, packaged_recipes(), n=1)
         raise RecipeError(
             f"{path} cannot be read: {error.strerror}. It is neither a file nor one of the recipes that come with "
             f"curlora: {', '.join(packaged_recipes())}." + (f" Did you mean {near[0]!r}?" if near else "")
         ) from error
+    lines = [f"{where}: {what}" for where, what in wrong.items()]
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in describe_errors(error, Recipe, content))
-        raise RecipeError(f"{path} is not a recipe that can be run:\n{lines}") from error
+        told = tuple(f"{where}{end}" for where in wrong for end in (":", " "))
+        lines += [line for line in describe_errors(error, Recipe, content) if not line.startswith(told)]
+    if lines:
+        raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(f"  {line}" for line in lines))
     recipe._written.update(written)
     return recipe
 

@@ -21,7 +21,7 @@ __all__ = ["read_recipe_file"]
 
 def read_recipe_file(
     path: Path, changes: Sequence[str], folder: Path, keys: Collection[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Read a YAML file, apply changes to it, fill in its variables, and make its paths absolute.
 
     Variables are OmegaConf's: ``${training.epochs}`` is another entry, ``${oc.env:NAME}`` a variable of the
@@ -35,11 +35,12 @@ def read_recipe_file(
         keys: of a recipe.
 
     Returns:
-        The content, and for each path, and the model's folder, how it was written.
+        The content; for each path, and the model's folder, how it was written; and what is wrong, by its place: a
+        variable without a value, for which ``None`` stands, and a model's folder that is not there.
 
     Raises:
         OSError: if there is no such file.
-        RecipeError: if it is not YAML, a change names no place, or a variable has no value: with all of these.
+        RecipeError: if it is not YAML, or a change names no place.
     """
     try:
         config = OmegaConf.create(path.read_text(encoding="utf-8"))
@@ -52,9 +53,9 @@ def read_recipe_file(
     for change in changes:
         _apply(config, change)
     as_written: Any = OmegaConf.to_container(config)
-    problems: list[str] = []
+    wrong: dict[str, str] = {}
     try:
-        content = _filled_in(OmegaConf.create(_with_environment(as_written, keys)), as_written, [], keys, problems)
+        content = _filled_in(OmegaConf.create(_with_environment(as_written, keys)), as_written, [], keys, wrong)
     except RecursionError:
         raise RecipeError(f"{path}: a variable refers to what it is a part of") from None
     written: dict[str, str] = {}
@@ -68,10 +69,8 @@ def read_recipe_file(
             written[str(local)] = as_written["model"]["name"]
             model["name"] = str(local)
         elif problem := no_such_folder(model["name"], folder):
-            problems.append(f"model.name: {problem}")
-    if problems:
-        raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(f"  {line}" for line in problems))
-    return content, written
+            wrong["model.name"] = problem
+    return content, written, wrong
 
 
 def _apply(config: DictConfig, change: str) -> None:
@@ -101,7 +100,7 @@ def _with_environment(content: Any, keys: Collection[str]) -> Any:
     return _SHORT.sub(lambda m: m[0] if m[2] in keys else f"{m[1]}${{oc.env:{m[2]}}}", content)
 
 
-def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collection[str], problems: list[str]) -> Any:
+def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collection[str], wrong: dict[str, str]) -> Any:
     """Plain values, with each variable filled in that has a value."""
     if not isinstance(config, (DictConfig, ListConfig)):
         return config
@@ -110,9 +109,10 @@ def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collecti
     for key in entries:
         here = [*location, key]
         try:
-            values[key] = _filled_in(config[key], as_written, here, keys, problems)
+            values[key] = _filled_in(config[key], as_written, here, keys, wrong)
         except OmegaConfBaseException as error:
-            problems.append(f"{place(here, as_written)}: {_explained(error, keys)}")
+            values[key] = None
+            wrong[place(here, as_written)] = _explained(error, keys)
     return values if isinstance(config, DictConfig) else list(values.values())
 
 

@@ -92,8 +92,7 @@ class Settings(BaseModel):
                 raise ValueError(f"{key!r} is set by the run itself; see the other keys of training")
         if unknown := [key for key in value if key not in known]:
             raise ValueError(unknown_names("transformers' Trainer", unknown, known, "argument"))
-        # YAML takes 1e-6 for a string.
-        return {key: _number(entry) if key.startswith("adam_") else entry for key, entry in value.items()}
+        return value
 
     @model_validator(mode="after")
     def _checkpoints_after_logs(self) -> Settings:
@@ -124,13 +123,6 @@ class Settings(BaseModel):
     def changed(self, changes: dict[str, Any]) -> Settings:
         """These settings with some entries changed, checked again."""
         return Settings.model_validate({**self.model_dump(), **changes})
-
-
-def _number(value: Any) -> Any:
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _names(value: Any) -> list[str]:
