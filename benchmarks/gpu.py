@@ -6,8 +6,8 @@ the bandwidth of each kernel, attaching and calibrating, a guarded step, quantiz
 Llama-3.2-3B and Mistral-7B, few of their layers, random bfloat16 weights (nothing is downloaded), and adapters on all
 linear layers. Methods share the frozen weights and take turns, and gradients flow to the embeddings in each.
 
-A line of JSON is written as soon as there is a result, and the tables are printed at the end, which may be any time: at
-``--minutes``, at SIGTERM, at Ctrl+C.
+A line of JSON is written as soon as there is a result, and the tables are printed at the end, which may be any time:
+after ``--seconds``, at SIGTERM, at Ctrl+C.
 
     bash benchmarks/gpu.sh                           # where there is no network, with what it says to bring along
     python benchmarks/gpu.py --only check step       # some of it
@@ -388,7 +388,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [stage.__name__ for stage in STAGES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
-    parser.add_argument("--minutes", type=float, default=6.5, help="after which nothing new is begun")
+    parser.add_argument("--without", nargs="+", choices=names, default=[], metavar="STAGE")
+    parser.add_argument("--seconds", type=float, default=390, help="after which nothing new is begun")
     parser.add_argument("--out", type=Path, default=HERE / "gpu.jsonl")
     parser.add_argument("--tables", type=Path, metavar="FILE", help="print the tables of these lines, measure nothing")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU")
@@ -409,8 +410,8 @@ def main():
 
     try:
         for stage in STAGES:
-            if stage.__name__ in options.only:
-                measured(stage, add, began + 60 * options.minutes)
+            if stage.__name__ in options.only and stage.__name__ not in options.without:
+                measured(stage, add, began + options.seconds)
     finally:
         print(tables(rows), flush=True)
 

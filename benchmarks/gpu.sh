@@ -1,35 +1,61 @@
 #!/usr/bin/env bash
 # benchmarks/gpu.py on a machine with an NVIDIA GPU that has Python 3.12, PyTorch, Triton, transformers, accelerate and
-# safetensors, and no network. What else it takes are wheels in wheels/, beside the repository's files:
+# safetensors, and no network. What else it takes are wheels, in wheels/ at the top of the repository:
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
 #     --dest wheels peft==0.21.2 bitsandbytes==0.50.2 torchao==0.18.0 termcolor==3.3.0
-#   pip wheel --no-deps --wheel-dir wheels hqq==0.2.8        # pure Python; there is no wheel of it to download
+#   pip wheel --no-deps --wheel-dir wheels hqq==0.2.8        # of which there is a source archive alone, in pure Python
 #
-# peft (0.8 MiB) has to be there. The others are for the quantized bases alone, which are left out without them:
-# bitsandbytes 41 MiB, torchao 3.2 MiB, hqq and termcolor 0.1 MiB. With the repository's 2.3 MiB that is 48 MiB. Of what
-# curlora depends on, no more is imported here than these machines have; rich among it.
+# peft (0.8 MiB) has to be there. The others are for quantized bases, which are left out without them: bitsandbytes
+# 41 MiB, torchao 3.2 MiB, hqq and termcolor 0.1 MiB. With the repository's 2.3 MiB that is 48 MiB. Of what curlora depends
+# on, `import curlora` takes rich beside these; pydantic, datasets, gguf and platformdirs are not imported.
 #
-#   bash benchmarks/gpu.sh [options of gpu.py]
+#   bash benchmarks/gpu.sh                                   # all of it, in SECONDS_LIMIT seconds (420)
+#   bash benchmarks/gpu.sh --only check bandwidth            # options of gpu.py
 #
-# Lines and log go to $OUT, or to the present folder. The script is ended after SECONDS_LIMIT seconds (420).
+# Lines, tables and log go to $OUT, or to the present folder.
 set -u -o pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-$PWD}
-site=$(mktemp -d)
 python=${PYTHON:-python3}
-if compgen -G "$root/wheels/*.whl" >/dev/null; then
-  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
-    --find-links "$root/wheels" "$root"/wheels/*.whl || exit
-fi
+limit=${SECONDS_LIMIT:-420}
+for_quantized=70
+site=$(mktemp -d)
+
+install() { # into a folder, of wheels/ what the rest of the arguments name
+  local folder=$1 name wheel
+  shift
+  for name in "$@"; do
+    for wheel in "$root"/wheels/"$name"-*.whl; do
+      [ -e "$wheel" ] || continue
+      "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --find-links "$root/wheels" \
+        --upgrade --target "$folder" "$wheel" || echo "$wheel was not installed" >&2
+    done
+  done
+}
+
+run() { # gpu.py for so many seconds, with the rest of the arguments
+  local seconds=$1
+  shift
+  timeout --signal=TERM --kill-after=15 "$seconds" "$python" "$root/benchmarks/gpu.py" \
+    --out "$out/gpu.jsonl" --seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@" 2>>"$out/gpu.log" | tee -a "$out/gpu.txt"
+}
+
+install "$site" peft
 # curlora asks importlib.metadata for its version, and is not installed but read from src/.
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")
 mkdir -p "$site/curlora-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: curlora\nVersion: %s\n' "$version" >"$site/curlora-$version.dist-info/METADATA"
 export PYTHONPATH="$root/src:$site" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
-timeout --signal=TERM --kill-after=20 "${SECONDS_LIMIT:-420}" \
-  "$python" "$root/benchmarks/gpu.py" --out "$out/gpu.jsonl" "$@" 2>"$out/gpu.log" | tee "$out/gpu.txt"
-code=${PIPESTATUS[0]}
+if [ $# -gt 0 ] && [ "$*" != --tiny ]; then
+  run "$limit" "$@"
+  code=$?
+else
+  run $((limit - for_quantized)) --without quantized "$@"
+  code=$?
+  install "$site/quantized" bitsandbytes torchao hqq termcolor
+  PYTHONPATH="$PYTHONPATH:$site/quantized" run "$for_quantized" --only quantized "$@"
+fi
 tail -n 20 "$out/gpu.log"
 exit "$code"

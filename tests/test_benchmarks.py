@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks" / "speed"
@@ -117,3 +118,22 @@ def test_tables_of_the_pages_are_of_the_raw_lines(monkeypatch):
         text = path.read_text(encoding="utf-8")
         assert "<!-- table:" in text
         assert page.filled(text, page.tables()) == text
+
+
+def test_two_processes_train_to_what_one_does():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    script = ROOT / "benchmarks" / "distributed.py"
+    done = subprocess.run([*command, script, "--cpu", "fsdp2"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    assert row["processes"] == 2
+    assert row["largest_difference"] < 1e-12 < 0.01 < row["moved"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "distributed").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_accelerate_reads_the_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.num_processes == 2
+    assert config.mixed_precision == "no"

@@ -13,6 +13,7 @@ launch adds the parts up; above rank 64 the parts would be larger than ``g``, wh
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ class Blocks(NamedTuple):
     stages: int = 3
 
 
+@functools.lru_cache(1024)
 def choose(tokens: int, m: int, r: int, dtype: torch.dtype, device: torch.device) -> Blocks:
     """The largest tiles of tokens, and so the fewest readings of the factor, that leave no multiprocessor idle.
 
@@ -168,9 +170,11 @@ def launch(
     programs = triton.cdiv(tokens, blocks.tokens)
     constants = numerics(grad.dtype, scaled_U.dtype)
     parts = R <= 64
-    sums = (
-        grad.new_empty((programs, r, r) if parts else (tokens, r), dtype=_sums_dtype(grad)) if z is not None else None
-    )
+    sums = None
+    if z is not None:
+        z = z.contiguous()
+        dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        sums = grad.new_empty((programs, r, r) if parts else (tokens, r), dtype=dtype)
     with on(grad.device):
         _kernel[(programs,)](
             rows.tensor, z, scaled_U, factor.contiguous(), index.contiguous(), grad_output, sums,
@@ -191,7 +195,3 @@ def launch(
                 UPCAST=constants["UPCAST"], SUM=constants["SUM"], num_warps=4, num_stages=2,
             )  # fmt: skip
     return grad_output, grad_U
-
-
-def _sums_dtype(grad: Tensor) -> torch.dtype:
-    return torch.float64 if grad.dtype == torch.float64 else torch.float32

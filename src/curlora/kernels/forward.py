@@ -7,6 +7,7 @@ of a token; the first of them stores it. The result is a new tensor: what anothe
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,9 @@ from curlora.kernels.tiles import add_along, chunk, mix, multiprocessors, numeri
 
 __all__ = ["Blocks", "choose", "launch"]
 
-# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on: none spills registers, and shared
-# memory is within the 99 KiB that the smallest of those GPUs have. Which are quickest has not been measured.
+# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on: but for float32 at rank 256 hardly a
+# register is spilled, and shared memory is within the 99 KiB that the smallest of those GPUs have. Which are quickest
+# has not been measured.
 
 
 class Blocks(NamedTuple):
@@ -33,6 +35,7 @@ class Blocks(NamedTuple):
     stages: int = 3
 
 
+@functools.lru_cache(1024)
 def choose(tokens: int, m: int, r: int, dtype: torch.dtype, device: torch.device, rows: int = 1) -> Blocks:
     """Tiles for ``rows`` times so many tokens, in four programs for each multiprocessor where there is enough to do."""
     R, half = padded(r), dtype.itemsize <= 2
@@ -97,7 +100,8 @@ def launch(
     programs = triton.cdiv(tokens, blocks.tokens) * triton.cdiv(m, blocks.tiles * blocks.columns)
     with on(output.device):
         _kernel[(programs,)](
-            rows.tensor, scaled_U, factor.contiguous(), index.contiguous(), offset, result, z,
+            rows.tensor, scaled_U, factor.contiguous(), index.contiguous(),
+            None if offset is None else offset.contiguous(), result, z,
             tokens, m, rows.inner, rows.outer_stride, rows.inner_stride, *scaled_U.stride(), blocks.tiles,
             r=r, HAS_OFFSET=offset is not None, KEEP_Z=keep_z, R=R, CHUNK=chunk(R), BLOCK_T=blocks.tokens,
             BLOCK_M=blocks.columns, STAGES=blocks.stages, **numerics(output.dtype, scaled_U.dtype),

@@ -66,7 +66,8 @@ def launch(
     tiles = triton.cdiv(length, blocks.tokens)
     with on(output.device):
         _kernel[(rows * tiles * triton.cdiv(m, blocks.tiles * blocks.columns),)](
-            by_row, scaled_U, factor.contiguous(), index.contiguous(), offset, result,
+            by_row, scaled_U, factor.contiguous(), index.contiguous(),
+            None if offset is None else offset.contiguous(), result,
             length, tiles, m, *by_row.stride()[:2], *scaled_U.stride(), blocks.tiles,
             r=r, HAS_OFFSET=offset is not None, R=R, CHUNK=chunk(R), BLOCK_T=blocks.tokens, BLOCK_M=blocks.columns,
             STAGES=blocks.stages, **numerics(output.dtype, scaled_U.dtype), num_warps=blocks.warps,

@@ -16,7 +16,19 @@ from torch import Tensor
 
 from curlora.kernels.operators import INTERPRETED
 
-__all__ = ["Rows", "add_along", "chunk", "mix", "multiprocessors", "numerics", "on", "padded", "product", "rows_of"]
+__all__ = [
+    "Rows",
+    "add_along",
+    "chunk",
+    "mix",
+    "multiprocessors",
+    "numerics",
+    "on",
+    "padded",
+    "product",
+    "rows_of",
+    "stages",
+]
 
 
 class Rows(NamedTuple):
