@@ -35,6 +35,7 @@ __all__ = [
     "support_hotswapping",
     "support_mixed_models",
     "tie_as_lora_does",
+    "transformed_by_torch_func",
     "unpacked_4bit",
 ]
 
@@ -340,3 +341,14 @@ def _module(name: str) -> Any:
 def _attribute(module: str, name: str) -> Any:
     """What a library has under a private name; ``None`` if it is not there."""
     return getattr(_module(module), name, None)
+
+
+def transformed_by_torch_func() -> bool:
+    """Whether a transform of ``torch.func`` is under way, for which a registered operator needs rules of its own.
+
+    Without torch's own word, everything is computed as if one always were: by PyTorch's operators.
+    """
+    try:
+        return bool(torch._C._are_functorch_transforms_active())
+    except AttributeError:
+        return True

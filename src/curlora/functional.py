@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from curlora import kernels
+from curlora._compat import transformed_by_torch_func
 
 __all__ = ["autocast_off", "check_values", "gather", "gather_update", "gather_update_by_row", "linear_update"]
 
@@ -63,7 +64,7 @@ def gather_update(
             return torch.ops.curlora.forward.default(output, scaled_U, factor, index, offset, keep_z)[0]
         if not differentiated:
             return _add(output, scaled_U, factor, index, offset)[0]
-        function = _GatherUpdate if torch.compiler.is_compiling() or kernels.transformed() else _PlainGatherUpdate
+        function = _GatherUpdate if torch.compiler.is_compiling() or transformed_by_torch_func() else _PlainGatherUpdate
         return function.apply(output, scaled_U, factor, index, offset)[0]
 
 

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from curlora import kernels
+from curlora import functional, kernels
+from curlora._compat import transformed_by_torch_func
 from curlora.functional import gather_update, gather_update_by_row
 from curlora.kernels import backward, forward, mixed_batch
 from tests.kernels.problems import assert_near, exact, make, sizes
@@ -160,12 +161,12 @@ def test_transforms_of_torch_func():
 
 def test_where_torch_does_not_tell_of_transforms(monkeypatch, launches):
     """What it does not promise: without it all is computed by operators that torch.func has rules for."""
-    assert not kernels.transformed()
+    assert not transformed_by_torch_func()
     with monkeypatch.context() as patch:
-        patch.delattr(torch._C, "_are_functorch_transforms_active")
-        without = runpy.run_path(kernels.__file__)
-    assert without["transformed"]()
-    monkeypatch.setattr(kernels, "_functorch", without["_functorch"])
+        patch.delattr(torch._C, "_are_functorch_transforms_active")  # torch itself needs it beside
+        assert transformed_by_torch_func()
+    for module in (functional, kernels):
+        monkeypatch.setattr(module, "transformed_by_torch_func", lambda: True)
     problem = make((4,), m=7, r=3)
     for got, expected in zip(gradients(problem), exact_gradients(problem), strict=True):
         torch.testing.assert_close(got, expected.float())

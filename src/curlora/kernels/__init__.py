@@ -16,9 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from curlora._compat import transformed_by_torch_func
 from curlora.kernels.operators import INTERPRETED
 
-__all__ = ["MAX_RANK", "chosen", "transformed", "use"]
+__all__ = ["MAX_RANK", "chosen", "use"]
 
 MAX_RANK = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -73,7 +74,7 @@ def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offs
     for tensor in (output, scaled_U, factor, offset):
         if tensor is not None and not _fits(tensor, output.device):
             return False
-    if transformed() or _differentiated_forward(output, scaled_U, offset):
+    if transformed_by_torch_func() or _differentiated_forward(output, scaled_U, offset):
         return False
     return _runs_on(output.device.index)
 
@@ -81,15 +82,6 @@ def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offs
 def _fits(tensor: Tensor, device: torch.device) -> bool:
     known = tensor.dtype in DTYPES or (INTERPRETED and tensor.dtype == torch.float64)
     return known and tensor.device == device and type(tensor) in (Tensor, torch.nn.Parameter)
-
-
-# A name that torch does not promise. Without it all is done as if such a transform were always under way.
-_functorch = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
-
-
-def transformed() -> bool:
-    """Whether a transform of ``torch.func`` is under way, for which an operator needs rules of its own."""
-    return bool(_functorch())
 
 
 def _differentiated_forward(*tensors: Tensor | None) -> bool:

@@ -20,8 +20,8 @@ from curlora.kernels.tiles import add_along, chunk, mix, multiprocessors, numeri
 
 __all__ = ["Blocks", "choose", "launch"]
 
-# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on: but for float32 at rank 256 hardly a
-# register is spilled, and shared memory is within the 99 KiB that the smallest of those GPUs have. Which are quickest
+# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on. But for a few at rank 256 in float32
+# none spills registers, and shared memory is within the 99 KiB that the smallest of those GPUs have. Which are quickest
 # has not been measured.
 
 
