@@ -20,9 +20,9 @@ from curlora.kernels.tiles import add_along, chunk, mix, multiprocessors, numeri
 
 __all__ = ["Blocks", "choose", "launch"]
 
-# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on. But for a few at rank 256 in float32
-# none spills registers, and shared memory is within the 99 KiB that the smallest of those GPUs have. Which are quickest
-# has not been measured.
+# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on. But for a few at rank 256 in
+# float32 none spills registers, and shared memory is within the 99 KiB that the smallest of those GPUs have. Which are
+# quickest has not been measured.
 
 
 class Blocks(NamedTuple):
