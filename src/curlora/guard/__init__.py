@@ -8,7 +8,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.redraw import redraw
 from curlora.guard.scale_back import scale_to_limit
-from curlora.guard.text import perplexity
+from curlora.guard.model_pass import perplexity
 
 __all__ = [
     "Anchors",
