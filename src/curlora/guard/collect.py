@@ -53,7 +53,8 @@ def calibrate(
             that has learned something before keeps it.
         data: texts; or rows of tokens, each of shape ``(length,)``; or batches that hold ``input_ids`` and, where there
             is padding, ``attention_mask``, of shape ``(batch, length)``, such as a ``DataLoader`` gives. A batch's
-            ``position_ids`` are used where it has them, and counted from each row's first token where it does not.
+            ``position_ids`` are used where it has them, and counted from each row's first token where it does not. Of a
+            batch with ``labels`` only the tokens that they do not mask (-100) are counted as predicted.
         tokenizer: of the model; for texts.
         adapter: the adapter's name; the active one if ``None``.
         max_length: longer texts and rows are cut into rows of so many tokens, of which none is left out. Each row is
