@@ -143,8 +143,9 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     def known(recipe: Recipe) -> dict[str, Any]:
         """Without what is for people alone."""
         tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
-        parts = ("model", "heldout", "guard", "training", "protocol", "switches", "reference")
-        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks}
+        parts = ("model", "heldout", "guard", "protocol", "switches", "reference")
+        training = recipe.training.changed({"cache_frozen_layers": False})  # which changes no figure
+        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks, "training": training}
 
     def methods(recipe: Recipe) -> dict[str, MethodPart]:
         return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}

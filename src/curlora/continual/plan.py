@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from curlora.continual.batches import Collator
-from curlora.continual.checks import check_stream
 from curlora.continual.launch import build
 from curlora.continual.memory import Memory, estimate
 from curlora.continual.methods import Method
@@ -78,7 +77,7 @@ def make_plan(recipe: Recipe) -> Plan:
     for part in tasks:
         check_shared_out(part.settings.batch_size)
     base = recipe.model.load_empty()
-    adapted = check_stream(stream.methods, stream.texts, tasks, recipe.model.load_empty, stream.seeds[0])
+    adapted = stream.checked(tasks)
     windows = sum(text.windows for text in stream.texts) + sum(len(text.prompts) for text in stream.prompts)
     runs = len(stream.seeds) * (1 + len(stream.orders))
     quantization = recipe.model.quantization or getattr(base.config, "quantization_config", None)

@@ -335,7 +335,7 @@ class Recipe(_Part):
         misplaced = [
             f"task {task.name!r}: training: {key} is for all tasks alike"
             for task in tasks
-            for key in sorted(task.training.keys() & {"forward_transfer", *SWITCHES})
+            for key in sorted(task.training.keys() & {"forward_transfer", "cache_frozen_layers", *SWITCHES})
         ]
         if misplaced:
             raise at_their_places(misplaced)

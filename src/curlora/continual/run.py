@@ -21,8 +21,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import PromptList, kept_answers
-from curlora.continual.checks import check_stream, check_texts
+from curlora.continual.checks import Adapted, check_stream, check_texts
 from curlora.continual.errors import RunError
+from curlora.continual.frozen_layers import keep_frozen_layers
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
 from curlora.continual.processes import check_shared_out, process_state
@@ -108,6 +109,36 @@ class Stream:
         answers = [kept_answers(text, self.tokenizer, directory, load) for text in self.prompts]
         return dataclasses.replace(self, heldout=[*self.heldout, *answers], prompts=())
 
+    def checked(self, encoded: Sequence[Encoded]) -> dict[str, Adapted]:
+        """The methods on the model without weights, see :func:`curlora.continual.checks.check_stream`.
+
+        Args:
+            encoded: the tasks.
+        """
+        if self.load_empty is None:
+            return {}
+        keeping = self.settings.cache_frozen_layers
+        texts, seed = self.texts, self.seeds[0]
+        return check_stream(self.methods, texts, encoded, self.load_empty, seed, frozen_layers=keeping)
+
+    def keeping_frozen_layers(self, adapted: Mapping[str, Adapted], directory: Path) -> Stream:
+        """The stream with models that keep what the layers below all methods put out, where the settings say so.
+
+        Args:
+            adapted: from :meth:`checked`.
+            directory: the run directory.
+
+        Raises:
+            RunError: if how many layers these are was not found out.
+        """
+        if not self.settings.cache_frozen_layers:
+            return self
+        if not adapted:
+            raise RunError("cache_frozen_layers goes by the model without weights: say how to get it (load_empty).")
+        below = min(of.below for of in adapted.values())
+        load = self.load_model
+        return dataclasses.replace(self, load_model=lambda: keep_frozen_layers(load(), below, directory))
+
 
 @dataclass(frozen=True)
 class Job:
@@ -171,10 +202,9 @@ def run_stream(
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in encoded:
         check_shared_out(part.settings.batch_size)
-    if stream.load_empty is not None:
-        check_stream(stream.methods, stream.texts, encoded, stream.load_empty, stream.seeds[0])
+    adapted = stream.checked(encoded)
     with _locked(directory, begin), _disk_errors(directory):
-        stream = stream.with_answers(directory)
+        stream = stream.with_answers(directory).keeping_frozen_layers(adapted, directory)
         return _run(stream, encoded, directory, progress, runner)
 
 
