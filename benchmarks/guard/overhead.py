@@ -62,7 +62,7 @@ def main():
         step = [b / a for a, b in zip(whole["plain"][2:], whole["guarded"][2:], strict=True)]
         extra = statistics.median(alone["guarded"][2:]) - statistics.median(alone["plain"][2:])
         print(
-            f"r {r}, {guard.numbers:,} numbers: step {statistics.median(step):.3f} x plain "
+            f"r {r}, {guard.parameter_count:,} parameters: step {statistics.median(step):.3f} x plain "
             f"({statistics.median(whole['plain'][2:]):.3f} s), of which the guard {1000 * extra:.1f} ms; "
             f"{held / 2**20:.1f} MiB held; calibration over {text.numel():,} tokens {seconds:.0f} s"
         )

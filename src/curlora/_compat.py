@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import importlib
+import inspect
 import json
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,13 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 __all__ = [
     "add_peft_type",
     "attention_implementation",
     "brought_bias",
+    "callbacks_around",
     "check_whoever_reads",
     "convert_expert_names",
     "copy_into",
@@ -352,3 +355,18 @@ def transformed_by_torch_func() -> bool:
         return bool(torch._C._are_functorch_transforms_active())
     except AttributeError:
         return True
+
+
+def callbacks_around(callback: TrainerCallback) -> list[TrainerCallback] | None:
+    """A Trainer's list of callbacks, asked for by one of them while it is called.
+
+    transformers hands a callback no way to the others, and those of trackers stand before any of a user's. Where the
+    caller's variables are not as they were, ``None``: the callback then stays where it is.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        callbacks = getattr(frame.f_locals.get("self"), "callbacks", None)
+        if isinstance(callbacks, list) and any(one is callback for one in callbacks):
+            return callbacks
+        frame = frame.f_back
+    return None

@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
 from curlora.guard import Calibration, GuardError, calibrate, collect, text
-from curlora.guard.text import _drawn_gradient
+from curlora.guard.model_pass import _drawn_gradient
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
 # Few tokens are enough here.

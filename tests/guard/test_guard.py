@@ -156,7 +156,7 @@ def test_a_plain_step_goes_along_the_damped_natural_gradient(base):
         if base == "gpt2":
             left, right = right, left
         natural = torch.linalg.solve(left, torch.linalg.solve(right, gradient.T).T)
-        expected = -1e-3 * 2 / guard.numbers / 1.7**2 * natural
+        expected = -1e-3 * 2 / guard.parameter_count / 1.7**2 * natural
         actual = layer.curlora_U["default"].weight.double()
         assert (actual - expected).norm() < 1e-3 * expected.norm()
 

@@ -6,9 +6,9 @@ from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
+from curlora.guard.model_pass import perplexity
 from curlora.guard.redraw import redraw
 from curlora.guard.scale_back import scale_to_limit
-from curlora.guard.text import perplexity
 
 __all__ = [
     "Anchors",

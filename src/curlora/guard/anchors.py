@@ -28,7 +28,7 @@ class Anchors:
     the last task was learned under the penalty of those before it: with losses that are quadratic, and ``L (x) R`` as
     it is, the end is the optimum of all tasks together (https://arxiv.org/abs/1712.03847). It is elastic weight
     consolidation (https://arxiv.org/abs/1612.00796) with a Kronecker product in the place of the diagonal, which the
-    small ``U`` can afford: ``2 r^2`` numbers for each layer and task, and ``r^2`` for each layer.
+    small ``U`` can afford: ``2 r^2`` values for each layer and task, and ``r^2`` for each layer.
     """
 
     def __init__(self) -> None:
@@ -62,12 +62,26 @@ class Anchors:
             count += 1
         if not count:
             raise GuardError("There is no example to see by what matters to the task")
-        for name in values:
-            if not (left[name].isfinite().all() and right[name].isfinite().all()):
+        self.add_moments(values, {name: (left[name] / count, right[name] / count) for name in values})
+
+    def add_moments(self, values: Mapping[str, Tensor], moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """A task has been learned whose moments are known.
+
+        Args:
+            values: each ``U`` by its name, shape ``(r, r)`` or ``(E, r, r)``, as the task leaves it.
+            moments: ``E[G G^T]`` and ``E[G^T G]`` by the same names, float64, in the same shapes. The penalty is in
+                nats for each of what the mean is over: an answer, or a token.
+
+        Raises:
+            GuardError: if one is not finite.
+        """
+        task = {}
+        for name, (left, right) in moments.items():
+            if not (left.isfinite().all() and right.isfinite().all()):
                 raise GuardError(f"{name}: the gradients of the task that was learned are not finite")
-            right[name] /= left[name].trace().clamp_min(1e-300)
-            left[name] /= count
-        self._tasks.append({name: (left[name].float(), right[name].float()) for name in values})
+            trace = left.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-300)
+            task[name] = left.float(), (right / trace).float()
+        self._tasks.append(task)
         self._centre = {name: U.detach().clone() for name, U in values.items()}
         self._stacks = {}
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from curlora._compat import callbacks_around
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.scale_back import scale_to_limit
 from curlora.tuner.sharded import reshard, whole
 
-__all__ = ["GuardCallback", "Kept"]
+__all__ = ["GuardCallback", "Kept", "log"]
 
 
 class Kept(NamedTuple):
@@ -28,15 +30,16 @@ class Kept(NamedTuple):
 class GuardCallback(TrainerCallback):
     """Puts a guard on the Trainer's optimizer, and the predicted forgetting beside the loss.
 
-    ``drift``, in nats per token, is then in the Trainer's logs, ``trainer.state.log_history``. Trackers that were added
-    by ``report_to`` read the logs before any callback of a user's, and do not see it.
+    ``drift``, in nats per token, is then in the Trainer's logs, on its progress bar and in the trackers of
+    ``report_to``.
 
-    With a ``measure`` the limit holds by measurement as well: when training has ended, what it changed in ``U`` is
-    scaled back along itself until the measure allows it (:func:`curlora.guard.scale_to_limit`), and :attr:`kept`
-    says how far it was. Whatever else was trained stays as it is, and counts. Checkpoints of the training are from
-    before that; save the model after ``train``. Make the callback where training begins, before a checkpoint is
-    gone on from: what training changed is counted from there, and of a further training from where the last one
-    ended.
+    With a ``measure`` the limit holds by measurement as well: after the last step, what the training changed in ``U``
+    is scaled back along itself until the measure allows it (:func:`curlora.guard.scale_to_limit`), and :attr:`kept`
+    says how far it was. That is before the last evaluation and the last checkpoint; a checkpoint that
+    ``load_best_model_at_end`` puts in its place is measured likewise. Whatever else was trained stays as it is, and
+    counts. Checkpoints in the course of the training are within the predicted budget only. Make the callback where
+    training begins, before a checkpoint is gone on from: what training changed is counted from there, and of a further
+    training from where the last one ended.
 
     Args:
         guard: of the model that is trained.
@@ -60,11 +63,14 @@ class GuardCallback(TrainerCallback):
         self.guard, self.measure, self.max_rise = guard, measure, max_rise
         self.kept: Kept | None = None
         self._before = self._now()
+        self._held: list[Tensor] = []
         self._at_start = math.nan
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        act_first(self)
+        self._held = []
         if self.measure is not None:
             with self.guard.as_calibrated():
                 self._at_start = self._measured()
@@ -72,8 +78,36 @@ class GuardCallback(TrainerCallback):
                 raise GuardError(f"The measure must be a positive number, and is {self._at_start} before training")
         self.guard.attach(kwargs["optimizer"])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:  # before the last evaluation and checkpoint
+            self._hold(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.guard.detach()
+        now = self._now()
+        if not (self._held and all(map(_same, now, self._held))):  # stopped early, or the best checkpoint was loaded
+            self._hold(state)
+        if self.kept is not None:
+            log(self, args, state, control, {"kept": self.kept.scale, "rise": self.kept.rise})
+        self._before = self._now()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None and "loss" in logs:
+            logs["drift"] = state.log_history[-1]["drift"] = self.guard.drift()
+
+    def _hold(self, state: TrainerState) -> None:
+        """Scale back what training has changed as far as the measure asks for."""
         if self.measure is None or self.max_rise is None:
             return
         finite = all(bool(U.isfinite().all()) for U in self._now())
@@ -81,8 +115,7 @@ class GuardCallback(TrainerCallback):
             self.max_rise, lambda: self._measured() / self._at_start - 1, self.guard.parameters, self._before
         )
         self.kept = Kept(*found)
-        state.log_history.append({"kept": self.kept.scale, "rise": self.kept.rise, "step": state.global_step})
-        self._before = self._now()
+        self._held = self._now()
         if self.kept.scale:
             return
         if not finite:
@@ -108,6 +141,28 @@ class GuardCallback(TrainerCallback):
         reshard(self.guard.model)
         return value
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if "loss" in kwargs["logs"]:
-            kwargs["logs"]["drift"] = state.log_history[-1]["drift"] = self.guard.drift()
+
+def act_first(callback: TrainerCallback) -> None:
+    """Let a callback be called before those of trackers, which read a log as it is when they are called."""
+    callbacks = callbacks_around(callback)
+    if callbacks is not None:
+        callbacks.remove(callback)
+        callbacks.insert(0, callback)
+
+
+def log(
+    callback: TrainerCallback,
+    args: TrainingArguments,
+    state: TrainerState,
+    control: TrainerControl,
+    logs: Mapping[str, float],
+) -> None:
+    """Add figures to the Trainer's history, and hand them to its other callbacks: trackers and the progress bar."""
+    state.log_history.append({**logs, "step": state.global_step})
+    for other in callbacks_around(callback) or []:
+        if other is not callback:
+            other.on_log(args, state, control, logs=dict(logs))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.to(other.device), other)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from curlora.functional import autocast_off
 from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_of
 from curlora.guard.errors import GuardError
-from curlora.guard.text import Counts, pass_over, sum_over_processes
+from curlora.guard.model_pass import Counts, pass_over, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
@@ -53,7 +53,8 @@ def calibrate(
             that has learned something before keeps it.
         data: texts; or rows of tokens, each of shape ``(length,)``; or batches that hold ``input_ids`` and, where there
             is padding, ``attention_mask``, of shape ``(batch, length)``, such as a ``DataLoader`` gives. A batch's
-            ``position_ids`` are used where it has them, and counted from each row's first token where it does not.
+            ``position_ids`` are used where it has them, and counted from each row's first token where it does not. Of a
+            batch with ``labels`` only the tokens that they do not mask (-100) are counted as predicted.
         tokenizer: of the model; for texts.
         adapter: the adapter's name; the active one if ``None``.
         max_length: longer texts and rows are cut into rows of so many tokens, of which none is left out. Each row is

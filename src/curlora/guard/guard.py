@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from curlora.functional import autocast_off
+from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration, Moments, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
-from curlora.tuner.sharded import assign, reshard, whole
+from curlora.tuner.sharded import assign, laid_out_like, reshard, whole
 
 __all__ = ["Guard"]
 
@@ -48,6 +49,8 @@ class Guard:
             a measurement to say, after training: :func:`curlora.guard.scale_to_limit`.
         damping: see :func:`curlora.guard.coordinates.coordinates`.
         adapter: the adapter's name; the active one if ``None``.
+        anchors: of earlier tasks, by the names of the adapted layers. The gradient of their penalty, in nats per token,
+            is added to every step's.
 
     Raises:
         GuardError: if the calibration is of another model or adapter, or was made so far from where the adapter is now
@@ -63,6 +66,7 @@ class Guard:
         max_perplexity_increase: float | None = None,
         damping: float = 0.1,
         adapter: str | None = None,
+        anchors: Anchors | None = None,
     ) -> None:
         if budget is not None and max_perplexity_increase is not None:
             raise GuardError("budget and max_perplexity_increase say the same thing: give one of them")
@@ -74,7 +78,7 @@ class Guard:
         self.model, self.adapter = model, adapter_of(model, adapter)
         self.calibration = calibration
         self.budget = math.log1p(max_perplexity_increase) if max_perplexity_increase is not None else budget
-        self.damping = damping
+        self.damping, self.anchors = damping, anchors
         layers = calibration.check(model, self.adapter)
         self._places: list[_Place] = []
         self._unknown: list[_Place] = []
@@ -95,7 +99,7 @@ class Guard:
                 "with more text to train them.",
                 stacklevel=2,
             )
-        self.numbers = sum(place.start.numel() for place in self._places)
+        self.parameter_count = sum(place.start.numel() for place in self._places)
         self._grouped: list[_Stack] = []
         self._homes: list[tuple[int, torch.device, torch.dtype]] = []
         self._hooks: list[Any] = []
@@ -170,7 +174,7 @@ class Guard:
         each relative to its output and summed over layers.
         """
         self._leave()
-        return sum(float(stack.moved().square().sum()) for stack in self._stacks()) / self.numbers
+        return sum(float(stack.moved().square().sum()) for stack in self._stacks()) / self.parameter_count
 
     def _before(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first of them is the optimizer
@@ -193,7 +197,7 @@ class Guard:
         held = [stack.values() for stack in self._grouped]
         if self.budget is not None:
             squares = [values.square().sum() for values in held]
-            total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.numbers
+            total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.parameter_count
             # No number of it is read, so that a GPU need not stop for it. What is not finite stays in its own layer.
             scale = torch.where(total.isfinite(), (self.budget / total).sqrt().clamp(max=1.0), 1.0)
             held = [values * scale.to(values.device) for values in held]
@@ -205,6 +209,8 @@ class Guard:
         for place in self._unknown:
             place.forget_gradient()
         self._untrained = [place.value.detach().clone() for place in self._unknown]
+        if gradients and self.anchors:
+            self._hold_anchors(self.anchors)
         for stack in self._stacks():
             stack.enter()
             if gradients:
@@ -224,6 +230,18 @@ class Guard:
                     place.value.copy_(value)
             self._inside = False
 
+    @torch.enable_grad()
+    def _hold_anchors(self, anchors: Anchors) -> None:
+        """Add the gradient of the anchors' penalty to those that the optimizer is about to use."""
+        trained = {place.layer.name: place.parameter for place in self._places}
+        values = {name: whole(U.detach()).clone().requires_grad_() for name, U in trained.items()}
+        penalty = anchors.penalty(values)
+        assert penalty is not None  # there are tasks
+        found = torch.autograd.grad(penalty, list(values.values()))
+        for U, gradient in zip(trained.values(), found, strict=True):
+            if U.grad is not None:
+                U.grad += laid_out_like(gradient.to(U.grad.dtype), U.grad)
+
     def _stacks(self) -> list[_Stack]:
         """Made anew where the model has been moved: a Trainer does so after a guard was made."""
         homes = [(id(U), U.device, U.dtype) for U in (place.parameter for place in self._places)]
@@ -231,7 +249,7 @@ class Guard:
             groups = defaultdict(list)
             for place in self._places:
                 groups[place.start.shape[-1], place.parameter.device, place.parameter.dtype].append(place)
-            self._grouped = [_Stack(group, math.sqrt(2 / self.numbers)) for group in groups.values()]
+            self._grouped = [_Stack(group, math.sqrt(2 / self.parameter_count)) for group in groups.values()]
             self._homes = homes
         return self._grouped
 

@@ -76,8 +76,7 @@ def pass_over(
     predicted = tokens = rows = 0
     with ready(model, layers, gradients) as reached:
         shown = track(batches, progress, total=count, transient=True) if progress and rank == 0 else batches
-        for numbers, _, mask, logits in _run(model, shown, device, begin):
-            answered = _answered(mask)
+        for numbers, _, mask, answered, logits in _run(model, shown, device, begin):
             if gradients:
                 backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
             end()
@@ -121,8 +120,8 @@ def perplexity(
     device = next(model.parameters()).device
     loss = torch.zeros(2, dtype=torch.float64, device="cpu")
     with ready(model, {}, gradients=False):
-        for _, ids, mask, logits in _run(model, batches, device):
-            answers = ids[:, 1:].masked_fill(~_answered(mask), _IGNORED)
+        for _, ids, _, answered, logits in _run(model, batches, device):
+            answers = ids[:, 1:].masked_fill(~answered, _IGNORED)
             for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
                 lost = cross_entropy(of_row.float(), answer, ignore_index=_IGNORED, reduction="sum")
                 loss += torch.stack([lost, (answer != _IGNORED).sum()]).cpu()
@@ -141,17 +140,15 @@ def _run(
     batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
     device: torch.device,
     begin: Callable[[Tensor], None] = lambda mask: None,
-) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor]]:
-    """Of each batch the numbers of its rows, ``input_ids``, which of them count, and the logits."""
+) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor, Tensor]]:
+    """Of each batch the numbers of its rows, ``input_ids``, which of them count, which predict one, and the logits."""
     for numbers, batch in batches:
         inputs, mask = _inputs(model, batch, numbers, device)
         begin(mask)
-        yield numbers, inputs["input_ids"], mask, _logits_of(model(**inputs, use_cache=False), mask)
-
-
-def _answered(mask: Tensor) -> Tensor:
-    """Which positions predict a token, shape ``(batch, length - 1)``."""
-    return mask[:, :-1] & mask[:, 1:]
+        answered = mask[:, :-1] & mask[:, 1:]  # shape (batch, length - 1)
+        if (labels := batch.get("labels")) is not None:
+            answered &= torch.as_tensor(labels, device=device)[:, 1:] != _IGNORED
+        yield numbers, inputs["input_ids"], mask, answered, _logits_of(model(**inputs, use_cache=False), mask)
 
 
 @contextlib.contextmanager
