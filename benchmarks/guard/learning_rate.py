@@ -18,45 +18,44 @@ import torch
 from chat_data import HELD_OUT, LENGTH, examples
 from lower_layers import kept
 from peft import get_peft_model
+from study_data import articles
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import curlora
 from results import add, rows
-from study_data import articles
 
 RESULTS = Path(__file__).parent / "learning_rate.jsonl"
 LAYERS = 22  # from here on they are adapted
 BATCH, TEXT, OTHER = 4, 8192, 768  # rows; tokens of the guard's text, and of other articles
 EXAMPLES = 480
-MIDDLE = dict(task="gsm8k", steps=120, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
+MIDDLE = dict(task="gsm8k", steps=60, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
 SETTINGS = [
     dict(),
-    dict(task="dialogsum"),
-    dict(steps=30),
+    dict(steps=20),
     dict(budget=0.1),
     dict(r=128),
-    dict(r=8),
-    dict(targets="all-linear", r=16),
+    dict(task="dialogsum"),
     dict(budget=0.002),
-    dict(steps=480),
-    dict(task="dialogsum", steps=30),
-    dict(task="dialogsum", budget=0.1),
-    dict(steps=30, budget=0.1),
+    dict(targets="all-linear", r=16),
+    dict(steps=240),
+    dict(r=8),
+    dict(task="dialogsum", steps=20),
+    dict(steps=20, budget=0.1),
+    dict(steps=20, budget=0.002),
     dict(clip=1.0),
+    dict(task="dialogsum", budget=0.1),
+    dict(choose="task"),
     dict(task="dialogsum", r=128),
-    dict(steps=30, budget=0.002),
-    dict(task="dialogsum", steps=480),
 ]
-MULTIPLES = [0.3, 1.0, 0.1, 3.0]
+MULTIPLES = [0.1, 0.3, 1.0, 3.0]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
-    parser.add_argument("--multiples", type=float, nargs="+", default=MULTIPLES)
     parser.add_argument("--only", nargs="+", default=[], metavar="name=value", help="settings that are so")
     options = parser.parse_args()
     only = dict(one.split("=", 1) for one in options.only)
@@ -65,11 +64,27 @@ def main():
         setting = MIDDLE | changed
         if any(str(setting[name]) != value for name, value in only.items()):
             continue
-        for multiple in options.multiples:
+        while (multiple := next_multiple(known(setting))) is not None:
+            lab = lab or Lab(options.model, options.cache)
             run = {**setting, "multiple": multiple}
-            if not any(run.items() <= row.items() for row in rows(RESULTS)):
-                lab = lab or Lab(options.model, options.cache)
-                add(RESULTS, run | lab.run(**run))
+            add(RESULTS, run | lab.run(**run))
+
+
+def known(setting):
+    """The runs of a setting, by their multiples."""
+    return {row["multiple"]: row for row in rows(RESULTS) if setting.items() <= row.items()}
+
+
+def next_multiple(runs):
+    """The two in the middle, then the neighbour of the best, until it has both; ``None`` when it has."""
+    for multiple in (1.0, 0.3):
+        if multiple not in runs:
+            return multiple
+    place = MULTIPLES.index(min(runs, key=lambda multiple: runs[multiple]["loss"]))
+    for neighbour in MULTIPLES[max(0, place - 1) : place + 2]:
+        if neighbour not in runs:
+            return neighbour
+    return None
 
 
 class Lab:
