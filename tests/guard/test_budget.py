@@ -49,6 +49,17 @@ def written(seed, rows=24, length=16):
 TEXT, OTHER = written(1), written(2)
 
 
+def with_end():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = WORDS[-1]
+    return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+
+
 def fresh(**config):
     return get_peft_model(base(), CurloraConfig(**{"r": 4, **config}))
 
@@ -65,7 +76,7 @@ def train(model, folder, callback, resume=None, seed=3, rows=None, more=(), **ar
     )  # fmt: skip
     trainer = Trainer(
         model=model, args=TrainingArguments(str(folder), **{**given, **arguments}), train_dataset=rows,
-        eval_dataset=rows[:8], processing_class=word_tokenizer(), callbacks=[callback, *more],
+        eval_dataset=rows[:8], processing_class=with_end(), callbacks=[callback, *more],
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -373,12 +384,6 @@ def test_U_of_half_precision_is_trained_in_single(tmp_path):
 
 
 CHATS = [{"prompt": f"{WORDS[i]} {WORDS[i + 1]}", "completion": f" {WORDS[i + 2]} {WORDS[i + 3]}"} for i in range(40)]
-
-
-def with_end():
-    tokenizer = word_tokenizer()
-    tokenizer.eos_token = WORDS[-1]
-    return tokenizer
 
 
 class TestTRL:

@@ -7,8 +7,10 @@ from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
+from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord
 from curlora.guard.model_pass import perplexity
+from curlora.guard.own_text import own_text
 from curlora.guard.redraw import redraw
 from curlora.guard.scale_back import scale_to_limit
 
@@ -26,6 +28,8 @@ __all__ = [
     "TextRecord",
     "TrainingRecord",
     "calibrate",
+    "learning_rate",
+    "own_text",
     "perplexity",
     "redraw",
     "scale_to_limit",
