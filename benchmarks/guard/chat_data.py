@@ -52,3 +52,9 @@ def dialogsum(tokenizer):
 def answered(tokenizer, prompt, answer):
     answer = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
     return [*prompt, *answer][:LENGTH], len(prompt)
+
+
+def articles(tokenizer):
+    """WikiText-2's test split, as tokens."""
+    path = Path(os.environ["CURLORA_DATA_DIR"]) / "wikitext-2-raw" / "wiki.test.raw"
+    return tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
