@@ -1,4 +1,4 @@
-"""The tables of docs/research.md and docs/guard.md and the curve of the README, from the lines of JSON beside this file.
+"""The tables of docs/research.md and docs/guard.md and the README's curve, from the lines of JSON beside this file.
 
 The pages keep their words; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
 
