@@ -134,7 +134,7 @@ def compare(
     with _errors_for_people():
         from curlora.continual.merge import merge
         from curlora.continual.results import RunResults
-        from curlora.tables import comparison, within_limits
+        from curlora.report.tables import comparison, within_limits
 
         runs = [RunResults.load(directory / "results.json") for directory in directories]
         console.print(comparison(runs, [str(directory) for directory in directories]))
@@ -216,7 +216,7 @@ def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: s
 
 def _print_plan(recipe: Recipe) -> None:
     from curlora.continual.plan import make_plan
-    from curlora.plan_tables import plan_tables
+    from curlora.report.plan import plan_tables
 
     for part in plan_tables(make_plan(recipe)):
         console.print(part)
@@ -224,7 +224,7 @@ def _print_plan(recipe: Recipe) -> None:
 
 def print_results(results: RunResults) -> None:
     """Print a run as tables."""
-    from curlora.tables import results_tables
+    from curlora.report.tables import results_tables
 
     for part in results_tables(results):
         console.print(part)

@@ -10,7 +10,7 @@ from rich.text import Text
 from curlora.continual.plan import Plan, tokens_of
 from curlora.continual.processes import process_state
 from curlora.continual.trainer import steps_of
-from curlora.formatting import format_too_long
+from curlora.report.formatting import format_too_long
 
 __all__ = ["plan_tables"]
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import Point, front, limited_text, points, what_is_learned
-from curlora.formatting import per_cent
+from curlora.report.formatting import per_cent
 
 __all__ = ["Plot", "Style", "Styles", "fills_of", "fronts_of", "key_of", "overview_of", "plots_of", "styles_of"]
 
@@ -133,11 +133,13 @@ def fronts_of(results: RunResults) -> Plot | None:
     shown = [point for point in known if point.mean.mean < _FAR]
     colours = {entry: _COLOURS[n % len(_COLOURS)] for n, entry in enumerate(entries)}
     markers = {entry: _MARKERS[n % len(_MARKERS)] for n, entry in enumerate(entries)}
-    figures: dict[str, Callable[[Point], Statistic]] = {
-        f"KL on {limited_text(results)}": lambda point: point.limited,
-        "KL on texts not shown, mean": lambda point: point.mean,
-        "KL on texts not shown, worst": lambda point: point.worst,
-    }
+    figures: dict[str, Callable[[Point], Statistic]] = {f"KL on {limited_text(results)}": lambda point: point.limited}
+    hidden = [name for name in results.heldout if name not in results.shown]
+    if len(hidden) > 1:
+        figures["KL on texts not shown, mean"] = lambda point: point.mean
+        figures["KL on texts not shown, worst"] = lambda point: point.worst
+    elif hidden and hidden != [limited_text(results)]:
+        figures[f"KL on {hidden[0]}"] = lambda point: point.mean
     text = (
         "One point for each value of the grid, joined where no other of its method is better in both. Up and to the "
         "left is better. KL: of the predictions from the base model's, in nats per token." + _bars_text(results)
@@ -156,7 +158,7 @@ def fronts_of(results: RunResults) -> Plot | None:
             best = front(own, figure)
             axis.plot(
                 [figure(point).mean for point in best], [point.learned.mean for point in best], linewidth=1.2,
-                color=colours[entry], label=entry,
+                label=entry, **look,
             )  # fmt: skip
         axis.set_xlabel(label)
         axis.set_ylabel(what_is_learned(results))
