@@ -77,6 +77,10 @@ def test_the_guard_holds_what_it_holds_in_one_process(one, two):
         torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
 
 
+def test_every_process_has_the_text_that_the_base_writes_in_the_first(one, two):
+    assert torch.equal(two["guarded"]["own text"], one["guarded"]["own text"])
+
+
 def test_columns_and_rows_are_drawn_alike_whatever_the_generators_say(one, two):
     for drawn in two["indices"]:
         assert torch.equal(drawn, one["indices"])

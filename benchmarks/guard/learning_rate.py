@@ -35,21 +35,20 @@ SETTINGS = [
     dict(),
     dict(steps=20),
     dict(budget=0.1),
+    dict(choose="task"),
     dict(r=128),
     dict(task="dialogsum"),
-    dict(budget=0.002),
-    dict(targets="all-linear", r=16),
     dict(steps=240),
+    dict(targets="all-linear", r=16),
+    dict(budget=0.002),
+    dict(clip=1.0),
     dict(r=8),
     dict(task="dialogsum", steps=20),
     dict(steps=20, budget=0.1),
-    dict(steps=20, budget=0.002),
-    dict(clip=1.0),
     dict(task="dialogsum", budget=0.1),
-    dict(choose="task"),
     dict(task="dialogsum", r=128),
 ]
-MULTIPLES = [0.1, 0.3, 1.0, 3.0]
+MULTIPLES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 def main():
@@ -77,7 +76,7 @@ def known(setting):
 
 def next_multiple(runs):
     """The two in the middle, then the neighbour of the best, until it has both; ``None`` when it has."""
-    for multiple in (1.0, 0.3):
+    for multiple in (1.0, 3.0):
         if multiple not in runs:
             return multiple
     place = MULTIPLES.index(min(runs, key=lambda multiple: runs[multiple]["loss"]))
