@@ -89,6 +89,8 @@ def next_multiple(runs):
 class Lab:
     """The model above its lower layers, with whatever adapter is asked for."""
 
+    text, seed = "guard", 0  # the guard's text among the data; of the adapter and the order of examples
+
     def __init__(self, name, cache):
         self.name, self.cache = name, cache
         torch.set_num_threads(1)
@@ -127,20 +129,21 @@ class Lab:
         return model
 
     def adapt(self, r, targets, choose, task):
-        wanted = (r, targets, choose, task if choose == "task" else "")
+        wanted = [r, targets, choose, task if choose == "task" else ""]
+        wanted += [self.text, self.seed] if (self.text, self.seed) != (Lab.text, Lab.seed) else []
         if self.now != wanted:
             base, self.now = self.base(), wanted
             names = targets if targets == "all-linear" else targets.split()
-            self.model = get_peft_model(base, curlora.CurloraConfig(r=r, target_modules=names, seed=0))
+            self.model = get_peft_model(base, curlora.CurloraConfig(r=r, target_modules=names, seed=self.seed))
             self.U = [p for p in self.model.parameters() if p.requires_grad]
             self.body, self.head = base.model, base.lm_head
             if choose == "task":
                 batches = [list(range(i, i + 8)) for i in range(HELD_OUT, HELD_OUT + 192, 8)]
                 loss = lambda batch: self.loss(task, batch)  # noqa: E731
-                curlora.redraw(self.model, batches, self.data["guard"]["rows"], loss=loss, progress=False)
-            path = self.cache / f"moments-{LAYERS}-{r}-{targets}-{choose}-{wanted[3]}.safetensors"
+                curlora.redraw(self.model, batches, self.data[self.text]["rows"], loss=loss, progress=False)
+            path = self.cache / f"moments-{LAYERS}-{'-'.join(map(str, wanted))}.safetensors"
             if not path.exists():
-                curlora.calibrate(self.model, self.data["guard"]["rows"], progress=False).save(path)
+                curlora.calibrate(self.model, self.data[self.text]["rows"], progress=False).save(path)
             self.calibration = curlora.Calibration.load(path)
         with torch.no_grad():
             for U in self.U:
@@ -169,7 +172,7 @@ class Lab:
 
     def batches(self, task, steps):
         """As often through all examples as it takes, in random order."""
-        generator, waiting = torch.Generator().manual_seed(0), []
+        generator, waiting = torch.Generator().manual_seed(self.seed), []
         count = len(self.data[task]["rows"])
         for _ in range(steps):
             if len(waiting) < BATCH:
