@@ -18,11 +18,11 @@ def prepared(model, tokenizer, layers, cache, times=1):
     path = cache / f"study-{layers}{longer(times)}.pt"
     if path.exists():
         return torch.load(path)
-    root = Path(os.environ["CURLORA_DATA_DIR"])
+    folder = root()
     data = {}
     for task in TRAIN:
         for split, limit in (("", times * TRAIN[task]), ("-dev", SCORED[task])):
-            examples = shuffled(read(root, task, split))[:limit]
+            examples = shuffled(read(folder, task, split))[:limit]
             data[task + split] = {
                 # Without the space at the end of SST-2's sentences, which would be a token of its own and the last one.
                 "rows": [tokenizer(text.strip())["input_ids"][:128] for text, _ in examples],
@@ -34,7 +34,7 @@ def prepared(model, tokenizer, layers, cache, times=1):
         "guard": wiki[200_000:],
         "code": tokenizer(Path(argparse.__file__).read_text())["input_ids"],
         # Other tweets than the task's own.
-        "tweets": tokenizer("\n".join(text for text, _ in shuffled(read(root, "s140", "-dev"))[500:]))["input_ids"],
+        "tweets": tokenizer("\n".join(text for text, _ in shuffled(read(folder, "s140", "-dev"))[500:]))["input_ids"],
     }
     for name, tokens in texts.items():
         tokens = tokens[: TOKENS[name]]
@@ -45,8 +45,11 @@ def prepared(model, tokenizer, layers, cache, times=1):
 
 def articles(tokenizer):
     """WikiText-2's test split, as tokens."""
-    path = Path(os.environ["CURLORA_DATA_DIR"]) / "wikitext-2-raw" / "wiki.test.raw"
-    return tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
+    return tokenizer((root() / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
+
+
+def root():
+    return Path(os.environ["CURLORA_DATA_DIR"])
 
 
 def longer(times):
