@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -227,12 +228,71 @@ def test_it_continues_an_adapter(whole, chat_model, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("indices"))
 
 
+def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp_path):
+    """And leaves a folder that the same training can be begun in with a larger one."""
+    spent = record(whole[0])["outcome"]["budget"]["texts"]["a novel"]["rise"]
+    assert spent > 0.0002
+    tells = dict(continue_from=whole[0], out=tmp_path / "out", guard_text=f"a novel={guard_file}", epochs=1)
+    done = command(data, lifetime=spent / 2, max_forgetting=spent / 2, **tells)
+    assert done.exit_code == 1, done.output
+    assert "Error: The lifetime's budget is used up" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert command(data, lifetime=spent * 2, max_forgetting=spent / 2, **tells).exit_code == 0
+
+
+def test_quantized_and_merged(data, chat_model, guard_file, tmp_path, monkeypatch):
+    """The base is read again in full precision, and what is merged is what the adapter adds."""
+    # Where a processor has AVX512-BF16, bitsandbytes refuses layers as narrow as these.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    out = tmp_path / "out"
+    tells = dict(guard_text=guard_file, quantize="4bit", export="merged", epochs=2, rank=4)
+    done = command(data, model=chat_model, out=out, **tells)
+    assert done.exit_code == 0, done.output
+    assert ", 4bit" in done.stdout
+    outcome = record(out)["outcome"]
+    assert (outcome["quantize"], outcome["exported"]) == ("4bit", "merged")
+    saved = load_file(out / "adapter_model.safetensors")
+    assert {value.dtype for name, value in saved.items() if "curlora_U" in name and "weight" in name} == {torch.float32}
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (chat_model, out / "merged"))
+    ids = torch.arange(5, 25)[None]
+    adapted = PeftModel.from_pretrained(base, out).eval()
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+    with adapted.disable_adapter():
+        assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
+
+
+def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    done = command(data, model=chat_model, out=out, epochs=1, rank=4, report_to="tensorboard")
+    assert done.exit_code == 0, done.output
+    assert "what the model itself writes" in done.stdout
+    (text,) = record(out)["outcome"]["budget"]["texts"].values()
+    assert text["rise"] <= text["limit"] == 0.01
+    assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
+
+
 def test_a_dry_run_writes_nothing_and_loads_no_weight(data, chat_model, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "what the model itself writes" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_the_documentation_names_every_option_and_default():
+    page = (Path(__file__).parent.parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    table = page[page.index("| option | default |") : page.index("## What it prints")]
+    named = set(re.findall(r"`(--[a-z0-9-]+)`", table))
+    parameters = [p for p in typer.main.get_command(app).commands["train"].params if p.name not in ("data", "help")]
+    options = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
+    assert named == options
+    for row in re.findall(r"^\| (`.*?`) \| (.*?) \|", table, re.MULTILINE):
+        for option, default in zip(re.findall(r"--[a-z-]+", row[0]), row[1].split(", "), strict=False):
+            (parameter,) = [p for p in parameters if option in (*p.opts, *p.secondary_opts)]
+            if parameter.default is not None and not parameter.required:
+                assert str(getattr(parameter.default, "value", parameter.default)) == default.strip("`"), option
+    assert f"{TrainOptions.RANK}, {TrainOptions.TARGET_MODULES} |" in table
 
 
 def loaded(*_, **__):

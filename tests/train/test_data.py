@@ -144,7 +144,8 @@ BAD = {
     "no answer": ({"messages": [{"role": "user", "content": "w1"}]}, "row 3 (line 5) has no answer"),
     "masked": (
         {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w1", "weight": 0}]},
-        "row 3 (line 5) has no answer of the assistant's to a message of the user's: its roles are user, assistant, and 1 of them have weight 0",
+        "row 3 (line 5) has no answer of the assistant's to a message of the user's: its roles are user, assistant, "
+        "and 1 of them have weight 0",
     ),
     "no messages": ({"messages": "w1"}, "row 3 (line 5) is not a list of messages: 'w1'"),
     "empty": ({"messages": []}, "row 3 (line 5) is an empty conversation"),

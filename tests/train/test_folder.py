@@ -15,8 +15,11 @@ def test_a_folder_is_of_one_training(tmp_path):
     with claim(folder):
         folder.write({})
     assert folder.record() == {"identity": {"rank": 8, "data": "ab"}}
+    other = Folder(folder.path, {"rank": 16, "data": "ab"})
+    assert other.record() is None  # nothing has been done yet
+    folder.write({"outcome": {}})
     with pytest.raises(TrainError, match="is of another training: rank is 16 and was 8. Choose another folder"):
-        Folder(folder.path, {"rank": 16, "data": "ab"}).record()
+        other.record()
     with pytest.raises(TrainError, match="seed is 1 and was None"):
         Folder(folder.path, {"rank": 8, "data": "ab", "seed": 1}).record()
 

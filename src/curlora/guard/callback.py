@@ -78,9 +78,7 @@ class GuardCallback(TrainerCallback):
                 raise GuardError(f"The measure must be a positive number, and is {self._at_start} before training")
         self.guard.attach(kwargs["optimizer"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # before the last evaluation and checkpoint
             self._hold(state)
 

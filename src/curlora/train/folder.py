@@ -42,7 +42,7 @@ class Folder:
         return self.path / "checkpoints"
 
     def record(self) -> dict[str, Any] | None:
-        """What ``training.json`` holds; ``None`` where nothing has been begun.
+        """What ``training.json`` holds; ``None`` where nothing has been trained, or by this training begun.
 
         Raises:
             TrainError: if the folder is of another training, or of something else.
@@ -65,6 +65,8 @@ class Folder:
             for name in dict.fromkeys([*before, *self.identity])
             if before.get(name) != self.identity.get(name)
         ]
+        if changed and "outcome" not in found and not any(self.checkpoints.glob(f"{_CHECKPOINT}*")):
+            return None  # nothing has been done by the other training
         if changed:
             raise TrainError(
                 f"--out {self.path} is of another training: {', '.join(changed)}. Choose another folder, or give the "

@@ -107,7 +107,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
 
     bar.stage("held-out examples, before")
     before = measured()
-    bar.stage("what may not be forgotten")
+    bar.stage("calibrating")
     ended = training.run()
     bar.stage("held-out examples, after")
     after = measured()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -54,8 +54,6 @@ class Training:
                 "curlora train runs on one GPU, and several are visible: set CUDA_VISIBLE_DEVICES=0, or give "
                 "curlora.ForgettingBudget to TRL's SFTTrainer in a script of your own."
             )
-        if "tensorboard" in options.report_to:  # otherwise it writes beside the checkpoints, which do not stay
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder.path / "logs"))
         self.budget = curlora.ForgettingBudget(
             options.max_forgetting,
             texts=dict(options.guard_texts) or None,
@@ -98,6 +96,9 @@ class Training:
             callbacks=[self.budget, self._listener],
         )
         self.trainer.remove_callback(PrinterCallback)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder.path / "logs")  # not beside the checkpoints, which do not stay
 
     @property
     def model(self) -> Any:
