@@ -28,7 +28,7 @@ def prepared(model, tokenizer, layers, cache, times=1):
                 "rows": [tokenizer(text.strip())["input_ids"][:128] for text, _ in examples],
                 "labels": torch.tensor([label for _, label in examples]),
             }
-    wiki = tokenizer((root / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
+    wiki = articles(tokenizer)
     texts = {
         "articles": wiki,
         "guard": wiki[200_000:],
@@ -41,6 +41,12 @@ def prepared(model, tokenizer, layers, cache, times=1):
         data[name] = {"rows": [tokens[i : i + 512] for i in range(0, len(tokens), 512)]}
         data[name]["tokens"] = [torch.tensor(row) for row in data[name]["rows"]]
     return kept(model, layers, data, path)
+
+
+def articles(tokenizer):
+    """WikiText-2's test split, as tokens."""
+    path = Path(os.environ["CURLORA_DATA_DIR"]) / "wikitext-2-raw" / "wiki.test.raw"
+    return tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
 
 
 def longer(times):

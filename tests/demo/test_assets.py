@@ -9,8 +9,9 @@ import zipfile
 
 import pytest
 
+from curlora.cache import cache_directory
 from curlora.demo import assets
-from curlora.demo.assets import AssetError, Package, cache_directory, fetch
+from curlora.demo.assets import AssetError, Package, fetch
 
 FILE = "tiny_asset/data.txt"
 

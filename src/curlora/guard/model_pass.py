@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from curlora.guard.decoding import draw, uniforms
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
@@ -226,6 +227,8 @@ def _inputs(
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"].to(device)
+        if given is None:  # examples in one row, which transformers tells apart where there is no mask
+            del inputs["attention_mask"]
     elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
     return inputs, mask.bool() if len(numbers) else torch.zeros_like(mask, dtype=torch.bool)
@@ -256,17 +259,13 @@ def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], se
         seed: of the draws.
     """
     gradient = torch.zeros_like(logits)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64
     for row, number in enumerate(numbers):
-        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % 2**63)
-        uniform = torch.rand(answered.shape[1], dtype=torch.float64, device="cpu", generator=generator)
-        uniform = uniform.to(logits.device, wide)
+        uniform = uniforms(seed, number, answered.shape[1])
         for begin in range(0, answered.shape[1], _CHUNK):
             part = slice(begin, min(begin + _CHUNK, answered.shape[1]))
             p = logits[row, part].float().softmax(-1)
-            cumulative = p.to(wide).cumsum(-1)
-            drawn = torch.searchsorted(cumulative, uniform[part, None] * cumulative[:, -1:])
-            p.scatter_add_(1, drawn.clamp_(max=p.shape[1] - 1), p.new_full((len(p), 1), -1.0))
+            drawn = draw(p, uniform[part])
+            p.scatter_add_(1, drawn[:, None], p.new_full((len(p), 1), -1.0))
             gradient[row, part] = (p * answered[row, part, None]).to(gradient.dtype)
     return gradient
 

@@ -1,0 +1,353 @@
+"""Text that the base model writes itself: what it says, in the proportions in which it says it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from rich.progress import Progress
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from curlora.cache import cache_directory
+from curlora.guard.decoding import named_ends, sample
+from curlora.guard.errors import GuardError
+from curlora.tuner.sharded import whole
+
+__all__ = ["OwnText", "own_text"]
+
+_VERSION = "1"
+_PLACEHOLDER = "curlora-placeholder"
+
+
+class OwnText(list[Tensor]):
+    """Rows of tokens, int64, each of shape ``(length,)``.
+
+    Args:
+        rows: the rows.
+        drawn: of each row which of its tokens the model drew, bool, of the row's shape. The others are the first of
+            the row, or what the chat template puts around a turn.
+    """
+
+    def __init__(self, rows: Sequence[Tensor], drawn: Sequence[Tensor]) -> None:
+        super().__init__(rows)
+        self.drawn = list(drawn)
+
+
+def own_text(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    tokens: int = 8192,
+    max_length: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    cache: Path | Literal["default"] | None = "default",
+    progress: bool = True,
+) -> OwnText:
+    """Let the base model write text.
+
+    Half of the tokens are of rows that it writes from its beginning-of-text token on. The other half, where the
+    tokenizer has a chat template, are of chats: the model writes the user's turn after the template's header of it (as
+    in Magpie, https://arxiv.org/abs/2406.08464), and then the assistant's answer.
+
+    The sampling is pure, at temperature 1, and nothing is cut off (no top-k, no top-p), whatever the model's generation
+    configuration says. So the mean rise of the negative log-likelihood of the drawn tokens, from the base model to
+    another, is an unbiased estimate of the KL divergence from the base model to the other, in nats per token, on what
+    the base model writes. The tokens that are not drawn, which :attr:`OwnText.drawn` tells from the others, are no part
+    of that estimate.
+
+    An adapter of PEFT is disabled meanwhile. The model is as it was afterwards, and so are torch's generators. The rows
+    are the same for a seed, however many go through the model together, up to rounding. Where ``torch.distributed``
+    runs, every process has to call this, and gets the rows of the first.
+
+    Args:
+        model: a causal language model of transformers, on any device, or a PEFT model of one.
+        tokenizer: its tokenizer.
+        tokens: how many there are at least; less than a row more.
+        max_length: tokens of a row at most. A row that comes to an end before is shorter.
+        batch_size: rows that go through the model together.
+        seed: of the sampling.
+        cache: a folder to keep the rows in, as a safetensors file of about 9 bytes for a token. Rows that are there
+            already, of the same model, tokenizer and options, are not sampled again. ``"default"`` is a folder in
+            ``CURLORA_CACHE_DIR`` or the user's cache directory; ``None`` is for nothing to be kept. Where a folder
+            cannot be written to, nothing is kept either.
+        progress: whether to show a bar.
+
+    Raises:
+        GuardError: if the model is an encoder-decoder or cannot generate, if its predictions are not finite, if the
+            tokenizer has no token to begin with, or if an option is out of range.
+    """
+    plain: Any = extract_model_from_parallel(model)
+    base: Any = getattr(plain, "get_base_model", lambda: plain)()
+    _check(base, tokens, max_length, batch_size)
+    layout = _layout(base, tokenizer, max_length)
+    device = next(base.parameters()).device
+    folder = cache_directory() / "own-text" if cache == "default" else cache
+    path, digest = None, ""
+    if folder is not None:
+        options = [_VERSION, tokens, max_length, seed, layout]
+        digest = _digest(base, tokenizer, options)
+        path = Path(folder) / f"{digest[:32]}.safetensors"
+    found = _of_first(None if path is None or _rank() else _load(path, digest), device)
+    if found is None:
+        off = plain.disable_adapter() if isinstance(plain, PeftModel) else contextlib.nullcontext()
+        with off, _bar(progress and not _rank(), tokens) as advance:
+            found = _written(plain, layout, tokens, max_length, batch_size, seed, device, advance)
+        if path is not None and not _rank():
+            _save(path, digest, found)
+    return OwnText([row for row, _ in found], [drawn for _, drawn in found])
+
+
+class _Layout(NamedTuple):
+    """How rows are begun and ended.
+
+    Args:
+        begin: tokens that a text begins with.
+        ends: tokens that end a text.
+        header: tokens up to a user's turn; none where there are no chats.
+        turn_ends: tokens that end a turn.
+        between: what is between the end of a user's turn, that included, and the answer.
+        pad: any token.
+    """
+
+    begin: list[int]
+    ends: list[int]
+    header: list[int]
+    turn_ends: list[int]
+    between: list[int]
+    pad: int
+
+
+def _layout(base: Any, tokenizer: Any, max_length: int) -> _Layout:
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise GuardError(
+            "The tokenizer has neither a beginning-of-text nor an end-of-text token for the model to begin with: set "
+            "tokenizer.bos_token."
+        )
+    ends = named_ends(base) | ({tokenizer.eos_token_id} - {None})
+    pad = first if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    chat = _chat(tokenizer, max_length)
+    if chat is None:
+        return _Layout([first], sorted(ends), [], [], [], pad)
+    header, between = chat
+    # The end of a turn ends no text: one that begins as a chat is gone on with.
+    return _Layout([first], sorted(ends - {between[0]}), header, sorted(ends | {between[0]}), between, pad)
+
+
+def _chat(tokenizer: Any, max_length: int) -> tuple[list[int], list[int]] | None:
+    """What a template puts before a user's turn, and between its end and the answer.
+
+    ``None`` where the model could not end the turn by one token, or where the template leaves it no room.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    turn = [{"role": "user", "content": _PLACEHOLDER}]
+    try:
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template may raise whatever it likes
+        return None
+    header, *others = text.split(_PLACEHOLDER)
+    if len(others) != 1:
+        return None
+    before, between = (
+        list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (header, others[0].lstrip())
+    )
+    special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
+    if not before or not between or between[0] not in special or len(before) + len(between) > max_length // 2:
+        return None
+    return before, between
+
+
+def _check(base: Any, tokens: int, max_length: int, batch_size: int) -> None:
+    config = getattr(base, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise GuardError(
+            f"{type(base).__name__} is an encoder-decoder, of which text of its own is not defined: a causal language "
+            "model is needed."
+        )
+    if not hasattr(base, "generate") or getattr(base, "generation_config", None) is None:
+        raise GuardError(
+            f"{type(base).__name__} cannot generate text: a causal language model of transformers is needed."
+        )
+    if tokens < 1 or max_length < 2 or batch_size < 1:
+        raise GuardError(
+            f"tokens and batch_size must be at least 1 and max_length 2, got {tokens}, {batch_size} and {max_length}"
+        )
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and most > 0 and max_length > most:
+        raise GuardError(f"max_length is {max_length:,} and the model has {most:,} positions: give a lower max_length.")
+
+
+_Row = tuple[Tensor, Tensor]
+
+
+def _written(
+    model: Any, layout: _Layout, tokens: int, max_length: int, batch_size: int, seed: int, device: torch.device,
+    advance: Any,
+) -> list[_Row]:  # fmt: skip
+    rows: list[_Row] = []
+    kinds = [_text, _conversation] if layout.header else [_text]
+    left = tokens
+    for i, write in enumerate(kinds):
+        goal, number = left // (len(kinds) - i), 0
+        while goal > 0:
+            count = min(batch_size, -(-goal // max_length))
+            # A row's number decides its draws: those of texts, of users' turns and of answers are apart.
+            batch = write(model, layout, range(3 * number, 3 * (number + count), 3), max_length, seed)
+            number += count
+            # Rounding may differ between processes. All go by the first's, so that they stop together.
+            for row, drawn in _of_first(batch, device):
+                if goal > 0:
+                    rows.append((row, drawn))
+                    goal, left = goal - len(row), left - len(row)
+                    advance(len(row))
+    return rows
+
+
+def _text(model: Any, layout: _Layout, numbers: Sequence[int], max_length: int, seed: int) -> list[_Row]:
+    begin, ends = layout.begin, frozenset(layout.ends)
+    found = sample(
+        model, [begin] * len(numbers), numbers=numbers, ends=ends, pad=layout.pad,
+        max_new_tokens=max_length - len(begin), seed=seed,
+    )  # fmt: skip
+    return [_row((begin, False), (new, True)) for new in found]
+
+
+def _conversation(model: Any, layout: _Layout, numbers: Sequence[int], max_length: int, seed: int) -> list[_Row]:
+    header, between, ends = layout.header, layout.between, frozenset(layout.turn_ends)
+    turns = sample(
+        model, [header] * len(numbers), numbers=[number + 1 for number in numbers], ends=ends, pad=layout.pad,
+        max_new_tokens=max_length - len(header), seed=seed,
+    )  # fmt: skip
+    # A turn that did not come to its end, or that leaves no room, has no answer.
+    answered = {
+        number: [*header, *turn, *between[1:]]
+        for number, turn in zip(numbers, turns, strict=True)
+        if turn[-1] == between[0] and len(header) + len(turn) + len(between) - 1 < max_length
+    }
+    answers: dict[int, list[int]] = {}
+    if answered:
+        shortest = min(map(len, answered.values()))
+        found = sample(
+            model, list(answered.values()), numbers=[number + 2 for number in answered], ends=ends, pad=layout.pad,
+            max_new_tokens=max_length - shortest, seed=seed,
+        )  # fmt: skip
+        answers = dict(zip(answered, found, strict=True))
+    rows = []
+    for number, turn in zip(numbers, turns, strict=True):
+        parts = [(header, False), (turn, True)]
+        if number in answers:
+            parts += [(between[1:], False), (answers[number][: max_length - len(answered[number])], True)]
+        rows.append(_row(*parts))
+    return rows
+
+
+def _row(*parts: tuple[list[int], bool]) -> _Row:
+    tokens = torch.tensor([token for part, _ in parts for token in part], dtype=torch.int64, device="cpu")
+    drawn = torch.tensor([drawn for part, drawn in parts for _ in part], dtype=torch.bool, device="cpu")
+    return tokens, drawn
+
+
+def _rank() -> int:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if several else 0
+
+
+def _of_first(value: Any, device: torch.device) -> Any:
+    """What the first process has, in every process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    held = [value]
+    torch.distributed.broadcast_object_list(held, src=0, device=device)
+    return held[0]
+
+
+@contextlib.contextmanager
+def _bar(shown: bool, tokens: int) -> Iterator[Any]:
+    with Progress(transient=True, disable=not shown) as progress:
+        task = progress.add_task("The model writes", total=tokens)
+        yield lambda count: progress.advance(task, count)
+
+
+# How many weights, and of each how many entries, tell a model from others.
+_WEIGHTS, _ENTRIES = 16, 64
+
+
+def _digest(base: nn.Module, tokenizer: Any, options: Any) -> str:
+    """Of all that decides the rows."""
+    config: Any = base.config
+    about = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
+    words = [len(tokenizer), getattr(tokenizer, "chat_template", None)]
+    digest = hashlib.sha256(json.dumps([about, words, options], sort_keys=True, default=str).encode())
+    weights = dict(_weights(base))
+    names = sorted(weights)
+    for name in names[:: -(-len(names) // _WEIGHTS)]:
+        weight = whole(weights[name].detach())
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        if not weight.is_meta and weight.numel():
+            entries = weight.reshape(-1)[:: -(-weight.numel() // _ENTRIES)]
+            digest.update(entries.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The base model's own parameters and their names, whatever PEFT has put around them."""
+    while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        within = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        assert isinstance(within, nn.Module)
+        module = within
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter
+    for name, child in module.named_children():
+        yield from _weights(child, f"{prefix}{name}.")
+
+
+def _load(path: Path, digest: str) -> list[_Row] | None:
+    """The rows that a file holds; ``None`` if it holds none that are whole."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("curlora_own_text") != digest:
+                return None
+            tokens, drawn, lengths = (file.get_tensor(name) for name in ("tokens", "drawn", "lengths"))
+        split = lengths.tolist()
+        return list(zip(tokens.long().split(split), drawn.bool().split(split), strict=True))
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError):
+        return None
+
+
+def _save(path: Path, digest: str, rows: list[_Row]) -> None:
+    """Keep them, where that can be done; whoever reads meanwhile finds a whole file or none."""
+    lengths = torch.tensor([len(row) for row, _ in rows], device="cpu")
+    state = {
+        "tokens": torch.cat([row for row, _ in rows]),
+        "drawn": torch.cat([d for _, d in rows]),
+        "lengths": lengths,
+    }
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
+        os.close(handle)
+        save_file(state, partial, {"curlora_own_text": digest})
+        os.replace(partial, path)
+        partial = None
+    except (OSError, SafetensorError):
+        return
+    finally:
+        if partial is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
