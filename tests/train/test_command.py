@@ -288,9 +288,9 @@ def test_the_documentation_names_every_option_and_default():
     options = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
     assert named == options
     for row in re.findall(r"^\| (`.*?`) \| (.*?) \|", table, re.MULTILINE):
-        for option, default in zip(re.findall(r"--[a-z-]+", row[0]), row[1].split(", "), strict=False):
+        for option, default in zip(re.findall(r"--[a-z0-9-]+", row[0]), row[1].split(", "), strict=False):
             (parameter,) = [p for p in parameters if option in (*p.opts, *p.secondary_opts)]
-            if parameter.default is not None and not parameter.required:
+            if parameter.default not in (None, False) and not parameter.required:
                 assert str(getattr(parameter.default, "value", parameter.default)) == default.strip("`"), option
     assert f"{TrainOptions.RANK}, {TrainOptions.TARGET_MODULES} |" in table
 

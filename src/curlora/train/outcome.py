@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -82,7 +81,7 @@ class Run(_Part):
     learning_rate: float
     seconds: float
     device: str
-    log: list[dict[str, Any]]
+    log: list[dict[str, float]]
 
 
 class TrainOutcome(_Part):

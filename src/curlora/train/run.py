@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -10,6 +12,8 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from pydantic import ValidationError
 
 from curlora.continual.sequence import Progress, Silent
 from curlora.convert import load_with_base, save_as_lora, save_merged
@@ -64,7 +68,13 @@ def prepare(options: TrainOptions) -> Prepared:
 def finished(prepared: Prepared) -> TrainOutcome | None:
     """The figures of the training in the output folder, if it is done."""
     record = prepared.folder.record() or {}
-    return TrainOutcome.model_validate(record["outcome"]) if "outcome" in record else None
+    try:
+        return TrainOutcome.model_validate(record["outcome"]) if "outcome" in record else None
+    except ValidationError as error:
+        raise TrainError(
+            f"--out {prepared.options.out} is finished, but its training.json is not as this version of curlora writes "
+            "it: choose another folder."
+        ) from error
 
 
 def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: Silent()) -> TrainOutcome:
@@ -161,7 +171,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     write_page(outcome, folder.path / "report.html")
     if options.export is not None:
         _export(options.export, folder.path, base, training.model)
-    folder.write({"outcome": outcome.model_dump(mode="json")})
+    folder.write({"outcome": json.loads(outcome.model_dump_json())})
     folder.remove_checkpoints()
     return outcome
 
@@ -179,6 +189,4 @@ def _export(to: str, out: Path, base: Base, model: Any) -> None:
 
 
 def _digests(options: TrainOptions) -> dict[str, str]:
-    import hashlib
-
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in options.guard_texts.items()}
