@@ -50,7 +50,7 @@ def _plots(outcome: TrainOutcome) -> list[Markup]:
     return plots
 
 
-def _curve(points: Sequence[tuple[int, float]], label: str, axis: Axes) -> None:
+def _curve(points: Sequence[tuple[float, float]], label: str, axis: Axes) -> None:
     axis.plot(*zip(*points, strict=True), color="#0072b2", linewidth=1.6)
     axis.set_xlabel("step")
     axis.set_ylabel(label)
