@@ -424,10 +424,12 @@ class ForgettingBudget(TrainerCallback):
         ledger, layers = prepared.ledger, layers_of(model, guard.adapter)
         examples = self._examples
         if self.anchors and examples.problem is None and outcome.kept > 0:
-            task = calibrate(
-                model, examples.batches(model, to_device=False), adapter=guard.adapter, batch_size=self.batch_size,
-                seed=self.seed, progress=False,
-            )  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # which are of a guard's text
+                task = calibrate(
+                    model, examples.batches(model, to_device=False), adapter=guard.adapter, batch_size=self.batch_size,
+                    seed=self.seed, progress=False,
+                )  # fmt: skip
             _add_anchor(ledger.anchors, task, layers, guard.adapter)
         texts = {
             name: TextRecord(
