@@ -17,8 +17,8 @@ from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from curlora import CurloraConfig, ForgettingBudget, Guard, GuardCallback, calibrate
-from curlora.guard import Ledger, perplexity
-from tests.models import layers, llama, tokens
+from curlora.guard import Ledger, own_text, perplexity
+from tests.models import WORDS, layers, llama, tokens, word_tokenizer
 
 STEPS = 4
 SHARDING = {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": "FULL_STATE_DICT"}
@@ -75,7 +75,7 @@ def guarded(model, folder, **arguments):
     again = calibrate(model, text, batch_size=2, progress=False)  # of the model as the trainer has left it, in pieces
     return {
         "U": trained(train.model), "kept": torch.tensor(callback.kept), "drifts": torch.tensor(drifts),
-        "end": torch.tensor(callback.guard.drift()),
+        "end": torch.tensor(callback.guard.drift()), "own text": written(train.model),
         "calibrations": [
             torch.stack([getattr(of, part) for of in one.layers.values()])
             for one in (calibration, again) for part in ("left", "right", "start")
@@ -99,6 +99,21 @@ def budgeted(model, folder, **arguments):
         "texts": torch.tensor([[text.before, text.after] for text in outcome.texts.values()]),
         "anchors": Ledger.of(train.model.peft_config["default"]).anchors.state_dict(),
     }  # fmt: skip
+
+
+def written(model):
+    """What the base writes. Each process would write something else."""
+    words, rank = word_tokenizer(), 0
+    words.bos_token = WORDS[3]
+    if torch.distributed.is_initialized():
+        rank = torch.distributed.get_rank()
+    options = {"tokens": 100, "max_length": 8, "batch_size": 4, "cache": None, "progress": False}
+    rows = own_text(model, words, seed=rank, **options)
+    if torch.distributed.is_initialized():
+        everyones = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyones, torch.cat(rows).tolist())
+        assert everyones == [everyones[0]] * len(everyones)
+    return torch.cat(rows)
 
 
 def trained(model):

@@ -30,7 +30,7 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=16)]
     names = {"general_texts": [" ".join(WORDS)] * 12, "train_dataset": rows}
-    whole, by_callback, measured, redrawn = blocks("guard.md", "python")
+    whole, by_callback, measured, own, redrawn = blocks("guard.md", "python")
     exec(whole.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
     assert 0 < names["guard"].drift() <= 0.01
     exec(by_callback, names)
@@ -46,6 +46,10 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     names["perplexity_rise"] = rise
     exec(measured.replace("...\n", "trainer.train()\n"), names)
     assert 0 < names["scale"] < 1
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    names["tokenizer"].bos_token = WORDS[5]
+    exec(own, names)
+    assert names["calibration"].tokens == sum(map(len, names["rows"])) >= 8192
     names["task_batches"] = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=8).split(4)]
     for U in names["guard"].parameters:
         U.data.zero_()  # as before any training

@@ -93,6 +93,10 @@ def test_a_budget_is_kept_as_in_one_process(one, two):
     assert all(bool(moment.isfinite().all()) for moment in found["anchors"].values())
 
 
+def test_every_process_has_the_text_that_the_base_writes_in_the_first(one, two):
+    assert torch.equal(two["guarded"]["own text"], one["guarded"]["own text"])
+
+
 def test_columns_and_rows_are_drawn_alike_whatever_the_generators_say(one, two):
     for drawn in two["indices"]:
         assert torch.equal(drawn, one["indices"])

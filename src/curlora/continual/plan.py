@@ -78,7 +78,7 @@ def make_plan(recipe: Recipe) -> Plan:
         check_shared_out(part.settings.batch_size)
     base = recipe.model.load_empty()
     adapted = stream.checked(tasks)
-    windows = sum(text.windows for text in stream.texts) + sum(len(text.prompts) for text in stream.prompts)
+    windows = sum(text.windows for text in stream.texts) + sum(text.rows for text in stream.unwritten)
     runs = len(stream.seeds) * (1 + len(stream.orders))
     quantization = recipe.model.quantization or getattr(base.config, "quantization_config", None)
     heads = sum(part.task.classes or 0 for part in tasks)

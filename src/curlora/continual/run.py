@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.answers import PromptList, kept_answers
+from curlora.continual.answers import OwnText, PromptList, kept_answers
 from curlora.continual.checks import Adapted, check_stream, check_texts
 from curlora.continual.errors import RunError
 from curlora.continual.frozen_layers import keep_frozen_layers
@@ -63,8 +63,9 @@ class Stream:
         seeds: each method is run once with each.
         protocol: further facts for the report: the switches of the protocol.
         recipe: the recipe, for the report.
-        prompts: whose answers by the base model are followed as texts are.
-        guard_text: a general text for plug-ins that go by one; it is followed as well.
+        sampled: further texts that are held out, which the base model has to write first.
+        guard_text: a general text for plug-ins that go by one, which the base model may have to write first; it is
+            followed as well.
         orders: further orders of the tasks, each all of their names; every method is run in each.
         limits: on forgetting, for the report: see :class:`curlora.continual.recipe.Recipe`.
         load_empty: gives the model on the meta device, by which the methods are checked before any is run; without it
@@ -82,32 +83,41 @@ class Stream:
     seeds: Sequence[int] = (0,)
     protocol: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
-    prompts: Sequence[PromptList] = ()
-    guard_text: HeldOut | None = None
+    sampled: Sequence[PromptList | OwnText] = ()
+    guard_text: HeldOut | PromptList | OwnText | None = None
     orders: Sequence[Sequence[str]] = ()
     limits: Mapping[str, list[float]] = field(default_factory=dict)
     load_empty: Callable[[], nn.Module] | None = None
 
     @property
     def texts(self) -> list[HeldOut]:
-        """All that are followed: those that are held out, then the guard's."""
-        return [*self.heldout, *([] if self.guard_text is None else [self.guard_text])]
+        """All that are followed and have been written: those that are held out, then the guard's."""
+        return [*self.heldout, *([self.guard_text] if isinstance(self.guard_text, HeldOut) else [])]
+
+    @property
+    def unwritten(self) -> list[PromptList | OwnText]:
+        """What the base model has to write first, the guard's last."""
+        guard = self.guard_text
+        return [*self.sampled, *([] if guard is None or isinstance(guard, HeldOut) else [guard])]
 
     def with_answers(self, directory: Path) -> Stream:
-        """The stream with the base model's answers to its prompts among the held-out texts.
+        """The stream with what the base model writes among its texts.
 
         Args:
-            directory: the run directory, which keeps them.
+            directory: the run directory, which keeps it.
         """
-        if not self.prompts:
+        if not self.unwritten:
             return self
         load = functools.cache(lambda: self.load_model().to(process_state().device))
         if process_state().is_main_process:
-            for text in self.prompts:
+            for text in self.unwritten:
                 kept_answers(text, self.tokenizer, directory, load)
         process_state().wait_for_everyone()
-        answers = [kept_answers(text, self.tokenizer, directory, load) for text in self.prompts]
-        return dataclasses.replace(self, heldout=[*self.heldout, *answers], prompts=())
+        written: list[HeldOut] = [kept_answers(text, self.tokenizer, directory, load) for text in self.unwritten]
+        guard = self.guard_text
+        if guard is not None and not isinstance(guard, HeldOut):
+            guard = dataclasses.replace(written.pop(), shown=True)
+        return dataclasses.replace(self, heldout=[*self.heldout, *written], sampled=(), guard_text=guard)
 
     def checked(self, encoded: Sequence[Encoded]) -> dict[str, Adapted]:
         """The methods on the model without weights, see :func:`curlora.continual.checks.check_stream`.
@@ -279,7 +289,7 @@ def run_job(
         base=BaseScores(base.heldout, [known[part.task.name] for part in encoded if part.task.name in known]),
         directory=job.folder,
         progress=listener,
-        guard_text=stream.guard_text,
+        guard_text=stream.guard_text if isinstance(stream.guard_text, HeldOut) else None,
         order=job.order,
     ).run()
     record = Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)

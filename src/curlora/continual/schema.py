@@ -96,6 +96,13 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "max_new_tokens": "Of an answer.",
         "seed": "Of the sampling.",
     },
+    "OwnTextPart": {
+        "name": "For people.",
+        "written_by": "The base model writes the text, without being asked.",
+        "tokens": "How many tokens it writes.",
+        "max_length": "Tokens of a piece.",
+        "seed": "Of the sampling.",
+    },
     "GeneratePart": {"max_new_tokens": "Of an answer."},
     "ScorePart": {
         "generate": "How answers are generated.",

@@ -24,10 +24,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         f"{stream.base_model}: {plan.base_parameters:,} parameters. {processes} on {state.device}. "
         f"Seed{'s' if len(stream.seeds) > 1 else ''} {', '.join(map(str, stream.seeds))}.",
         *(f"Held out: {text.describe()}" for text in stream.heldout),
-        *(
-            f"Held out: {text.name} (the base model's answers to {len(text.prompts)} prompts)"
-            for text in stream.prompts
-        ),
+        *(f"To be written by the base model: {text.name} ({text.rows} pieces)" for text in stream.unwritten),
         *(["Orders of the tasks: " + str(1 + len(stream.orders)) + "."] if stream.orders else []),
     ]
 

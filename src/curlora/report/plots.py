@@ -21,7 +21,18 @@ from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import Point, front, limited_text, points, what_is_learned
 from curlora.report.formatting import per_cent
 
-__all__ = ["Plot", "Style", "Styles", "fills_of", "fronts_of", "key_of", "overview_of", "plots_of", "styles_of"]
+__all__ = [
+    "Plot",
+    "Style",
+    "Styles",
+    "fills_of",
+    "fronts_of",
+    "key_of",
+    "overview_of",
+    "plots_of",
+    "styles_of",
+    "svg_panel",
+]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Where colours repeat, markers and lines differ.
 _COLOURS = ["#6b7280", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00"]
@@ -89,7 +100,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
             "Accuracy on each task after every stage of the stream, from the moment it was learned. A falling line is "
             "forgetting. Dotted: always answering the most frequent class." + _bars_text(results),
             [
-                _panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
+                svg_panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
                 for j, task in enumerate(results.tasks)
             ],
         ),
@@ -98,7 +109,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
             "Down: after which task. Across: on which task. On the diagonal what was learned, below what is left."
             + (" In per cent." if _in_per_cent(results) else ""),
             [
-                _panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
+                svg_panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
                 for method in results.methods
             ],
             legend=False,
@@ -112,14 +123,14 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
         Plot(
             "Training",
             "Training loss over the stream, smoothed; each task that has a head starts with a fresh one.",
-            [_panel("training loss", partial(_losses, results, styles))],
+            [svg_panel("training loss", partial(_losses, results, styles))],
         ),
     ]
     if (fronts := fronts_of(whole)) is not None:
         plots.insert(0, fronts)
     if any(method.trainable_parameters for method in results.methods):
         height = 0.9 + 0.36 * len(results.methods)
-        panel = _panel("trained parameters", partial(_trainable, results, styles), height=height)
+        panel = svg_panel("trained parameters", partial(_trainable, results, styles), height=height)
         plots.insert(-1, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
     return plots
 
@@ -166,7 +177,7 @@ def fronts_of(results: RunResults) -> Plot | None:
         axis.margins(x=0.08, y=0.12)
         axis.legend(fontsize=8, frameon=False)
 
-    panels = [_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
+    panels = [svg_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
     return Plot("What is learned for what is forgotten", text, panels, legend=False)
 
 
@@ -185,10 +196,12 @@ def _trade_offs(runs: Sequence[RunResults], styles: Styles, fills: Sequence[str]
             rise.append(_Point(per_cent(method.perplexity_rise), method.average_accuracy, style, fill))
             if method.forgetting is not None:
                 forgetting.append(_Point(method.forgetting, method.learning_accuracy, style, fill))
-    panels = [_panel("accuracy and perplexity", partial(_points, rise, "rise of perplexity (%)", "average accuracy"))]
+    panels = [
+        svg_panel("accuracy and perplexity", partial(_points, rise, "rise of perplexity (%)", "average accuracy"))
+    ]
     if forgetting:
         labels = ("forgetting", "learning accuracy (plasticity)")
-        panels.append(_panel("plasticity and forgetting", partial(_points, forgetting, *labels)))
+        panels.append(svg_panel("plasticity and forgetting", partial(_points, forgetting, *labels)))
     return panels
 
 
@@ -202,7 +215,8 @@ def _unplotted(results: RunResults) -> str:
     return f" Diverged, and without a point on the panel of perplexity: {', '.join(labels)}." if labels else ""
 
 
-def _panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, height: float = 3.2) -> Markup:
+def svg_panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, height: float = 3.2) -> Markup:
+    """One plot under a title, ``width`` by ``height`` inches."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
