@@ -106,6 +106,7 @@ def test_the_plan_and_the_table_are_printed(whole):
         r"steps +50: 10 epochs in batches of 8; a checkpoint every 5 steps",
         r"may be forgotten +5\.00 % of perplexity",
         r"of which text +a novel",
+        rf"learning rate +about {record(out)['outcome']['run']['learning_rate']:.2g}, set from the budget",
         r"perplexity of a novel +[\d.]+ +[\d.]+ +[+-]\d\.\d+ % +5\.00 %",
         r"stated +5\.00 % of perplexity",
         r"predicted +\+\d\.\d+ % ",
@@ -130,6 +131,15 @@ def test_the_page_and_the_card_hold_the_figures_and_escape_names(whole, chat_mod
     names = {}
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(code.replace("this folder or repository", str(out)), names)
+    assert type(names["model"]).__name__ == "PeftModelForCausalLM"
+
+
+def test_the_documentations_python_loads_it(whole, chat_model):
+    page = (Path(__file__).parent.parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", chat_model).replace('"adapter"', repr(str(whole[0])))
+    exec(code, names)
     assert type(names["model"]).__name__ == "PeftModelForCausalLM"
 
 

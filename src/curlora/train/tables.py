@@ -58,7 +58,9 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
         ("of which text", texts or "what the model itself writes"),
         (
             "learning rate",
-            "set from the budget" if options.learning_rate is None else f"{options.learning_rate:g}",
+            f"about {plan.learning_rate:.2g}, set from the budget"
+            if options.learning_rate is None
+            else f"{options.learning_rate:g}, where the budget asks for about {plan.learning_rate:.2g}",
         ),
         (
             "memory",
