@@ -15,7 +15,7 @@ import torch
 import typer
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from curlora.guard import perplexity
@@ -23,6 +23,7 @@ from curlora.guard.texts import rows_of
 from curlora.train import TrainOptions, prepare
 from curlora.train.measure import measure
 from curlora_cli.commands import app
+from tests.models import gpt2
 from tests.train.conftest import conversations, write_lines
 
 # Enough steps to learn something and to be killed between.
@@ -282,6 +283,21 @@ def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeyp
     assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
 
 
+def test_a_model_of_few_positions_without_a_template(guard_file, plain_model, tmp_path):
+    """GPT-2, whose layers are transformers' Conv1D; its positions have to do for a prompt and the reply."""
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(plain_model).save_pretrained(tmp_path / "gpt2")
+    rows = [{"prompt": " ".join(f"w{(i + j) % 90}" for j in range(62)), "completion": f"w{i}"} for i in range(40)]
+    out = tmp_path / "out"
+    tells = dict(model=tmp_path / "gpt2", out=out, guard_text=guard_file, epochs=1, rank=4)
+    done = command(write_lines(tmp_path / "rows.jsonl", rows), **tells)
+    assert done.exit_code == 0, done.output
+    assert "as plain text: the model has no chat template" in " ".join(done.stdout.split())
+    assert record(out)["outcome"]["held_out"]["tokens"] == 2 * 20  # the word and the end of the text
+    for reply in record(out)["outcome"]["replies"]:
+        assert len(reply["before"].split()) <= 32
+
+
 def test_a_dry_run_writes_nothing_and_loads_no_weight(data, chat_model, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out")
@@ -328,7 +344,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def models(chat_model, plain_model, tmp_path_factory):
-    from transformers import AutoTokenizer, T5Config, ViTConfig
+    from transformers import T5Config, ViTConfig
 
     folder, found = tmp_path_factory.mktemp("models"), {"chat": chat_model, "plain": plain_model}
     for name, config in (("t5", T5Config()), ("vit", ViTConfig())):
