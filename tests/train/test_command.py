@@ -102,7 +102,7 @@ def test_the_figures_are_those_of_the_saved_adapter(whole, data, chat_model, gua
 def test_the_plan_and_the_table_are_printed(whole):
     out, printed = whole
     for line in (
-        r"trained on 40 examples of .*chat <b>\.jsonl: 400 tokens, 160 in answers; laid out by the model's chat template",
+        r"trained on 40 examples of .*chat <b>\.jsonl: 400 tokens, 160 in answers; laid out by the model's chat templ",
         r"held out 20 examples: 200 tokens, 80 in answers; split off .*chat <b>.jsonl by seed 0",
         r"steps 50: 10 epochs in batches of 8; a checkpoint every 5 steps",
         r"may be forgotten 5\.00 % of perplexity",
@@ -283,6 +283,19 @@ def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeyp
     assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
 
 
+def test_the_loss_is_on_answers_alone(data, chat_model, guard_file, tmp_path):
+    """At the first step, which takes all examples at once, it is the base model's on the answers."""
+    out, tells = tmp_path / "out", dict(guard_text=guard_file, epochs=1, rank=4)
+    done = command(data, model=chat_model, out=out, batch_size=40, **tells)
+    assert done.exit_code == 0, done.output
+    _, base, examples, _, _ = prepare(TrainOptions(data=str(data), out=tmp_path / "nowhere", model=chat_model))
+    model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    how = dict(stop=frozenset(), reply_tokens=1, batch_size=8)
+    found = measure(model, base.tokenizer, examples.train, examples.prompts, **how)
+    (entry,) = record(out)["outcome"]["run"]["log"]
+    assert entry["loss"] == pytest.approx(found.loss, abs=1e-4)
+
+
 def test_a_model_of_few_positions_without_a_template(guard_file, plain_model, tmp_path):
     """GPT-2, whose layers are transformers' Conv1D; its positions have to do for a prompt and the reply."""
     gpt2().save_pretrained(tmp_path / "gpt2")
@@ -303,6 +316,7 @@ def test_a_dry_run_writes_nothing_and_loads_no_weight(data, chat_model, tmp_path
     done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "what the model itself writes" in done.stdout
+    assert re.fullmatch(r"Warning: The rank was lowered from 32 to the smaller side .*\n", done.stderr)
     assert not (tmp_path / "out").exists()
 
 
