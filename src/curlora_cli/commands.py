@@ -448,12 +448,15 @@ def _quiet_libraries() -> Iterator[None]:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    show = warnings.showwarning
+    show, said = warnings.showwarning, set()
 
     def show_for_people(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        # What callbacks of ours say is said to come from whoever calls them.
-        ours = category is UserWarning and {"curlora", "transformers"} & set(Path(str(where[0])).parts)
-        if issubclass(category, RecipeWarning) or ours:
+        # What a callback or a tuner says is said to come from the library that calls it.
+        from_callers = category is UserWarning and {"curlora", "peft", "transformers"} & set(Path(str(where[0])).parts)
+        if str(message) in said:
+            return
+        said.add(str(message))
+        if issubclass(category, RecipeWarning) or from_callers:
             errors.print("[yellow]Warning:[/]", Text(str(message)), highlight=False, soft_wrap=True)
         else:
             show(message, category, *where)
