@@ -82,7 +82,7 @@ def test_the_figures_are_those_of_the_saved_adapter(whole, data, chat_model, gua
     )
     model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
     rows = rows_of("novel", guard_file, base.tokenizer, tokens=8192, max_length=128)
-    how = dict(stop=examples.stop, reply_tokens=96, batch_size=4)
+    how = dict(stop=examples.stop, reply_tokens=examples.reply_tokens, batch_size=4)
     for when in ("before", "after"):
         if when == "after":
             model = PeftModel.from_pretrained(model, out).eval()

@@ -54,3 +54,4 @@ def _curve(points: Sequence[tuple[float, float]], label: str, axis: Axes) -> Non
     axis.plot(*zip(*points, strict=True), color="#0072b2", linewidth=1.6)
     axis.set_xlabel("step")
     axis.set_ylabel(label)
+    axis.set_ylim(bottom=0)  # what hardly changes is not to look as if it did
