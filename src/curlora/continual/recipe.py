@@ -227,6 +227,9 @@ Text = Annotated[
 ]
 
 
+_OF_A_RUN = ("forward_transfer", "cache_frozen_layers", "fp32_products")  # settings that no task has for itself
+
+
 class Recipe(_Part):
     """A run. Paths in it are relative to the recipe's own folder, and may hold ``${VARIABLES}`` of the environment.
 
@@ -340,7 +343,9 @@ class Recipe(_Part):
         misplaced = [
             f"task {task.name!r}: training: {key} is for all tasks alike"
             for task in tasks
-            for key in sorted(task.training.keys() & {"forward_transfer", "cache_frozen_layers", *SWITCHES})
+            for key in sorted(
+                task.training.keys() & {"forward_transfer", "cache_frozen_layers", "fp32_products", *SWITCHES}
+            )
         ]
         if misplaced:
             raise at_their_places(misplaced)
