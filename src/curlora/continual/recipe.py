@@ -430,7 +430,7 @@ def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with curlora, by name."""
     folder = Path(str(resources.files("curlora").joinpath("recipes")))
     # The demo's files have to be fetched first: `curlora demo`.
-    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem != "demo"}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem not in ("demo", "demo-full")}
 
 
 def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | None = None) -> Recipe:
