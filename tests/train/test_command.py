@@ -15,7 +15,7 @@ import torch
 import typer
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from curlora.guard import perplexity
@@ -23,6 +23,7 @@ from curlora.guard.texts import rows_of
 from curlora.train import TrainOptions, prepare
 from curlora.train.measure import measure
 from curlora_cli.commands import app
+from tests.models import gpt2
 from tests.train.conftest import conversations, write_lines
 
 # Enough steps to learn something and to be killed between.
@@ -101,17 +102,18 @@ def test_the_figures_are_those_of_the_saved_adapter(whole, data, chat_model, gua
 def test_the_plan_and_the_table_are_printed(whole):
     out, printed = whole
     for line in (
-        r"trained on +40 examples of 400 tokens, 160 in answers",
-        r"held out +20 examples of 200 tokens, 80 in answers",
-        r"steps +50: 10 epochs in batches of 8; a checkpoint every 5 steps",
-        r"may be forgotten +5\.00 % of perplexity",
-        r"of which text +a novel",
-        r"perplexity of a novel +[\d.]+ +[\d.]+ +[+-]\d\.\d+ % +5\.00 %",
-        r"stated +5\.00 % of perplexity",
-        r"predicted +\+\d\.\d+ % ",
-        r"measured +[+-]\d\.\d+ % on a novel",
+        r"trained on 40 examples of .*chat <b>\.jsonl: 400 tokens, 160 in answers; laid out by the model's chat templ",
+        r"held out 20 examples: 200 tokens, 80 in answers; split off .*chat <b>.jsonl by seed 0",
+        r"steps 50: 10 epochs in batches of 8; a checkpoint every 5 steps",
+        r"may be forgotten 5\.00 % of perplexity",
+        r"of which text a novel",
+        rf"learning rate about {record(out)['outcome']['run']['learning_rate']:.2g}, set from the budget",
+        r"perplexity of a novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %",
+        r"stated 5\.00 % of perplexity",
+        r"predicted \+\d\.\d+ % ",
+        r"measured [+-]\d\.\d+ % on a novel",
     ):
-        assert re.search(line, printed), line
+        assert re.search(line, " ".join(printed.split())), line
     assert str(out / "report.html") in printed.replace("\n", "")
 
 
@@ -130,6 +132,15 @@ def test_the_page_and_the_card_hold_the_figures_and_escape_names(whole, chat_mod
     names = {}
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     exec(code.replace("this folder or repository", str(out)), names)
+    assert type(names["model"]).__name__ == "PeftModelForCausalLM"
+
+
+def test_the_documentations_python_loads_it(whole, chat_model):
+    page = (Path(__file__).parent.parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", chat_model).replace('"adapter"', repr(str(whole[0])))
+    exec(code, names)
     assert type(names["model"]).__name__ == "PeftModelForCausalLM"
 
 
@@ -272,11 +283,40 @@ def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeyp
     assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
 
 
+def test_the_loss_is_on_answers_alone(data, chat_model, guard_file, tmp_path):
+    """At the first step, which takes all examples at once, it is the base model's on the answers."""
+    out, tells = tmp_path / "out", dict(guard_text=guard_file, epochs=1, rank=4)
+    done = command(data, model=chat_model, out=out, batch_size=40, **tells)
+    assert done.exit_code == 0, done.output
+    _, base, examples, _, _ = prepare(TrainOptions(data=str(data), out=tmp_path / "nowhere", model=chat_model))
+    model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    how = dict(stop=frozenset(), reply_tokens=1, batch_size=8)
+    found = measure(model, base.tokenizer, examples.train, examples.prompts, **how)
+    (entry,) = record(out)["outcome"]["run"]["log"]
+    assert entry["loss"] == pytest.approx(found.loss, abs=1e-4)
+
+
+def test_a_model_of_few_positions_without_a_template(guard_file, plain_model, tmp_path):
+    """GPT-2, whose layers are transformers' Conv1D; its positions have to do for a prompt and the reply."""
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(plain_model).save_pretrained(tmp_path / "gpt2")
+    rows = [{"prompt": " ".join(f"w{(i + j) % 90}" for j in range(62)), "completion": f"w{i}"} for i in range(40)]
+    out = tmp_path / "out"
+    tells = dict(model=tmp_path / "gpt2", out=out, guard_text=guard_file, epochs=1, rank=4)
+    done = command(write_lines(tmp_path / "rows.jsonl", rows), **tells)
+    assert done.exit_code == 0, done.output
+    assert "as plain text: the model has no chat template" in " ".join(done.stdout.split())
+    assert record(out)["outcome"]["held_out"]["tokens"] == 2 * 20  # the word and the end of the text
+    for reply in record(out)["outcome"]["replies"]:
+        assert len(reply["before"].split()) <= 32
+
+
 def test_a_dry_run_writes_nothing_and_loads_no_weight(data, chat_model, tmp_path, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert "what the model itself writes" in done.stdout
+    assert re.fullmatch(r"Warning: The rank was lowered from 32 to the smaller side .*\n", done.stderr)
     assert not (tmp_path / "out").exists()
 
 
@@ -318,7 +358,7 @@ BAD = {
 
 @pytest.fixture(scope="module")
 def models(chat_model, plain_model, tmp_path_factory):
-    from transformers import AutoTokenizer, T5Config, ViTConfig
+    from transformers import T5Config, ViTConfig
 
     folder, found = tmp_path_factory.mktemp("models"), {"chat": chat_model, "plain": plain_model}
     for name, config in (("t5", T5Config()), ("vit", ViTConfig())):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Examples:
         held_out_from: where the latter comes from, for people.
         layout: how examples become tokens, for people.
         prompts: to show replies to.
+        reply_tokens: where a reply is cut off.
         stop: tokens that end a reply, beside the model's own.
         sha256: of the conversations, in both files.
     """
@@ -92,6 +93,7 @@ class Examples:
     held_out_from: str
     layout: str
     prompts: list[Prompt]
+    reply_tokens: int
     stop: frozenset[int]
     sha256: str
 
@@ -130,12 +132,19 @@ def read_examples(options: TrainOptions, base: Base) -> Examples:
     encoded = [_encode(part, base.tokenizer, longest, options) for part in (train, held_out)]
     has_template = bool(base.tokenizer.chat_template)
     prompts = [_own_prompt(text, base.tokenizer) for text in options.prompts]
+    if not prompts:
+        prompts = _prompts(held_out.only(range(min(options.REPLIES, len(held_out.conversations)))), base)
+    reply_tokens = options.REPLY_TOKENS
+    if base.positions is not None:  # a prompt and the reply have to fit
+        reply_tokens = min(reply_tokens, base.positions // 2)
+        prompts = [replace(prompt, ids=prompt.ids[reply_tokens - base.positions :]) for prompt in prompts]
     return Examples(
         train=encoded[0],
         held_out=encoded[1],
         held_out_from=held_out_from,
         layout="by the model's chat template" if has_template else "as plain text: the model has no chat template",
-        prompts=prompts or _prompts(held_out.only(range(min(options.REPLIES, len(held_out.conversations)))), base),
+        prompts=prompts,
+        reply_tokens=reply_tokens,
         stop=_stop(held_out, base) if has_template else frozenset(),
         sha256=_sha256([source.conversations for source in sources]),
     )

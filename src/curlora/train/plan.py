@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from curlora._compat import in_out_features
 from curlora.continual.memory import UnknownError, kept_for_backward
 from curlora.continual.processes import use_cpu
+from curlora.guard.learning_rate import learning_rate
 from curlora.train.data import Examples
 from curlora.train.model import Base
 from curlora.train.options import TrainOptions
@@ -55,6 +56,7 @@ class TrainPlan:
         trained: parameters that are trained.
         layers: that have an adapter.
         rank: the highest of them.
+        learning_rate: that the budget asks for, about.
         memory: of the largest step.
     """
 
@@ -66,6 +68,7 @@ class TrainPlan:
     trained: int
     layers: int
     rank: int
+    learning_rate: float
     memory: Memory
 
 
@@ -81,6 +84,7 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
     steps = math.ceil(batches / options.gradient_accumulation) * options.epochs
     logging = max(1, steps // 100)
     adapted = [layer for layer in model.modules() if isinstance(layer, CurloraLayer)]
+    rank = max(r for layer in adapted for r in layer.r.values())
     return TrainPlan(
         steps=steps,
         logging_steps=logging,
@@ -91,7 +95,8 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
         parameters=sum(p.numel() for p in plain.parameters()),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=len(adapted),
-        rank=max(r for layer in adapted for r in layer.r.values()),
+        rank=rank,
+        learning_rate=learning_rate(math.log1p(options.max_forgetting), steps, rank),
         memory=_memory(options, base, plain, model, min(options.batch_size, rows), examples.train.longest),
     )
 

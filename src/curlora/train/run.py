@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import ValidationError
 
 from curlora.continual.sequence import Progress, Silent
@@ -85,7 +86,7 @@ def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: 
         progress: given the whole amount of work, gives what hears about it; nobody if not given.
 
     Raises:
-        TrainError: if another training is at work in the folder, or the disk is full.
+        TrainError: if another training is at work in the folder, the disk is full, or memory does not suffice.
     """
     folder = prepared.folder
     with claim(folder):
@@ -93,14 +94,20 @@ def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: 
             return done
         if folder.record() is None:
             folder.write({})
-        return _train(prepared, progress)
+        try:
+            return _train(prepared, progress)
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"The device has not enough memory ({str(error).partition('.')[0]}): lower --batch-size or "
+                "--max-length, or give --gradient-checkpointing or --quantize 4bit."
+            ) from error
 
 
 def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOutcome:
     from curlora.train.training import Training  # TRL is imported no sooner than it is needed
 
     options, base, examples, plan, folder = prepared
-    replies = len(examples.prompts) * options.REPLY_TOKENS * _WRITING
+    replies = len(examples.prompts) * examples.reply_tokens * _WRITING
     bar = progress(_TRAINING * plan.tokens + 2 * (examples.held_out.tokens + replies))
 
     bar.stage("loading the model")
@@ -109,7 +116,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     def measured() -> Measured:
         found = measure(
             training.model, base.tokenizer, examples.held_out, examples.prompts,
-            stop=examples.stop, reply_tokens=options.REPLY_TOKENS, batch_size=options.batch_size,
+            stop=examples.stop, reply_tokens=examples.reply_tokens, batch_size=options.batch_size,
             autocast=training.autocast, on_tokens=bar.advance,
         )  # fmt: skip
         bar.advance(replies)

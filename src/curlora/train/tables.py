@@ -46,8 +46,8 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
             f"{'continues ' + base.continue_from + ', ' if base.continue_from else ''}rank {plan.rank} on "
             f"{plan.layers} layers: {plan.trained:,} trained parameters",
         ),
-        ("trained on", f"{_split(train)} of {options.data}, {examples.layout}"),
-        ("held out", f"{_split(held_out)}, {examples.held_out_from}"),
+        ("trained on", f"{_split(train, f' of {options.data}')}; laid out {examples.layout}"),
+        ("held out", f"{_split(held_out)}; {examples.held_out_from}"),
         (
             "steps",
             f"{plan.steps:,}: {_count(options.epochs, 'epoch')} in batches of "
@@ -58,7 +58,9 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
         ("of which text", texts or "what the model itself writes"),
         (
             "learning rate",
-            "set from the budget" if options.learning_rate is None else f"{options.learning_rate:g}",
+            f"about {plan.learning_rate:.2g}, set from the budget"
+            if options.learning_rate is None
+            else f"{options.learning_rate:g}, where the budget asks for about {plan.learning_rate:.2g}",
         ),
         (
             "memory",
@@ -153,14 +155,15 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def _split(split: Split) -> str:
+def _split(split: Split, of: str = "") -> str:
     said = [
         f"{count:,} {what}"
         for count, what in ((split.cut, "cut short"), (split.left_out, "left out as too long"))
         if count
     ]
     more = f" ({', '.join(said)})" if said else ""
-    return f"{_count(len(split.rows), 'example')} of {split.tokens:,} tokens, {split.trained_tokens:,} in answers{more}"
+    examples = _count(len(split.rows), "example")
+    return f"{examples}{of}: {split.tokens:,} tokens, {split.trained_tokens:,} in answers{more}"
 
 
 def _count(number: int, noun: str) -> str:
