@@ -113,17 +113,14 @@ def _without_adapters(model: Any) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
+    # PEFT takes it from what is disabled, and gives it to all that is active, to what a user froze as well.
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-
-    def restore() -> None:
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
-
-    with model.disable_adapter():
-        # PEFT takes requires_grad from what is disabled, and FSDP2 keeps what it finds in the first forward pass.
-        restore()
-        yield
-    restore()
 
 
 class _Layout(NamedTuple):
