@@ -207,16 +207,16 @@ class Lab:
         optimizer = torch.optim.AdamW(self.U, lr=rate, weight_decay=0.0)
         guard.attach(optimizer)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
+        norms = []  # of the gradients of U, as a Trainer would clip them
         for batch in self.batches(task, steps):
             loss = self.loss(task, batch)
             optimizer.zero_grad()
             loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(self.U, clip)
+            norms.append(float(nn.utils.clip_grad_norm_(self.U, clip or math.inf)))
             optimizer.step()
             schedule.step()
         guard.detach()
-        found = {"loss": self.held_out(task), "drift": guard.drift(), "kl": self.kl()}
+        found = {"loss": self.held_out(task), "drift": guard.drift(), "kl": self.kl(), "norm": statistics.median(norms)}
         return {"rate": rate, **{name: round(value, 5) for name, value in found.items()},
                 "parameters": sum(U.numel() for U in self.U), "seconds": round(time.time() - began)}  # fmt: skip
 
