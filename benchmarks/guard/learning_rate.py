@@ -52,7 +52,7 @@ SETTINGS = [
     dict(task="dialogsum", budget=0.1),
     dict(task="dialogsum", r=128),
 ]
-MULTIPLES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+MULTIPLES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 def main():

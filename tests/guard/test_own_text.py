@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import GenerationConfig, LlamaModel, T5Config, T5ForConditionalGeneration
 
@@ -208,7 +208,7 @@ def test_generators_stay_as_they_are():
     assert torch.equal(torch.rand(2), expected)
 
 
-@pytest.mark.parametrize("kind", ["curlora", "lora", "norms"])
+@pytest.mark.parametrize("kind", ["curlora", "lora", "norms", "injected"])
 def test_an_adapter_is_left_out_and_the_model_left_as_it_was(kind):
     expected = write(talkative())
     if kind == "curlora":
@@ -216,13 +216,16 @@ def test_an_adapter_is_left_out_and_the_model_left_as_it_was(kind):
     else:
         modules = ["q_proj", "lm_head"] if kind == "lora" else ["q_proj"]
         config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
-        config.modules_to_save = None if kind == "lora" else ["norm"]
-        model = get_peft_model(talkative(), config)
+        config.modules_to_save = ["norm"] if kind == "norms" else None
+        if kind == "injected":
+            inject_adapter_in_model(config, model := talkative())
+        else:
+            model = get_peft_model(talkative(), config)
         if kind == "norms":
             model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(5.0)
     model.gradient_checkpointing_enable()
     model.train()
-    model.base_model.model.model.norm.eval()
+    getattr(model, "get_base_model", lambda: model)().model.norm.eval()
     ids = torch.tensor([[5, 7, 9]])
     next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
     trained = [parameter.requires_grad for parameter in model.parameters()]

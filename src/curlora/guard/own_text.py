@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.progress import Progress
@@ -97,7 +96,9 @@ def own_text(
     layout = _layout(base, tokenizer, max_length)
     device = next(base.parameters()).device
     folder = cache_directory() / "own-text" if cache == "default" else cache
-    digest = "" if folder is None else _digest(base, tokenizer, [_VERSION, tokens, max_length, seed, layout])
+    # Without the template's words, of which one may be the date.
+    asked = [_VERSION, tokens, max_length, seed, layout.begin, layout.ends, layout.turn_ends]
+    digest = "" if folder is None else _digest(base, tokenizer, asked)
     path = Path(folder) / f"{digest[:32]}.safetensors" if folder is not None and digest else None
     found = _of_first(None if path is None or _rank() else _load(path, digest), device)
     if found is None:
@@ -110,15 +111,18 @@ def own_text(
 
 @contextlib.contextmanager
 def _without_adapters(model: Any) -> Iterator[None]:
-    if not isinstance(model, PeftModel):
-        yield
-        return
+    """Also without those that transformers has put into a model, or :func:`peft.inject_adapter_in_model`."""
+    modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = [module for module in modules if not module.disable_adapters]
     # PEFT takes it from what is disabled, and gives it to all that is active, to what a user froze as well.
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
-        with model.disable_adapter():
-            yield
+        for module in active:
+            module.enable_adapters(False)
+        yield
     finally:
+        for module in active:
+            module.enable_adapters(True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trained[name])
 
@@ -302,12 +306,12 @@ def _bar(shown: bool, tokens: int) -> Iterator[Any]:
 _ENTRIES = 16  # of each weight, to tell a model from others
 
 
-def _digest(base: nn.Module, tokenizer: Any, options: Any) -> str:
+def _digest(base: nn.Module, tokenizer: Any, asked: Any) -> str:
     """Of all that decides the rows; empty where the weights cannot be seen, being elsewhere."""
     config: Any = base.config
     about = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
     words = [len(tokenizer), getattr(tokenizer, "chat_template", None)]
-    digest = hashlib.sha256(json.dumps([about, words, options], sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps([about, words, asked], sort_keys=True, default=str).encode())
     seen = 0
     for name, parameter in _weights(base):
         weight = whole(parameter.detach())
