@@ -16,8 +16,8 @@ from accelerate.utils import DistributedType
 from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from curlora import CurloraConfig, Guard, GuardCallback, calibrate
-from curlora.guard import own_text, perplexity
+from curlora import CurloraConfig, ForgettingBudget, Guard, GuardCallback, calibrate
+from curlora.guard import Ledger, own_text, perplexity
 from tests.models import WORDS, layers, llama, tokens, word_tokenizer
 
 STEPS = 4
@@ -89,6 +89,24 @@ class Writing(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.text = written(kwargs["model"])
+
+
+def budgeted(model, folder, **arguments):
+    """An adapter trained under a budget, with columns and rows chosen, calibrated and measured in its own trainer."""
+    texts = {
+        "words": tokens(seed=11, batch=9, length=12).unbind(),
+        "size": lambda: 1 + sum(U.square().sum().item() for U in trained(model).values()),
+    }
+    callback = ForgettingBudget(0.01, texts=texts, limits={"words": 0.3}, batch_size=2, max_length=12)
+    train = trainer(model, folder, callbacks=[callback], **arguments)
+    train.train()
+    outcome = callback.outcome
+    return {
+        "U": trained(train.model), "indices": indices(train.model),
+        "figures": torch.tensor([outcome.predicted, outcome.kept, outcome.learning_rate]),
+        "texts": torch.tensor([[text.before, text.after] for text in outcome.texts.values()]),
+        "anchors": Ledger.of(train.model.peft_config["default"]).anchors.state_dict(),
+    }  # fmt: skip
 
 
 def written(model):
@@ -189,6 +207,9 @@ def main(kind, folder):
     if kind == "fsdp2":  # Gathered parameters stay after a forward pass, as where there is memory for it.
         arguments["fsdp_config"] = {**SHARDING, "reshard_after_forward": False}
     found["guarded"] = guarded(differently_seeded(), folder / "guarded", logging_steps=1, **arguments)
+
+    AcceleratorState._reset_state()
+    found["budgeted"] = budgeted(differently_seeded(), folder / "budgeted", **{**arguments, "learning_rate": 0.3})
 
     if rank == 0:
         torch.save(found, folder / "found.pt")

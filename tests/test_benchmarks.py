@@ -1,6 +1,7 @@
 """The benchmarks run, and the pages say what they measured."""
 
 import json
+import runpy
 import signal
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+
+from curlora.continual import load_recipe
 
 ROOT = Path(__file__).parent.parent
 SPEED = ROOT / "benchmarks" / "speed"
@@ -110,14 +113,24 @@ def test_everything_is_called_once_a_round_and_in_changing_order(monkeypatch):
     assert {name: len(times) for name, times in seconds.items()} == {"a": 6, "b": 6, "c": 6}
 
 
-def test_tables_of_the_pages_are_of_the_raw_lines(monkeypatch):
-    monkeypatch.syspath_prepend(SPEED)
-    import page
+@pytest.mark.parametrize("folder", [SPEED, ROOT / "benchmarks" / "guard"], ids=lambda folder: folder.name)
+def test_tables_of_the_pages_are_of_the_raw_lines(folder):
+    page = runpy.run_path(str(folder / "page.py"))
+    made = page["tables"]()
+    texts = [path.read_text(encoding="utf-8") for path in page["PAGES"]]
+    assert all("<!-- table:" in text for text in texts)
+    for text in texts:
+        assert page["filled"](text, made) == text
 
-    for path in page.PAGES:
-        text = path.read_text(encoding="utf-8")
-        assert "<!-- table:" in text
-        assert page.filled(text, page.tables()) == text
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("recipe.yaml")), ids=lambda path: path.parent.name)
+def test_studies_are_recipes(path, monkeypatch):
+    monkeypatch.setenv("CURLORA_DATA_DIR", "data")
+    recipe = load_recipe(path)
+    assert recipe.guard is not None
+    assert any(method.grid for method in recipe.methods)
+    assert str(path.relative_to(ROOT)) in path.read_text(encoding="utf-8")  # how it is run
+    assert f"guard/{path.parent.name}/recipe.yaml" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
 def test_two_processes_train_to_what_one_does():

@@ -58,7 +58,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["--version"]], ids=" ".join)
 def test_help_imports_no_heavy_library_and_says_nothing_else(arguments):
     command = [sys.executable, "-c", HELP_AND_WHAT_IT_IMPORTED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
@@ -73,7 +73,7 @@ def test_help_imports_no_heavy_library_and_says_nothing_else(arguments):
 
 def test_help_names_the_commands():
     done = run("--help")
-    for command in ("demo", "run", "schema", "report", "compare", "convert", "inspect"):
+    for command in ("demo", "run", "train", "schema", "report", "compare", "convert", "inspect"):
         assert re.search(rf"^\W*{command} ", done.stdout, re.MULTILINE), command
 
 

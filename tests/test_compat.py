@@ -13,8 +13,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
-from transformers import LlamaConfig, MambaConfig, MambaForCausalLM
+from transformers import DefaultFlowCallback, LlamaConfig, MambaConfig, MambaForCausalLM, TrainerCallback
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_callback import CallbackHandler
 
 from curlora import CurloraConfig, CurloraLayer, CurloraModel, _compat
 from tests.tuner.test_experts import mixtral, qwen3
@@ -232,3 +233,34 @@ def test_tying(there, monkeypatch):
     for name in names:  # without, the one of every tuner, which warns
         warns = getattr(taker, name) is getattr(peft.tuners.tuners_utils.BaseTuner, name)
         assert warns == (not there)
+
+
+def test_the_callbacks_around_one():
+    class Asks(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.around = _compat.callbacks_around(self)
+
+    asks = Asks()
+    handler = CallbackHandler([DefaultFlowCallback(), asks], None, None, None, None)
+    handler.on_train_begin(None, None, types.SimpleNamespace())
+    assert asks.around is handler.callbacks
+    assert _compat.callbacks_around(asks) is None  # called by something else
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+@PRIVATE
+def test_another_base_rate(there, wrapped):
+    U, other = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([{"params": [U]}, {"params": [other]}], lr=0.2)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    optimizer.step()
+    scheduler.step()
+    if not there:
+        del scheduler._last_lr
+    _compat.scale_base_rate(optimizer, types.SimpleNamespace(scheduler=scheduler) if wrapped else scheduler, 0, 0.6)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.3, 0.1])
+    if there:
+        assert scheduler.get_last_lr() == pytest.approx([0.3, 0.1])
+    optimizer.step()
+    scheduler.step()
+    assert scheduler.get_last_lr() == pytest.approx([0.2, 0.2 / 3])

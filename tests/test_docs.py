@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from curlora.continual import load_recipe
+from curlora.guard import Ledger
 from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -57,6 +58,36 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
     after = [indices for name, indices in names["model"].named_buffers() if name.endswith(".indices")]
     assert not all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
     assert 0 < names["rise"] <= 0.01
+
+
+def test_the_budgets_python_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = WORDS[-1]
+    tokenizer.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"w{i} w2 ", "completion": f"w{i + 1}"} for i in range(24)]
+    names = {
+        "conversations": Dataset.from_list(pairs[:12]),
+        "more_conversations": Dataset.from_list(pairs[12:]),
+        "code_files": ["w1 w2 w3"],
+        "conversations_to_keep": [[{"role": "user", "content": "w4"}]],
+    }
+    first, several, on = (
+        block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base"))
+        .replace("(r=32", "(r=4")
+        .replace('Config("out', 'Config(bf16=False, use_cpu=True, output_dir="out')
+        for block in blocks("budget.md", "python")
+    )
+    exec(first, names)
+    assert names["budget"].outcome.texts["own text"].rise <= 0.01
+    exec(several, names)
+    assert names["budget"].limits == {"code": 0.005}
+    exec(on, names)
+    ledger = Ledger.load("my-adapter")
+    assert len(ledger.trainings) == 2
+    assert ledger.left <= 0.03
 
 
 def test_the_conversions_python_runs(tmp_path, monkeypatch):

@@ -3,10 +3,13 @@
 import re
 from pathlib import Path
 
+import torch
 import yaml
+from datasets import Dataset
 
 from curlora.continual.recipe import load_recipe
-from tests.models import llama
+from curlora.guard import Ledger
+from tests.models import WORDS, layers, llama, word_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -24,11 +27,21 @@ def test_the_recipe_is_one(tmp_path):
 
 def test_the_python_runs(tmp_path, monkeypatch):
     """With a small local model in the place of the hub's."""
-    llama().save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = WORDS[-1]
+    tokenizer.save_pretrained(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    code = block("python").replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base"))
-    exec(code, {})
-    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+    names = {"conversations": Dataset.from_list([{"prompt": f"w{i} w2 ", "completion": "w3"} for i in range(12)])}
+    for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=32", "(r=4")
+        exec(code.replace('Config("out"', 'Config("out", bf16=False, use_cpu=True'), names)
+    assert len(Ledger.load("my-adapter").trainings) == 1
+    trained = [layer.curlora_U["default"].weight for layer in layers(names["trainer"].model)]
+    assert any(U.any() for U in trained)
+    for U, layer in zip(trained, layers(names["model"]), strict=True):
+        assert torch.equal(U, layer.curlora_U["default"].weight)
 
 
 def test_the_files_it_points_to_exist():

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.image import imread
 
 from curlora.continual.results import Score, Statistic, TextScore
-from curlora.formatting import format_percent, format_size, format_statistic, format_time
 from curlora.report import render, write_report
+from curlora.report.formatting import format_percent, format_size, format_statistic, format_time
 from tests.results import TEXT, make_method, make_results, make_seed, make_task, with_guard
 from tests.test_tables import with_long_examples
 

@@ -26,7 +26,11 @@ def one(tmp_path_factory):
     assert (logits - frozen).abs().max() > 1e-3
     half = processes.train(processes.fresh(torch.bfloat16))
     guarded = processes.guarded(processes.fresh(), tmp_path_factory.mktemp("guarded"), logging_steps=1, use_cpu=True)
+    budgeted = processes.budgeted(
+        processes.fresh(), tmp_path_factory.mktemp("budgeted"), learning_rate=0.3, use_cpu=True
+    )
     return {
+        "budgeted": budgeted,
         "U": processes.trained(model),
         "U on bfloat16": processes.trained(half),
         "trainer": processes.trained(trainer.model),
@@ -75,6 +79,18 @@ def test_the_guard_holds_what_it_holds_in_one_process(one, two):
     for part in ("U", "kept", "drifts", "end", "calibrations"):
         # Gradients of rows and perplexities are summed up in float32, in another order.
         torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
+
+
+def test_a_budget_is_kept_as_in_one_process(one, two):
+    expected, found = one["budgeted"], two["budgeted"]
+    assert 0 < expected["figures"][1] < 1, "the limit should bind"
+    assert torch.equal(found["indices"], expected["indices"])
+    assert not torch.equal(expected["indices"], one["indices"]), "columns and rows should have been chosen"
+    for part in ("U", "figures", "texts"):
+        torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
+    # Which answers are drawn depends on an example's place in its process.
+    assert found["anchors"].keys() == expected["anchors"].keys()
+    assert all(bool(moment.isfinite().all()) for moment in found["anchors"].values())
 
 
 def test_every_process_has_the_text_that_the_base_writes_in_the_first(one, two):

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from curlora.tables import comparison, results_tables
+from curlora.report.tables import comparison, results_tables
 from tests.results import make_results, make_task, with_guard
 
 

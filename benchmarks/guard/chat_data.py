@@ -1,4 +1,4 @@
-"""Two tasks of chats from ``CURLORA_DATA_DIR``, short enough for a CPU: the loss is on the answer alone."""
+"""Two tasks of chats from ``CURLORA_DATA_DIR``, short enough for a CPU (the loss is on the answer alone), and texts."""
 
 import json
 import os
@@ -14,7 +14,7 @@ SYSTEM = {"role": "system", "content": ""}
 
 
 def read(name):
-    path = Path(os.environ["CURLORA_DATA_DIR"]) / "sft" / f"{name}.jsonl"
+    path = root() / "sft" / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -52,3 +52,17 @@ def dialogsum(tokenizer):
 def answered(tokenizer, prompt, answer):
     answer = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
     return [*prompt, *answer][:LENGTH], len(prompt)
+
+
+def articles(tokenizer):
+    """WikiText-2's test split, as tokens."""
+    return tokenizer((root() / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
+
+
+def lines(path, encoding="utf-8"):
+    """The rows of a table below its heading."""
+    return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
+
+
+def root():
+    return Path(os.environ["CURLORA_DATA_DIR"])

@@ -17,10 +17,9 @@ import time
 from pathlib import Path
 
 import torch
-from chat_data import HELD_OUT, LENGTH, examples
+from chat_data import HELD_OUT, LENGTH, articles, examples
 from lower_layers import kept
 from peft import get_peft_model
-from study_data import articles
 from torch import nn
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup

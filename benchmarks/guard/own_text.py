@@ -15,10 +15,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from chat_data import LENGTH, read
+from chat_data import LENGTH, articles, lines, read, root
 from learning_rate import LAYERS, MIDDLE, TEXT, Lab
 from lower_layers import kept
-from study_data import articles, lines, root
 from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
 

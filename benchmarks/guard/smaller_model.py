@@ -1,7 +1,7 @@
 """A smaller language model to try things on: a few layers of a large one, trained on until they work together.
 
 The first and the last layers stay, those between are left out (https://arxiv.org/abs/2403.03853), and what is left is
-trained for some minutes on articles of WikiText-2 that ``study.py`` neither guards nor scores.
+trained for some minutes on articles of WikiText-2 that the recipes beside it neither guard nor score.
 
     python benchmarks/guard/smaller_model.py --model DIR --out SMALLER
 """

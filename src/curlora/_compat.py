@@ -34,6 +34,7 @@ __all__ = [
     "explain_unreadable_configurations",
     "in_out_features",
     "refuse_what_reads_the_weight",
+    "scale_base_rate",
     "shallow_twin",
     "support_hotswapping",
     "support_mixed_models",
@@ -370,3 +371,19 @@ def callbacks_around(callback: TrainerCallback) -> list[TrainerCallback] | None:
             return callbacks
         frame = frame.f_back
     return None
+
+
+def scale_base_rate(optimizer: torch.optim.Optimizer, scheduler: Any, group: int, rate: float) -> None:
+    """Give a group of an optimizer's parameters another base rate, after its scheduler was made.
+
+    A scheduler multiplies its base rates, and remembers the last result under a private name, which is read for logs
+    alone. Where that is gone, the first log shows the rate of before.
+    """
+    parameters, scheduler = optimizer.param_groups[group], getattr(scheduler, "scheduler", scheduler)
+    base = parameters.get("initial_lr", parameters["lr"])
+    parameters["lr"] = parameters["lr"] * (rate / base) if base else rate
+    parameters["initial_lr"] = rate
+    if isinstance(bases := getattr(scheduler, "base_lrs", None), list):
+        bases[group] = rate
+    if isinstance(last := getattr(scheduler, "_last_lr", None), list):
+        last[group] = parameters["lr"]

@@ -14,6 +14,7 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
 from curlora.convert import AdapterError, adapter_config, load_with_base
+from curlora.guard import GuardError, Ledger
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.model import adapted_layers
 from curlora.tuner.weight import read
@@ -50,6 +51,7 @@ class AdapterSummary:
         layers: the adapted layers, in the model's order.
         parameters: how many were trained, in ``U`` and in all else that is saved with it.
         bytes: size of its file.
+        ledger: what its trainings were allowed to forget and what they did; ``None`` without a budget.
     """
 
     base: str | None
@@ -57,6 +59,7 @@ class AdapterSummary:
     layers: list[LayerSummary]
     parameters: int
     bytes: int
+    ledger: Ledger | None = None
 
 
 def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: bool = False) -> AdapterSummary:
@@ -94,7 +97,11 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
     if base or with_base:
         changes = _changes(str(adapter), base)
         layers = [LayerSummary(one.name, one.r, one.norm, changes[one.name]) for one in layers]
-    return AdapterSummary(config.base_model_name_or_path, config, layers, parameters, path.stat().st_size)
+    try:
+        ledger = Ledger.load(adapter)
+    except GuardError as error:
+        raise AdapterError(str(error)) from error
+    return AdapterSummary(config.base_model_name_or_path, config, layers, parameters, path.stat().st_size, ledger)
 
 
 @torch.no_grad()
@@ -132,4 +139,20 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
     for one in summary.layers:
         change = "" if one.change is None else f"{one.change:.2e}"
         by_layer.add_row(Text(one.name), str(one.r), f"{one.norm:.3g}", change)
-    return [facts, by_layer]
+    return [facts, by_layer, *([] if summary.ledger is None else _ledger_tables(summary.ledger))]
+
+
+def _ledger_tables(ledger: Ledger) -> list[RenderableType]:
+    heads = ("steps", "text", "perplexity before", "after", "rise", "allowed", "predicted, nats", "kept")
+    history = Table("training", *(Column(head, justify="left" if head == "text" else "right") for head in heads))
+    for number, training in enumerate(ledger.trainings, 1):
+        for name, text in training.texts.items():
+            history.add_row(
+                str(number), f"{training.steps:,}", Text(name), f"{text.before:.2f}", f"{text.after:.2f}",
+                f"{text.rise:+.2%}", f"{text.allowed:.2%}", f"{training.predicted:.4f}", f"{training.kept:.0%}",
+            )  # fmt: skip
+    facts = Table(show_header=False, box=None)
+    if ledger.lifetime is not None:
+        facts.add_row(Text("lifetime's budget", style="bold"), f"{ledger.lifetime:.2%}, {ledger.left:.2%} of it left")
+    facts.add_row(Text("earlier tasks held", style="bold"), str(len(ledger.anchors)))
+    return [history, facts]

@@ -26,6 +26,7 @@ from curlora_cli import libraries_loaded
 if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe
     from curlora.continual.results import RunResults
+    from curlora.train import TrainOptions
 
 # Under torchrun or accelerate launch one process speaks for all.
 _FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
@@ -93,6 +94,161 @@ def run(
             _run(loaded, out or loaded.output or Path("runs") / recipe.stem, workers, address)
 
 
+class Target(str, Enum):
+    """What an adapter can be converted to."""
+
+    lora = "lora"
+    merged = "merged"
+
+
+class Quantized(str, Enum):
+    """To what the base model is quantized while it is trained."""
+
+    four = "4bit"
+    eight = "8bit"
+
+
+class Turns(str, Enum):
+    """Which of the assistant's messages are trained."""
+
+    all = "all"
+    last = "last"
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Conversations, or prompts with completions: a .jsonl, .json, .csv, .tsv or .parquet file, or the id "
+            "of a data set on the hub."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write: the adapter, its card, a report and the figures.")],
+    model: Annotated[
+        str | None, typer.Option(help="The base model's folder or hub id; that of --continue-from, if not given.")
+    ] = None,
+    max_forgetting: Annotated[
+        str, typer.Option(help="By how much perplexity on other text may rise: 1% or 0.01.")
+    ] = "1%",
+    continue_from: Annotated[
+        str | None, typer.Option(help="Go on from this CURLoRA adapter, and with its ledger.")
+    ] = None,
+    guard_text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A text file that is not to be forgotten: NAME=PATH or PATH. May be repeated. What the model itself "
+            "writes, if none is given."
+        ),
+    ] = None,
+    lifetime: Annotated[
+        str | None, typer.Option(help="What all trainings of this adapter may cost together: 3% or 0.03.")
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option("--eval", help="Examples to score and not to train on; a share of the data, if not given."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Of a data set on the hub.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="Of a data set on the hub.")] = None,
+    columns: Annotated[
+        str | None, typer.Option(help="PROMPT,COMPLETION: the columns, where they have other names.")
+    ] = None,
+    turns: Annotated[Turns, typer.Option(help="Which of the assistant's messages are trained.")] = Turns.all,
+    epochs: Annotated[int, typer.Option(help="Times that each example is trained on.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples that are computed together.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches that make up a step.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example; the rest is cut off.")] = 1024,
+    rank: Annotated[int | None, typer.Option(help="Of the adapter; 32 if not given.")] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(help="Layers to adapt: names with commas between, a regular expression, or all-linear."),
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Set from the budget, the rank and the steps, if not given.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the held-out share, the order and the adapter's draws.")] = 0,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Show replies to this. May be repeated. Three held-out examples', if none is given."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts to show replies to, one a line.")] = None,
+    quantize: Annotated[
+        Quantized | None, typer.Option(help="Quantize the base model with bitsandbytes while training.")
+    ] = None,
+    export: Annotated[
+        Target | None, typer.Option(help="Also write the result as LoRA, or merged into the model.")
+    ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="A tracker of transformers' Trainer, such as tensorboard. May be repeated.")
+    ] = None,
+    bf16: Annotated[
+        bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; where a GPU has it, if not given.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Take less memory and more time; on a GPU, if not given.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan, no more.")] = False,
+) -> None:
+    """Fine-tune a model on your own data within a budget of forgetting. On a folder that holds part of it, go on."""
+    with _errors_for_people("The same command goes on from the last checkpoint."), _quiet_libraries():
+        console.print("Loading ...")
+        from curlora import train as training
+
+        options = training.TrainOptions(
+            data=data,
+            out=out,
+            model=model,
+            max_forgetting=training.parse_share(max_forgetting),
+            continue_from=continue_from,
+            guard_texts=training.parse_texts(guard_text or []),
+            lifetime=None if lifetime is None else training.parse_share(lifetime, "--lifetime"),
+            split=split,
+            subset=subset,
+            columns=training.parse_columns(columns),
+            turns=turns.value,
+            evaluation=evaluation,
+            quantize=quantize and quantize.value,
+            export=export and export.value,
+            epochs=epochs,
+            batch_size=batch_size,
+            gradient_accumulation=gradient_accumulation,
+            max_length=max_length,
+            rank=rank,
+            target_modules=training.parse_targets(target_modules),
+            learning_rate=learning_rate,
+            seed=seed,
+            prompts=training.read_prompts(prompt or [], prompts),
+            report_to=report_to or [],
+            bf16=bf16,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        _train(options, dry_run)
+
+
+def _train(options: TrainOptions, dry_run: bool) -> None:
+    from curlora import train as training
+
+    prepared = training.prepare(options)
+    if (outcome := training.finished(prepared)) is not None:
+        console.print(Text(f"{options.out} is finished: nothing was trained again."), soft_wrap=True)
+    else:
+        for part in training.plan_tables(prepared):
+            console.print(part)
+        if dry_run:
+            return
+        libraries_loaded()
+        with _progress_bars() as bars:
+            outcome = training.train(prepared, lambda total: _Bar(bars, total))
+    for part in training.outcome_tables(outcome):
+        console.print(part)
+    for what, file in (("Report", "report.html"), ("Adapter, card and figures", "")):
+        console.print(Text(f"{what}: {options.out / file}"), soft_wrap=True)
+
+
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipes, with which editors complete and check them."""
@@ -134,20 +290,13 @@ def compare(
     with _errors_for_people():
         from curlora.continual.merge import merge
         from curlora.continual.results import RunResults
-        from curlora.tables import comparison, within_limits
+        from curlora.report.tables import comparison, within_limits
 
         runs = [RunResults.load(directory / "results.json") for directory in directories]
         console.print(comparison(runs, [str(directory) for directory in directories]))
         for results in merge(runs):
             for table in within_limits(results):
                 console.print(table)
-
-
-class Target(str, Enum):
-    """What an adapter can be converted to."""
-
-    lora = "lora"
-    merged = "merged"
 
 
 _BASE_HELP = "The base model's folder or hub id; what the adapter names, if not given."
@@ -216,7 +365,7 @@ def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: s
 
 def _print_plan(recipe: Recipe) -> None:
     from curlora.continual.plan import make_plan
-    from curlora.plan_tables import plan_tables
+    from curlora.report.plan import plan_tables
 
     for part in plan_tables(make_plan(recipe)):
         console.print(part)
@@ -224,7 +373,7 @@ def _print_plan(recipe: Recipe) -> None:
 
 def print_results(results: RunResults) -> None:
     """Print a run as tables."""
-    from curlora.tables import results_tables
+    from curlora.report.tables import results_tables
 
     for part in results_tables(results):
         console.print(part)
@@ -270,8 +419,12 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         from curlora.continual.tasks import TaskError
         from curlora.convert import AdapterError
         from curlora.demo.assets import AssetError
+        from curlora.guard import GuardError
+        from curlora.train.errors import TrainError
 
-        known = (AdapterError, AssetError, RecipeError, ResultsError, RunError, TaskError, OSError)
+        known = (
+            AdapterError, AssetError, GuardError, RecipeError, ResultsError, RunError, TaskError, TrainError, OSError
+        )  # fmt: skip
         full = is_disk_full(error) and not isinstance(error, known[:-1])  # these have said which disk
         if not full and not isinstance(error, known):
             raise
@@ -295,10 +448,15 @@ def _quiet_libraries() -> Iterator[None]:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    show = warnings.showwarning
+    show, said = warnings.showwarning, set()
 
     def show_for_people(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        if issubclass(category, RecipeWarning):
+        # What a callback or a tuner says is said to come from the library that calls it.
+        from_callers = category is UserWarning and {"curlora", "peft", "transformers"} & set(Path(str(where[0])).parts)
+        if str(message) in said:
+            return
+        said.add(str(message))
+        if issubclass(category, RecipeWarning) or from_callers:
             errors.print("[yellow]Warning:[/]", Text(str(message)), highlight=False, soft_wrap=True)
         else:
             show(message, category, *where)

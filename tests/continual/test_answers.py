@@ -1,15 +1,19 @@
 """The base model's own answers: sampled once, kept, scored after their prompts."""
 
+import io
 import json
 
 import pytest
 import torch
+from rich.console import Console
 
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.answers import Answers, PromptList, answer, kept_answers
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import measure
+from curlora.continual.plan import make_plan
 from curlora.continual.recipe import RecipeError
+from curlora.report.plan import plan_tables
 from tests.models import WORDS, llama, word_tokenizer
 
 PROMPTS = [WORDS[1], " ".join(WORDS[2:7]), " ".join(WORDS[7:9])]
@@ -44,7 +48,7 @@ def test_an_answer_is_scored_after_its_prompt(tmp_path):
     expected = torch.tensor(losses).mean().exp().item()
     assert measure(model, text).perplexity == pytest.approx(expected, rel=1e-5)
     assert text.windows == 3
-    assert text.describe() == f"own (3 answers of the base model, {len(losses)} tokens)"
+    assert text.describe() == f"own (3 pieces written by the base model, {len(losses)} tokens)"
 
 
 def test_they_are_kept(tmp_path):
@@ -59,7 +63,7 @@ def test_they_are_kept(tmp_path):
     assert torch.equal(first.tokens, again.tokens)
     (path,) = tmp_path.glob("answers-*.json")
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(RunError, match=r"does not hold the base model's answers. Remove it"):
+    with pytest.raises(RunError, match=r"does not hold what the base model has written. Remove it"):
         kept_answers(text, word_tokenizer(), tmp_path, no_model)
 
 
@@ -77,9 +81,49 @@ def test_a_run_follows_them(recipe_path, tmp_path):
     assert other.methods[1].seeds[0].heldout == lora.heldout
 
 
+GUARDS = {
+    "own text": "{name: own, written_by: model, tokens: 60, max_length: 12}",
+    "answers": "{name: own, prompts: [w1 w2, w3], max_new_tokens: 20}",
+}
+
+
+@pytest.mark.parametrize("guard", GUARDS.values(), ids=GUARDS)
+@pytest.mark.filterwarnings("ignore:The guard's text has")
+def test_the_guard_goes_by_them(guard, recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = "w97"
+    tokenizer.save_pretrained(recipe_path.parent / "model")
+    plugins = "[{name: guard, max_kl: 0.001}, {name: redraw, examples: 8}]"
+    changes = [
+        "training.epochs=1", f"guard={guard}",
+        "methods=[{name: cur, method: curlora, learning_rate: 0.02, options: {r: 2, target_modules: [q_proj]}, "
+        f"plugins: {plugins}}}, {{name: kl, method: lora, learning_rate: 0.001, options: {{r: 2}}, "
+        "plugins: [{name: kl_to_base, strength: 1.0, tokens: 8}]}]",
+    ]  # fmt: skip
+    recipe = load_recipe(recipe_path, changes)
+    results = run_recipe(recipe, tmp_path / "run")
+    by_name = {method.name: method.seeds[0] for method in results.methods}
+    assert "own" in results.shown
+    assert all(0 < kept.kl <= 0.001 for kept in by_name["cur"].guarded)
+    assert by_name["kl"].lost("own") > 0
+    assert "own (5 pieces)" in _printed(recipe) or "own (2 pieces)" in _printed(recipe)
+    again = run_recipe(recipe, tmp_path / "again")
+    assert by_name["cur"].heldout == {method.name: method.seeds[0] for method in again.methods}["cur"].heldout
+
+
+def _printed(recipe):
+    console = Console(width=200, record=True, file=io.StringIO())
+    for table in plan_tables(make_plan(recipe)):
+        console.print(table)
+    return console.export_text()
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
+        ("{name: own, written_by: someone}", "written_by"),
+        ("{name: own, written_by: model, window: 3}", "window"),
         ("{name: own, prompts: []}", "prompts"),
         ("{name: own, prompts: missing.txt}", r"heldout 'own' .*missing.txt\) cannot be read"),
         ("{name: own, prompts: [a], max_new_tokens: 0}", "max_new_tokens"),

@@ -35,7 +35,7 @@ from curlora.continual.plan import make_plan
 from curlora.continual.recipe import RecipeError, load_recipe
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import TaskError
-from curlora.plan_tables import plan_tables
+from curlora.report.plan import plan_tables
 from curlora.tuner.fingerprint import LENGTH
 from curlora_cli.commands import app
 from tests.models import layers, word_tokenizer

@@ -13,7 +13,7 @@ from curlora.continual.merge import merge
 from curlora.continual.recipe import RecipeError
 from curlora.continual.results import RunResults
 from curlora.report import render
-from curlora.tables import results_tables
+from curlora.report.tables import results_tables
 from tests.continual.streams import figures
 
 QUICK = ["training.epochs=1", "training.logging_steps=1", "training.checkpoint_steps=1"]

@@ -5,7 +5,7 @@ import pytest
 from curlora.continual.results import MethodResult, TextScore
 from curlora.continual.tradeoff import Limit, best_within, front, limited_text, limits_of, points, what_is_learned
 from curlora.report import render
-from curlora.tables import within_limits
+from curlora.report.tables import within_limits
 from tests.results import TEXT, make_results
 
 GUARD, OTHER = "guard's", "another text"

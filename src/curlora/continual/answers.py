@@ -1,6 +1,7 @@
-"""What the base model answers to a list of prompts: sampled once, kept, and followed like any held-out text.
+"""What the base model itself writes: sampled once, kept, and used like any held-out text or the guard's.
 
-Of all texts it is the one that a fine-tuned model drifts most on, where the task shares its form with the prompts.
+It answers a list of prompts, or writes from its own beginnings. Of all texts its answers are what a fine-tuned model
+drifts most on, where the task shares its form with the prompts.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.storage import write_whole
 from curlora.guard.decoding import named_ends, sample
+from curlora.guard.errors import GuardError
+from curlora.guard.own_text import own_text
 
-__all__ = ["Answers", "PromptList", "answer", "kept_answers"]
+__all__ = ["Answers", "OwnText", "PromptList", "answer", "kept_answers"]
 
 _TOGETHER = 8  # prompts that are answered in one batch
 
@@ -48,10 +51,62 @@ class PromptList:
         content = [self.name, self.prompts, self.max_new_tokens, self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    @property
+    def rows(self) -> int:
+        """How many pieces of text there will be."""
+        return len(self.prompts)
+
+    def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
+        """Each prompt, and what the model answers."""
+        return answer(model, tokenizer, self.prompts, self.max_new_tokens, self.seed)
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Text that the base model writes without being asked, see :func:`curlora.guard.own_text`.
+
+    Args:
+        name: for people; unique in a run.
+        tokens: how many, at least.
+        max_length: tokens of a row.
+        seed: of the sampling.
+    """
+
+    name: str
+    tokens: int = 8192
+    max_length: int = 128
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides the text, the model aside."""
+        content = ["own text", self.name, self.tokens, self.max_length, self.seed]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def rows(self) -> int:
+        """How many pieces of text there will be, about."""
+        return -(-self.tokens // self.max_length)
+
+    def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
+        """Of each row what it begins with, and what the model has drawn after it.
+
+        Raises:
+            RunError: if the model cannot.
+        """
+        try:
+            found = own_text(
+                model, tokenizer, tokens=self.tokens, max_length=self.max_length, seed=self.seed, progress=False
+            )
+        except GuardError as error:
+            raise RunError(f"text {self.name!r}: {error}") from error
+        begins = [int(drawn.int().argmax()) for drawn in found.drawn]
+        return [(row[:begin], row[begin:]) for row, begin in zip(found, begins, strict=True)]
+
 
 @dataclass(frozen=True)
 class Answers(HeldOut):
-    """Answers of the base model, each scored after its prompt.
+    """What the base model has written, each row scored after what it began with: a prompt, as a rule.
 
     Args:
         prompt_lengths: how many tokens of each row are its prompt.
@@ -78,34 +133,37 @@ class Answers(HeldOut):
 
     def describe(self) -> str:
         count = sum(new for _, new in self.scored())
-        return f"{self.name} ({len(self.lengths)} answers of the base model, {count:,} tokens)"
+        return f"{self.name} ({len(self.lengths)} pieces written by the base model, {count:,} tokens)"
 
 
-def kept_answers(text: PromptList, tokenizer: PreTrainedTokenizerBase, directory: Path, load_model: Any) -> Answers:
-    """The answers that ``directory`` holds, or new ones, which it holds from then on.
+def kept_answers(
+    text: PromptList | OwnText, tokenizer: PreTrainedTokenizerBase, directory: Path, load_model: Any
+) -> Answers:
+    """What ``directory`` holds of the base model's text, or new one, which it holds from then on.
 
     Args:
-        text: the prompts.
+        text: what is to be written.
         tokenizer: of the model.
         directory: a folder that is there.
-        load_model: gives the base model, on the device that it is to run on; called only where answers are missing.
+        load_model: gives the base model, on the device that it is to run on; called only where the text is missing.
 
     Raises:
-        RunError: if the file does not hold answers to these prompts.
+        RunError: if the file does not hold this text.
     """
     path = directory / f"answers-{text.digest[:16]}.json"
     if not path.exists():
-        rows = answer(load_model(), tokenizer, text.prompts, text.max_new_tokens, text.seed)
+        rows = text.sample(load_model(), tokenizer)
         kept = [{"prompt": prompt.tolist(), "answer": tokens.tolist()} for prompt, tokens in rows]
         write_whole(path, json.dumps({"digest": text.digest, "rows": kept}))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pairs = [(row["prompt"], row["answer"]) for row in content["rows"]]
-        complete = content["digest"] == text.digest and len(pairs) == len(text.prompts)
+        complete = content["digest"] == text.digest and bool(pairs)
+        complete = complete and (isinstance(text, OwnText) or len(pairs) == len(text.prompts))
     except (OSError, ValueError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise RunError(f"{path} does not hold the base model's answers. Remove it, and they are sampled again.")
+        raise RunError(f"{path} does not hold what the base model has written. Remove it, and it is sampled again.")
     return Answers(
         text.name,
         torch.tensor([token for prompt, tokens in pairs for token in prompt + tokens]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft.tuners.lora import LoraLayer
@@ -12,8 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora.continual.errors import RecipeWarning, RunError
+from curlora.continual.frozen_layers import layers_below, layers_below_targets
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method
+from curlora.continual.methods.peft import Peft
 from curlora.continual.problems import unknown_names
 from curlora.continual.sequence import Encoded
 from curlora.tuner.layer import CurloraLayer
@@ -29,11 +31,13 @@ class Adapted:
         model: ``None`` where the method cannot be put on a model without weights.
         trained: parameters that are trained over all tasks, heads not counted.
         unknown: why there is no model.
+        below: how many of the model's lowest layers stay as they are, where that was asked for.
     """
 
     model: nn.Module | None = None
     trained: int | None = None
     unknown: str = ""
+    below: int = 0
 
 
 def check_stream(
@@ -42,6 +46,8 @@ def check_stream(
     stream: Sequence[Encoded],
     load_empty: Callable[[], Any],
     seed: int,
+    *,
+    frozen_layers: bool = False,
 ) -> dict[str, Adapted]:
     """Check a whole run by its model without weights, each method by putting it on.
 
@@ -53,6 +59,7 @@ def check_stream(
         stream: the tasks.
         load_empty: gives the model on the meta device.
         seed: of the run.
+        frozen_layers: whether each method has to leave the model's lowest layers as they are, and how many of them.
 
     Returns:
         The model with each method, by the method's name. Methods with the same options have the same one.
@@ -69,6 +76,8 @@ def check_stream(
         try:
             if options not in found:
                 found[options] = _put_on(method, load_empty, len(stream), seed)
+                if frozen_layers:
+                    found[options] = replace(found[options], below=_below(method, found[options], load_empty, seed))
             adapted[method.name] = found[options]
         except ValueError as error:
             problems.append(f"method {method.name!r} cannot be put on this model: {error}")
@@ -134,6 +143,13 @@ def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, see
         return Adapted(unknown=f"reads the model's weights when it starts ({type(error).__name__}: {first})")
     _check_ranks(method, model)
     return Adapted(model, trained)
+
+
+def _below(method: Method, adapted: Adapted, load_empty: Callable[[], nn.Module], seed: int) -> int:
+    if adapted.model is not None:
+        return layers_below(adapted.model)
+    assert isinstance(method, Peft)  # what reads the weights when it starts
+    return layers_below_targets(load_empty(), method.configuration(seed))
 
 
 def _check_targets(targets: Any, base: nn.Module, layers: Sequence[str]) -> None:

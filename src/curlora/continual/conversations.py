@@ -33,7 +33,7 @@ _SHAREGPT = {
 def read_conversations(
     table: Table,
     where: str,
-    number_of: Callable[[int], int],
+    number_of: Callable[[int], object],
     *,
     layout: str | None = None,
     column: str | None = None,
@@ -112,7 +112,9 @@ def fault_of(conversation: Any) -> str | None:
             return f"has a call of a tool in message {number}: conversations of text alone are trained"
     if not trained_turns(list(conversation)):
         roles = ", ".join(message["role"] for message in conversation)
-        return f"has no answer of the assistant's to a message of the user's: its roles are {roles}"
+        masked = sum(message.get("weight", 1) == 0 for message in conversation)
+        more = f", and {masked} of them have weight 0" if masked else ""
+        return f"has no answer of the assistant's to a message of the user's: its roles are {roles}{more}"
     return None
 
 

@@ -20,6 +20,7 @@ __all__ = [
     "AnswersPart",
     "DataError",
     "HeldOutPart",
+    "OwnTextPart",
     "ScorePart",
     "Source",
     "TaskPart",
@@ -234,6 +235,19 @@ class AnswersPart(_Part):
     name: str
     prompts: Annotated[list[str], Field(min_length=1)] | Path
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+
+
+class OwnTextPart(_Part):
+    """What the base model writes without being asked, see :func:`curlora.guard.own_text`.
+
+    It is sampled once for a run, at temperature 1, and kept in its directory.
+    """
+
+    name: str
+    written_by: Literal["model"]
+    tokens: Annotated[int, Field(ge=2)] = 8192
+    max_length: Annotated[int, Field(ge=2)] = 128
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.answers import PromptList
-from curlora.continual.data import AnswersPart, HeldOutPart, read_prompts, read_task, read_text
+from curlora.continual.answers import OwnText, PromptList
+from curlora.continual.data import AnswersPart, HeldOutPart, OwnTextPart, read_prompts, read_task, read_text
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.protocol import Protocol
@@ -43,18 +43,16 @@ def build(recipe: Recipe) -> Stream:
             settings.check_trainer()
         tasks = [read_task(part, reference) for part in recipe.tasks]
         texts = [(part, read_text(part)) for part in recipe.heldout if isinstance(part, HeldOutPart)]
-        prompts = [
-            PromptList(part.name, read_prompts(part), part.max_new_tokens, part.seed)
-            for part in recipe.heldout
-            if isinstance(part, AnswersPart)
-        ]
-        guard = None if recipe.guard is None else (recipe.guard, read_text(recipe.guard))
+        sampled = [_sampled(part) for part in recipe.heldout if not isinstance(part, HeldOutPart)]
+        guard = read_text(recipe.guard) if isinstance(recipe.guard, HeldOutPart) else _sampled(recipe.guard)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     tokenizer = recipe.model.load_tokenizer()
+    guard_text: HeldOut | None = None
     heldout = [(part, _held_out(part, text, tokenizer, protocol)) for part, text in texts]
-    guard_text = None if guard is None else replace(_held_out(*guard, tokenizer, Protocol()), shown=True)
-    if recipe.guard is not None and guard_text is not None:
+    if isinstance(recipe.guard, HeldOutPart):
+        assert isinstance(guard, str)
+        guard_text = replace(_held_out(recipe.guard, guard, tokenizer, Protocol()), shown=True)
         _check_apart(heldout, recipe.guard, guard_text)
     return Stream(
         title=recipe.title,
@@ -64,12 +62,12 @@ def build(recipe: Recipe) -> Stream:
         tasks=tasks,
         methods=[part.make(protocol) for part in recipe.methods],
         heldout=[text for _, text in heldout],
-        prompts=prompts,
+        sampled=[part for part in sampled if part is not None],
         settings=recipe.settings(),
         seeds=recipe.seeds,
         protocol=protocol.describe(),
         recipe=recipe.portable().model_dump(mode="json", exclude_defaults=True),
-        guard_text=guard_text,
+        guard_text=guard if isinstance(guard, (OwnText, PromptList)) else guard_text,
         orders=recipe.orders,
         limits={figure: list(values) for figure, values in recipe.limits.items()},
         load_empty=recipe.model.load_empty,
@@ -143,8 +141,9 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     def known(recipe: Recipe) -> dict[str, Any]:
         """Without what is for people alone."""
         tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
-        parts = ("model", "heldout", "guard", "training", "protocol", "switches", "reference")
-        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks}
+        parts = ("model", "heldout", "guard", "protocol", "switches", "reference")
+        training = recipe.training.changed({"cache_frozen_layers": False})  # which changes no figure
+        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks, "training": training}
 
     def methods(recipe: Recipe) -> dict[str, MethodPart]:
         return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}
@@ -176,6 +175,13 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
             stacklevel=2,
         )
     return scored
+
+
+def _sampled(part: AnswersPart | OwnTextPart | None) -> PromptList | OwnText | None:
+    """What the base model is to write."""
+    if isinstance(part, AnswersPart):
+        return PromptList(part.name, read_prompts(part), part.max_new_tokens, part.seed)
+    return None if part is None else OwnText(part.name, part.tokens, part.max_length, part.seed)
 
 
 def _check_apart(heldout: Sequence[tuple[HeldOutPart, HeldOut]], guard_part: HeldOutPart, guard: HeldOut) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from curlora.continual.batches import Collator
-from curlora.continual.checks import check_stream
 from curlora.continual.launch import build
 from curlora.continual.memory import Memory, estimate
 from curlora.continual.methods import Method
@@ -78,8 +77,8 @@ def make_plan(recipe: Recipe) -> Plan:
     for part in tasks:
         check_shared_out(part.settings.batch_size)
     base = recipe.model.load_empty()
-    adapted = check_stream(stream.methods, stream.texts, tasks, recipe.model.load_empty, stream.seeds[0])
-    windows = sum(text.windows for text in stream.texts) + sum(len(text.prompts) for text in stream.prompts)
+    adapted = stream.checked(tasks)
+    windows = sum(text.windows for text in stream.texts) + sum(text.rows for text in stream.unwritten)
     runs = len(stream.seeds) * (1 + len(stream.orders))
     quantization = recipe.model.quantization or getattr(base.config, "quantization_config", None)
     heads = sum(part.task.classes or 0 for part in tasks)

@@ -26,7 +26,7 @@ from pydantic import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from curlora.continual.data import AnswersPart, HeldOutPart, TaskPart
+from curlora.continual.data import AnswersPart, HeldOutPart, OwnTextPart, TaskPart
 from curlora.continual.errors import RecipeError
 from curlora.continual.grid import expand
 from curlora.continual.methods import Method, make_method
@@ -213,11 +213,16 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 def _kind_of_text(value: Any) -> str:
-    return "AnswersPart" if "prompts" in value or isinstance(value, AnswersPart) else "HeldOutPart"
+    if not isinstance(value, dict):
+        return type(value).__name__
+    kinds = {"prompts": "AnswersPart", "written_by": "OwnTextPart"}
+    return next((kind for key, kind in kinds.items() if key in value), "HeldOutPart")
 
 
-HeldOutText = Annotated[
-    Annotated[HeldOutPart, Tag("HeldOutPart")] | Annotated[AnswersPart, Tag("AnswersPart")],
+Text = Annotated[
+    Annotated[HeldOutPart, Tag("HeldOutPart")]
+    | Annotated[AnswersPart, Tag("AnswersPart")]
+    | Annotated[OwnTextPart, Tag("OwnTextPart")],
     Discriminator(_kind_of_text),
 ]
 
@@ -227,8 +232,8 @@ class Recipe(_Part):
 
     A method ``frozen`` (heads only) is added where there is none: no accuracy is shown without the frozen model's.
     ``output`` is relative to the working directory.
-    ``heldout`` are texts that no method is shown, the base model's answers to ``prompts`` among them where wanted.
-    ``guard`` is a general text that plug-ins go by, another than those that are held out.
+    ``heldout`` are texts that no method is shown; ``guard`` is a general text that plug-ins go by, another than those
+    that are held out. Either may be what the base model answers to ``prompts`` or writes itself (``written_by``).
     ``orders`` are further orders of the tasks, each a list of all their names, or ``all`` of them; every method is run
     in each, beginning with the order in which ``tasks`` stand.
     ``limits`` are what the report looks for the best of each method within, on the guard's text: ``kl`` from the base
@@ -241,8 +246,8 @@ class Recipe(_Part):
     model: ModelPart
     tasks: Annotated[list[TaskPart], Field(min_length=1), AfterValidator(_distinct)]
     methods: Annotated[list[MethodPart], Field(min_length=1), AfterValidator(_distinct)]
-    heldout: Annotated[list[HeldOutText], Field(min_length=1), AfterValidator(_distinct)]
-    guard: HeldOutPart | None = None
+    heldout: Annotated[list[Text], Field(min_length=1), AfterValidator(_distinct)]
+    guard: Text | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
     orders: list[list[str]] = []
     training: Settings = Settings()
@@ -335,7 +340,7 @@ class Recipe(_Part):
         misplaced = [
             f"task {task.name!r}: training: {key} is for all tasks alike"
             for task in tasks
-            for key in sorted(task.training.keys() & {"forward_transfer", *SWITCHES})
+            for key in sorted(task.training.keys() & {"forward_transfer", "cache_frozen_layers", *SWITCHES})
         ]
         if misplaced:
             raise at_their_places(misplaced)

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.answers import PromptList, kept_answers
-from curlora.continual.checks import check_stream, check_texts
+from curlora.continual.answers import OwnText, PromptList, kept_answers
+from curlora.continual.checks import Adapted, check_stream, check_texts
 from curlora.continual.errors import RunError
+from curlora.continual.frozen_layers import keep_frozen_layers
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
 from curlora.continual.processes import check_shared_out, process_state
@@ -62,8 +63,9 @@ class Stream:
         seeds: each method is run once with each.
         protocol: further facts for the report: the switches of the protocol.
         recipe: the recipe, for the report.
-        prompts: whose answers by the base model are followed as texts are.
-        guard_text: a general text for plug-ins that go by one; it is followed as well.
+        sampled: further texts that are held out, which the base model has to write first.
+        guard_text: a general text for plug-ins that go by one, which the base model may have to write first; it is
+            followed as well.
         orders: further orders of the tasks, each all of their names; every method is run in each.
         limits: on forgetting, for the report: see :class:`curlora.continual.recipe.Recipe`.
         load_empty: gives the model on the meta device, by which the methods are checked before any is run; without it
@@ -81,32 +83,71 @@ class Stream:
     seeds: Sequence[int] = (0,)
     protocol: Mapping[str, str] = field(default_factory=dict)
     recipe: dict[str, Any] | None = None
-    prompts: Sequence[PromptList] = ()
-    guard_text: HeldOut | None = None
+    sampled: Sequence[PromptList | OwnText] = ()
+    guard_text: HeldOut | PromptList | OwnText | None = None
     orders: Sequence[Sequence[str]] = ()
     limits: Mapping[str, list[float]] = field(default_factory=dict)
     load_empty: Callable[[], nn.Module] | None = None
 
     @property
     def texts(self) -> list[HeldOut]:
-        """All that are followed: those that are held out, then the guard's."""
-        return [*self.heldout, *([] if self.guard_text is None else [self.guard_text])]
+        """All that are followed and have been written: those that are held out, then the guard's."""
+        return [*self.heldout, *([self.guard_text] if isinstance(self.guard_text, HeldOut) else [])]
+
+    @property
+    def unwritten(self) -> list[PromptList | OwnText]:
+        """What the base model has to write first, the guard's last."""
+        guard = self.guard_text
+        return [*self.sampled, *([] if guard is None or isinstance(guard, HeldOut) else [guard])]
 
     def with_answers(self, directory: Path) -> Stream:
-        """The stream with the base model's answers to its prompts among the held-out texts.
+        """The stream with what the base model writes among its texts.
 
         Args:
-            directory: the run directory, which keeps them.
+            directory: the run directory, which keeps it.
         """
-        if not self.prompts:
+        if not self.unwritten:
             return self
         load = functools.cache(lambda: self.load_model().to(process_state().device))
         if process_state().is_main_process:
-            for text in self.prompts:
+            for text in self.unwritten:
                 kept_answers(text, self.tokenizer, directory, load)
         process_state().wait_for_everyone()
-        answers = [kept_answers(text, self.tokenizer, directory, load) for text in self.prompts]
-        return dataclasses.replace(self, heldout=[*self.heldout, *answers], prompts=())
+        written: list[HeldOut] = [kept_answers(text, self.tokenizer, directory, load) for text in self.unwritten]
+        guard = self.guard_text
+        if guard is not None and not isinstance(guard, HeldOut):
+            guard = dataclasses.replace(written.pop(), shown=True)
+        return dataclasses.replace(self, heldout=[*self.heldout, *written], sampled=(), guard_text=guard)
+
+    def checked(self, encoded: Sequence[Encoded]) -> dict[str, Adapted]:
+        """The methods on the model without weights, see :func:`curlora.continual.checks.check_stream`.
+
+        Args:
+            encoded: the tasks.
+        """
+        if self.load_empty is None:
+            return {}
+        keeping = self.settings.cache_frozen_layers
+        texts, seed = self.texts, self.seeds[0]
+        return check_stream(self.methods, texts, encoded, self.load_empty, seed, frozen_layers=keeping)
+
+    def keeping_frozen_layers(self, adapted: Mapping[str, Adapted], directory: Path) -> Stream:
+        """The stream with models that keep what the layers below all methods put out, where the settings say so.
+
+        Args:
+            adapted: from :meth:`checked`.
+            directory: the run directory.
+
+        Raises:
+            RunError: if how many layers these are was not found out.
+        """
+        if not self.settings.cache_frozen_layers:
+            return self
+        if not adapted:
+            raise RunError("cache_frozen_layers goes by the model without weights: say how to get it (load_empty).")
+        below = min(of.below for of in adapted.values())
+        load = self.load_model
+        return dataclasses.replace(self, load_model=lambda: keep_frozen_layers(load(), below, directory))
 
 
 @dataclass(frozen=True)
@@ -171,10 +212,9 @@ def run_stream(
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in encoded:
         check_shared_out(part.settings.batch_size)
-    if stream.load_empty is not None:
-        check_stream(stream.methods, stream.texts, encoded, stream.load_empty, stream.seeds[0])
+    adapted = stream.checked(encoded)
     with _locked(directory, begin), _disk_errors(directory):
-        stream = stream.with_answers(directory)
+        stream = stream.with_answers(directory).keeping_frozen_layers(adapted, directory)
         return _run(stream, encoded, directory, progress, runner)
 
 
@@ -249,7 +289,7 @@ def run_job(
         base=BaseScores(base.heldout, [known[part.task.name] for part in encoded if part.task.name in known]),
         directory=job.folder,
         progress=listener,
-        guard_text=stream.guard_text,
+        guard_text=stream.guard_text if isinstance(stream.guard_text, HeldOut) else None,
         order=job.order,
     ).run()
     record = Finished(result=result, trainable_parameters=trainable, adapter_bytes=size)

@@ -96,6 +96,13 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "max_new_tokens": "Of an answer.",
         "seed": "Of the sampling.",
     },
+    "OwnTextPart": {
+        "name": "For people.",
+        "written_by": "The base model writes the text, without being asked.",
+        "tokens": "How many tokens it writes.",
+        "max_length": "Tokens of a piece.",
+        "seed": "Of the sampling.",
+    },
     "GeneratePart": {"max_new_tokens": "Of an answer."},
     "ScorePart": {
         "generate": "How answers are generated.",
@@ -127,6 +134,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "logging_steps": "Steps between two losses in the report.",
         "checkpoint_steps": "Steps between two checkpoints, which is the most that a kill can cost.",
         "forward_transfer": "Whether each task is scored also just before it is learned.",
+        "cache_frozen_layers": "Whether what the layers below those that any method trains put out is kept.",
         "trainer": "Further arguments of transformers' Trainer: bf16, gradient_checkpointing, report_to, ...",
         "readout": "A switch of the protocol: set it under switches.",
         "order": "A switch of the protocol: set it under switches.",

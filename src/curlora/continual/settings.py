@@ -45,8 +45,9 @@ class Settings(BaseModel):
     A head has its own learning rate, ``head_learning_rate``, beside the method's. Batch sizes count the examples of one
     step over all processes together. ``warmup`` is a share of a task's steps if below 1, else a number of steps.
     ``max_grad_norm`` 0 leaves gradients as they are. ``checkpoint_steps`` is what a kill can cost at most.
-    ``forward_transfer`` scores each task also just before it is learned. ``trainer`` holds further arguments of
-    transformers' ``TrainingArguments``, such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
+    ``forward_transfer`` scores each task also just before it is learned. ``cache_frozen_layers`` keeps what the layers
+    below those that any method trains put out; see :mod:`curlora.continual.frozen_layers`. ``trainer`` holds further
+    arguments of transformers' ``TrainingArguments``, such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
 
     ``readout``, ``order``, ``schedule_length``, ``evaluation`` and ``heads`` are switches of the protocol; see
     :mod:`curlora.continual.protocol`.
@@ -67,6 +68,7 @@ class Settings(BaseModel):
     logging_steps: Annotated[int, Field(gt=0)] = 5
     checkpoint_steps: Annotated[int, Field(gt=0)] = 100
     forward_transfer: bool = False
+    cache_frozen_layers: bool = False
     trainer: dict[str, Any] = {}
 
     readout: Literal["last_token", "last_position"] = "last_token"
@@ -101,6 +103,15 @@ class Settings(BaseModel):
             raise ValueError(
                 f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of logging_steps ({self.logging_steps})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_run_once(self) -> Settings:
+        """A layer that is run again in the backward pass, compiled or in pieces is not what would be kept."""
+        if self.cache_frozen_layers:
+            for key in ("gradient_checkpointing", "torch_compile", "fsdp", "deepspeed"):
+                if self.trainer.get(key):
+                    raise ValueError(f"cache_frozen_layers does not go with {key}: leave one of them out")
         return self
 
     def check_trainer(self) -> None:

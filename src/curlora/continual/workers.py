@@ -157,8 +157,9 @@ def _prepared(content: str, directory: str) -> tuple[Stream, list[Encoded]]:
     from curlora.continual.recipe import Recipe
 
     stream = build(Recipe.model_validate(json.loads(content)))
-    stream = stream.with_answers(Path(directory))
-    return stream, encode(stream.tasks, stream.tokenizer, stream.settings)
+    encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
+    adapted = stream.checked(encoded) if stream.settings.cache_frozen_layers else {}
+    return stream.with_answers(Path(directory)).keeping_frozen_layers(adapted, Path(directory)), encoded
 
 
 class _Speaking:

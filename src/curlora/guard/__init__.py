@@ -1,12 +1,14 @@
 """The guard: what general text uses of a model, and training that leaves it alone as far as a user asks for."""
 
 from curlora.guard.anchors import Anchors
+from curlora.guard.budget import ForgettingBudget, Outcome, TextOutcome
 from curlora.guard.calibration import Calibration, Moments
 from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
+from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
 from curlora.guard.redraw import redraw
@@ -15,10 +17,16 @@ from curlora.guard.scale_back import scale_to_limit
 __all__ = [
     "Anchors",
     "Calibration",
+    "ForgettingBudget",
     "Guard",
     "GuardCallback",
     "GuardError",
+    "Ledger",
     "Moments",
+    "Outcome",
+    "TextOutcome",
+    "TextRecord",
+    "TrainingRecord",
     "calibrate",
     "learning_rate",
     "own_text",

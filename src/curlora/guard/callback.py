@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from curlora.guard.guard import Guard
 from curlora.guard.scale_back import scale_to_limit
 from curlora.tuner.sharded import reshard, whole
 
-__all__ = ["GuardCallback", "Kept", "log"]
+__all__ = ["GuardCallback", "Kept", "act_first", "log"]
 
 
 class Kept(NamedTuple):
@@ -71,7 +71,7 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         act_first(self)
         self._held = []
-        if self.measure is not None:
+        if self.measure is not None and math.isnan(self._at_start):
             with self.guard.as_calibrated():
                 self._at_start = self._measured()
             if not (self._at_start > 0 and math.isfinite(self._at_start)):
@@ -85,12 +85,15 @@ class GuardCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.guard.detach()
-        now = self._now()
-        if not (self._held and all(map(_same, now, self._held))):  # stopped early, or the best checkpoint was loaded
-            self._hold(state)
+        self.finish(state)
         if self.kept is not None:
             log(self, args, state, control, {"kept": self.kept.scale, "rise": self.kept.rise})
+
+    def finish(self, state: TrainerState) -> None:
+        """Leave the optimizer alone, and hold the measure where that has not been done since the model changed."""
+        self.guard.detach()
+        if not (self._held and all(map(_same, self._now(), self._held))):  # stopped early, or the best was loaded
+            self._hold(state)
         self._before = self._now()
 
     def on_log(
@@ -114,21 +117,26 @@ class GuardCallback(TrainerCallback):
         )
         self.kept = Kept(*found)
         self._held = self._now()
-        if self.kept.scale:
-            return
+        if not self.kept.scale:
+            warnings.warn(self.why(self.kept, finite), stacklevel=2)
+
+    def why(self, kept: Kept, finite: bool) -> str:
+        """Why nothing of a training was kept, for people."""
         if not finite:
-            why = "The training ended in numbers that are not finite: all that it changed in U was taken back"
-        elif self.kept.rise > self.max_rise:
-            why = (
-                f"The measure has risen by {self.kept.rise:.3g} where {self.max_rise:.3g} is allowed, even with all "
-                "that this training changed in U taken back"
+            return "The training ended in numbers that are not finite: all that it changed in U was taken back"
+        if self.max_rise is not None and kept.rise > self.max_rise:
+            return (
+                f"The measure has risen by {kept.rise:.3g} where {self.max_rise:.3g} is allowed, even with all that "
+                "this training changed in U taken back"
             )
-        else:
-            why = (
-                f"No part of what was learned keeps the measure within a rise of {self.max_rise:.3g}: all that was "
-                "changed in U was taken back"
-            )
-        warnings.warn(why, stacklevel=2)
+        return (
+            f"No part of what was learned keeps the measure within a rise of {self.max_rise:.3g}: all that was changed "
+            "in U was taken back"
+        )
+
+    def count_from(self, before: Sequence[Tensor], at_start: float) -> None:
+        """Count what training changes from these values of ``guard.parameters``, and the measure from ``at_start``."""
+        self._before, self._at_start = list(before), at_start
 
     def _now(self) -> list[Tensor]:
         return [whole(U.detach()).clone() for U in self.guard.parameters] if self.measure is not None else []

@@ -227,6 +227,8 @@ def _inputs(
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"].to(device)
+        if given is None:  # examples in one row, which transformers tells apart where there is no mask
+            del inputs["attention_mask"]
     elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
     return inputs, mask.bool() if len(numbers) else torch.zeros_like(mask, dtype=torch.bool)

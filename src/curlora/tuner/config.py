@@ -24,6 +24,8 @@ _ABOUT = {
     "task_type",
 }  # fmt: skip
 _CHANGED = "changed"  # in the place of a digest
+# Beside the weights, where an adapter was trained within a budget: see curlora.guard.ledger.
+LEDGER_NAME = "curlora_ledger.safetensors"
 
 # Whoever gets an adapter from the hub reads this; PEFT's own words without the import name no remedy.
 _HOW_TO_LOAD = """
@@ -133,6 +135,7 @@ class CurloraConfig(PeftConfig):
         # No fields, since they are not saved. Where this was read beside an adapter's weights:
         self.weights_file: Path | None = None
         self._saved_by: tuple[object, ...] = ()
+        self.beside: dict[str, bytes] = {}  # further files of the adapter, by their names; they are saved with it
         self.target_modules_to_tie: set[str] | None = None  # PEFT's names for what is tied
         self.modules_to_tie: set[str] | None = None
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
@@ -207,6 +210,10 @@ class CurloraConfig(PeftConfig):
                 "safe_serialization=False. Nothing was saved."
             )
         super().save_pretrained(save_directory, **kwargs)
+        for name, content in self.beside.items():
+            (folder / name).write_bytes(content)
+        if LEDGER_NAME not in self.beside:  # of another adapter, that was saved there before
+            (folder / LEDGER_NAME).unlink(missing_ok=True)
         card = folder / "README.md"  # PEFT's, written before; not where transformers saves an adapter by itself
         if card.exists() and "import curlora" not in (text := card.read_text(encoding="utf-8")):
             base = self.base_model_name_or_path or "the base model"
@@ -250,27 +257,32 @@ class CurloraConfig(PeftConfig):
             )
         if weights is not None:
             config.weights_file, config._saved_by = weights, config.drawn_by[:-1]
+            if (ledger := cls._file_of(pretrained_model_name_or_path, LEDGER_NAME, subfolder, kwargs)) is not None:
+                config.beside[LEDGER_NAME] = ledger.read_bytes()
         return config
 
     @classmethod
     def _weights_of(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
-        """An adapter's weights file, in a folder or fetched from the hub; ``None`` where there is none."""
+        """An adapter's weights file; ``None`` where there is none."""
+        weights = cls._file_of(name, SAFETENSORS_WEIGHTS_NAME, subfolder, kwargs)
+        if weights is None and (pickled := cls._file_of(name, WEIGHTS_NAME, subfolder, kwargs)) is not None:
+            raise ValueError(
+                f"{pickled} is a pickle, which CURLoRA adapters never are. Save the adapter as "
+                f"{SAFETENSORS_WEIGHTS_NAME} (the default of save_pretrained)."
+            )
+        return weights
+
+    @classmethod
+    def _file_of(cls, name: str, file: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
+        """A file of an adapter, in a folder or fetched from the hub; ``None`` where there is none."""
         folder = Path(os.path.abspath(os.path.join(name, subfolder or "")))
-        for file in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
-            path = folder / file
-            if not folder.is_dir():
-                try:
-                    path = Path(hf_hub_download(name, file, subfolder=subfolder, **cls._split_kwargs(kwargs)[0]))
-                except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):  # PEFT says it
-                    continue
-            if path.exists() and file == WEIGHTS_NAME:
-                raise ValueError(
-                    f"{path} is a pickle, which CURLoRA adapters never are. Save the adapter as "
-                    f"{SAFETENSORS_WEIGHTS_NAME} (the default of save_pretrained)."
-                )
-            if path.exists():
-                return path
-        return None
+        path = folder / file
+        if not folder.is_dir():
+            try:
+                path = Path(hf_hub_download(name, file, subfolder=subfolder, **cls._split_kwargs(kwargs)[0]))
+            except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):  # PEFT says it
+                return None
+        return path if path.exists() else None
 
     def _digest(self) -> str:
         return digest_of_options({f.name: getattr(self, f.name) for f in fields(self) if f.name not in _ABOUT})

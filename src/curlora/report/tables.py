@@ -14,7 +14,14 @@ from rich.text import Text
 from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import best_within, limited_text, limits_of, points, what_is_learned
-from curlora.formatting import allowed, format_percent, format_size, format_statistic, format_time, format_too_long
+from curlora.report.formatting import (
+    allowed,
+    format_percent,
+    format_size,
+    format_statistic,
+    format_time,
+    format_too_long,
+)
 
 __all__ = ["comparison", "results_tables", "within_limits"]
 

@@ -10,7 +10,7 @@ from rich.text import Text
 from curlora.continual.plan import Plan, tokens_of
 from curlora.continual.processes import process_state
 from curlora.continual.trainer import steps_of
-from curlora.formatting import format_too_long
+from curlora.report.formatting import format_too_long
 
 __all__ = ["plan_tables"]
 
@@ -24,10 +24,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         f"{stream.base_model}: {plan.base_parameters:,} parameters. {processes} on {state.device}. "
         f"Seed{'s' if len(stream.seeds) > 1 else ''} {', '.join(map(str, stream.seeds))}.",
         *(f"Held out: {text.describe()}" for text in stream.heldout),
-        *(
-            f"Held out: {text.name} (the base model's answers to {len(text.prompts)} prompts)"
-            for text in stream.prompts
-        ),
+        *(f"To be written by the base model: {text.name} ({text.rows} pieces)" for text in stream.unwritten),
         *(["Orders of the tasks: " + str(1 + len(stream.orders)) + "."] if stream.orders else []),
     ]
 

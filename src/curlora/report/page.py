@@ -17,7 +17,7 @@ from curlora.continual.merge import differing, merge
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.storage import write_whole
 from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points, what_is_learned
-from curlora.formatting import (
+from curlora.report.formatting import (
     allowed,
     format_number,
     format_percent,
@@ -26,7 +26,7 @@ from curlora.formatting import (
     format_time,
     format_too_long,
 )
-from curlora.plots import Style, fills_of, key_of, overview_of, plots_of, styles_of
+from curlora.report.plots import Style, fills_of, key_of, overview_of, plots_of, styles_of
 
 __all__ = ["render", "write_report"]
 
@@ -45,7 +45,7 @@ def render(runs: Sequence[RunResults]) -> str:
     runs = merge(runs)
     styles = styles_of(runs)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        resources.files("curlora").joinpath("report.html.j2").read_text(encoding="utf-8")
+        resources.files("curlora.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
         title=runs[0].title if len(runs) == 1 else f"{len(runs)} runs side by side",

@@ -19,9 +19,20 @@ from matplotlib.figure import Figure
 
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import Point, front, limited_text, points, what_is_learned
-from curlora.formatting import per_cent
+from curlora.report.formatting import per_cent
 
-__all__ = ["Plot", "Style", "Styles", "fills_of", "fronts_of", "key_of", "overview_of", "plots_of", "styles_of"]
+__all__ = [
+    "Plot",
+    "Style",
+    "Styles",
+    "fills_of",
+    "fronts_of",
+    "key_of",
+    "overview_of",
+    "plots_of",
+    "styles_of",
+    "svg_panel",
+]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart. Where colours repeat, markers and lines differ.
 _COLOURS = ["#6b7280", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00"]
@@ -89,7 +100,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
             "Accuracy on each task after every stage of the stream, from the moment it was learned. A falling line is "
             "forgetting. Dotted: always answering the most frequent class." + _bars_text(results),
             [
-                _panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
+                svg_panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
                 for j, task in enumerate(results.tasks)
             ],
         ),
@@ -98,7 +109,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
             "Down: after which task. Across: on which task. On the diagonal what was learned, below what is left."
             + (" In per cent." if _in_per_cent(results) else ""),
             [
-                _panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
+                svg_panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
                 for method in results.methods
             ],
             legend=False,
@@ -112,14 +123,14 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
         Plot(
             "Training",
             "Training loss over the stream, smoothed; each task that has a head starts with a fresh one.",
-            [_panel("training loss", partial(_losses, results, styles))],
+            [svg_panel("training loss", partial(_losses, results, styles))],
         ),
     ]
     if (fronts := fronts_of(whole)) is not None:
         plots.insert(0, fronts)
     if any(method.trainable_parameters for method in results.methods):
         height = 0.9 + 0.36 * len(results.methods)
-        panel = _panel("trained parameters", partial(_trainable, results, styles), height=height)
+        panel = svg_panel("trained parameters", partial(_trainable, results, styles), height=height)
         plots.insert(-1, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
     return plots
 
@@ -133,11 +144,13 @@ def fronts_of(results: RunResults) -> Plot | None:
     shown = [point for point in known if point.mean.mean < _FAR]
     colours = {entry: _COLOURS[n % len(_COLOURS)] for n, entry in enumerate(entries)}
     markers = {entry: _MARKERS[n % len(_MARKERS)] for n, entry in enumerate(entries)}
-    figures: dict[str, Callable[[Point], Statistic]] = {
-        f"KL on {limited_text(results)}": lambda point: point.limited,
-        "KL on texts not shown, mean": lambda point: point.mean,
-        "KL on texts not shown, worst": lambda point: point.worst,
-    }
+    figures: dict[str, Callable[[Point], Statistic]] = {f"KL on {limited_text(results)}": lambda point: point.limited}
+    hidden = [name for name in results.heldout if name not in results.shown]
+    if len(hidden) > 1:
+        figures["KL on texts not shown, mean"] = lambda point: point.mean
+        figures["KL on texts not shown, worst"] = lambda point: point.worst
+    elif hidden and hidden != [limited_text(results)]:
+        figures[f"KL on {hidden[0]}"] = lambda point: point.mean
     text = (
         "One point for each value of the grid, joined where no other of its method is better in both. Up and to the "
         "left is better. KL: of the predictions from the base model's, in nats per token." + _bars_text(results)
@@ -156,7 +169,7 @@ def fronts_of(results: RunResults) -> Plot | None:
             best = front(own, figure)
             axis.plot(
                 [figure(point).mean for point in best], [point.learned.mean for point in best], linewidth=1.2,
-                color=colours[entry], label=entry,
+                label=entry, **look,
             )  # fmt: skip
         axis.set_xlabel(label)
         axis.set_ylabel(what_is_learned(results))
@@ -164,7 +177,7 @@ def fronts_of(results: RunResults) -> Plot | None:
         axis.margins(x=0.08, y=0.12)
         axis.legend(fontsize=8, frameon=False)
 
-    panels = [_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
+    panels = [svg_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
     return Plot("What is learned for what is forgotten", text, panels, legend=False)
 
 
@@ -183,10 +196,12 @@ def _trade_offs(runs: Sequence[RunResults], styles: Styles, fills: Sequence[str]
             rise.append(_Point(per_cent(method.perplexity_rise), method.average_accuracy, style, fill))
             if method.forgetting is not None:
                 forgetting.append(_Point(method.forgetting, method.learning_accuracy, style, fill))
-    panels = [_panel("accuracy and perplexity", partial(_points, rise, "rise of perplexity (%)", "average accuracy"))]
+    panels = [
+        svg_panel("accuracy and perplexity", partial(_points, rise, "rise of perplexity (%)", "average accuracy"))
+    ]
     if forgetting:
         labels = ("forgetting", "learning accuracy (plasticity)")
-        panels.append(_panel("plasticity and forgetting", partial(_points, forgetting, *labels)))
+        panels.append(svg_panel("plasticity and forgetting", partial(_points, forgetting, *labels)))
     return panels
 
 
@@ -200,7 +215,8 @@ def _unplotted(results: RunResults) -> str:
     return f" Diverged, and without a point on the panel of perplexity: {', '.join(labels)}." if labels else ""
 
 
-def _panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, height: float = 3.2) -> Markup:
+def svg_panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, height: float = 3.2) -> Markup:
+    """One plot under a title, ``width`` by ``height`` inches."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)

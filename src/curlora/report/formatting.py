@@ -37,9 +37,11 @@ def format_time(seconds: float) -> str:
 
 
 def format_size(size: int) -> str:
-    """Of bytes, in KiB or MiB."""
+    """Of bytes, in KiB, MiB or GiB."""
     if size == 0:
         return "none"
+    if size >= 1024**3:
+        return f"{size / 1024**3:.2f} GiB"
     return f"{size / 1024:.1f} KiB" if size < 1024**2 else f"{size / 1024**2:.2f} MiB"
 
 

@@ -1,0 +1,540 @@
+"""Fine-tuning within a stated budget of forgetting: one callback for transformers' Trainer and for TRL's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from curlora._compat import scale_base_rate
+from curlora.guard.anchors import Anchors
+from curlora.guard.calibration import Calibration, adapter_of, layers_of
+from curlora.guard.callback import GuardCallback, Kept, act_first, log
+from curlora.guard.collect import calibrate
+from curlora.guard.errors import GuardError
+from curlora.guard.examples import Examples
+from curlora.guard.guard import Guard
+from curlora.guard.learning_rate import learning_rate as rate_for
+from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord, digest_of, pack, unpack
+from curlora.guard.model_pass import perplexity
+from curlora.guard.own_text import own_text
+from curlora.guard.redraw import redraw
+from curlora.guard.texts import Texts, digest, named_texts, rows_of
+from curlora.tuner.config import LEDGER_NAME, CurloraConfig
+from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.param_wrapper import ParamWrapper
+from curlora.tuner.sharded import whole
+
+__all__ = ["ForgettingBudget", "Outcome", "TextOutcome"]
+
+STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
+_OWN = "own text"
+_TOO_LOW = 0.05  # of the rate that the budget asks for: what is below hardly moves the model
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextOutcome:
+    """What a text has lost since before the adapter's first training.
+
+    Args:
+        before: perplexity of the base model; of a function, what it gave.
+        after: the same after training.
+        rise: ``after / before - 1``.
+        limit: the most that the rise was allowed to be.
+    """
+
+    before: float
+    after: float
+    rise: float
+    limit: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a training under a budget came to.
+
+    Args:
+        predicted: KL divergence from the base model on the guard's text, in nats per token, as the guard has it.
+        kept: the share of the training's change that the measurement let stand, 0 to 1.
+        learning_rate: of the adapter, in square roots of nats.
+        texts: what was measured, by name.
+    """
+
+    predicted: float
+    kept: float
+    learning_rate: float
+    texts: dict[str, TextOutcome]
+
+
+@dataclasses.dataclass
+class _Prepared:
+    """What is fixed when training begins, and what a training that is gone on with has to know."""
+
+    ledger: Ledger
+    before: dict[str, Tensor]
+    budget: float
+    base: dict[str, float]
+    limits: dict[str, float]
+
+    def to_bytes(self) -> bytes:
+        about = {"budget": self.budget, "base": self.base, "limits": self.limits}
+        ledger = torch.frombuffer(bytearray(self.ledger.to_bytes()), dtype=torch.uint8)
+        return pack({"ledger": ledger, **{f"before.{name}": U for name, U in self.before.items()}}, about)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> _Prepared:
+        tensors, about = unpack(content, where)
+        ledger = Ledger.from_bytes(tensors.pop("ledger").numpy().tobytes(), where)
+        before = {name.removeprefix("before."): U for name, U in tensors.items()}
+        return cls(ledger, before, about["budget"], about["base"], about["limits"])
+
+
+class ForgettingBudget(TrainerCallback):
+    """Keeps what a training forgets within a stated budget, with nothing else to set.
+
+    ```python
+    trainer = SFTTrainer(
+        model, train_dataset=data, peft_config=CurloraConfig(r=32), callbacks=[ForgettingBudget(0.01)]
+    )
+    trainer.train()
+    ```
+
+    When training begins it finds the CURLoRA adapter; chooses its columns and rows for the task, if it has not been
+    trained yet (:func:`curlora.redraw`); calibrates it on the guard's text (:func:`curlora.calibrate`); sets the
+    learning rate, unless one was chosen; and attaches a :class:`curlora.Guard`. While training it keeps the predicted
+    forgetting within the budget. After the last step it measures each text, and scales back what training has changed
+    until each is within its limit: before the last evaluation and checkpoint, and again where
+    ``load_best_model_at_end`` has put another checkpoint in its place.
+
+    The adapter then carries a ledger (:class:`curlora.guard.Ledger`), which is saved with it. The next training, of the
+    adapter as it was saved, goes on from there: forgetting counts from the base model as it was before the first
+    training, and earlier tasks are held by their anchors (:class:`curlora.guard.Anchors`), without their data.
+
+    A training that is gone on with (``resume_from_checkpoint``) needs the Trainer's ``output_dir`` as it was.
+
+    Args:
+        max_perplexity_increase: the most that a text's perplexity may rise by in this training, relative to the base
+            model's: 0.01 for 1 %. On text that the model writes itself the rise of the log-perplexity is an estimate
+            of the KL divergence from the base model.
+        texts: the guard's texts. ``None``: what the model itself writes (:func:`curlora.guard.own_text`). Or a list of
+            texts, of conversations or of rows of tokens; the path of a text file; or several by name. A function
+            without arguments is a measurement of your own, positive and the lower the better.
+        limits: of some of the texts by name, in the place of ``max_perplexity_increase``.
+        lifetime: the most that each text may lose over all trainings of the adapter. Later trainings keep to it
+            without being told.
+        learning_rate: of the adapter, in square roots of nats. If ``None``, the one of the training arguments where
+            that is not its class's default, and else :func:`curlora.guard.learning_rate`.
+        redraw: whether columns and rows are chosen for the task.
+        anchors: whether tasks are held while later ones are learned.
+        tokens: of each text, at most.
+        max_length: tokens of a row of text; perplexity is of such rows.
+        batch_size: rows of text, and examples, that are run together.
+        damping: see :class:`curlora.Guard`.
+        adapter: its name; the active one if ``None``.
+        seed: of what is drawn: the model's own text, drawn answers, the examples that are looked at.
+
+    Attributes:
+        outcome: an :class:`Outcome`, after training.
+
+    Raises:
+        GuardError: if a limit is not a share between 0 and 1, or a text cannot be read. When training begins: if there
+            is no adapter, if it or its base is not what the ledger is of, if the lifetime's budget is used up.
+    """
+
+    def __init__(
+        self,
+        max_perplexity_increase: float = 0.01,
+        *,
+        texts: Mapping[str, Texts] | Texts | None = None,
+        limits: Mapping[str, float] | None = None,
+        lifetime: float | None = None,
+        learning_rate: float | None = None,
+        redraw: bool = True,
+        anchors: bool = True,
+        tokens: int = 8192,
+        max_length: int = 128,
+        batch_size: int = 8,
+        damping: float = 0.1,
+        adapter: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.limit = _share("max_perplexity_increase", max_perplexity_increase)
+        self.texts = {_OWN: None} if texts is None else named_texts(texts)
+        self.limits = {name: _share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
+        if unknown := sorted(set(self.limits) - set(self.texts)):
+            raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}")
+        self.lifetime = None if lifetime is None else _share("lifetime", lifetime)
+        if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
+            raise GuardError(f"learning_rate must be a positive number, got {learning_rate!r}")
+        self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
+        self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
+        self.damping, self.adapter, self.seed = damping, adapter, seed
+        self.outcome: Outcome | None = None
+        self._held: GuardCallback | None = None
+        self._prepared: _Prepared | None = None
+        self._rows: dict[str, list[Tensor]] = {}
+        self._measured: dict[str, float] = {}
+        self._rate = math.nan
+        self._examples: Examples
+
+    # Events
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if model is None:  # it will be made when training begins
+            return
+        _check_model(model, self.adapter)
+        # TRL rounds the adapter of a quantized base to bfloat16, in which small steps vanish.
+        for layer in layers_of(model, adapter_of(model, self.adapter)).values():
+            for matrix in layer.curlora_U.values():
+                for parameter in matrix.parameters():
+                    if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                        parameter.data = parameter.data.float()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        act_first(self)
+        model, processing = kwargs["model"], kwargs.get("processing_class")
+        adapter = _check_model(model, self.adapter)
+        tokenizer = getattr(processing, "tokenizer", processing)
+        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, self.seed)
+        shown = not args.disable_tqdm and state.is_world_process_zero
+        self.outcome = None
+        self._read_texts(model, tokenizer, shown)
+        if state.global_step:
+            self._prepared = self._found(args, state)
+        else:
+            self._prepared = self._prepare(model, adapter, examples, args, shown)
+            self._write(Path(args.output_dir) / STATE_NAME, state)
+        _config_of(model, adapter).beside.pop(LEDGER_NAME, None)  # of checkpoints it would be the history no more
+        self._attach(model, adapter, args, state, control, kwargs)
+        self._examples = examples
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._holding.on_step_end(args, state, control, **kwargs)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._held is not None:
+            self._held.on_log(args, state, control, **kwargs)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._prepared is not None and folder.is_dir():
+            self._write(folder / STATE_NAME, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        held, prepared, model = self._holding, self._prepared, kwargs["model"]
+        assert prepared is not None
+        held.finish(state)
+        guard = held.guard
+        kept = 1.0 if held.kept is None else held.kept.scale
+        texts = {
+            name: TextOutcome(before, now := self._measured[name], now / before - 1, prepared.limits[name])
+            for name, before in prepared.base.items()
+        }
+        self.outcome = Outcome(guard.drift(), kept, self._rate, texts)
+        rises = {f"perplexity_rise/{name}": text.rise for name, text in texts.items()}
+        log(self, args, state, control, {"drift": self.outcome.predicted, "kept": kept, **rises})
+        self._enter_in_ledger(model, guard, state)
+        self._held = None
+
+    # What they are made of
+
+    @property
+    def _holding(self) -> GuardCallback:
+        if self._held is None:
+            raise GuardError(
+                "The budget was added to a training that has begun already: give it to the trainer before train()."
+            )
+        return self._held
+
+    def _read_texts(self, model: nn.Module, tokenizer: Any, shown: bool) -> None:
+        self._rows = {}
+        for name, text in self.texts.items():
+            if text is None:
+                self._rows[name] = own_text(
+                    model, tokenizer, tokens=self.tokens, max_length=self.max_length, seed=self.seed, progress=shown
+                )
+            elif not callable(text):
+                self._rows[name] = rows_of(name, text, tokenizer, tokens=self.tokens, max_length=self.max_length)
+        if not self._rows:  # measurements alone: there has to be a text to calibrate on
+            self._rows[_OWN] = own_text(
+                model, tokenizer, tokens=self.tokens, max_length=self.max_length, seed=self.seed, progress=shown
+            )
+
+    @property
+    def _all_rows(self) -> list[Tensor]:
+        return [row for rows in self._rows.values() for row in rows]
+
+    def _prepare(
+        self, model: nn.Module, adapter: str, examples: Examples, args: TrainingArguments, shown: bool
+    ) -> _Prepared:
+        layers = layers_of(model, adapter)
+        ledger = Ledger.of(_config_of(model, adapter))
+        if ledger is not None:
+            ledger.calibration.check(model, adapter)
+            if ledger.adapter != digest_of(layers, adapter):
+                raise GuardError(
+                    f"The adapter is not as its ledger ({LEDGER_NAME}) has it: the ledger is another adapter's, or the "
+                    "adapter has been trained since without a budget. Load the adapter as the last training saved it, "
+                    "or delete the ledger to count from the adapter as it is."
+                )
+        else:
+            examples.check()
+            if self.redraw:
+                self._redraw(model, adapter, layers, examples, shown)
+            calibration = calibrate(
+                model, self._all_rows, adapter=adapter, max_length=self.max_length, batch_size=self.batch_size,
+                seed=self.seed, progress=shown,
+            )  # fmt: skip
+            ledger = Ledger(calibration, Anchors())
+        if self.lifetime is not None:
+            ledger = dataclasses.replace(ledger, lifetime=self.lifetime)
+        now = {name: whole(U.detach()).clone() for name, U in _weights(layers, adapter).items()}
+        guard = Guard(model, ledger.calibration, damping=self.damping, adapter=adapter)
+        with guard.as_calibrated():
+            base = {name: self._measure(model, name) for name in self.texts}
+        spent = {name: self._measure(model, name) for name in self.texts} if ledger.trainings else base
+        limits = {}
+        for name, before in base.items():
+            if not (before > 0 and math.isfinite(before) and math.isfinite(spent[name])):
+                raise GuardError(f"{name!r} must be measured as a positive number, and is {before} before training.")
+            used = max(0.0, spent[name] / before - 1)
+            limits[name] = used + self.limits.get(name, self.limit)
+            if ledger.lifetime is not None:
+                if used >= ledger.lifetime:
+                    raise GuardError(
+                        f"The lifetime's budget is used up: {name!r} has lost {used:.2%} since the adapter's first "
+                        f"training, and {ledger.lifetime:.2%} is all that it may lose. State a larger lifetime to go "
+                        "on."
+                    )
+                limits[name] = min(limits[name], ledger.lifetime)
+        sizes = {name: sum(map(len, rows)) for name, rows in self._rows.items()}
+        # The KL on texts that are put together is the mean of theirs, and each is allowed the log of its own rise.
+        allowed = sum(size * math.log1p(limits.get(name, self.limit)) for name, size in sizes.items())
+        # What earlier trainings have cost by measurement may be predicted as more.
+        budget = max(allowed / sum(sizes.values()), guard.drift() * 1.001)
+        return _Prepared(ledger, now, budget, base, limits)
+
+    def _redraw(
+        self,
+        model: nn.Module,
+        adapter: str,
+        layers: Mapping[str, CurloraLayer],
+        examples: Examples,
+        shown: bool,
+    ) -> None:
+        if any(bool(layer.matrices[adapter].weight.any()) for layer in layers.values()):
+            return  # it has been trained with those that it has
+        if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
+            _logger.info("Columns and rows of experts cannot be chosen for the task: they stay as drawn.")
+            return
+        if examples.problem is not None:
+            warnings.warn(f"Columns and rows are not chosen for the task: {examples.problem}.", stacklevel=3)
+            return
+        redraw(
+            model, examples.batches(model), self._all_rows, adapter=adapter, max_length=self.max_length,
+            batch_size=self.batch_size, seed=self.seed, progress=shown,
+        )  # fmt: skip
+
+    def _attach(
+        self,
+        model: nn.Module,
+        adapter: str,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        prepared = self._prepared
+        assert prepared is not None
+        guard = Guard(
+            model, prepared.ledger.calibration, budget=prepared.budget, damping=self.damping, adapter=adapter,
+            anchors=prepared.ledger.anchors if self.anchors else None,
+        )  # fmt: skip
+        before = {id(U): prepared.before[name] for name, U in _weights(layers_of(model, adapter), adapter).items()}
+        self._held = _Held(guard, lambda: 1.0 + self._worst(model), max_rise=1.0)
+        self._held.count_from([before[id(U)] for U in guard.parameters], at_start=1.0)
+        self._set_rate(guard, args, state, kwargs)
+        self._held.on_train_begin(args, state, control, **kwargs)
+
+    def _worst(self, model: nn.Module) -> float:
+        """The largest share of a limit that has been used."""
+        assert self._prepared is not None
+        base, limits = self._prepared.base, self._prepared.limits
+        self._measured = {name: self._measure(model, name) for name in self.texts}
+        return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
+
+    def _measure(self, model: nn.Module, name: str) -> float:
+        text = self.texts[name]
+        if callable(text):
+            return float(text())
+        return perplexity(model, self._rows[name], max_length=self.max_length, batch_size=self.batch_size)
+
+    def _set_rate(self, guard: Guard, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
+        assert guard.budget is not None
+        ranks = [U.shape[-1] for U in guard.parameters]
+        rule = rate_for(guard.budget, state.max_steps, max(ranks))
+        default = next(f.default for f in dataclasses.fields(type(args)) if f.name == "learning_rate")
+        chosen = args.learning_rate if args.learning_rate != default else None
+        rate = self.learning_rate or (rule if chosen is None else None)
+        if rate is None:
+            assert chosen is not None
+            if chosen < _TOO_LOW * rule:
+                warnings.warn(
+                    f"At learning_rate={chosen:g} the adapter will hardly learn: under a budget rates are in square "
+                    f"roots of nats, and about {rule:.2g} suits this one. Leave learning_rate out to have it set.",
+                    stacklevel=3,
+                )
+            self._rate = chosen
+            return
+        self._rate = rate
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        guarded = {id(U) for U in guard.parameters}
+        for number, group in enumerate(optimizer.param_groups):
+            mine = [id(parameter) in guarded for parameter in group["params"]]
+            if any(mine) and not all(mine):
+                raise GuardError(
+                    f"{mine.count(False)} parameters that are not the adapter's U are trained at its rate, and the "
+                    f"rate that the budget asks for, {rate:.2g}, is not for them. Leave modules_to_save and trained "
+                    "biases out, or state learning_rate in the training arguments."
+                )
+            if any(mine):
+                scale_base_rate(optimizer, kwargs.get("lr_scheduler"), number, rate)
+
+    def _enter_in_ledger(self, model: nn.Module, guard: Guard, state: TrainerState) -> None:
+        prepared, outcome = self._prepared, self.outcome
+        assert prepared is not None
+        assert outcome is not None
+        assert guard.budget is not None
+        ledger, layers = prepared.ledger, layers_of(model, guard.adapter)
+        examples = self._examples
+        if self.anchors and examples.problem is None and outcome.kept > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # which are of a guard's text
+                task = calibrate(
+                    model, examples.batches(model, to_device=False), adapter=guard.adapter, batch_size=self.batch_size,
+                    seed=self.seed, progress=False,
+                )  # fmt: skip
+            _add_anchor(ledger.anchors, task, layers, guard.adapter)
+        texts = {
+            name: TextRecord(
+                digest(self._rows[name]) if name in self._rows else None,
+                sum(map(len, self._rows.get(name, []))),
+                text.before, text.after, text.rise, text.limit,
+            )
+            for name, text in outcome.texts.items()
+        }  # fmt: skip
+        training = TrainingRecord(
+            state.global_step, outcome.learning_rate, guard.budget, outcome.predicted, outcome.kept, texts
+        )
+        ledger.after(training, digest_of(layers, guard.adapter)).put_beside(_config_of(model, guard.adapter))
+
+    # The state of a training, for one that is gone on with
+
+    def _write(self, path: Path, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            assert self._prepared is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(self._prepared.to_bytes())
+            partial.replace(path)
+
+    def _found(self, args: TrainingArguments, state: TrainerState) -> _Prepared:
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        contents: list[Any] = [None]
+        if state.is_world_process_zero:
+            contents = [next((f / STATE_NAME for f in folders if (f / STATE_NAME).exists()), None)]
+            contents = [None if contents[0] is None else contents[0].read_bytes()]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(contents, src=0)
+        if contents[0] is None:
+            raise GuardError(
+                f"The training goes on at step {state.global_step}, and what it was calibrated to is not there: "
+                f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Give the output_dir that it began with."
+            )
+        return _Prepared.from_bytes(contents[0], STATE_NAME)
+
+
+class _Held(GuardCallback):
+    """The measure is 1 and the largest share of a limit that is used."""
+
+    def why(self, kept: Kept, finite: bool) -> str:
+        if not finite:
+            return super().why(kept, finite)
+        if kept.rise > 1:
+            return (
+                f"A text has lost {kept.rise:.3g} times what it may lose, even with all that this training changed in "
+                "U taken back: were other parameters trained beside it?"
+            )
+        return (
+            "No part of what was learned keeps every text within its limit: all that was changed in U was taken back. "
+            "State a larger limit, or a lower learning rate."
+        )
+
+
+def _check_model(model: nn.Module, adapter: str | None) -> str:
+    """The adapter's name."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise GuardError(
+            f"{type(base).__name__} is an encoder with a decoder, and a budget is of causal language models: what it "
+            "forgets cannot be measured."
+        )
+    return adapter_of(model, adapter)
+
+
+def _config_of(model: nn.Module, adapter: str) -> CurloraConfig:
+    configs: Any = getattr(model, "peft_config", {})
+    return configs[adapter]
+
+
+def _share(name: str, value: Any) -> float:
+    """A limit, as a share.
+
+    Raises:
+        GuardError: if it is none.
+    """
+    if isinstance(value, str) and value.strip().endswith("%"):
+        with contextlib.suppress(ValueError):  # it is refused below
+            value = float(value.strip()[:-1]) / 100
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise GuardError(f'{name} must be a positive share, such as 0.01 or "1%" for 1 %, got {value!r}.')
+    if value >= 1:
+        raise GuardError(
+            f"{name}={value:g} would let perplexity rise by {value:.0%}, which keeps nothing. For {value:g} % give "
+            f"{value / 100:g}."
+        )
+    return float(value)
+
+
+def _add_anchor(anchors: Anchors, task: Calibration, layers: Mapping[str, CurloraLayer], adapter: str) -> None:
+    moments = {}
+    for name, layer in layers.items():
+        of = task.layers[name]
+        assert of.left is not None
+        assert of.right is not None
+        left, right = (of.right, of.left) if layer.fan_in_fan_out else (of.left, of.right)  # U is M the other way round
+        alpha = layer.scaling[adapter]
+        moments[name] = alpha**2 * left, alpha**2 * right
+    anchors.add_moments({name: whole(U.detach()).cpu() for name, U in _weights(layers, adapter).items()}, moments)
+
+
+def _weights(layers: Mapping[str, CurloraLayer], adapter: str) -> dict[str, Tensor]:
+    return {name: layer.matrices[adapter].weight for name, layer in layers.items()}

@@ -1,0 +1,90 @@
+"""Some of a task's own examples, as a Trainer makes batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from curlora.guard.errors import GuardError
+
+__all__ = ["Examples"]
+
+COUNT = 128
+_IGNORED = -100
+
+
+class Examples:
+    """Some of the task's own examples, in batches as the Trainer makes them."""
+
+    def __init__(self, loader: Any, batch_size: int, seed: int) -> None:
+        self.dataset, self.collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        self.batch_size = batch_size
+        self.problem: str | None = None
+        self._chosen: list[Any] = []
+        if self.dataset is None or self.collate is None:
+            self.problem = "the trainer has no data loader to take examples from"
+        elif isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
+            if iter(self.dataset) is self.dataset:
+                self.problem = "the data can be gone through once only"
+            else:
+                self._chosen = [one for one, _ in zip(self.dataset, range(COUNT), strict=False)]
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(self.dataset), generator=generator)[:COUNT].tolist()
+            self._chosen = [self.dataset[i] for i in order]
+        if self.problem is None:
+            self.problem = self._problem()
+
+    def _problem(self) -> str | None:
+        for batch in self._collated():
+            return (
+                None if _labelled(batch) is not None else "its batches have no labels that a language model could learn"
+            )
+        return "there are no examples"
+
+    def check(self) -> None:
+        """Raise a GuardError if there is nothing to learn."""
+        batches = [] if self.problem else [one for one in map(_labelled, self._collated()) if one is not None]
+        if batches and not any(bool((batch["labels"] != _IGNORED).any()) for batch in batches):
+            raise GuardError(
+                f"Every label of {len(self._chosen)} examples is masked (-100), so there is nothing to learn: are "
+                " the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
+            )
+
+    def batches(self, model: nn.Module, to_device: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Batches of this process, with labels, of those keys that the model takes."""
+        rank, processes = 0, 1
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        device = next(model.parameters()).device
+        found = [labelled for batch in self._collated() if (labelled := _labelled(batch)) is not None]
+        # As many in every process: a model that is in pieces runs in all of them.
+        for number in range(rank, -(-len(found) // processes) * processes, processes):
+            batch = found[number % len(found)]
+            yield {key: value.to(device) if to_device else value for key, value in batch.items()}
+
+    def _collated(self) -> Iterator[Any]:
+        assert self.collate is not None
+        with torch.random.fork_rng(devices=[]):
+            for begin in range(0, len(self._chosen), self.batch_size):
+                yield self.collate(self._chosen[begin : begin + self.batch_size])
+
+
+def _labelled(batch: Any) -> dict[str, Tensor] | None:
+    """A batch of a language model, with labels; of preferences, the answers that were chosen."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        return None
+    kept = ("input_ids", "attention_mask", "position_ids", "labels")
+    found = {key: batch[key] for key in kept if isinstance(batch.get(key), Tensor)}
+    if "labels" not in found:
+        mask = batch.get("completion_mask")
+        if not isinstance(mask, Tensor):
+            return None
+        half = len(mask) // 2  # TRL puts those that were rejected below
+        found = {key: value[:half] for key, value in found.items()}
+        found["labels"] = found["input_ids"].masked_fill(mask[:half] == 0, _IGNORED)
+    return found if found["labels"].shape == found["input_ids"].shape else None

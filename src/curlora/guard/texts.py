@@ -1,0 +1,124 @@
+"""Texts that a user names, as rows of tokens: files, lists of texts, conversations, rows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curlora.guard.errors import GuardError
+
+__all__ = ["Texts", "digest", "named_texts", "rows_of"]
+
+Texts = str | Path | Sequence[Any] | Callable[[], float]
+"""A file's path, a list of texts, of conversations or of rows of tokens, or a measurement of the user's own."""
+
+
+def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
+    """Texts by name; of one that has none, a file is called by its own name.
+
+    Raises:
+        GuardError: if there is none, or one is not a text that can be read.
+    """
+    if isinstance(texts, Mapping):
+        named = dict(texts)
+    else:
+        named = {Path(texts).name if isinstance(texts, (str, Path)) else "general text": texts}
+    if not named:
+        raise GuardError("texts is empty: name a text, or leave texts out, and the model writes one itself.")
+    for name, text in named.items():
+        if not isinstance(text, (str, Path, Sequence)) and not callable(text):
+            raise GuardError(
+                f"texts[{name!r}] is {type(text).__name__}: a list of texts, a file's path or a function is expected."
+            )
+        if isinstance(text, (str, Path)) and not _is_file(text):
+            raise GuardError(
+                f"texts[{name!r}] is a string, {str(text)[:60]!r}, and there is no such file. Give the path of a text "
+                "file, or a list of texts."
+            )
+        if not callable(text) and not len(str(text) if isinstance(text, Path) else text):
+            raise GuardError(f"texts[{name!r}] is empty: there is nothing to go by.")
+    return named
+
+
+def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: int) -> list[Tensor]:
+    """The first ``tokens`` tokens of a text, in rows of at most ``max_length``.
+
+    A file is read as one text, whose paragraphs (parted by an empty line) are texts of their own. Conversations, lists
+    of messages with ``role`` and ``content``, are laid out by the tokenizer's chat template.
+
+    Args:
+        name: for errors.
+        text: what it is made of; no function.
+        tokenizer: of the model.
+        tokens: at most so many.
+        max_length: of a row.
+
+    Returns:
+        int64, each of shape ``(length,)``, two tokens or more.
+
+    Raises:
+        GuardError: if nothing of it can be used, with why.
+    """
+    items = _paragraphs(name, Path(text)) if isinstance(text, (str, Path)) else text
+    assert isinstance(items, Sequence)
+    rows: list[Tensor] = []
+    left = tokens
+    for number, item in enumerate(items):
+        ids = _ids(name, number, item, tokenizer)[:left]
+        rows += [torch.tensor(ids[i : i + max_length]) for i in range(0, len(ids), max_length)]
+        left -= len(ids)
+        if left <= 0:
+            break
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise GuardError(f"texts[{name!r}] has no two tokens in a row, so there is nothing to predict: is it empty?")
+    return rows
+
+
+def digest(rows: Iterable[Tensor]) -> str:
+    """SHA-256 of rows of tokens."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(len(row).to_bytes(8, "little") + row.to(torch.int64).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _is_file(path: str | Path) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # a text that is too long for a path
+        return False
+
+
+def _paragraphs(name: str, path: Path) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GuardError(f"texts[{name!r}]: {path} cannot be read as UTF-8 text ({error}).") from error
+    return [part for part in content.split("\n\n") if part.strip()] or [""]
+
+
+def _ids(name: str, number: int, item: Any, tokenizer: Any) -> list[int]:
+    if isinstance(item, Tensor) and item.ndim == 1:
+        return [int(token) for token in item]
+    if tokenizer is None:
+        raise GuardError("Texts need the model's tokenizer: give it to the trainer as processing_class.")
+    if isinstance(item, str):
+        return list(tokenizer(item)["input_ids"])
+    messages = item.get("messages", item) if isinstance(item, Mapping) else item
+    if isinstance(messages, Sequence) and messages and all(isinstance(one, Mapping) for one in messages):
+        if not getattr(tokenizer, "chat_template", None):
+            raise GuardError(
+                f"texts[{name!r}] has conversations, and the tokenizer has no chat template to lay them out: give "
+                "texts, or set tokenizer.chat_template."
+            )
+        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+    raise GuardError(
+        f"texts[{name!r}][{number}] is {type(item).__name__}: a text, a conversation (a list of messages) or a row of "
+        "tokens (a tensor of one dimension) is expected."
+    )

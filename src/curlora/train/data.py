@@ -1,0 +1,295 @@
+"""What is trained on and what is held out: conversations from a file or the hub, as rows of tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from curlora.continual.chat import ChatError, closing_token, lay_out, prompt_of
+from curlora.continual.conversations import Conversation, read_conversations, trained_turns
+from curlora.continual.errors import DataError
+from curlora.continual.read_table import TABLE_SUFFIXES, Place, Table, read_table
+from curlora.hub import no_such_folder
+from curlora.train.errors import TrainError
+from curlora.train.model import Base
+from curlora.train.options import TrainOptions
+
+__all__ = ["IGNORED", "Examples", "Prompt", "Split", "read_examples"]
+
+IGNORED = -100
+"""The label of a token that is not trained; the value that torch's losses pass over."""
+
+Row = dict[str, list[int]]
+"""An example: ``input_ids``, and ``labels``: the same where the token is trained, else -100."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows of tokens, and what became of the examples that were too long.
+
+    Args:
+        rows: of the examples that are used.
+        cut: how many of them lost their end.
+        left_out: how many have no row, since their first answer begins behind ``max_length``.
+    """
+
+    rows: list[Row]
+    cut: int = 0
+    left_out: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """In all rows."""
+        return sum(len(row["input_ids"]) for row in self.rows)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Those of them that are answers and so count in the loss."""
+        return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row["input_ids"]) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a reply is shown to.
+
+    Args:
+        text: for people.
+        ids: tokens that the model is given.
+        answer: what the data has there; ``None`` for a prompt of the user's.
+    """
+
+    text: str
+    ids: list[int]
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The data of a training.
+
+    Args:
+        train, held_out: what is trained on, and what is scored.
+        held_out_from: where the latter comes from, for people.
+        layout: how examples become tokens, for people.
+        prompts: to show replies to.
+        reply_tokens: where a reply is cut off.
+        stop: tokens that end a reply, beside the model's own.
+        sha256: of the conversations, in both files.
+    """
+
+    train: Split
+    held_out: Split
+    held_out_from: str
+    layout: str
+    prompts: list[Prompt]
+    reply_tokens: int
+    stop: frozenset[int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Conversations, with what names each of them in errors."""
+
+    name: str
+    conversations: list[Conversation]
+    is_text: bool  # prompts and completions that were no messages, so that they can do without a template
+    where: Callable[[int], str]
+
+    def only(self, numbers: Sequence[int]) -> _Source:
+        chosen = [self.conversations[i] for i in numbers]
+        return _Source(self.name, chosen, self.is_text, lambda place: self.where(numbers[place]))
+
+
+def read_examples(options: TrainOptions, base: Base) -> Examples:
+    """Read, check and split the data; of the model only the tokenizer is used.
+
+    Raises:
+        TrainError: naming the file and the row, if something cannot be read, is no conversation, has no answer, cannot
+            be laid out by the chat template, or is too long with all the others.
+    """
+    data = _read(options, options.data)
+    sources = [data]
+    if options.evaluation is not None:
+        held_out = _read(options, options.evaluation)
+        sources.append(held_out)
+        train, held_out_from = data, held_out.name
+    else:
+        train, held_out = _split(data, options)
+        held_out_from = f"split off {data.name} by seed {options.seed}"
+    longest = min(options.max_length, base.positions or options.max_length)
+    encoded = [_encode(part, base.tokenizer, longest, options) for part in (train, held_out)]
+    has_template = bool(base.tokenizer.chat_template)
+    prompts = [_own_prompt(text, base.tokenizer) for text in options.prompts]
+    if not prompts:
+        prompts = _prompts(held_out.only(range(min(options.REPLIES, len(held_out.conversations)))), base)
+    reply_tokens = options.REPLY_TOKENS
+    if base.positions is not None:  # a prompt and the reply have to fit
+        reply_tokens = min(reply_tokens, base.positions // 2)
+        prompts = [replace(prompt, ids=prompt.ids[reply_tokens - base.positions :]) for prompt in prompts]
+    return Examples(
+        train=encoded[0],
+        held_out=encoded[1],
+        held_out_from=held_out_from,
+        layout="by the model's chat template" if has_template else "as plain text: the model has no chat template",
+        prompts=prompts,
+        reply_tokens=reply_tokens,
+        stop=_stop(held_out, base) if has_template else frozenset(),
+        sha256=_sha256([source.conversations for source in sources]),
+    )
+
+
+def _read(options: TrainOptions, name: str) -> _Source:
+    try:
+        place = _place(options, name)
+        table = read_table(place, name)
+        lines = _lines(place.path, len(table))
+        number_of = lambda i: i if lines is None else f"{i} (line {lines[i]})"  # noqa: E731
+        prompt, completion = options.columns or (None, None)
+        conversations = read_conversations(table, name, number_of, prompt=prompt, completion=completion)
+    except DataError as error:
+        raise TrainError(f"{error}.") from error
+    return _Source(name, conversations, _is_text(table, options), lambda i: f"{name}: row {number_of(i)}")
+
+
+def _place(options: TrainOptions, name: str) -> Place:
+    path = Path(name).expanduser()
+    if path.exists() or path.suffix.lower() in TABLE_SUFFIXES:
+        return Place(path=path)
+    if ("/" not in name and path.suffix) or no_such_folder(name):
+        raise TrainError(f"{name}: there is no such file, and no data set of the hub can have this id.")
+    return Place(hub=name, split=options.split, subset=options.subset)
+
+
+def _lines(path: Path | None, rows: int) -> list[int] | None:
+    """The line that each row stands in, from 1, where a file has a row a line."""
+    if path is None or path.suffix.lower() != ".jsonl":
+        return None
+    with path.open("rb") as stream:
+        lines = [number for number, line in enumerate(stream, start=1) if line.strip()]
+    return lines if len(lines) == rows else None
+
+
+def _is_text(table: Table, options: TrainOptions) -> bool:
+    """Whether the conversations were made of prompts and completions in plain text."""
+    if options.columns is None and {"messages", "conversations"} & set(table.columns):
+        return False
+    first = next(iter(table))
+    return not any(isinstance(first.get(column), list) for column in ("prompt", "completion", *(options.columns or ())))
+
+
+def _split(data: _Source, options: TrainOptions) -> tuple[_Source, _Source]:
+    count = len(data.conversations)
+    wanted = max(options.HELD_OUT_LEAST, min(options.HELD_OUT_MOST, round(options.HELD_OUT_SHARE * count)))
+    wanted = min(wanted, count // 2)
+    if not wanted:
+        raise TrainError(f"{data.name} has one example, so that none can be held out: give more, or --eval FILE.")
+    order = numpy.random.default_rng(options.seed).permutation(count).tolist()
+    return data.only(sorted(order[wanted:])), data.only(sorted(order[:wanted]))
+
+
+def _encode(source: _Source, tokenizer: Any, max_length: int, options: TrainOptions) -> Split:
+    if tokenizer.chat_template:
+        laid_out = _by_template(source, tokenizer, options)
+    elif source.is_text:
+        laid_out = _as_text(source, tokenizer)
+    else:
+        raise TrainError(
+            f"{source.name} holds messages, and the model's tokenizer has no chat template to lay them out by: take "
+            "the model's chat or instruct version, or give prompt and completion as text."
+        )
+    rows, cut = [], 0
+    for place, (ids, turns) in enumerate(laid_out):
+        labels = [IGNORED] * len(ids)
+        for begin, end in turns:
+            labels[begin:end] = ids[begin:end]
+        if all(label == IGNORED for label in labels[1:]):
+            raise TrainError(f"{source.where(place)} has no token in its answers that could be trained.")
+        kept = max((i + 1 for i, label in enumerate(labels[:max_length]) if i and label != IGNORED), default=0)
+        if kept:  # up to the last answer
+            rows.append({"input_ids": ids[:kept], "labels": labels[:kept]})
+            cut += len(ids) > max_length
+    if not rows:
+        shortest = min(begin for _, turns in laid_out for begin, _ in turns[:1])
+        raise TrainError(
+            f"{source.name}: none of {len(laid_out)} examples is left, for every answer begins behind the first "
+            f"{max_length} tokens. Raise --max-length above {shortest}, or take a model with more positions."
+        )
+    return Split(rows, cut, len(laid_out) - len(rows))
+
+
+def _by_template(
+    source: _Source, tokenizer: Any, options: TrainOptions
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    turns = [trained_turns(conversation, options.turns) for conversation in source.conversations]
+    try:
+        laid_out = lay_out(source.conversations, turns, tokenizer)
+    except ChatError as error:
+        raise TrainError(f"{source.where(error.number)}: {error.reason}.") from error
+    return [(one.ids, one.turns) for one in laid_out]
+
+
+def _as_text(source: _Source, tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """The prompt, and behind it the completion with the end of text."""
+    asked = tokenizer([turns[0]["content"] for turns in source.conversations], verbose=False)["input_ids"]
+    answered = tokenizer(
+        [turns[-1]["content"] for turns in source.conversations], add_special_tokens=False, verbose=False
+    )["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    laid_out = []
+    for place, (prompt, answer) in enumerate(zip(asked, answered, strict=True)):
+        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            prompt = prompt[:-1]
+        for what, ids in (("prompt", prompt), ("completion", answer)):
+            if not ids:
+                raise TrainError(f"{source.where(place)} has an empty {what}.")
+        ids = [*prompt, *answer, *end]
+        laid_out.append((ids, [(len(prompt), len(ids))]))
+    return laid_out
+
+
+def _prompts(held_out: _Source, base: Base) -> list[Prompt]:
+    """What comes before the last answer of each conversation."""
+    prompts = []
+    for place, conversation in enumerate(held_out.conversations):
+        (turn,) = trained_turns(conversation, "last")
+        text = conversation[turn - 1]["content"]
+        if base.tokenizer.chat_template:
+            ids = prompt_of(place, conversation, turn, base.tokenizer)
+        else:
+            ids = base.tokenizer(text)["input_ids"]
+        prompts.append(Prompt(text, ids, conversation[turn]["content"]))
+    return prompts
+
+
+def _own_prompt(text: str, tokenizer: Any) -> Prompt:
+    if not text.strip():
+        raise TrainError("--prompt is empty: give what the model is to reply to.")
+    if not tokenizer.chat_template:
+        return Prompt(text, tokenizer(text)["input_ids"])
+    conversation: Conversation = [{"role": "user", "content": text}]
+    try:
+        return Prompt(text, prompt_of(0, conversation, 1, tokenizer))
+    except ChatError as error:
+        raise TrainError(f"--prompt {text!r}: {error.reason}.") from error
+
+
+def _stop(source: _Source, base: Base) -> frozenset[int]:
+    turns = [trained_turns(conversation, "last") for conversation in source.conversations]
+    ends = {closing_token(one, base.tokenizer) for one in lay_out(source.conversations, turns, base.tokenizer)}
+    return frozenset(end for end in ends if end is not None)
+
+
+def _sha256(parts: Sequence[Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,162 @@
+"""The base model of a training: looked at without its weights first, and loaded once everything else is known."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+
+from curlora.continual.processes import use_cpu
+from curlora.convert import AdapterError, adapter_config
+from curlora.hub import no_such_folder
+from curlora.train.errors import TrainError
+from curlora.train.options import TrainOptions
+from curlora.tuner.config import CurloraConfig
+
+__all__ = ["Base", "find_base"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that has not been loaded.
+
+    Args:
+        name: folder or hub id.
+        config: of transformers.
+        tokenizer: can pad.
+        adapter: the configuration of the adapter that is trained, a new one or that of ``continue_from``.
+        continue_from: the adapter to go on from.
+        quantize: ``"4bit"``, ``"8bit"`` or ``None``.
+        bf16: whether training computes in bfloat16.
+    """
+
+    name: str
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    adapter: CurloraConfig
+    continue_from: str | None
+    quantize: str | None
+    bf16: bool
+
+    @property
+    def positions(self) -> int | None:
+        """How many tokens the model can take; ``None`` if it does not say."""
+        found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the frozen weights."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def empty(self) -> tuple[Any, Any]:
+        """The model without weights, on the meta device: alone, and another with the adapter on it.
+
+        Raises:
+            TrainError: if the adapter does not fit the model.
+        """
+        try:
+            with torch.device("meta"):
+                plain, base = (AutoModelForCausalLM.from_config(self.config, dtype=self.dtype) for _ in range(2))
+                config = CurloraConfig.from_pretrained(self.continue_from) if self.continue_from else self.adapter
+                return plain, get_peft_model(base, config)
+        except (OSError, ValueError) as error:
+            raise TrainError(f"The adapter cannot be put on {self.name}: {error}") from error
+
+    def load(self) -> Any:
+        """The model with its weights; with the adapter that is continued, if one is.
+
+        Raises:
+            TrainError: if it cannot be loaded.
+        """
+        quantized = {"quantization_config": self._quantization()} if self.quantize else {}
+        try:
+            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=self.dtype, **quantized)
+            if self.continue_from is None:
+                return model
+            return PeftModel.from_pretrained(model, self.continue_from, is_trainable=True)
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise TrainError(f"{self.continue_from or self.name} cannot be loaded: {error}") from error
+
+    def _quantization(self) -> BitsAndBytesConfig:
+        if self.quantize == "8bit":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=self.dtype,
+            bnb_4bit_use_double_quant=True,
+        )
+
+
+def find_base(options: TrainOptions) -> Base:
+    """Look at the model that the options name, without its weights.
+
+    Raises:
+        TrainError: if it is not there, or no causal language model; if the adapter to go on from is none of CURLoRA's;
+            if bitsandbytes is wanted and missing.
+    """
+    if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
+        raise TrainError("--quantize needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    adapter = _adapter(options)
+    name = options.model or adapter.base_model_name_or_path
+    if not name:
+        raise TrainError(f"{options.continue_from} does not say what its base model is: give --model.")
+    if problem := no_such_folder(name):
+        raise TrainError(f"--model {name}: {problem}.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise TrainError(f"--model {name}: its configuration or tokenizer cannot be had: {_first(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise TrainError(
+            f"--model {name} is an encoder-decoder ({config.model_type}), whose forgetting cannot be measured by what "
+            "it writes: take a causal language model."
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise TrainError(
+            f"--model {name} is of type {config.model_type}, which transformers knows no language model of."
+        )
+    if tokenizer.pad_token is None:  # any will do: padding is masked
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+    bf16 = options.bf16
+    if bf16 is None:
+        bf16 = not use_cpu() and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
+    return Base(name, config, tokenizer, adapter, options.continue_from, options.quantize, bf16)
+
+
+def _adapter(options: TrainOptions) -> CurloraConfig:
+    if options.continue_from is not None:
+        try:
+            return adapter_config(options.continue_from)
+        except (AdapterError, OSError) as error:
+            raise TrainError(f"--continue-from {options.continue_from}: {_first(error)}") from error
+    targets: Any = options.target_modules or options.TARGET_MODULES
+    if not isinstance(targets, str):
+        targets = list(targets)
+    try:
+        return CurloraConfig(
+            r=options.RANK if options.rank is None else options.rank,
+            target_modules=targets,
+            seed=options.seed,
+            task_type="CAUSAL_LM",
+        )
+    except ValueError as error:
+        raise TrainError(f"--rank or --target-modules: {error}.") from error
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of what a library says at length."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,0 +1,128 @@
+"""What a training would do and need, found out without the base model's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from curlora._compat import in_out_features
+from curlora.continual.memory import UnknownError, kept_for_backward
+from curlora.continual.processes import use_cpu
+from curlora.guard.learning_rate import learning_rate
+from curlora.train.data import Examples
+from curlora.train.model import Base
+from curlora.train.options import TrainOptions
+from curlora.tuner.layer import CurloraLayer
+
+__all__ = ["Memory", "TrainPlan", "make_plan", "with_checkpointing"]
+
+_BITS = {"4bit": 4.5, "8bit": 8.0}  # of a weight, with the scales of its blocks
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of training, but for the logits, which TRL computes in pieces.
+
+    Args:
+        weights: that are frozen, with the columns that CURLoRA holds.
+        trained: weights that are trained, their gradients, and AdamW's two moments.
+        kept: what the forward pass keeps for the backward pass; ``None`` where there is no formula for the model.
+    """
+
+    weights: int
+    trained: int
+    kept: int | None
+
+    @property
+    def total(self) -> int | None:
+        """The sum, where every part of it is known."""
+        return None if self.kept is None else self.weights + self.trained + self.kept
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """A training foretold.
+
+    Args:
+        steps: optimizer steps.
+        logging_steps, save_steps: the loss is logged, and a checkpoint written, every so many.
+        tokens: trained on over all epochs, prompts among them.
+        parameters: of the base model.
+        trained: parameters that are trained.
+        layers: that have an adapter.
+        rank: the highest of them.
+        learning_rate: that the budget asks for, about.
+        memory: of the largest step.
+    """
+
+    steps: int
+    logging_steps: int
+    save_steps: int
+    tokens: int
+    parameters: int
+    trained: int
+    layers: int
+    rank: int
+    learning_rate: float
+    memory: Memory
+
+
+def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPlan:
+    """Put the adapter on the model without its weights, and count what training takes.
+
+    Raises:
+        TrainError: if the adapter does not fit the model.
+    """
+    plain, model = base.empty()
+    rows = len(examples.train.rows)
+    batches = math.ceil(rows / options.batch_size)
+    steps = math.ceil(batches / options.gradient_accumulation) * options.epochs
+    logging = max(1, steps // 100)
+    adapted = [layer for layer in model.modules() if isinstance(layer, CurloraLayer)]
+    rank = max(r for layer in adapted for r in layer.r.values())
+    return TrainPlan(
+        steps=steps,
+        logging_steps=logging,
+        # Being killed costs a tenth of the training at most. A loss that is logged is the mean since the last one, so
+        # that going on from between two would give another.
+        save_steps=logging * max(1, steps // 10 // logging),
+        tokens=examples.train.tokens * options.epochs,
+        parameters=sum(p.numel() for p in plain.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        layers=len(adapted),
+        rank=rank,
+        learning_rate=learning_rate(math.log1p(options.max_forgetting), steps, rank),
+        memory=_memory(options, base, plain, model, min(options.batch_size, rows), examples.train.longest),
+    )
+
+
+def with_checkpointing(options: TrainOptions) -> bool:
+    """Whether activations are computed again for the backward pass: on an accelerator, if nothing else is said."""
+    return not use_cpu() if options.gradient_checkpointing is None else options.gradient_checkpointing
+
+
+def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, batch: int, length: int) -> Memory:
+    weights = _bytes(p for p in model.parameters() if not p.requires_grad) + _bytes(model.buffers())
+    for layer in model.modules():
+        if isinstance(layer, CurloraLayer):
+            side = in_out_features(layer.get_base_layer())[1]
+            weights += sum(side * U.r * U.weight.element_size() for U in layer.matrices.values())
+    if base.quantize:
+        head = plain.get_output_embeddings()
+        linear = [m.weight for m in plain.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+        weights += int(sum(w.numel() for w in linear) * _BITS[base.quantize] / 8) - _bytes(linear)
+    arguments = {"bf16": base.bf16, "gradient_checkpointing": with_checkpointing(options)}
+    try:
+        kept = kept_for_backward(model, plain, batch, length, arguments, "cpu" if use_cpu() else "cuda")
+    except UnknownError:
+        kept = None
+    return Memory(weights, 4 * _bytes(p for p in model.parameters() if p.requires_grad), kept)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

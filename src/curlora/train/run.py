@@ -1,0 +1,199 @@
+"""One training from options to outcome: data, plan, training, outcome, page."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+
+from curlora.continual.sequence import Progress, Silent
+from curlora.convert import load_with_base, save_as_lora, save_merged
+from curlora.train.card import write_card
+from curlora.train.data import Examples, read_examples
+from curlora.train.errors import TrainError
+from curlora.train.folder import Folder, claim
+from curlora.train.measure import Measured, measure
+from curlora.train.model import Base, find_base
+from curlora.train.options import TrainOptions
+from curlora.train.outcome import Budget, HeldOut, Reply, Run, TextFigures, TrainOutcome
+from curlora.train.page import write_page
+from curlora.train.plan import TrainPlan, make_plan
+
+__all__ = ["Prepared", "finished", "prepare", "train"]
+
+# Of the work that the progress bar shows, in tokens of a forward pass.
+_TRAINING = 3  # a backward pass takes twice as long
+_WRITING = 8  # one token after another
+
+
+class Prepared(NamedTuple):
+    """Everything that is known before a weight is loaded."""
+
+    options: TrainOptions
+    base: Base
+    examples: Examples
+    plan: TrainPlan
+    folder: Folder
+
+
+def prepare(options: TrainOptions) -> Prepared:
+    """Look at the model, read the data, check the folder and make the plan; nothing is written or loaded.
+
+    Raises:
+        TrainError: on whatever cannot be trained.
+    """
+    if importlib.util.find_spec("trl") is None:
+        raise TrainError("curlora train needs TRL, which is not installed: pip install 'curlora[train]'")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainError(
+            "curlora train runs in one process. For several GPUs give curlora.ForgettingBudget to TRL's SFTTrainer in "
+            "a script of your own, and start it with accelerate launch."
+        )
+    base = find_base(options)
+    examples = read_examples(options, base)
+    folder = Folder(options.out, {**options.identity(), "data": examples.sha256, "guard_texts": _digests(options)})
+    folder.record()
+    return Prepared(options, base, examples, make_plan(options, base, examples), folder)
+
+
+def finished(prepared: Prepared) -> TrainOutcome | None:
+    """The figures of the training in the output folder, if it is done."""
+    record = prepared.folder.record() or {}
+    try:
+        return TrainOutcome.model_validate(record["outcome"]) if "outcome" in record else None
+    except ValidationError as error:
+        raise TrainError(
+            f"--out {prepared.options.out} is finished, but its training.json is not as this version of curlora writes "
+            "it: choose another folder."
+        ) from error
+
+
+def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: Silent()) -> TrainOutcome:
+    """Train, or go on where the folder holds part of it, and leave everything in the folder.
+
+    Args:
+        prepared: as :func:`prepare` gives it.
+        progress: given the whole amount of work, gives what hears about it; nobody if not given.
+
+    Raises:
+        TrainError: if another training is at work in the folder, the disk is full, or memory does not suffice.
+    """
+    folder = prepared.folder
+    with claim(folder):
+        if (done := finished(prepared)) is not None:  # by another process, while this one looked at its data
+            return done
+        if folder.record() is None:
+            folder.write({})
+        try:
+            return _train(prepared, progress)
+        except torch.OutOfMemoryError as error:
+            raise TrainError(
+                f"The device has not enough memory ({str(error).partition('.')[0]}): lower --batch-size or "
+                "--max-length, or give --gradient-checkpointing or --quantize 4bit."
+            ) from error
+
+
+def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOutcome:
+    from curlora.train.training import Training  # TRL is imported no sooner than it is needed
+
+    options, base, examples, plan, folder = prepared
+    replies = len(examples.prompts) * examples.reply_tokens * _WRITING
+    bar = progress(_TRAINING * plan.tokens + 2 * (examples.held_out.tokens + replies))
+
+    bar.stage("loading the model")
+    training = Training(prepared, on_tokens=lambda tokens: bar.advance(_TRAINING * tokens), on_stage=bar.stage)
+
+    def measured() -> Measured:
+        found = measure(
+            training.model, base.tokenizer, examples.held_out, examples.prompts,
+            stop=examples.stop, reply_tokens=examples.reply_tokens, batch_size=options.batch_size,
+            autocast=training.autocast, on_tokens=bar.advance,
+        )  # fmt: skip
+        bar.advance(replies)
+        return found
+
+    bar.stage("held-out examples, before")
+    before = measured()
+    bar.stage("calibrating")
+    ended = training.run()
+    bar.stage("held-out examples, after")
+    after = measured()
+
+    bar.stage("writing")
+    outcome = TrainOutcome(
+        curlora=version("curlora"),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        base_model=base.name,
+        continue_from=base.continue_from,
+        quantize=base.quantize,
+        data=options.data,
+        layout=examples.layout,
+        rank=plan.rank,
+        layers=plan.layers,
+        run=Run(
+            steps=ended.steps,
+            examples=len(examples.train.rows),
+            tokens=plan.tokens,
+            trained_parameters=plan.trained,
+            learning_rate=ended.budget.learning_rate,
+            seconds=ended.seconds,
+            device=str(training.model.device),
+            log=ended.log,
+        ),
+        held_out=HeldOut(
+            source=examples.held_out_from,
+            examples=len(examples.held_out.rows),
+            tokens=examples.held_out.trained_tokens,
+            loss_before=before.loss,
+            loss_after=after.loss,
+        ),
+        budget=Budget(
+            stated=options.max_forgetting,
+            lifetime=options.lifetime,
+            predicted=ended.budget.predicted,
+            kept=ended.budget.kept,
+            texts={
+                name: TextFigures(before=text.before, after=text.after, rise=text.rise, limit=text.limit)
+                for name, text in ended.budget.texts.items()
+            },
+        ),
+        replies=[
+            Reply(prompt=prompt.text, before=one, after=other, data=prompt.answer)
+            for prompt, one, other in zip(examples.prompts, before.replies, after.replies, strict=True)
+        ],
+        exported=options.export,
+    )
+    training.save(folder.path)
+    write_card(outcome, folder.path / "README.md")
+    write_page(outcome, folder.path / "report.html")
+    if options.export is not None:
+        _export(options.export, folder.path, base, training.model)
+    folder.write({"outcome": json.loads(outcome.model_dump_json())})
+    folder.remove_checkpoints()
+    return outcome
+
+
+def _export(to: str, out: Path, base: Base, model: Any) -> None:
+    """Into a folder that appears whole or not at all."""
+    final, partial = out / to, out / f"{to}.partial"
+    for path in (final, partial):
+        shutil.rmtree(path, ignore_errors=True)
+    if to == "lora":
+        save_as_lora(partial, model)
+    else:  # into the weights as they are stored, not as they were quantized for training
+        save_merged(partial, load_with_base(str(out), base.name))
+    partial.rename(final)
+
+
+def _digests(options: TrainOptions) -> dict[str, str]:
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in options.guard_texts.items()}

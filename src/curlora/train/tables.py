@@ -1,0 +1,170 @@
+"""A training on the screen: what it would do, and what came of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from curlora.report.formatting import format_size, format_time
+from curlora.train.data import Split
+from curlora.train.outcome import TrainOutcome
+from curlora.train.plan import with_checkpointing
+
+if TYPE_CHECKING:
+    from curlora.train.run import Prepared
+
+__all__ = ["budget_rows", "loss_row", "outcome_tables", "percent", "plan_tables", "text_rows"]
+
+
+def percent(share: float, signed: bool = False) -> str:
+    """``0.0123`` as ``1.23 %``."""
+    if not math.isfinite(share):
+        return str(share)
+    return f"{100 * share:{'+' if signed else ''}.{3 if abs(share) < 0.0005 else 2}f} %"
+
+
+def plan_tables(prepared: Prepared) -> list[RenderableType]:
+    """What to print before training."""
+    options, base, examples, plan, _ = prepared
+    train, held_out, memory = examples.train, examples.held_out, plan.memory
+    texts = ", ".join(f"{name} ({path})" for name, path in options.guard_texts.items())
+    lifetime = (
+        "" if options.lifetime is None else f", and {percent(options.lifetime)} over all trainings of the adapter"
+    )
+    sizes = f"{format_size(memory.weights)} of frozen weights, {format_size(memory.trained)} for what is trained"
+    kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
+    rows = [
+        ("base model", ", ".join([base.name, f"{plan.parameters:,} parameters", *filter(None, [base.quantize])])),
+        (
+            "adapter",
+            f"{'continues ' + base.continue_from + ', ' if base.continue_from else ''}rank {plan.rank} on "
+            f"{plan.layers} layers: {plan.trained:,} trained parameters",
+        ),
+        ("trained on", f"{_split(train, f' of {options.data}')}; laid out {examples.layout}"),
+        ("held out", f"{_split(held_out)}; {examples.held_out_from}"),
+        (
+            "steps",
+            f"{plan.steps:,}: {_count(options.epochs, 'epoch')} in batches of "
+            f"{options.batch_size * options.gradient_accumulation}; a checkpoint every "
+            f"{_count(plan.save_steps, 'step')}",
+        ),
+        ("may be forgotten", f"{percent(options.max_forgetting)} of perplexity{lifetime}"),
+        ("of which text", texts or "what the model itself writes"),
+        (
+            "learning rate",
+            f"about {plan.learning_rate:.2g}, set from the budget"
+            if options.learning_rate is None
+            else f"{options.learning_rate:g}, where the budget asks for about {plan.learning_rate:.2g}",
+        ),
+        (
+            "memory",
+            ("unknown: " if memory.total is None else f"about {format_size(memory.total)}: ") + sizes + kept
+            + (" (computed again)" if with_checkpointing(options) else ""),
+        ),
+        ("written to", str(options.out)),
+    ]  # fmt: skip
+    return [_facts(rows)]
+
+
+def loss_row(outcome: TrainOutcome) -> tuple[str, str, str, str]:
+    """Held-out examples: their name, the loss before and after, and its change, in nats per token of their answers."""
+    held_out = outcome.held_out
+    change = held_out.loss_after - held_out.loss_before
+    name = f"loss on {_count(held_out.examples, 'held-out example')} ({held_out.tokens:,} tokens of answers)"
+    return name, f"{held_out.loss_before:.4f}", f"{held_out.loss_after:.4f}", f"{change:+.4f}"
+
+
+def text_rows(outcome: TrainOutcome) -> list[tuple[str, str, str, str, str]]:
+    """Of each text that is not to be forgotten: name, perplexity before and after, its rise and what is allowed."""
+    return [
+        (
+            f"perplexity of {name}",
+            f"{text.before:.3f}",
+            f"{text.after:.3f}",
+            percent(text.rise, True),
+            percent(text.limit),
+        )
+        for name, text in outcome.budget.texts.items()
+    ]
+
+
+def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
+    """The budget: stated, predicted, measured, and what was done to keep it."""
+    budget = outcome.budget
+    name, worst = budget.worst
+    rows = [
+        ("stated", percent(budget.stated) + " of perplexity"),
+        ("predicted", f"{percent(budget.predicted_rise, True)} ({budget.predicted:.5f} nats per token)"),
+        (
+            "measured",
+            f"{percent(worst.rise, True)}" + (f" on {name}, the worst" if len(budget.texts) > 1 else f" on {name}"),
+        ),
+        ("kept of what was learned", percent(budget.kept)),
+        ("learning rate", f"{outcome.run.learning_rate:.3g}"),
+        ("time", format_time(outcome.run.seconds)),
+    ]
+    if budget.lifetime is not None:
+        rows.insert(1, ("over all trainings", percent(budget.lifetime) + " of perplexity"))
+    return rows
+
+
+def outcome_tables(outcome: TrainOutcome) -> list[RenderableType]:
+    """What to print after training."""
+    figures = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    figures.add_column("", overflow="fold")
+    for column in ("before", "after", "change", "allowed"):
+        figures.add_column(column, justify="right", no_wrap=True)
+    figures.add_row(*map(Text, loss_row(outcome)), Text(""))
+    for row in text_rows(outcome):
+        figures.add_row(*map(Text, row))
+
+    parts: list[RenderableType] = [Text(""), figures]
+    if outcome.continue_from is not None:
+        parts.append(Text("Perplexity before: of the base model, before the adapter's first training.", style="dim"))
+    parts += [Text("\nForgetting", style="bold"), _facts(budget_rows(outcome))]
+    if not outcome.budget.within:
+        parts.append(Text("The budget was NOT kept.", style="bold red"))
+    if outcome.replies:
+        parts += [Text("\nReplies", style="bold"), _replies(outcome)]
+    return parts
+
+
+def _replies(outcome: TrainOutcome) -> RenderableType:
+    parts: list[RenderableType] = []
+    for reply in outcome.replies:
+        beside = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, expand=True)
+        beside.add_column("before", ratio=1, overflow="fold", style="dim")
+        beside.add_column("after", ratio=1, overflow="fold")
+        beside.add_row(Text(reply.before or "(nothing)"), Text(reply.after or "(nothing)"))
+        parts += [Text(f"> {reply.prompt.strip()}", style="bold"), beside, Text("")]
+    return Group(*parts)
+
+
+def _facts(rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table
+
+
+def _split(split: Split, of: str = "") -> str:
+    said = [
+        f"{count:,} {what}"
+        for count, what in ((split.cut, "cut short"), (split.left_out, "left out as too long"))
+        if count
+    ]
+    more = f" ({', '.join(said)})" if said else ""
+    examples = _count(len(split.rows), "example")
+    return f"{examples}{of}: {split.tokens:,} tokens, {split.trained_tokens:,} in answers{more}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

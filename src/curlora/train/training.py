@@ -1,0 +1,156 @@
+"""TRL's SFTTrainer with a budget of forgetting, from the last checkpoint where there is one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+import curlora
+from curlora.continual.processes import use_cpu
+from curlora.train.errors import TrainError
+from curlora.train.folder import Folder
+from curlora.train.plan import with_checkpointing
+
+if TYPE_CHECKING:
+    from curlora.train.run import Prepared
+
+__all__ = ["Ended", "Training"]
+
+# What else is logged counts from where the process began.
+_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "drift")
+
+
+class Ended(NamedTuple):
+    """A training that is done: its budget's :class:`curlora.guard.Outcome`, and what transformers' Trainer logged."""
+
+    steps: int
+    seconds: float
+    budget: Any
+    log: list[dict[str, Any]]
+
+
+class Training:
+    """The model, loaded, with its trainer.
+
+    Args:
+        prepared: what is to be trained.
+        on_tokens: told how many tokens have been trained on.
+        on_stage: told what begins.
+    """
+
+    def __init__(self, prepared: Prepared, on_tokens: Callable[[float], None], on_stage: Callable[[str], None]) -> None:
+        options, base, examples, plan, folder = prepared
+        if torch.cuda.device_count() > 1:
+            raise TrainError(
+                "curlora train runs on one GPU, and several are visible: set CUDA_VISIBLE_DEVICES=0, or give "
+                "curlora.ForgettingBudget to TRL's SFTTrainer in a script of your own."
+            )
+        self.budget = curlora.ForgettingBudget(
+            options.max_forgetting,
+            texts=dict(options.guard_texts) or None,
+            lifetime=options.lifetime,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+        )
+        self.folder = folder
+        self.checkpoint = folder.checkpoint(plan.steps)
+        arguments = SFTConfig(
+            output_dir=str(folder.checkpoints),
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation,
+            # Rows are tokens already, and short enough: of a conversation TRL's own preparation trains all turns, or
+            # none but those that a template marks.
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+            logging_steps=plan.logging_steps,
+            save_strategy="steps",
+            save_steps=plan.save_steps,
+            save_total_limit=2,  # so that one is complete while the next is written
+            seed=options.seed,
+            data_seed=options.seed,
+            bf16=base.bf16,
+            use_cpu=use_cpu(),
+            gradient_checkpointing=with_checkpointing(options),
+            report_to=list(options.report_to) or "none",
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,  # a loss that is not a number is told as it is
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        self._listener = _Listener(folder, self.checkpoint, on_tokens, on_stage, plan.tokens / plan.steps)
+        self.trainer = SFTTrainer(
+            model=base.load(),
+            args=arguments,
+            train_dataset=Dataset.from_list(examples.train.rows),
+            processing_class=base.tokenizer,
+            peft_config=None if base.continue_from else base.adapter,
+            callbacks=[self.budget, self._listener],
+        )
+        self.trainer.remove_callback(PrinterCallback)
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(folder.path / "logs")  # not beside the checkpoints, which do not stay
+
+    @property
+    def model(self) -> Any:
+        """With the adapter."""
+        return self.trainer.model
+
+    def autocast(self) -> Any:
+        """The precision that is trained in."""
+        return self.trainer.accelerator.autocast()
+
+    def run(self) -> Ended:
+        """Train to the end."""
+        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        state = self.trainer.state
+        log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in state.log_history]
+        log = [entry for entry in log if "loss" in entry]
+        return Ended(state.global_step, self._listener.seconds, self.budget.outcome, log)
+
+    def save(self, path: Path) -> None:
+        """Save the adapter, with its ledger."""
+        self.model.save_pretrained(str(path))
+
+
+class _Listener(TrainerCallback):
+    """Tells how far training is, and marks checkpoints that are complete."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        checkpoint: Path | None,
+        on_tokens: Callable[[float], None],
+        on_stage: Callable[[str], None],
+        tokens_a_step: float,
+    ) -> None:
+        self.folder, self.on_tokens, self.on_stage = folder, on_tokens, on_stage
+        self.tokens_a_step = tokens_a_step
+        self._step = 0
+        self._began = time.monotonic()
+        self._before = folder.seconds(checkpoint)
+
+    @property
+    def seconds(self) -> float:
+        """That training has taken, in other processes too."""
+        return self._before + time.monotonic() - self._began
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.on_stage("training")
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.on_tokens((state.global_step - self._step) * self.tokens_a_step)
+        self._step = state.global_step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.folder.mark_checkpoint(state.global_step, self.seconds)

@@ -1,0 +1,518 @@
+"""Trainings under a budget, in transformers' Trainer and in TRL's."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from typer.testing import CliRunner
+
+from curlora import CurloraConfig, ForgettingBudget, calibrate
+from curlora.guard import GuardError, Ledger, perplexity
+from curlora.guard.anchors import Anchors
+from curlora.guard.budget import STATE_NAME
+from curlora.guard.learning_rate import learning_rate
+from curlora.tuner.config import LEDGER_NAME
+from curlora_cli.commands import app
+from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The guard's text has"),
+    pytest.mark.filterwarnings("ignore:.*has new PAD/BOS/EOS tokens"),
+]
+
+
+def base():
+    """A model that is sure of something, so that there is something to forget."""
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(10)
+    return model
+
+
+@torch.no_grad()
+def written(seed, rows=24, length=16):
+    """What the model itself writes."""
+    model, generator = base(), torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 100, (rows, 1), generator=generator)
+    for _ in range(length - 1):
+        p = model(ids).logits[:, -1].softmax(-1)
+        ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+    return list(ids.unbind())
+
+
+TEXT, OTHER = written(1), written(2)
+
+
+def with_end():
+    tokenizer = word_tokenizer()
+    tokenizer.eos_token = WORDS[-1]
+    return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def fresh(**config):
+    return get_peft_model(base(), CurloraConfig(**{"r": 4, **config}))
+
+
+def budget(limit=0.02, **options):
+    return ForgettingBudget(limit, **{"texts": {"words": TEXT}, "tokens": 512, "max_length": 16, **options})
+
+
+def train(model, folder, callback, resume=None, seed=3, rows=None, more=(), **arguments):
+    rows = rows or [{"input_ids": row, "labels": row} for row in tokens(seed=seed, batch=40, length=8)]
+    given = dict(
+        max_steps=12, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True, logging_steps=1,
+        save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(
+        model=model, args=TrainingArguments(str(folder), **{**given, **arguments}), train_dataset=rows,
+        eval_dataset=rows[:8], processing_class=with_end(), callbacks=[callback, *more],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def matrices(model):
+    return [layer.curlora_U["default"].weight.detach().clone() for layer in layers(model)]
+
+
+def same(model, others):
+    return all(torch.equal(U, other) for U, other in zip(matrices(model), others, strict=True))
+
+
+def measured(model, text=TEXT):
+    now = perplexity(model, text, max_length=16)
+    with model.disable_adapter():
+        return now / perplexity(model, text, max_length=16) - 1
+
+
+def test_nothing_else_to_set(tmp_path):
+    """The guard's text is the model's own; rate, columns and rows are set; the limit holds by measurement."""
+    model = fresh()
+    drawn = [layer.basis("default").indices.clone() for layer in layers(model)]
+    callback = ForgettingBudget(0.01, tokens=512, max_length=16)
+    trainer = train(model, tmp_path, callback)
+    assert any(U.any() for U in matrices(model))
+    assert not all(
+        torch.equal(layer.basis("default").indices, was) for layer, was in zip(layers(model), drawn, strict=True)
+    )
+    ((name, text),) = callback.outcome.texts.items()
+    assert name == "own text"
+    assert text.rise <= text.limit == 0.01
+    assert 0 < callback.outcome.predicted <= math.log(1.01) * (1 + 1e-3)
+    assert callback.outcome.learning_rate == pytest.approx(learning_rate(math.log(1.01), 12, 4))
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+    assert rates[0] == pytest.approx(callback.outcome.learning_rate)
+
+
+def test_what_is_measured_is_held(tmp_path):
+    """At a rate that would go far over it: on disk as in memory, and it is what a user would measure."""
+    wide, model = fresh(), fresh()
+    callback = budget(0.02, learning_rate=0.5)
+    train(wide, tmp_path / "wide", budget(0.9, learning_rate=0.5))
+    assert measured(wide) > 0.03
+    train(model, tmp_path, callback, save_strategy="steps", save_steps=12)
+    outcome = callback.outcome.texts["words"]
+    assert 0.01 < outcome.rise <= 0.02
+    assert outcome.rise == pytest.approx(measured(model), rel=1e-4)
+    with model.disable_adapter():
+        assert outcome.before == pytest.approx(perplexity(model, TEXT, max_length=16))
+    assert callback.outcome.kept < 1
+    last = PeftModel.from_pretrained(base(), tmp_path / "checkpoint-12")
+    assert same(last, matrices(model))
+
+
+def test_the_best_checkpoint_is_held_too(tmp_path):
+    model = fresh()
+    callback = budget(0.005, learning_rate=0.5)
+    trainer = train(
+        model, tmp_path, callback, save_strategy="steps", save_steps=4, eval_strategy="steps", eval_steps=4,
+        load_best_model_at_end=True, metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    assert trainer.state.best_model_checkpoint is not None
+    best = PeftModel.from_pretrained(base(), trainer.state.best_model_checkpoint)
+    assert measured(model) <= 0.005
+    assert callback.outcome.texts["words"].rise == pytest.approx(measured(model), abs=1e-6)
+    ratios = [(U.norm() / V.norm()).item() for U, V in zip(matrices(model), matrices(best), strict=True)]
+    assert ratios == pytest.approx([callback.outcome.kept] * len(ratios), rel=1e-4)  # it along a straight line
+
+
+def test_gone_on_with_to_the_bit(tmp_path):
+    model, callback = fresh(), budget(0.01, learning_rate=0.3)
+    arguments = dict(save_strategy="steps", save_steps=4)
+    train(model, tmp_path, callback, **arguments)
+    for where in (tmp_path / "checkpoint-8", tmp_path):  # of a checkpoint that was cut off it is in the folder above
+        again, second = fresh(), budget(0.01, learning_rate=0.3)
+        train(again, tmp_path, second, resume=str(tmp_path / "checkpoint-8"), **arguments)
+        assert same(again, matrices(model))
+        assert second.outcome == callback.outcome
+        (where / STATE_NAME).unlink()
+    with pytest.raises(GuardError, match="goes on at step 8, and what it was calibrated to is not there"):
+        train(fresh(), tmp_path, budget(0.01), resume=str(tmp_path / "checkpoint-8"), **arguments)
+
+
+def test_every_text_has_its_limit_and_a_measurement_of_ones_own(tmp_path):
+    model = fresh()
+    asked = []
+
+    def size():
+        """Positive, and 1 where nothing has been learned."""
+        asked.append(1 + sum(float(U.square().sum()) for U in matrices(model)))
+        return asked[-1]
+
+    train(fresh(), tmp_path / "wide", budget(0.5, texts={"a": TEXT, "b": OTHER}, learning_rate=0.5))
+    callback = budget(0.5, texts={"a": TEXT, "b": OTHER, "size": size}, limits={"b": 0.01, "size": 0.2},
+                      learning_rate=0.5)  # fmt: skip
+    train(model, tmp_path, callback)
+    texts = callback.outcome.texts
+    assert {name: text.limit for name, text in texts.items()} == {"a": 0.5, "b": 0.01, "size": 0.2}
+    assert all(text.rise <= text.limit for text in texts.values())
+    assert max(text.rise / text.limit for text in texts.values()) > 0.9  # one of them is what binds
+    assert measured(model, OTHER) == pytest.approx(texts["b"].rise, abs=1e-6)
+    assert texts["size"].before == 1
+    assert texts["size"].after == size()
+
+
+class TestLedger:
+    def two(self, path, lifetime=None, **options):
+        model, first = fresh(), budget(0.02, learning_rate=0.3, lifetime=lifetime)
+        train(model, path / "one", first)
+        model.save_pretrained(path / "saved")
+        model = PeftModel.from_pretrained(base(), path / "saved", is_trainable=True)
+        second = budget(0.02, learning_rate=0.3, **options)
+        train(model, path / "two", second, seed=4)
+        return model, first, second
+
+    def test_forgetting_counts_from_before_the_first_training(self, tmp_path):
+        model, first, second = self.two(tmp_path)
+        one, two = first.outcome.texts["words"], second.outcome.texts["words"]
+        assert two.before == pytest.approx(one.before, rel=1e-6)
+        assert two.limit == pytest.approx(max(one.rise, 0) + 0.02, rel=1e-6)
+        assert two.rise <= two.limit
+        assert two.rise == pytest.approx(measured(model), abs=1e-6)
+        model.save_pretrained(tmp_path / "saved")
+        ledger = Ledger.load(tmp_path / "saved")
+        assert [training.texts["words"].rise for training in ledger.trainings] == [one.rise, two.rise]
+        assert len(ledger.anchors) == 2
+        assert ledger.left is None
+
+    def test_a_lifetime_bounds_all_trainings(self, tmp_path):
+        model, first, second = self.two(tmp_path, lifetime=0.03)
+        assert first.outcome.texts["words"].rise > 0.015
+        assert second.outcome.texts["words"].limit == 0.03
+        assert measured(model) <= 0.03
+        model.save_pretrained(tmp_path / "saved")
+        left = Ledger.load(tmp_path / "saved").left
+        assert left == pytest.approx(0.03 - second.outcome.texts["words"].rise)
+        with pytest.raises(GuardError, match="The lifetime's budget is used up: 'words' has lost"):
+            train(model, tmp_path / "three", budget(lifetime=0.001))
+        assert same(PeftModel.from_pretrained(base(), tmp_path / "saved"), matrices(model))
+
+    def test_it_belongs_to_its_adapter(self, tmp_path):
+        model, other = fresh(), fresh(seed=1)
+        train(model, tmp_path, budget(redraw=False))
+        train(other, tmp_path, budget(redraw=False))
+        model.save_pretrained(tmp_path / "saved")
+        other.save_pretrained(tmp_path / "other")
+        shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+
+        def go_on(folder):
+            loaded = PeftModel.from_pretrained(base(), tmp_path / folder, is_trainable=True)
+            train(loaded, tmp_path / "again", budget())
+
+        go_on("copy")
+        shutil.copy(tmp_path / "other" / LEDGER_NAME, tmp_path / "copy" / LEDGER_NAME)
+        with pytest.raises(GuardError, match="other columns and rows"):
+            go_on("copy")
+        content = bytearray((tmp_path / "saved" / LEDGER_NAME).read_bytes())
+        content[-3] ^= 1
+        (tmp_path / "copy" / LEDGER_NAME).write_bytes(content)
+        with pytest.raises(GuardError, match="damaged"):
+            go_on("copy")
+        (tmp_path / "copy" / LEDGER_NAME).unlink()
+        go_on("copy")
+
+    def test_inspect_shows_it(self, tmp_path):
+        model, first, second = self.two(tmp_path, lifetime=0.5)
+        model.save_pretrained(tmp_path / "saved")
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / "saved")])
+        assert done.exit_code == 0, done.output
+        for outcome in (first.outcome, second.outcome):
+            assert f"{outcome.texts['words'].rise:+.2%}" in done.output
+            assert f"{outcome.predicted:.4f}" in done.output
+        left = 0.5 - second.outcome.texts["words"].rise
+        assert f"50.00%, {left:.2%} of it left" in done.output
+        (tmp_path / "saved" / LEDGER_NAME).write_bytes(b"\0" * 100)
+        done = CliRunner().invoke(app, ["inspect", str(tmp_path / "saved")])
+        assert done.exit_code == 1
+        assert "is damaged" in done.output
+
+    def test_trained_since_without_a_budget(self, tmp_path):
+        model = fresh()
+        train(model, tmp_path, budget())
+        with torch.no_grad():
+            layers(model)[0].curlora_U["default"].weight += 1
+        model.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
+        with pytest.raises(GuardError, match="has been trained since without a budget"):
+            train(loaded, tmp_path / "again", budget())
+
+    def test_checkpoints_carry_none_that_is_out_of_date(self, tmp_path):
+        model, *_ = self.two(tmp_path)
+        model.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
+        train(loaded, tmp_path / "three", budget(), save_strategy="steps", save_steps=4)
+        assert not (tmp_path / "three" / "checkpoint-4" / LEDGER_NAME).exists()
+
+    def test_saved_where_another_was(self, tmp_path):
+        model = fresh()
+        train(model, tmp_path, budget())
+        model.save_pretrained(tmp_path / "saved")
+        fresh().save_pretrained(tmp_path / "saved")
+        assert Ledger.load(tmp_path / "saved") is None
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_an_anchor_is_the_divergence_of_the_task(fan_in_fan_out, tmp_path):
+    """Of what the task's own answers are, to second order: along random directions."""
+    from curlora.guard.budget import _add_anchor
+    from tests.models import gpt2
+
+    model = curlora(gpt2() if fan_in_fan_out else base(), r=2, alpha=1.7)
+    target = layers(model)[:1]
+    by_name = {layer.name: layer for layer in target}
+    rows = tokens(seed=5, batch=400, length=6)
+    labels = rows.clone()
+    labels[:, :3] = -100
+    batches = [{"input_ids": rows[i : i + 50], "labels": labels[i : i + 50]} for i in range(0, 400, 50)]
+    task = calibrate(model, batches, progress=False)
+    anchors = Anchors()
+    _add_anchor(anchors, task, by_name, "default")
+
+    U = target[0].curlora_U["default"].weight
+    start = U.detach().clone()
+
+    @torch.no_grad()
+    def log_p():
+        return model(input_ids=rows).logits[:, 2:-1].double().log_softmax(-1)
+
+    before, ratios = log_p(), []
+    for seed in range(8):
+        step = 0.02 * torch.randn(U.shape, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            U.copy_(start + step)
+        truth = (before.exp() * (before - log_p())).sum(-1).mean().item()
+        ratios.append(anchors.penalty({target[0].name: U}).item() / truth)
+    # One Kronecker product in the place of the Fisher matrix: right on average, and of the right size for each.
+    assert 0.5 < sum(ratios) / len(ratios) < 2
+    assert all(0.2 < ratio < 5 for ratio in ratios)
+
+
+def test_anchors_hold_what_was_learned_first(tmp_path):
+    """The loss on the first task after the second, with anchors and without, at the same budget."""
+    after = {}
+    first = [{"input_ids": row, "labels": row} for row in tokens(seed=21, batch=8, length=8)]
+    second = [{"input_ids": row, "labels": row} for row in tokens(seed=22, batch=8, length=8)]
+    for anchors in (True, False):
+        model = fresh()
+        options = dict(learning_rate=0.3, anchors=anchors)
+        train(model, tmp_path / "1", budget(0.5, **options), rows=first, max_steps=40)
+        trainer = train(model, tmp_path / "2", budget(0.5, **options), rows=second, max_steps=40)
+        after[anchors] = trainer.evaluate(first)["eval_loss"]
+    assert after[True] < after[False]
+
+
+class TestRate:
+    def test_one_that_was_chosen_is_honoured(self, tmp_path):
+        callback = budget()
+        trainer = train(fresh(), tmp_path, callback, learning_rate=0.03)
+        assert callback.outcome.learning_rate == 0.03
+        assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(0.03)
+
+    def test_one_that_does_nothing_is_told(self, tmp_path):
+        with pytest.warns(UserWarning, match=r"At learning_rate=2e-05 the adapter will hardly learn"):
+            train(fresh(), tmp_path, budget(), learning_rate=2e-5)
+
+    @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "cosine_with_min_lr"])
+    def test_schedules_and_warm_up(self, tmp_path, schedule):
+        more = {"lr_scheduler_kwargs": {"min_lr": 1e-6}} if "min" in schedule else {}
+        rates = {}
+        for name, rate in (("set", {}), ("chosen", {"learning_rate": 0.04})):
+            callback = budget(learning_rate=0.04) if name == "set" else budget()
+            trainer = train(fresh(), tmp_path, callback, lr_scheduler_type=schedule, warmup_steps=3, **more, **rate)
+            rates[name] = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
+        relative = 1e-3 if "min" not in schedule else 0.1  # its lowest rate is a share of the one that it began with
+        assert rates["set"] == pytest.approx(rates["chosen"], rel=relative, abs=2e-3)
+
+    def test_other_parameters_are_not_trained_at_it(self, tmp_path):
+        with pytest.raises(GuardError, match="parameters that are not the adapter's U are trained at its rate"):
+            train(fresh(modules_to_save=["lm_head"]), tmp_path, budget())
+        train(fresh(modules_to_save=["lm_head"]), tmp_path, budget(), learning_rate=0.01)
+
+
+def test_trackers_see_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
+    callback = budget()
+    trainer = train(fresh(), tmp_path, callback, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    drifts = [event.value for event in events.Scalars("train/drift")]
+    logged = [log["drift"] for log in trainer.state.log_history if "drift" in log]
+    assert drifts == pytest.approx(logged)
+    assert len(drifts) == 13
+    (rise,) = events.Scalars("train/perplexity_rise/words")
+    assert rise.value == pytest.approx(callback.outcome.texts["words"].rise, abs=1e-7)
+
+
+def test_U_of_half_precision_is_trained_in_single(tmp_path):
+    """As TRL leaves the adapter of a quantized base."""
+    model = fresh()
+    for layer in layers(model):
+        U = layer.curlora_U["default"].weight
+        U.data = U.data.bfloat16()
+    train(model, tmp_path, budget())
+    assert {U.dtype for U in matrices(model)} == {torch.float32}
+
+
+CHATS = [{"prompt": f"{WORDS[i]} {WORDS[i + 1]}", "completion": f" {WORDS[i + 2]} {WORDS[i + 3]}"} for i in range(40)]
+
+
+class TestTRL:
+    def arguments(self, folder, kind=SFTConfig, **options):
+        return kind(
+            str(folder), max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+            logging_steps=1, save_strategy="no", max_length=16, bf16=False, **options,
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"packing": True}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str
+    )
+    def test_sft(self, tmp_path, options):
+        callback = budget()
+        trainer = SFTTrainer(
+            base(), self.arguments(tmp_path, **options), train_dataset=Dataset.from_list(CHATS),
+            processing_class=with_end(), peft_config=CurloraConfig(r=4), callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        assert callback.outcome.texts["words"].rise <= 0.02
+        assert callback.outcome.learning_rate != trainer.args.learning_rate
+        assert any(U.any() for U in matrices(trainer.model))
+
+    def test_dpo(self, tmp_path):
+        pairs = [{**one, "chosen": one.pop("completion"), "rejected": " w9 w8"} for one in map(dict, CHATS)]
+        callback = budget()
+        trainer = DPOTrainer(
+            base(), args=self.arguments(tmp_path, DPOConfig), train_dataset=Dataset.from_list(pairs),
+            processing_class=with_end(), peft_config=CurloraConfig(r=4), callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        assert callback.outcome.texts["words"].rise <= 0.02
+        assert len(Ledger.of(trainer.model.peft_config["default"]).anchors) == 1
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((1,), "max_perplexity_increase=1 would let perplexity rise by 100%"),
+            ((0,), "must be a positive share"),
+            ((-0.1,), "must be a positive share"),
+            ((math.nan,), "must be a positive share"),
+            (("a",), "must be a positive share"),
+            (("2",), "must be a positive share"),
+        ],
+    )
+    def test_a_budget(self, options, message):
+        with pytest.raises(GuardError, match=message):
+            ForgettingBudget(*options)
+
+    def test_per_cent(self):
+        assert ForgettingBudget("1 %").limit == pytest.approx(0.01)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"texts": "novel.txt"}, "is a string, 'novel.txt', and there is no such file"),
+            ({"texts": {}}, "texts is empty"),
+            ({"texts": []}, "is empty"),
+            ({"texts": {"a": 3}}, "is int: a list of texts"),
+            ({"limits": {"a": 0.1}}, "limits has 'a', which is none of the texts"),
+            ({"texts": ["w1 w2"], "limits": {"general text": 2}}, "would let perplexity rise"),
+            ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
+            ({"lifetime": 1.0}, "lifetime=1 would let"),
+        ],
+        ids=str,
+    )
+    def test_options(self, options, message):
+        with pytest.raises(GuardError, match=message):
+            ForgettingBudget(0.01, **options)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (["", " "], "no two tokens in a row"),
+            ([[{"role": "user", "content": "w1"}]], "the tokenizer has no chat template"),
+            ([3], r"texts\['words'\]\[0\] is int"),
+        ],
+        ids=str,
+    )
+    def test_texts(self, tmp_path, text, message):
+        model = fresh()
+        with pytest.raises(GuardError, match=message):
+            train(model, tmp_path, budget(texts={"words": text}))
+        assert not any(U.any() for U in matrices(model))
+
+    def test_a_file(self, tmp_path):
+        (tmp_path / "words.txt").write_text("\n\n".join(" ".join(WORDS[i : i + 20]) for i in range(0, 70, 2)))
+        callback = budget(texts=str(tmp_path / "words.txt"))
+        train(fresh(), tmp_path, callback)
+        assert list(callback.outcome.texts) == ["words.txt"]
+
+    def test_an_encoder_with_a_decoder(self, tmp_path):
+        config = T5Config(vocab_size=100, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        model = get_peft_model(T5ForConditionalGeneration(config), CurloraConfig(r=2, target_modules=["q", "v"]))
+        with pytest.raises(GuardError, match="is an encoder with a decoder"):
+            train(model, tmp_path, budget())
+
+    def test_no_adapter(self, tmp_path):
+        with pytest.raises(GuardError, match="no CURLoRA adapter"):
+            train(base(), tmp_path, budget())
+
+    def test_answers_that_are_all_masked(self, tmp_path):
+        rows = [{"input_ids": row, "labels": torch.full_like(row, -100)} for row in tokens(batch=8)]
+        with pytest.raises(GuardError, match="Every label of 8 examples is masked"):
+            train(fresh(), tmp_path, budget(), rows=rows)
+
+    def test_added_too_late(self, tmp_path):
+        model = fresh()
+        trainer = train(model, tmp_path, budget())
+
+        class Adds(type(trainer.callback_handler.callbacks[-1])):
+            def on_step_begin(self, *_, **__):
+                trainer.add_callback(budget())
+
+        trainer.callback_handler.callbacks = trainer.callback_handler.callbacks[1:]
+        trainer.add_callback(Adds())
+        with pytest.raises(GuardError, match="added to a training that has begun already"):
+            trainer.train()
+
+    def test_an_optimizer_without_the_adapter(self, tmp_path):
+        model = fresh()
+        rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+        other = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([other], lr=0.1)
+        trainer = Trainer(
+            model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=rows,
+            optimizers=(optimizer, None), callbacks=[budget()],
+        )  # fmt: skip
+        with pytest.raises(GuardError, match="does not train 6 of the adapter's 6 U"):
+            trainer.train()

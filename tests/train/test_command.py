@@ -1,0 +1,398 @@
+"""``curlora train`` as a user meets it."""
+
+import html
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from curlora.guard import perplexity
+from curlora.guard.texts import rows_of
+from curlora.train import TrainOptions, prepare
+from curlora.train.measure import measure
+from curlora_cli.commands import app
+from tests.models import gpt2
+from tests.train.conftest import conversations, write_lines
+
+# Enough steps to learn something and to be killed between.
+SMALL = ["--rank", "8", "--epochs", "10", "--max-forgetting", "5%", "--batch-size", "8"]
+
+
+def arguments(*given, **options):
+    named = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", value)]
+    return ["train", *map(str, [*given, *named])]
+
+
+def command(*given, **options):
+    return CliRunner().invoke(app, arguments(*given, **options), env={"COLUMNS": "100"})
+
+
+def record(out):
+    return json.loads((Path(out) / "training.json").read_text(encoding="utf-8"))
+
+
+def figures(out):
+    """Without what differs from one time to the next."""
+    outcome = record(out)["outcome"]
+    outcome.pop("created")
+    outcome["run"].pop("seconds")
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_lines(tmp_path_factory.mktemp("data") / "chat <b>.jsonl", conversations())
+
+
+@pytest.fixture(scope="module")
+def whole(data, chat_model, guard_file, tmp_path_factory):
+    """A training that nothing came between, and what it printed."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = command(data, *SMALL, model=chat_model, out=out, guard_text=f"a novel={guard_file}", export="lora")
+    assert done.exit_code == 0, done.output
+    return out, done.stdout
+
+
+def test_what_is_left_behind(whole):
+    out, _ = whole
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "curlora_ledger.safetensors", "lora",
+        "report.html", "training.json",
+    ]  # fmt: skip
+
+
+def test_the_figures_are_those_of_the_saved_adapter(whole, data, chat_model, guard_file):
+    """Measured again, on the model and the adapter loaded from their folders."""
+    out, printed = whole
+    outcome = record(out)["outcome"]
+    _, base, examples, plan, _ = prepare(
+        TrainOptions(data=str(data), out=out.parent / "nowhere", model=chat_model, rank=8, epochs=10)
+    )
+    model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    rows = rows_of("novel", guard_file, base.tokenizer, tokens=8192, max_length=128)
+    how = dict(stop=examples.stop, reply_tokens=96, batch_size=4)
+    for when in ("before", "after"):
+        if when == "after":
+            model = PeftModel.from_pretrained(model, out).eval()
+        found = measure(model, base.tokenizer, examples.held_out, examples.prompts, **how)
+        assert found.loss == pytest.approx(outcome["held_out"][f"loss_{when}"], abs=1e-5)
+        assert found.replies == [reply[when] for reply in outcome["replies"]]
+        assert perplexity(model, rows) == pytest.approx(outcome["budget"]["texts"]["a novel"][when], rel=1e-5)
+        assert f"{found.loss:.4f}" in printed
+    assert outcome["held_out"]["loss_after"] < outcome["held_out"]["loss_before"] - 0.05
+    text = outcome["budget"]["texts"]["a novel"]
+    assert text["rise"] == pytest.approx(text["after"] / text["before"] - 1)
+    assert text["rise"] <= text["limit"] == 0.05
+    assert outcome["run"]["steps"] == plan.steps == 50
+    assert outcome["run"]["trained_parameters"] == plan.trained == 14 * 8**2
+
+
+def test_the_plan_and_the_table_are_printed(whole):
+    out, printed = whole
+    for line in (
+        r"trained on 40 examples of .*chat <b>\.jsonl: 400 tokens, 160 in answers; laid out by the model's chat templ",
+        r"held out 20 examples: 200 tokens, 80 in answers; split off .*chat <b>.jsonl by seed 0",
+        r"steps 50: 10 epochs in batches of 8; a checkpoint every 5 steps",
+        r"may be forgotten 5\.00 % of perplexity",
+        r"of which text a novel",
+        rf"learning rate about {record(out)['outcome']['run']['learning_rate']:.2g}, set from the budget",
+        r"perplexity of a novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %",
+        r"stated 5\.00 % of perplexity",
+        r"predicted \+\d\.\d+ % ",
+        r"measured [+-]\d\.\d+ % on a novel",
+    ):
+        assert re.search(line, " ".join(printed.split())), line
+    assert str(out / "report.html") in printed.replace("\n", "")
+
+
+def test_the_page_and_the_card_hold_the_figures_and_escape_names(whole, chat_model):
+    out, _ = whole
+    page, card, outcome = (out / "report.html").read_text(), (out / "README.md").read_text(), record(out)["outcome"]
+    for text in (page, card):
+        assert f"{outcome['held_out']['loss_after']:.4f}" in text
+        assert "<b>" not in text
+        assert "chat &lt;b" in text
+    for reply in outcome["replies"]:
+        for part in ("prompt", "before", "after", "data"):
+            assert html.escape(reply[part]) in page
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!#)""", page)  # nothing is fetched
+    assert page.count("<svg") == 2
+    names = {}
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code.replace("this folder or repository", str(out)), names)
+    assert type(names["model"]).__name__ == "PeftModelForCausalLM"
+
+
+def test_the_documentations_python_loads_it(whole, chat_model):
+    page = (Path(__file__).parent.parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = {}
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", chat_model).replace('"adapter"', repr(str(whole[0])))
+    exec(code, names)
+    assert type(names["model"]).__name__ == "PeftModelForCausalLM"
+
+
+def test_the_exported_adapter_gives_the_same(whole, chat_model):
+    out, _ = whole
+    ids = torch.arange(5, 25)[None]
+    one, other = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(chat_model), path).eval()(ids).logits
+        for path in (out, out / "lora")
+    )
+    assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_a_finished_folder_is_said_to_be_finished(whole, data, chat_model, guard_file):
+    out, printed = whole
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = command(data, *SMALL, model=chat_model, out=out, guard_text=f"a novel={guard_file}", export="lora")
+    assert done.exit_code == 0, done.output
+    assert "is finished: nothing was trained again" in done.stdout
+    assert printed[printed.index("Forgetting") :] == done.stdout[done.stdout.index("Forgetting") :]
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_other_options_or_data_are_refused(whole, data, chat_model, guard_file, tmp_path):
+    out, _ = whole
+    common = dict(model=chat_model, out=out)
+    done = command(data, *SMALL, seed=1, guard_text=f"a novel={guard_file}", **common)
+    assert (done.exit_code, "seed is 1 and was 0" in done.stderr) == (1, True)
+    other = write_lines(tmp_path / "other.jsonl", conversations(seed=1))
+    done = command(other, *SMALL, guard_text=f"a novel={guard_file}", **common)
+    assert (done.exit_code, "is of another training: data is" in done.stderr) == (1, True)
+
+
+def test_killed_it_goes_on_to_the_same_end(whole, data, chat_model, guard_file, tmp_path):
+    out, tells = tmp_path / "out", dict(guard_text=f"a novel={guard_file}", export="lora")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "curlora_cli", *arguments(data, *SMALL, model=chat_model, out=out, **tells)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 300
+    while not list(out.glob("checkpoints/*/complete")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert "outcome" not in record(out)
+    assert not (out / "report.html").exists()
+    done = command(data, *SMALL, model=chat_model, out=out, **tells)
+    assert done.exit_code == 0, done.output
+    assert figures(out) == figures(whole[0])
+    for name in ("adapter_model.safetensors", "lora/adapter_model.safetensors"):
+        one, other = load_file(out / name), load_file(whole[0] / name)
+        assert all(torch.equal(one[key], other[key]) for key in one.keys() | other.keys())
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole[0].iterdir())
+
+
+def test_killed_at_the_very_end_it_ends_the_same(whole, data, chat_model, guard_file, tmp_path, monkeypatch):
+    """After the last checkpoint, which holds what the measurement has let stand."""
+    out, tells = tmp_path / "out", dict(guard_text=f"a novel={guard_file}", export="lora")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("curlora.train.run.write_card", killed)
+        done = command(data, *SMALL, model=chat_model, out=out, **tells)
+    assert done.exit_code == 130
+    assert "Interrupted. The same command goes on from the last checkpoint." in done.stderr
+    assert (out / "checkpoints" / "checkpoint-50" / "complete").exists()
+    done = command(data, *SMALL, model=chat_model, out=out, **tells)
+    assert done.exit_code == 0, done.output
+    assert figures(out) == figures(whole[0])
+
+
+def test_it_continues_an_adapter(whole, chat_model, tmp_path):
+    """Its ledger goes on: forgetting counts from the base, and the model's base is the one that the adapter names."""
+    new = write_lines(tmp_path / "more.jsonl", conversations(seed=3))
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(" ".join(f"w{(i * j) % 90}" for j in range(20)) for i in range(1, 40)))
+    common = dict(continue_from=whole[0], guard_text=text, lifetime="30%", max_forgetting="5%", epochs=2)
+    out = tmp_path / "out"
+    done = command(new, "--prompt", "w5 w6 w7", out=out, **common)
+    assert done.exit_code == 0, done.output
+    outcome = record(out)["outcome"]
+    assert (outcome["base_model"], outcome["continue_from"]) == (chat_model, str(whole[0]))
+    assert (outcome["rank"], outcome["budget"]["lifetime"]) == (8, 0.3)
+    assert [reply["prompt"] for reply in outcome["replies"]] == ["w5 w6 w7"]
+    assert "over all trainings" in done.stdout
+    assert "before the adapter's first training" in done.stdout
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (whole[0], out))
+    assert before.keys() == after.keys()
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("indices"))
+
+
+def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp_path):
+    """And leaves a folder that the same training can be begun in with a larger one."""
+    spent = record(whole[0])["outcome"]["budget"]["texts"]["a novel"]["rise"]
+    assert spent > 0.0002
+    tells = dict(continue_from=whole[0], out=tmp_path / "out", guard_text=f"a novel={guard_file}", epochs=1)
+    done = command(data, lifetime=spent / 2, max_forgetting=spent / 2, **tells)
+    assert done.exit_code == 1, done.output
+    assert "Error: The lifetime's budget is used up" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert command(data, lifetime=spent * 2, max_forgetting=spent / 2, **tells).exit_code == 0
+
+
+def test_quantized_and_merged(data, chat_model, guard_file, tmp_path, monkeypatch):
+    """The base is read again in full precision, and what is merged is what the adapter adds."""
+    # Where a processor has AVX512-BF16, bitsandbytes refuses layers as narrow as these.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+    out = tmp_path / "out"
+    tells = dict(guard_text=guard_file, quantize="4bit", export="merged", epochs=2, rank=4)
+    done = command(data, model=chat_model, out=out, **tells)
+    assert done.exit_code == 0, done.output
+    assert ", 4bit" in done.stdout
+    outcome = record(out)["outcome"]
+    assert (outcome["quantize"], outcome["exported"]) == ("4bit", "merged")
+    saved = load_file(out / "adapter_model.safetensors")
+    assert {value.dtype for name, value in saved.items() if "curlora_U" in name and "weight" in name} == {torch.float32}
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (chat_model, out / "merged"))
+    ids = torch.arange(5, 25)[None]
+    adapted = PeftModel.from_pretrained(base, out).eval()
+    assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+    with adapted.disable_adapter():
+        assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
+
+
+def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    out = tmp_path / "out"
+    done = command(data, model=chat_model, out=out, epochs=1, rank=4, report_to="tensorboard")
+    assert done.exit_code == 0, done.output
+    assert "what the model itself writes" in done.stdout
+    (text,) = record(out)["outcome"]["budget"]["texts"].values()
+    assert text["rise"] <= text["limit"] == 0.01
+    assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
+
+
+def test_the_loss_is_on_answers_alone(data, chat_model, guard_file, tmp_path):
+    """At the first step, which takes all examples at once, it is the base model's on the answers."""
+    out, tells = tmp_path / "out", dict(guard_text=guard_file, epochs=1, rank=4)
+    done = command(data, model=chat_model, out=out, batch_size=40, **tells)
+    assert done.exit_code == 0, done.output
+    _, base, examples, _, _ = prepare(TrainOptions(data=str(data), out=tmp_path / "nowhere", model=chat_model))
+    model = AutoModelForCausalLM.from_pretrained(chat_model, dtype=torch.float32)
+    how = dict(stop=frozenset(), reply_tokens=1, batch_size=8)
+    found = measure(model, base.tokenizer, examples.train, examples.prompts, **how)
+    (entry,) = record(out)["outcome"]["run"]["log"]
+    assert entry["loss"] == pytest.approx(found.loss, abs=1e-4)
+
+
+def test_a_model_of_few_positions_without_a_template(guard_file, plain_model, tmp_path):
+    """GPT-2, whose layers are transformers' Conv1D; its positions have to do for a prompt and the reply."""
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(plain_model).save_pretrained(tmp_path / "gpt2")
+    rows = [{"prompt": " ".join(f"w{(i + j) % 90}" for j in range(62)), "completion": f"w{i}"} for i in range(40)]
+    out = tmp_path / "out"
+    tells = dict(model=tmp_path / "gpt2", out=out, guard_text=guard_file, epochs=1, rank=4)
+    done = command(write_lines(tmp_path / "rows.jsonl", rows), **tells)
+    assert done.exit_code == 0, done.output
+    assert "as plain text: the model has no chat template" in " ".join(done.stdout.split())
+    assert record(out)["outcome"]["held_out"]["tokens"] == 2 * 20  # the word and the end of the text
+    for reply in record(out)["outcome"]["replies"]:
+        assert len(reply["before"].split()) <= 32
+
+
+def test_a_dry_run_writes_nothing_and_loads_no_weight(data, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "what the model itself writes" in done.stdout
+    assert re.fullmatch(r"Warning: The rank was lowered from 32 to the smaller side .*\n", done.stderr)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_documentation_names_every_option_and_default():
+    page = (Path(__file__).parent.parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    table = page[page.index("| option | default |") : page.index("## What it prints")]
+    named = set(re.findall(r"`(--[a-z0-9-]+)`", table))
+    parameters = [p for p in typer.main.get_command(app).commands["train"].params if p.name not in ("data", "help")]
+    options = {option for p in parameters for option in [*p.opts, *p.secondary_opts]}
+    assert named == options
+    for row in re.findall(r"^\| (`.*?`) \| (.*?) \|", table, re.MULTILINE):
+        for option, default in zip(re.findall(r"--[a-z0-9-]+", row[0]), row[1].split(", "), strict=False):
+            (parameter,) = [p for p in parameters if option in (*p.opts, *p.secondary_opts)]
+            if parameter.default not in (None, False) and not parameter.required:
+                assert str(getattr(parameter.default, "value", parameter.default)) == default.strip("`"), option
+    assert f"{TrainOptions.RANK}, {TrainOptions.TARGET_MODULES} |" in table
+
+
+def loaded(*_, **__):
+    raise AssertionError("a weight was loaded")
+
+
+BAD = {
+    "no model": ([], {}, "Which model is trained? Give --model"),
+    "model missing": ([], {"model": "./gone"}, "there is no folder gone"),
+    "budget": ([], {"model": "{chat}", "max_forgetting": "1"}, "For 1 % write 1%."),
+    "budget of nothing": ([], {"model": "{chat}", "max_forgetting": "0"}, "leaves nothing to learn with"),
+    "guard text": ([], {"model": "{chat}", "guard_text": "code=gone.txt"}, "--guard-text gone.txt: there is no such"),
+    "encoder-decoder": ([], {"model": "{t5}"}, "is an encoder-decoder (t5)"),
+    "no language model": ([], {"model": "{vit}"}, "is of type vit, which transformers knows no language model of"),
+    "no template": ([], {"model": "{plain}"}, "the model's tokenizer has no chat template"),
+    "rank": ([], {"model": "{chat}", "rank": "0"}, "r must be a positive integer, got 0"),
+    "targets": ([], {"model": "{chat}", "target_modules": "wq,wk"}, "The adapter cannot be put on"),
+    "too long": ([], {"model": "{chat}", "max_length": "3"}, "none of 40 examples is left"),
+    "adapter": ([], {"continue_from": "{chat}"}, "--continue-from"),
+    "bytes": ([], {"model": "{chat}", "eval": "gone.jsonl"}, "gone.jsonl: there is no such file"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(chat_model, plain_model, tmp_path_factory):
+    from transformers import T5Config, ViTConfig
+
+    folder, found = tmp_path_factory.mktemp("models"), {"chat": chat_model, "plain": plain_model}
+    for name, config in (("t5", T5Config()), ("vit", ViTConfig())):
+        config.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(plain_model).save_pretrained(folder / name)
+        found[name] = str(folder / name)
+    return found
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_input_is_one_sentence_and_loads_no_weight(bad, data, models, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    monkeypatch.chdir(tmp_path)
+    given, options, message = BAD[bad]
+    options = {"out": "out", **{name: value.format(**models) for name, value in options.items()}}
+    done = command(data, *given, **options)
+    assert done.exit_code == 1, done.output
+    assert done.stderr.startswith("Error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("missing", "options", "message"),
+    [
+        ("trl", [], "pip install 'curlora[train]'"),
+        ("bitsandbytes", ["--quantize", "4bit"], "pip install bitsandbytes"),
+    ],
+)
+def test_a_package_that_is_missing(missing, options, message, data, chat_model, tmp_path, monkeypatch):
+    from importlib.util import find_spec
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *a: None if name == missing else find_spec(name, *a))
+    done = command(data, *options, model=chat_model, out=tmp_path / "out")
+    assert (done.exit_code, message in done.stderr) == (1, True)
+    assert done.stderr.count("\n") == 1

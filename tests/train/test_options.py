@@ -1,0 +1,102 @@
+"""What a user may state, and what is refused before anything is looked at."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from curlora.train import TrainError, TrainOptions, parse_columns, parse_share, parse_targets, parse_texts, read_prompts
+
+
+@given(st.integers(1, 9999))
+def test_a_budget_is_the_same_in_per_cent_and_as_a_share(hundredths):
+    share = hundredths / 10000
+    for text in (f"{hundredths / 100}%", f" {hundredths / 100} % ", str(share)):
+        assert parse_share(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("1", "'1' is 100 % or more of the perplexity. For 1 % write 1%."),
+        ("1.0", "For 1.0 % write 1.0%"),
+        ("100%", "'100%' is 100 % or more of the perplexity. Give less"),
+        ("0", "leaves nothing to learn with"),
+        ("0%", "leaves nothing to learn with"),
+        ("-1%", "leaves nothing to learn with"),
+        ("inf", "is no budget: write 1% or 0.01"),
+        ("one", "is no budget"),
+        ("", "is no budget"),
+        ("1%%", "is no budget"),
+        ("1,5%", "is no budget"),
+    ],
+)
+def test_a_budget_that_nobody_can_mean(given, message):
+    with pytest.raises(TrainError) as error:
+        parse_share(given, "--lifetime")
+    assert str(error.value).startswith("--lifetime")
+    assert message in str(error.value)
+
+
+def test_texts_have_names(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("some text")
+    texts = parse_texts([str(tmp_path / "a.txt"), f"code={tmp_path / 'b.txt'}"])
+    assert texts == {"a": tmp_path / "a.txt", "code": tmp_path / "b.txt"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["{}/gone.txt"], "there is no such file"),
+        (["{}/empty.txt"], "is empty"),
+        (["{}/bytes.txt"], "cannot be read as text in UTF-8"),
+        (["{}"], "cannot be read as text"),
+        (["={}/a.txt"], "has no name before the equals sign"),
+        (["{}/a.txt", "a={}/empty.txt"], "two texts are called 'a'"),
+    ],
+)
+def test_texts_that_are_none(given, message, tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(TrainError, match=message):
+        parse_texts([one.format(tmp_path) for one in given])
+
+
+def test_lists_of_names():
+    assert parse_columns(None) is None
+    assert parse_columns("question, answer") == ("question", "answer")
+    with pytest.raises(TrainError, match="does not name two columns"):
+        parse_columns("question")
+    assert parse_targets("q_proj, v_proj") == ["q_proj", "v_proj"]
+    assert parse_targets("all-linear") == "all-linear"
+    assert parse_targets(r".*\.[qv]_proj") == r".*\.[qv]_proj"
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffone\n\n two \n", encoding="utf-8")
+    assert read_prompts(["zero"], path) == ["zero", "one", " two "]
+    path.write_text("\n")
+    for name, message in ((path, "holds no prompt"), (tmp_path / "gone", "cannot be read as text")):
+        with pytest.raises(TrainError, match=message):
+            read_prompts([], name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(model=None), "Which model is trained"),
+        (dict(epochs=0), "--epochs must be at least 1, got 0"),
+        (dict(batch_size=-1), "--batch-size must be at least 1"),
+        (dict(max_length=1), "a prompt and an answer"),
+        (dict(learning_rate=0.0), "--learning-rate must be a positive number"),
+        (dict(lifetime=0.005), "--lifetime 0.005 is less than --max-forgetting 0.01"),
+        (dict(continue_from="adapter", rank=8), "--rank and --target-modules are of a new adapter"),
+    ],
+)
+def test_options_that_cannot_be(options, message):
+    with pytest.raises(TrainError, match=message):
+        TrainOptions(**{"data": "chat.jsonl", "out": Path("out"), "model": "base", **options})
