@@ -11,13 +11,15 @@ import time
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import curlora
+from curlora import CurloraConfig
 from curlora.continual.results import RunResults
-from curlora.demo import assets
+from curlora.demo import assets, replies
+from curlora.demo.replies import PROMPTS
 from curlora_cli.commands import app
 from tests.results import make_results
 
@@ -155,9 +157,48 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
     done = run("demo", "--quick", "--out", out)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    results = RunResults.load(out / "results.json")
+    assert [method.name for method in results.methods] == ["frozen", "lora", "budget"]
+    assert list(results.heldout)[-1] == "own text"
+    assert results.shown == ["own text"]
+    budget = results.methods[2].seeds[0]
+    assert budget.guarded[0].perplexity_rise <= budget.guarded[0].limit == 0.01
+    assert f"{budget.scores[0][0].loss:.3f}" in done.stdout
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    adapted = PeftModel.from_pretrained(base, out / "budget" / "seed-0" / "adapter")
+    assert any(U.any() for name, U in adapted.named_parameters() if "curlora_U" in name)
+    assert "Replies, before and after" in done.stdout
+    assert all(label in done.stdout for label in ("before", "LoRA", "CURLoRA within 1 %"))
+    assert str(out / "report.html") in done.stdout.replace("\n", "")
+
+
+def test_replies_are_those_of_each_adapter(model_folder, tmp_path):
+    """Of an adapter that has learned to say one thing."""
+    results, base = make_results(), AutoModelForCausalLM.from_pretrained(model_folder)
+    label, name, seed = results.methods[-1].label, results.methods[-1].name, results.seeds[0]
+    model = get_peft_model(base, CurloraConfig(r=4, target_modules=["q_proj"]))
+    for parameter_name, U in model.named_parameters():
+        if "curlora_U" in parameter_name:
+            U.data.normal_(std=100.0)
+    model.save_pretrained(tmp_path / name / f"seed-{seed}" / "adapter")
+    found = replies(results, tmp_path, str(model_folder), max_new_tokens=4)
+    assert list(found) == ["before", label]
+    assert len(found["before"]) == len(found[label]) == len(PROMPTS)
+    assert found["before"] != found[label]
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    turn = [{"role": "user", "content": PROMPTS[0]}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    plain = AutoModelForCausalLM.from_pretrained(model_folder).generate(**ids, max_new_tokens=4, do_sample=False)
+    expected = tokenizer.decode(plain[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found["before"][0] == " ".join(expected.split())
+
+
+def test_the_quick_full_demo(model_folder, tmp_path):
+    out = tmp_path / "run"
+    done = run("demo", "--quick", "--full", "--out", out)
+    assert done.returncode == 0, done.stderr
     files = ["base.json", "curlora", "frozen", "guarded", "lora", "recipe.json", "report.html", "results.json"]
     assert sorted(p.name for p in out.iterdir()) == files
-
     results = RunResults.load(out / "results.json")
     assert [task.name for task in results.tasks] == ["reviews", "reuters", "tweets"]
     trained = {m.name: m.trainable_parameters for m in results.methods}
@@ -174,7 +215,6 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
     for outcome in results.methods[3].seeds[0].guarded:
         assert outcome.perplexity_rise <= outcome.limit <= 0.01
     assert f"{results.tasks[0].majority_rate:.3f}" in done.stdout
-    assert str(out / "report.html") in done.stdout.replace("\n", "")
 
     base = AutoModelForCausalLM.from_pretrained(model_folder)
     adapted = PeftModel.from_pretrained(base, out / "curlora" / "seed-0" / "adapter")

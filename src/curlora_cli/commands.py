@@ -48,16 +48,22 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def demo(
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/demo-<time> if not given.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run; its figures mean nothing.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Three tasks one after another, by four methods; takes longer.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
 ) -> None:
-    """Fine-tune a small language model on three real tasks, one after another, by three methods."""
+    """Let a small language model learn the same by LoRA and within a budget, and see what it forgets."""
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     with _errors_for_people(f"The same command with --out {out} goes on."), _quiet_libraries():
         console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
-        from curlora.demo import demo_recipe
+        from curlora.demo import demo_recipe, replies, replies_table
 
         libraries_loaded()
-        _run(demo_recipe(quick, seed), out)
+        recipe = demo_recipe(quick, seed, full=full)
+        results = _run(recipe, out)
+        if results is not None and not full:
+            console.print(replies_table(replies(results, out, recipe.model.name)))
 
 
 @app.command()
@@ -346,7 +352,8 @@ def inspect(
             console.print(part)
 
 
-def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: str | None = None) -> None:
+def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: str | None = None) -> RunResults | None:
+    """Run it and print what came of it; the results in the first process, and in the others nothing."""
     from curlora.continual.launch import run_recipe
     from curlora.report import write_report
 
@@ -356,11 +363,12 @@ def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: s
             recipe, directory, progress=lambda total: _Bar(bars, total), workers=workers, address=address
         )
     if not _FIRST_PROCESS:
-        return
+        return None
     page = directory / "report.html"
     write_report([results], page)
     print_results(results)
     console.print(Text(f"\nReport: {page}\nFigures and adapters: {directory}"), soft_wrap=True)
+    return results
 
 
 def _print_plan(recipe: Recipe) -> None:

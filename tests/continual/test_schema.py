@@ -50,7 +50,9 @@ def accepted(schema, content):
 
 
 def test_the_recipes_that_come_with_it_are_valid(schema):
-    recipes = {**packaged_recipes(), "demo": resources.files("curlora") / "recipes" / "demo.yaml"}
+    recipes = {**packaged_recipes()}
+    for name in ("demo", "demo-full"):
+        recipes[name] = resources.files("curlora") / "recipes" / f"{name}.yaml"
     for path in recipes.values():
         content = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))  # keys are texts there
         assert accepted(schema, content) == [], path

@@ -14,7 +14,7 @@ import yaml
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.errors import RunError
 from curlora.continual.recipe import RecipeError
-from curlora.continual.workers import _Combined, threads
+from curlora.continual.workers import _Combined
 from tests.continual.streams import figures
 
 pytest.importorskip("ray", reason="needs Ray")
@@ -123,12 +123,3 @@ def test_progress_does_not_count_twice():
                                  ("a", None, 0), ("a", "", 2), ("a", "", 2)]:  # fmt: skip
         combined.hear(folder, stage, units)
     assert sum(heard) == 3 + 1 + 1
-
-
-def test_threads_are_as_before_afterwards():
-    import torch
-
-    before = torch.get_num_threads()
-    with threads(1):
-        assert torch.get_num_threads() == 1
-    assert torch.get_num_threads() == before

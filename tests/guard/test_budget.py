@@ -8,7 +8,14 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
@@ -388,14 +395,25 @@ CHATS = [{"prompt": f"{WORDS[i]} {WORDS[i + 1]}", "completion": f" {WORDS[i + 2]
 
 class TestTRL:
     def arguments(self, folder, kind=SFTConfig, **options):
-        return kind(
-            str(folder), max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
-            logging_steps=1, save_strategy="no", max_length=16, bf16=False, **options,
+        given = dict(
+            max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+            logging_steps=1, save_strategy="no", max_length=16, bf16=False,
         )  # fmt: skip
+        return kind(str(folder), **{**given, **options})
 
     @pytest.mark.parametrize(
-        "options", [{}, {"packing": True}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str
+        "options",
+        [
+            {},
+            {"packing": True},
+            {"padding_free": True, "max_length": None},
+            {"completion_only_loss": False},
+            {"bf16": True},
+            {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        ],
+        ids=str,
     )
+    @pytest.mark.filterwarnings("ignore:.*flash attention")
     def test_sft(self, tmp_path, options):
         callback = budget()
         trainer = SFTTrainer(
@@ -406,6 +424,42 @@ class TestTRL:
         assert callback.outcome.texts["words"].rise <= 0.02
         assert callback.outcome.learning_rate != trainer.args.learning_rate
         assert any(U.any() for U in matrices(trainer.model))
+
+    def test_assistant_only_loss(self, tmp_path):
+        tokenizer = with_end()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'assistant' %}w90 {% generation %}{{ m.content + ' w97 ' }}"
+            "{% endgeneration %}{% else %}{{ 'w91 ' + m.content + ' ' }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}w90 {% endif %}"
+        )
+        turns = [
+            {"messages": [{"role": "user", "content": one["prompt"]}, {"role": "assistant", "content": "w5 w6"}]}
+            for one in CHATS
+        ]
+        callback = budget(texts={"chats": [one["messages"] for one in turns[:30]]})
+        trainer = SFTTrainer(
+            base(), self.arguments(tmp_path, assistant_only_loss=True), train_dataset=Dataset.from_list(turns),
+            processing_class=tokenizer, peft_config=CurloraConfig(r=4), callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        assert callback.outcome.texts["chats"].rise <= 0.02
+        assert any(U.any() for U in matrices(trainer.model))
+
+    def test_a_quantized_base(self, tmp_path, monkeypatch):
+        """TRL rounds the adapter of one to bfloat16; it is trained in float32 all the same."""
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        base().save_pretrained(tmp_path / "base")
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantized)
+        callback = budget()
+        trainer = SFTTrainer(
+            model, self.arguments(tmp_path), train_dataset=Dataset.from_list(CHATS),
+            processing_class=with_end(), peft_config=CurloraConfig(r=4), callbacks=[callback],
+        )  # fmt: skip
+        trainer.train()
+        assert {U.dtype for U in matrices(trainer.model)} == {torch.float32}
+        assert any(U.any() for U in matrices(trainer.model))
+        assert callback.outcome.texts["words"].rise <= 0.02
 
     def test_dpo(self, tmp_path):
         pairs = [{**one, "chosen": one.pop("completion"), "rejected": " w9 w8"} for one in map(dict, CHATS)]

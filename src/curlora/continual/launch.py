@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import OwnText, PromptList
+from curlora.continual.computing import computing
 from curlora.continual.data import AnswersPart, HeldOutPart, OwnTextPart, read_prompts, read_task, read_text
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
@@ -22,7 +23,7 @@ from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 from curlora.continual.sequence import Progress, Silent
 from curlora.continual.storage import write_whole
-from curlora.continual.workers import ray_workers, threads
+from curlora.continual.workers import ray_workers
 
 __all__ = ["build", "run_recipe"]
 
@@ -105,9 +106,12 @@ def run_recipe(
     directory = Path(directory)
     begin = partial(_claim, recipe, directory)
     if workers is not None or address is not None:
-        with ray_workers(recipe, directory, workers, address) as runner:
+        with (
+            computing(None, recipe.training.fp32_products),
+            ray_workers(recipe, directory, workers, address) as runner,
+        ):
             return run_stream(build(recipe), directory, progress, begin, runner)
-    with threads(recipe.resources.cpus):
+    with computing(recipe.resources.cpus, recipe.training.fp32_products):
         return run_stream(build(recipe), directory, progress, begin)
 
 

@@ -227,6 +227,9 @@ Text = Annotated[
 ]
 
 
+_OF_A_RUN = ("forward_transfer", "cache_frozen_layers", "fp32_products")  # settings that no task has for itself
+
+
 class Recipe(_Part):
     """A run. Paths in it are relative to the recipe's own folder, and may hold ``${VARIABLES}`` of the environment.
 
@@ -340,7 +343,9 @@ class Recipe(_Part):
         misplaced = [
             f"task {task.name!r}: training: {key} is for all tasks alike"
             for task in tasks
-            for key in sorted(task.training.keys() & {"forward_transfer", "cache_frozen_layers", *SWITCHES})
+            for key in sorted(
+                task.training.keys() & {"forward_transfer", "cache_frozen_layers", "fp32_products", *SWITCHES}
+            )
         ]
         if misplaced:
             raise at_their_places(misplaced)
@@ -425,7 +430,7 @@ def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with curlora, by name."""
     folder = Path(str(resources.files("curlora").joinpath("recipes")))
     # The demo's files have to be fetched first: `curlora demo`.
-    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem != "demo"}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem not in ("demo", "demo-full")}
 
 
 def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | None = None) -> Recipe:

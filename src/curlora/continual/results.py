@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from curlora.continual import metrics
+from curlora.continual.computing import fp32_products
 from curlora.continual.storage import write_whole
 
 __all__ = [
@@ -371,4 +372,5 @@ def environment() -> dict[str, str]:
         **{name: version(name) for name in packages},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
         "threads": str(torch.get_num_threads()),
+        "products of float32": f"in {fp32_products()}",
     }

@@ -135,6 +135,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "checkpoint_steps": "Steps between two checkpoints, which is the most that a kill can cost.",
         "forward_transfer": "Whether each task is scored also just before it is learned.",
         "cache_frozen_layers": "Whether what the layers below those that any method trains put out is kept.",
+        "fp32_products": "How a CPU multiplies float32: bfloat16 rounds the factors and is quicker with AMX.",
         "trainer": "Further arguments of transformers' Trainer: bf16, gradient_checkpointing, report_to, ...",
         "readout": "A switch of the protocol: set it under switches.",
         "order": "A switch of the protocol: set it under switches.",

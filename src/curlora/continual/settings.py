@@ -46,8 +46,9 @@ class Settings(BaseModel):
     step over all processes together. ``warmup`` is a share of a task's steps if below 1, else a number of steps.
     ``max_grad_norm`` 0 leaves gradients as they are. ``checkpoint_steps`` is what a kill can cost at most.
     ``forward_transfer`` scores each task also just before it is learned. ``cache_frozen_layers`` keeps what the layers
-    below those that any method trains put out; see :mod:`curlora.continual.frozen_layers`. ``trainer`` holds further
-    arguments of transformers' ``TrainingArguments``, such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
+    below those that any method trains put out; see :mod:`curlora.continual.frozen_layers`. ``fp32_products``
+    says how a CPU multiplies float32, see :mod:`curlora.continual.computing`. ``trainer`` holds further arguments of
+    transformers' ``TrainingArguments``, such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
 
     ``readout``, ``order``, ``schedule_length``, ``evaluation`` and ``heads`` are switches of the protocol; see
     :mod:`curlora.continual.protocol`.
@@ -69,6 +70,7 @@ class Settings(BaseModel):
     checkpoint_steps: Annotated[int, Field(gt=0)] = 100
     forward_transfer: bool = False
     cache_frozen_layers: bool = False
+    fp32_products: Literal["float32", "bfloat16"] = "float32"
     trainer: dict[str, Any] = {}
 
     readout: Literal["last_token", "last_position"] = "last_token"

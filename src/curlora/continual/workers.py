@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from curlora.continual.computing import computing
 from curlora.continual.errors import RunError
 from curlora.continual.run import Base, Finished, Job, Runner, jobs_of, measured_base, run_job
 from curlora.continual.sequence import Encoded, Progress, encode, in_order
@@ -25,22 +24,10 @@ if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe
     from curlora.continual.run import Stream
 
-__all__ = ["ray_workers", "threads"]
+__all__ = ["ray_workers"]
 
 _TRIES = 3  # after the first; a machine that goes away takes its tasks along
 _LISTEN = 0.5  # seconds between two looks at what the workers have done
-
-
-@contextlib.contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """While it lasts torch computes on that many threads; as many as before if ``None``."""
-    before = torch.get_num_threads()
-    try:
-        if count is not None:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -144,7 +131,7 @@ def _work(content: str, directory: str, folder: str, cpus: int, heard: Any) -> s
     stream, encoded = _prepared(content, directory)
     job = next(job for job in jobs_of(stream, Path(directory)) if job.folder == Path(directory) / folder)
     speaking = _Speaking(folder, heard)
-    with threads(cpus):
+    with computing(cpus, stream.settings.fp32_products):
         base = measured_base(stream, encoded, Path(directory))
         tasks = in_order(encoded, job.order)
         return run_job(job, stream, tasks, base, Path(directory), speaking).model_dump_json()

@@ -1,5 +1,6 @@
-"""What the demo needs: a small language model and real texts, from packages of the Python index."""
+"""The demo: a small language model and real texts, from packages of the Python index, and what is shown with them."""
 
+from curlora.demo.replies import replies, replies_table
 from curlora.demo.run import demo_recipe
 
-__all__ = ["demo_recipe"]
+__all__ = ["demo_recipe", "replies", "replies_table"]

@@ -1,4 +1,4 @@
-"""The demo: one more recipe, on a model and texts that need no hub."""
+"""The demo: two more recipes, on a model and texts that need no hub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from curlora.demo import assets
 __all__ = ["demo_recipe"]
 
 _QUICK = [
+    "title=The same task learned by LoRA and within a budget (quick smoke run; the figures mean nothing)",
+    "training.max_length=24",
+    "guard.tokens=256",
+    "guard.max_length=32",
+    "tasks.0.train.limit=24",
+    "tasks.0.evaluation.limit=8",
+    "heldout.3.max_new_tokens=8",
+    *(f"heldout.{text}.{key}=128" for text in range(3) for key in ("tokens", "window")),
+]
+_QUICK_FULL = [
     "title=Three tasks, one after another (quick smoke run; the figures mean nothing)",
     "training.batch_size=8",
     "training.max_length=24",
@@ -22,17 +32,19 @@ _QUICK = [
 ]
 
 
-def demo_recipe(quick: bool = False, seed: int = 0) -> Recipe:
+def demo_recipe(quick: bool = False, seed: int = 0, *, full: bool = False) -> Recipe:
     """The recipe ``demo``, with its model and texts fetched and in place.
 
     Args:
         quick: a smoke run of under a minute, whose figures mean nothing.
         seed: of the run.
+        full: the recipe ``demo-full``, three tasks one after another.
 
     Raises:
         curlora.demo.assets.AssetError: if the model or the texts cannot be had.
     """
-    changes = [f"model.name={assets.language_model()}", f"seeds=[{seed}]", *(_QUICK if quick else [])]
-    return load_recipe(
-        Path(str(resources.files("curlora").joinpath("recipes/demo.yaml"))), changes, folder=assets.demo_texts()
-    )
+    quickly = _QUICK_FULL if full else _QUICK
+    changes = [f"model.name={assets.language_model()}", f"seeds=[{seed}]", *(quickly if quick else [])]
+    name = "demo-full" if full else "demo"
+    path = Path(str(resources.files("curlora").joinpath(f"recipes/{name}.yaml")))
+    return load_recipe(path, changes, folder=assets.demo_texts())
