@@ -34,22 +34,26 @@ BATCH, TEXT, OTHER = 4, 8192, 768  # rows; tokens of the guard's text, and of ot
 EXAMPLES = 480
 FIXED = 0.06  # the rate that was advised before
 MIDDLE = dict(task="gsm8k", steps=60, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
+REDRAWN = dict(choose="task")  # columns and rows for the task, as under a ForgettingBudget
+ALL = REDRAWN | dict(targets="all-linear")
 SETTINGS = [
-    dict(),
+    REDRAWN | dict(steps=20),
+    REDRAWN | dict(),
+    REDRAWN | dict(steps=240),
+    REDRAWN | dict(budget=0.002),
+    REDRAWN | dict(budget=0.1),
+    REDRAWN | dict(budget=0.1, steps=20),
+    REDRAWN | dict(budget=0.1, steps=240),
+    ALL | dict(),
+    ALL | dict(budget=0.1),
+    ALL | dict(clip=1.0),
+    ALL | dict(task="dialogsum"),
     dict(steps=20),
+    dict(),
+    dict(steps=240),
     dict(budget=0.1),
-    dict(choose="task"),
     dict(r=128),
     dict(task="dialogsum"),
-    dict(steps=240),
-    dict(targets="all-linear", r=16),
-    dict(budget=0.002),
-    dict(clip=1.0),
-    dict(r=8),
-    dict(task="dialogsum", steps=20),
-    dict(steps=20, budget=0.1),
-    dict(task="dialogsum", budget=0.1),
-    dict(task="dialogsum", r=128),
 ]
 MULTIPLES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
