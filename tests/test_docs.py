@@ -108,6 +108,8 @@ def test_the_trainers_python_runs(tmp_path, monkeypatch):
     pair = {"prompt": "w1 w2 ", "completion": "w3", "chosen": "w3", "rejected": "w4 w5"}
     names = {
         "train_dataset": [{"input_ids": row, "labels": row} for row in tokens(batch=4)],
+        "tasks": [[{"input_ids": row, "labels": row} for row in tokens(seed, batch=4)] for seed in range(2)],
+        "general_rows": list(tokens(seed=5, batch=2)),
         "conversations": Dataset.from_list([{k: pair[k] for k in ("prompt", "completion")}] * 4),
         "preferences": Dataset.from_list([{k: pair[k] for k in ("prompt", "chosen", "rejected")}] * 4),
     }

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from curlora.callbacks.ewc import fisher_diagonal
 from curlora.continual.batches import Collator
 from curlora.continual.plugins import EWC, make_plugin
-from curlora.continual.plugins.ewc import fisher_diagonal
+from curlora.continual.plugins.drawn import answering, trained
 from curlora.continual.task_model import TaskModel
 from tests.models import llama, word_tokenizer
 
@@ -26,6 +27,11 @@ class Toy(nn.Module):
         return [Answers(torch.arange(len(features)), logits, torch.zeros(len(features), dtype=torch.long))]
 
 
+def fisher_of(model, batches):
+    with answering(model, batches) as answered:
+        return fisher_diagonal(dict(trained(model)), answered, torch.Generator().manual_seed(0))
+
+
 def test_the_fisher_information_of_a_logistic_regression():
     """F = E[p (1 - p) x^2], the sampled answers averaging out."""
     model = Toy([0.7, -1.2])
@@ -33,7 +39,7 @@ def test_the_fisher_information_of_a_logistic_regression():
     p = torch.sigmoid(features @ model.model.weight.detach())
     expected = ((p * (1 - p))[:, None] * features**2).mean(0)
     batches = ({"features": row[None]} for _ in range(4000) for row in features)
-    got = fisher_diagonal(model, batches, torch.Generator().manual_seed(0))["weight"]
+    got = fisher_of(model, batches)["weight"]
     torch.testing.assert_close(got, expected, rtol=0.06, atol=0)
 
 
@@ -44,7 +50,7 @@ def test_the_optimum_of_quadratic_tasks_is_the_weighted_mean():
     ewc = EWC(strength=1.0)
     model = Toy([0.0] * 5)
     for k in range(2):
-        ewc.merge("weight", curvature[k], optimum[k])
+        ewc.held.merge("weight", curvature[k], optimum[k])
     optimizer = torch.optim.LBFGS([model.model.weight], line_search_fn="strong_wolfe", max_iter=200)
 
     def closure():
@@ -64,7 +70,7 @@ def test_merging_tasks_is_the_sum_of_their_penalties_up_to_a_constant():
     curvature[:, 0] = 0  # a number that never mattered
     ewc = EWC(strength=3.0)
     for k in range(4):
-        ewc.merge("weight", curvature[k], value[k])
+        ewc.held.merge("weight", curvature[k], value[k])
 
     def difference(penalty):
         model = Toy([0.0] * 6)
@@ -82,7 +88,7 @@ def test_heads_are_not_held_and_gradients_are_left_alone():
     model = TaskModel(llama())
     model.begin(0, 2)
     row = {"input_ids": tokenizer("w1 w2 w3")["input_ids"], "labels": 1, "task": 0}
-    fisher = fisher_diagonal(model, [Collator(tokenizer)([row])], torch.Generator().manual_seed(0))
+    fisher = fisher_of(model, [Collator(tokenizer)([row])])
     assert set(fisher) == {name for name, p in model.model.named_parameters() if p.requires_grad}
     assert all(p.grad is None for p in model.parameters())
     assert fisher["model.layers.0.self_attn.q_proj.weight"].sum() > 0
@@ -91,7 +97,7 @@ def test_heads_are_not_held_and_gradients_are_left_alone():
 
 def test_its_state_is_what_it_holds():
     ewc = EWC(strength=1.0)
-    ewc.merge("weight", torch.rand(3), torch.rand(3))
+    ewc.held.merge("weight", torch.rand(3), torch.rand(3))
     other = EWC(strength=1.0)
     other.load_state_dict(ewc.state_dict())
     model = Toy([0.1, 0.2, 0.3])
@@ -102,9 +108,9 @@ def test_its_state_is_what_it_holds():
 def test_what_was_read_from_a_file_goes_to_where_the_model_is():
     """Also in a run that is gone on with where a task has been learned, and nothing has asked for the penalty yet."""
     ewc = EWC(strength=1.0)
-    ewc.merge("weight", torch.ones(2), torch.ones(2))
-    ewc.merge("weight", *torch.ones(2, 2, device="meta"))
-    assert ewc.curvature["weight"].device.type == ewc.centre["weight"].device.type == "meta"
+    ewc.held.merge("weight", torch.ones(2), torch.ones(2))
+    ewc.held.merge("weight", *torch.ones(2, 2, device="meta"))
+    assert ewc.held.curvature["weight"].device.type == ewc.held.centre["weight"].device.type == "meta"
 
 
 @pytest.mark.parametrize("options", [{"strength": 0.0}, {"strength": 1.0, "examples": 0}])

@@ -10,11 +10,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from curlora.callbacks.ewc import Consolidated
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
-from curlora.continual.plugins import EWC, GuardPlugin, KLToBase, TaskContext
+from curlora.continual.plugins import GuardPlugin, KLToBase, TaskContext
 from curlora.continual.recipe import RecipeError
 from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
@@ -146,8 +147,8 @@ def test_what_looks_at_the_weights_sees_them_within_the_budget(guarded_path, tmp
 
     monkeypatch.setattr(GuardPlugin, "before_task", without_prediction)
     seen = []
-    merge = EWC.merge
-    monkeypatch.setattr(EWC, "merge", lambda self, *given: (seen.append(given[-1]), merge(self, *given)))
+    merge = Consolidated.merge
+    monkeypatch.setattr(Consolidated, "merge", lambda self, *given: (seen.append(given[-1]), merge(self, *given)))
     results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
     assert results.methods[-1].seeds[0].guarded[0].scale < 1  # else the order makes no difference
     saved = load_file(tmp_path / "run/guarded/seed-0/adapter/adapter_model.safetensors")

@@ -19,6 +19,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
+from curlora.callbacks.kl_to_base import without_adapter
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 from curlora.continual.problems import unknown_names
@@ -162,13 +163,8 @@ class Peft(Method):
         peft_model: Any = model
 
         def logits(ids: Tensor, kept: int) -> Tensor:
-            frozen = [p for p in peft_model.parameters() if not p.requires_grad]
-            try:
-                with peft_model.disable_adapter():
-                    return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
-            finally:
-                for parameter in frozen:  # PEFT, switching adapters on again, has all of them trained
-                    parameter.requires_grad_(False)
+            with without_adapter(peft_model):
+                return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
         return logits
 

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from curlora.callbacks.ewc import drawn_gradients
 from curlora.continual.errors import RunError
 from curlora.continual.plugins.base import Plugin, TaskContext
-from curlora.continual.plugins.drawn import diverged, drawn_gradients, examples_of, trained
+from curlora.continual.plugins.drawn import answering, diverged, examples_of, trained
 from curlora.continual.task_model import TaskModel
 from curlora.guard import Anchors, GuardError
 
@@ -53,8 +54,10 @@ class AnchorsPlugin(Plugin):
         if diverged(context.model):
             return
         batches, generator = examples_of(context, self.examples)
+        parameters = dict(trained(context.model))
         try:
-            self.anchors.add(_matrices(context.model), drawn_gradients(context.model, batches, generator))
+            with answering(context.model, batches) as answered:
+                self.anchors.add(_matrices(context.model), drawn_gradients(parameters, answered, generator))
         except GuardError as error:
             raise RunError(f"plug-in anchors: {error}") from error
 

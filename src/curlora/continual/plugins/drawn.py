@@ -1,8 +1,9 @@
-"""Gradients of answers that the model itself would give: what the Fisher information is made of."""
+"""The model's own answers to a task's examples: what the Fisher information is made of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,43 +11,27 @@ from torch import Tensor, nn
 from curlora.continual.plugins.base import TaskContext
 from curlora.continual.task_model import TaskModel
 
-__all__ = ["diverged", "drawn_gradients", "examples_of", "trained"]
+__all__ = ["answering", "diverged", "examples_of", "trained"]
 
 
-def drawn_gradients(
-    model: TaskModel, batches: Iterator[dict[str, Tensor]], generator: torch.Generator
-) -> Iterator[dict[str, Tensor]]:
-    """Of each batch, the gradient of the negative log-probability of drawn answers with respect to what is trained.
+@contextlib.contextmanager
+def answering(model: TaskModel, batches: Iterable[dict[str, Tensor]]) -> Iterator[Iterator[list[Tensor]]]:
+    """The model's logits wherever a label stands, as :func:`curlora.callbacks.ewc.drawn_gradients` takes them.
 
-    The answers are drawn from the model's own predictions, as the Fisher information has it, not taken from the labels
-    (the "empirical Fisher", https://arxiv.org/abs/1905.12558). The model is in evaluation mode meanwhile; its own
-    gradients are left alone.
+    The model is in evaluation mode while it lasts.
 
     Args:
         model: the model.
         batches: of one example each, where it is the gradients of examples that are wanted.
-        generator: of the draws.
-
-    Yields:
-        By name of parameter, heads excepted, in its shape; zero where the answers do not depend on it.
     """
-    parameters = dict(trained(model))
     device = next(model.parameters()).device
     training = model.training
     model.eval()
     try:
-        for batch in batches:
-            losses = []
-            for answer in model.answers(**{key: value.to(device) for key, value in batch.items()}):
-                drawn = torch.multinomial(answer.logits.detach().float().softmax(-1).cpu(), 1, generator=generator)
-                losses.append(
-                    nn.functional.cross_entropy(answer.logits.float(), drawn[:, 0].to(device), reduction="sum")
-                )
-            found = torch.autograd.grad(torch.stack(losses).sum(), list(parameters.values()), allow_unused=True)
-            yield {
-                name: torch.zeros_like(parameter) if gradient is None else gradient
-                for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
-            }
+        yield (
+            [answer.logits for answer in model.answers(**{key: value.to(device) for key, value in batch.items()})]
+            for batch in batches
+        )
     finally:
         model.train(training)
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from curlora.callbacks.ewc import Consolidated, fisher_diagonal
 from curlora.continual.plugins.base import Plugin, TaskContext
-from curlora.continual.plugins.drawn import diverged, drawn_gradients, examples_of, trained
+from curlora.continual.plugins.drawn import answering, diverged, examples_of, trained
 from curlora.continual.task_model import TaskModel
 
-__all__ = ["EWC", "fisher_diagonal"]
+__all__ = ["EWC"]
 
 
 class EWC(Plugin):
@@ -40,67 +39,27 @@ class EWC(Plugin):
             )
         self.strength = strength
         self.examples = examples
-        self.curvature: dict[str, Tensor] = {}
-        self.centre: dict[str, Tensor] = {}
+        self.held = Consolidated()
 
     def describe(self) -> dict[str, Any]:
         return {"name": "ewc", "strength": self.strength, "examples": self.examples}
 
     def penalty(self, model: TaskModel) -> Tensor | None:
-        if not self.curvature:
-            return None
-        for held in (self.curvature, self.centre):  # once, after they were read from a file
-            held.update({name: held[name].to(p.device) for name, p in trained(model)})
-        terms = [(self.curvature[name] * (p - self.centre[name]) ** 2).sum() for name, p in trained(model)]
-        return 0.5 * self.strength * torch.stack(terms).sum()
+        penalty = self.held.penalty(dict(trained(model)))
+        return None if penalty is None else self.strength * penalty
 
     def after_task(self, context: TaskContext) -> None:
         if diverged(context.model):
             return
         batches, generator = examples_of(context, self.examples)
-        fisher = fisher_diagonal(context.model, batches, generator)
-        for name, parameter in trained(context.model):
-            self.merge(name, fisher[name], parameter.detach().float().clone())
-
-    def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
-        """Add ``fisher * (theta - value)**2`` to what is held, up to a constant."""
-        # What was read from a file may still be elsewhere: a run that is gone on with may begin here.
-        old = self.curvature.get(name, torch.zeros_like(fisher)).to(fisher.device)
-        centre = self.centre.get(name, value).to(fisher.device)
-        total = old + fisher
-        # Where nothing has mattered yet, the centre is of no account.
-        self.centre[name] = torch.where(total > 0, (old * centre + fisher * value) / total.clamp(min=1e-38), value)
-        self.curvature[name] = total
+        parameters = dict(trained(context.model))
+        with answering(context.model, batches) as answered:
+            fisher = fisher_diagonal(parameters, answered, generator)
+        for name, parameter in parameters.items():
+            self.held.merge(name, fisher[name], parameter.detach().float().clone())
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            **{f"curvature.{name}": value for name, value in self.curvature.items()},
-            **{f"centre.{name}": value for name, value in self.centre.items()},
-        }
+        return self.held.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for part, held in (("curvature.", self.curvature), ("centre.", self.centre)):
-            held.clear()
-            held.update({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
-
-
-def fisher_diagonal(
-    model: TaskModel, batches: Iterator[dict[str, Tensor]], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """The diagonal of the Fisher information of what is trained, heads excepted: ``E[(d log p(y) / d theta)**2]``.
-
-    Args:
-        model: the model; its gradients are left alone.
-        batches: one example each.
-        generator: of the answers, see :func:`curlora.continual.plugins.drawn.drawn_gradients`.
-
-    Returns:
-        By name of parameter, in its shape.
-    """
-    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained(model)}
-    count = 0
-    for gradients in drawn_gradients(model, batches, generator):
-        for name, gradient in gradients.items():
-            total[name] += gradient.float() ** 2
-        count += 1
-    return {name: value / count for name, value in total.items()}
+        self.held.load_state_dict(state)

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from curlora.callbacks.kl_to_base import kl_to_base
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.task_model import TaskModel
 
@@ -56,13 +56,4 @@ class KLToBase(Plugin):
         if self.base_logits is None:  # nothing of the model moves
             return None
         ids = self.pieces[self.step % len(self.pieces)].to(next(model.parameters()).device)[None]
-        answered = ids.shape[1] - 1
-        training = model.training
-        model.eval()
-        with torch.no_grad():
-            base = self.base_logits(ids, answered + 1)[0, :-1].float().log_softmax(-1)
-        model.train(training)
-        logits = model.language_model(input_ids=ids, use_cache=False).logits[0, :-1]
-        return self.strength * nn.functional.kl_div(
-            logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True
-        )
+        return self.strength * kl_to_base(model.language_model, ids, self.base_logits)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curlora.callbacks.replay import chosen
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.tasks import Row
 
@@ -44,9 +45,8 @@ class Replay(Plugin):
         return [*context.rows, *self.kept]
 
     def after_task(self, context: TaskContext) -> None:
-        generator = torch.Generator().manual_seed((context.seed * 1_000_003 + context.number) % 2**63)
-        order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
-        self.kept += [context.rows[i] for i in order]
+        seed = (context.seed * 1_000_003 + context.number) % 2**63
+        self.kept += [context.rows[i] for i in chosen(len(context.rows), self.examples, seed)]
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {}

@@ -1,0 +1,206 @@
+"""Elastic weight consolidation: what mattered to earlier tasks is held where it was."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from curlora.callbacks.penalty import PenaltyCallback
+
+__all__ = ["Consolidated", "EWCCallback", "drawn_gradients", "fisher_diagonal"]
+
+_IGNORED = -100
+
+
+class EWCCallback(PenaltyCallback):
+    """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3).
+
+    While a later task is learned, ``strength / 2 * sum_j sum_i F_j[i] (theta[i] - theta_j[i])**2`` is added to the
+    loss, with ``F_j`` the diagonal of the Fisher information on task ``j``, and ``theta_j`` what was trained then.
+    After each training :meth:`remember` takes it; one callback serves all of them.
+
+    Args:
+        strength: the paper's lambda.
+        examples: of each task that the Fisher information is taken from.
+        seed: of the answers that are drawn for it.
+
+    Raises:
+        ValueError: if ``strength`` or ``examples`` is not positive.
+    """
+
+    logged_as: ClassVar[str] = "ewc"
+
+    def __init__(self, strength: float, examples: int = 200, seed: int = 0) -> None:
+        super().__init__()
+        if not (strength > 0 and math.isfinite(strength)) or examples < 1:
+            raise ValueError(f"strength must be positive and examples 1 or more, got {strength} and {examples}")
+        self.strength, self.examples = strength, examples
+        self.generator = torch.Generator().manual_seed(seed)
+        self.held = Consolidated()
+
+    def penalty(self, model: nn.Module, step: int) -> Tensor | None:
+        penalty = self.held.penalty({name: p for name, p in model.named_parameters() if p.requires_grad})
+        return None if penalty is None else self.strength * penalty
+
+    def remember(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
+        """A task has been learned.
+
+        Args:
+            model: as the task has left it; a causal language model or a classifier of transformers.
+            batches: of the task's examples with ``labels``, such as ``trainer.get_train_dataloader()`` gives. Answers
+                are drawn from the model's own predictions wherever a label stands; the labels themselves do not matter.
+
+        Raises:
+            ValueError: if there is no example, or a batch has no labels.
+        """
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        rows = itertools.islice(_rows(batches), self.examples)
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            fisher = fisher_diagonal(trained, ([_answered(model, row)] for row in rows), self.generator)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        for name, parameter in trained.items():
+            self.held.merge(name, fisher[name], parameter.detach().float().clone())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is held, to be kept with the model."""
+        return self.held.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        self.held.load_state_dict(state)
+
+
+class Consolidated:
+    """A quadratic penalty for all tasks together: two numbers for each parameter, however many tasks."""
+
+    def __init__(self) -> None:
+        self.curvature: dict[str, Tensor] = {}
+        self.centre: dict[str, Tensor] = {}
+
+    def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
+        """Add ``fisher * (theta - value)**2`` to what is held, up to a constant."""
+        # What was read from a file may still be elsewhere: a run that is gone on with may begin here.
+        old = self.curvature.get(name, torch.zeros_like(fisher)).to(fisher.device)
+        centre = self.centre.get(name, value).to(fisher.device)
+        total = old + fisher
+        # Where nothing has mattered yet, the centre is of no account.
+        self.centre[name] = torch.where(total > 0, (old * centre + fisher * value) / total.clamp(min=1e-38), value)
+        self.curvature[name] = total
+
+    def penalty(self, trained: Mapping[str, Tensor]) -> Tensor | None:
+        """``1/2 sum of curvature (theta - centre)**2``; ``None`` where nothing is held.
+
+        Args:
+            trained: the parameters by name, as they are now.
+
+        Raises:
+            ValueError: if these are not the parameters that are held.
+        """
+        if not self.curvature:
+            return None
+        if self.curvature.keys() != trained.keys():
+            differs = sorted(self.curvature.keys() ^ trained.keys())
+            raise ValueError(f"other parameters are trained than those that are held: {differs[:3]} are not in both")
+        for held in (self.curvature, self.centre):  # once, after they were read from a file
+            held.update({name: held[name].to(parameter.device) for name, parameter in trained.items()})
+        terms = [(self.curvature[name] * (p - self.centre[name]) ** 2).sum() for name, p in trained.items()]
+        return 0.5 * torch.stack(terms).sum()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All of it as tensors."""
+        return {
+            **{f"curvature.{name}": value for name, value in self.curvature.items()},
+            **{f"centre.{name}": value for name, value in self.centre.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave."""
+        for part, held in (("curvature.", self.curvature), ("centre.", self.centre)):
+            held.clear()
+            held.update({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
+
+
+def fisher_diagonal(
+    trained: Mapping[str, Tensor], answered: Iterable[Sequence[Tensor]], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The diagonal of the Fisher information: the mean of ``(d log p(y) / d theta)**2`` over examples.
+
+    Args:
+        trained, answered, generator: as :func:`drawn_gradients` has them; of one example each.
+
+    Returns:
+        By name of parameter, in its shape, float32.
+
+    Raises:
+        ValueError: if there is no example.
+    """
+    total = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in trained.items()}
+    count = 0
+    for gradients in drawn_gradients(trained, answered, generator):
+        for name, gradient in gradients.items():
+            total[name] += gradient.float() ** 2
+        count += 1
+    if not count:
+        raise ValueError("There is no example to see by what matters to the task")
+    return {name: value / count for name, value in total.items()}
+
+
+def drawn_gradients(
+    trained: Mapping[str, Tensor], answered: Iterable[Sequence[Tensor]], generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Of each batch, the gradient of the negative log-probability of drawn answers.
+
+    The answers are drawn from the model's own predictions, as the Fisher information has it, not taken from the labels
+    (the "empirical Fisher", https://arxiv.org/abs/1905.12558). Gradients that parameters hold are left alone.
+
+    Args:
+        trained: parameters by name.
+        answered: of each batch the logits wherever something is answered, in parts of shape ``(n, classes)``.
+        generator: of the draws.
+
+    Yields:
+        By name of parameter, in its shape; zero where the answers do not depend on it.
+    """
+    for parts in answered:
+        losses = []
+        for logits in parts:
+            drawn = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            losses.append(nn.functional.cross_entropy(logits.float(), drawn.to(logits.device), reduction="sum"))
+        found = torch.autograd.grad(torch.stack(losses).sum(), list(trained.values()), allow_unused=True)
+        yield {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for (name, parameter), gradient in zip(trained.items(), found, strict=True)
+        }
+
+
+def _rows(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Each example as a batch of its own."""
+    for batch in batches:
+        if not isinstance(batch.get("labels"), Tensor):
+            raise ValueError("EWC needs batches with labels, to know where the model answers")
+        count = len(batch["labels"])
+        for row in range(count):
+            yield {
+                key: value[row : row + 1] if isinstance(value, Tensor) and value.shape[:1] == (count,) else value
+                for key, value in batch.items()
+            }
+
+
+def _answered(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
+    """Logits wherever a label stands, shape ``(n, classes)``."""
+    device = next(model.parameters()).device
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in row.items()}
+    labels = moved.pop("labels")
+    logits: Tensor = model(**moved).logits
+    if logits.ndim == 2:
+        return logits[labels != _IGNORED]
+    return logits[:, :-1][labels[:, 1:] != _IGNORED]  # a causal model tells the next token

@@ -1,0 +1,93 @@
+"""A penalty on moving away from the base model on a general text."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from curlora.callbacks.penalty import PenaltyCallback
+
+__all__ = ["KLToBaseCallback", "kl_to_base", "without_adapter"]
+
+
+class KLToBaseCallback(PenaltyCallback):
+    """Adds ``strength * KL(base || model)`` on a row of general text to every step; the rows are taken in turn.
+
+    As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
+    the place of the new task's. It costs two more forward passes and a backward at every step.
+
+    Args:
+        rows: tokens of general text, each of shape ``(length,)``; a hundred or two a row are enough.
+        strength: of the penalty, nats per token, beside the loss.
+        base: the base model; ``None`` where the model with its adapter switched off is it. Full fine-tuning, and
+            adapters that change the base model's weights, as PiSSA does, need a second copy.
+
+    Raises:
+        ValueError: if ``strength`` is not positive, or there is no row of two tokens.
+    """
+
+    logged_as: ClassVar[str] = "kl_to_base"
+
+    def __init__(self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None) -> None:
+        super().__init__()
+        if not (strength > 0 and math.isfinite(strength)):
+            raise ValueError(f"strength must be positive, got {strength}")
+        self.rows = [row for row in rows if len(row) > 1]
+        if not self.rows:
+            raise ValueError("There is no row of two tokens or more, and so nothing to predict")
+        self.strength = strength
+        self.base = None if base is None else base.eval().requires_grad_(False)
+
+    def penalty(self, model: nn.Module, step: int) -> Tensor:
+        if self.base is None and not isinstance(model, PeftModel):
+            raise ValueError("The model has no adapter that could be switched off: pass the base model too (base=...)")
+        device = next(model.parameters()).device
+        ids = self.rows[step % len(self.rows)].to(device)[None]
+
+        def base_logits(ids: Tensor, kept: int) -> Tensor:
+            if self.base is not None:
+                base: Any = self.base.to(device)
+                return base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+            with without_adapter(model):
+                return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+
+        return self.strength * kl_to_base(model, ids, base_logits)
+
+
+def kl_to_base(model: nn.Module, ids: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """``KL(base || model)`` of the predictions of every next token, the mean over them in nats.
+
+    Args:
+        model: a causal language model, in the mode that it is trained in; its base is run in evaluation mode.
+        ids: shape ``(1, length)``.
+        base_logits: given ``ids`` and a number, the base model's logits at that many last positions, shape
+            ``(1, number, vocabulary)``.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            base = base_logits(ids, ids.shape[1])[0, :-1].float().log_softmax(-1)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    return nn.functional.kl_div(logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True)
+
+
+@contextlib.contextmanager
+def without_adapter(model: Any) -> Iterator[None]:
+    """While it lasts a PEFT model is its base; afterwards what was frozen is frozen."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter in frozen:  # PEFT, switching adapters on again, has all of them trained
+            parameter.requires_grad_(False)
