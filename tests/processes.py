@@ -14,7 +14,7 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from curlora import CurloraConfig, ForgettingBudget, Guard, GuardCallback, calibrate
 from curlora.guard import Ledger, own_text, perplexity
@@ -69,18 +69,26 @@ def guarded(model, folder, **arguments):
     callback = GuardCallback(
         Guard(model, calibration, budget=0.02), lambda: perplexity(model, text, batch_size=2), max_rise=0.01
     )
-    train = trainer(model, folder, callbacks=[callback], **arguments)
+    writing = Writing()
+    train = trainer(model, folder, callbacks=[writing, callback], **arguments)
     train.train()
     drifts = [log["drift"] for log in train.state.log_history if "drift" in log]
     again = calibrate(model, text, batch_size=2, progress=False)  # of the model as the trainer has left it, in pieces
     return {
         "U": trained(train.model), "kept": torch.tensor(callback.kept), "drifts": torch.tensor(drifts),
-        "end": torch.tensor(callback.guard.drift()), "own text": written(train.model),
+        "end": torch.tensor(callback.guard.drift()), "own text": writing.text,
         "calibrations": [
             torch.stack([getattr(of, part) for of in one.layers.values()])
             for one in (calibration, again) for part in ("left", "right", "start")
         ],
     }  # fmt: skip
+
+
+class Writing(TrainerCallback):
+    """Lets the base write before the first step of a training."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.text = written(kwargs["model"])
 
 
 def budgeted(model, folder, **arguments):

@@ -133,6 +133,23 @@ def test_studies_are_recipes(path, monkeypatch):
     assert f"guard/{path.parent.name}/recipe.yaml" in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("script", "page"), [("learning_rate", "guard.md"), ("own_text", "research.md")])
+def test_tables_that_scripts_print_are_on_the_pages(script, page, monkeypatch, capsys):
+    folder = ROOT / "benchmarks" / "guard"
+    monkeypatch.syspath_prepend(folder)
+    for module in folder.glob("*.py"):  # other folders have modules of these names
+        monkeypatch.delitem(sys.modules, module.stem, raising=False)
+    known = set(sys.modules)
+    try:
+        runpy.run_path(str(folder / f"{script}.py"))["table"]()
+    finally:
+        for name in {module.stem for module in folder.glob("*.py")} - known:
+            sys.modules.pop(name, None)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) > 4
+    assert "\n".join(table) in (ROOT / "docs" / page).read_text(encoding="utf-8")
+
+
 def test_two_processes_train_to_what_one_does():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     script = ROOT / "benchmarks" / "distributed.py"

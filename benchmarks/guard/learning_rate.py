@@ -10,7 +10,9 @@ each run; what is there already is not repeated.
 """
 
 import argparse
+import itertools
 import math
+import statistics
 import time
 from pathlib import Path
 
@@ -23,31 +25,37 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import curlora
+from curlora.guard import learning_rate
 from results import add, rows
 
 RESULTS = Path(__file__).parent / "learning_rate.jsonl"
 LAYERS = 22  # from here on they are adapted
 BATCH, TEXT, OTHER = 4, 8192, 768  # rows; tokens of the guard's text, and of other articles
 EXAMPLES = 480
+FIXED = 0.06  # the rate that was advised before
 MIDDLE = dict(task="gsm8k", steps=60, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
+REDRAWN = dict(choose="task")  # columns and rows for the task, as under a ForgettingBudget
+ALL = REDRAWN | dict(targets="all-linear")
 SETTINGS = [
-    dict(),
+    REDRAWN | dict(steps=20),
+    REDRAWN | dict(),
+    REDRAWN | dict(steps=240),
+    REDRAWN | dict(budget=0.002),
+    REDRAWN | dict(budget=0.1),
+    REDRAWN | dict(budget=0.1, steps=20),
+    REDRAWN | dict(budget=0.1, steps=240),
+    ALL | dict(),
+    ALL | dict(budget=0.1),
+    ALL | dict(clip=1.0),
+    ALL | dict(task="dialogsum"),
     dict(steps=20),
+    dict(),
+    dict(steps=240),
     dict(budget=0.1),
-    dict(choose="task"),
     dict(r=128),
     dict(task="dialogsum"),
-    dict(steps=240),
-    dict(targets="all-linear", r=16),
-    dict(budget=0.002),
-    dict(clip=1.0),
-    dict(r=8),
-    dict(task="dialogsum", steps=20),
-    dict(steps=20, budget=0.1),
-    dict(task="dialogsum", budget=0.1),
-    dict(task="dialogsum", r=128),
 ]
-MULTIPLES = [0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+MULTIPLES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 
 def main():
@@ -55,7 +63,10 @@ def main():
     parser.add_argument("--model", help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--only", nargs="+", default=[], metavar="name=value", help="settings that are so")
+    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
+    if options.table:
+        return table()
     only = dict(one.split("=", 1) for one in options.only)
     lab = None
     for changed in SETTINGS:
@@ -66,6 +77,49 @@ def main():
             lab = lab or Lab(options.model, options.cache)
             run = {**setting, "multiple": multiple}
             add(RESULTS, run | lab.run(**run))
+
+
+def table():
+    """The loss on held-out answers by the rate, the least of each row in bold, and what other rates lose."""
+    multiples = sorted({row["multiple"] for row in rows(RESULTS)})
+    heads = ["", "budget", "steps", *(f"{multiple:g}" for multiple in multiples), "rule", "its loss over the least"]
+    print("| " + " | ".join([*heads, f"that of {FIXED}"]) + " |")
+    print("|---" * (len(heads) + 1) + "|")
+    lost = []
+    for setting in (MIDDLE | changed for changed in SETTINGS):
+        runs = known(setting)
+        if len(runs) < 2:
+            continue
+        best = min(row["loss"] for row in runs.values())
+        cells = [named(setting), f"{setting['budget']:g}", str(setting["steps"])]
+        for multiple in multiples:
+            row = runs.get(multiple)
+            bold = "**" if row and row["loss"] == best else ""
+            cells.append(f"{bold}{row['loss']:.3f}{bold}" if row else "")
+        rule = learning_rate(setting["budget"], setting["steps"], setting["r"])
+        lost.append([at(runs, rate) - best for rate in (rule, FIXED)])
+        cells += [f"{rule:.2g}", *(f"{value:.3f}" for value in lost[-1])]
+        print("| " + " | ".join(cells) + " |")
+    mean, most = ([fold(values) for values in zip(*lost, strict=True)] for fold in (statistics.mean, max))
+    print(f"\nOver the least of its row: the rule {mean[0]:.3f} on average, {most[0]:.3f} at most;", end=" ")
+    print(f"{FIXED} {mean[1]:.3f} and {most[1]:.3f}.")
+
+
+def named(setting):
+    task = {"gsm8k": "GSM8K", "dialogsum": "DialogSum"}[setting["task"]]
+    targets = setting["targets"].replace("_proj", "")
+    more = [", redrawn"] * (setting["choose"] == "task") + [f", clipped to {setting['clip']:g}"] * bool(setting["clip"])
+    return f"{task}, {targets}, r {setting['r']}{''.join(more)}"
+
+
+def at(runs, rate):
+    """The loss at a rate: between two that were measured on a line over its logarithm, beyond them the last's."""
+    points = sorted((math.log(row["rate"]), row["loss"]) for row in runs.values())
+    place = min(max(math.log(rate), points[0][0]), points[-1][0])
+    for (x, loss), (y, next_loss) in itertools.pairwise(points):
+        if place <= y:
+            return loss + (next_loss - loss) * (place - x) / (y - x)
+    return points[-1][1]
 
 
 def known(setting):
@@ -156,16 +210,16 @@ class Lab:
         optimizer = torch.optim.AdamW(self.U, lr=rate, weight_decay=0.0)
         guard.attach(optimizer)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
+        norms = []  # of the gradients of U, as a Trainer would clip them
         for batch in self.batches(task, steps):
             loss = self.loss(task, batch)
             optimizer.zero_grad()
             loss.backward()
-            if clip:
-                nn.utils.clip_grad_norm_(self.U, clip)
+            norms.append(float(nn.utils.clip_grad_norm_(self.U, clip or math.inf)))
             optimizer.step()
             schedule.step()
         guard.detach()
-        found = {"loss": self.held_out(task), "drift": guard.drift(), "kl": self.kl()}
+        found = {"loss": self.held_out(task), "drift": guard.drift(), "kl": self.kl(), "norm": statistics.median(norms)}
         return {"rate": rate, **{name: round(value, 5) for name, value in found.items()},
                 "parameters": sum(U.numel() for U in self.U), "seconds": round(time.time() - began)}  # fmt: skip
 

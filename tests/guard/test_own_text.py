@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import GenerationConfig, LlamaModel, T5Config, T5ForConditionalGeneration
 
@@ -208,7 +208,7 @@ def test_generators_stay_as_they_are():
     assert torch.equal(torch.rand(2), expected)
 
 
-@pytest.mark.parametrize("kind", ["curlora", "lora", "norms"])
+@pytest.mark.parametrize("kind", ["curlora", "lora", "norms", "injected"])
 def test_an_adapter_is_left_out_and_the_model_left_as_it_was(kind):
     expected = write(talkative())
     if kind == "curlora":
@@ -216,17 +216,23 @@ def test_an_adapter_is_left_out_and_the_model_left_as_it_was(kind):
     else:
         modules = ["q_proj", "lm_head"] if kind == "lora" else ["q_proj"]
         config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False)
-        config.modules_to_save = None if kind == "lora" else ["norm"]
-        model = get_peft_model(talkative(), config)
+        config.modules_to_save = ["norm"] if kind == "norms" else None
+        if kind == "injected":
+            inject_adapter_in_model(config, model := talkative())
+        else:
+            model = get_peft_model(talkative(), config)
         if kind == "norms":
             model.base_model.model.model.norm.modules_to_save["default"].weight.data.fill_(5.0)
     model.gradient_checkpointing_enable()
     model.train()
-    model.base_model.model.model.norm.eval()
+    getattr(model, "get_base_model", lambda: model)().model.norm.eval()
     ids = torch.tensor([[5, 7, 9]])
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
+    trained = [parameter.requires_grad for parameter in model.parameters()]
     modes, before = [module.training for module in model.modules()], model(ids).logits
     assert same(write(model), expected)
     assert [module.training for module in model.modules()] == modes
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert torch.equal(model(ids).logits, before)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(module.gradient_checkpointing for module in model.modules() if hasattr(module, "gradient_checkpointing"))
@@ -258,12 +264,14 @@ def test_the_users_cache_is_where_the_demos_is(tmp_path, monkeypatch):
     assert same(rows, own_text(talkative(), tokenizer(), tokens=50, max_length=16, progress=False))
 
 
-@pytest.mark.parametrize("what", ["weight", "config", "template", "tokens", "max_length", "seed", "end"])
+@pytest.mark.parametrize("what", ["weight", "one weight", "config", "template", "tokens", "max_length", "seed", "end"])
 def test_what_is_kept_is_of_one_model_and_one_way_to_ask(what, tmp_path):
     write(talkative(), cache=tmp_path)
     model, words, options = talkative(), tokenizer(), {}
     if what == "weight":
         model = talkative(seed=1)
+    elif what == "one weight":
+        model.model.layers[1].mlp.up_proj.weight.data *= 1.001
     elif what == "config":
         model.config.rms_norm_eps = 1e-3
     elif what == "template":
@@ -331,6 +339,10 @@ def test_what_cannot_write_is_refused():
         write(LlamaModel(llama().config))
     with pytest.raises(GuardError, match=r"max_length is 65 and the model has 64 positions"):
         write(gpt2(), max_length=65)
+    merged = curlora(llama())
+    merged.merge_adapter()
+    with pytest.raises(GuardError, match=r"merged adapters.*unmerge first"):
+        write(merged)
     broken = llama()
     broken.lm_head.weight.data[3] = math.nan
     with pytest.raises(GuardError, match=r"predictions are not finite"):

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from rich.progress import Progress
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from curlora.cache import cache_directory
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
-from curlora.tuner.sharded import whole
+from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["OwnText", "own_text"]
 
@@ -87,28 +86,45 @@ def own_text(
         progress: whether to show a bar.
 
     Raises:
-        GuardError: if the model is an encoder-decoder or cannot generate, if its predictions are not finite, if the
-            tokenizer has no token to begin with, or if an option is out of range.
+        GuardError: if the model is an encoder-decoder or cannot generate, if adapters are merged into it, if its
+            predictions are not finite, if the tokenizer has no token to begin with, or if an option is out of range.
     """
+    reshard(model)
     plain: Any = extract_model_from_parallel(model)
     base: Any = getattr(plain, "get_base_model", lambda: plain)()
     _check(base, tokens, max_length, batch_size)
     layout = _layout(base, tokenizer, max_length)
     device = next(base.parameters()).device
     folder = cache_directory() / "own-text" if cache == "default" else cache
-    path, digest = None, ""
-    if folder is not None:
-        options = [_VERSION, tokens, max_length, seed, layout]
-        digest = _digest(base, tokenizer, options)
-        path = Path(folder) / f"{digest[:32]}.safetensors"
+    # Without the template's words, of which one may be the date.
+    asked = [_VERSION, tokens, max_length, seed, layout.begin, layout.ends, layout.turn_ends]
+    digest = "" if folder is None else _digest(base, tokenizer, asked)
+    path = Path(folder) / f"{digest[:32]}.safetensors" if folder is not None and digest else None
     found = _of_first(None if path is None or _rank() else _load(path, digest), device)
     if found is None:
-        off = plain.disable_adapter() if isinstance(plain, PeftModel) else contextlib.nullcontext()
-        with off, _bar(progress and not _rank(), tokens) as advance:
+        with _without_adapters(plain), _bar(progress and not _rank(), tokens) as advance:
             found = _written(plain, layout, tokens, max_length, batch_size, seed, device, advance)
         if path is not None and not _rank():
             _save(path, digest, found)
     return OwnText([row for row, _ in found], [drawn for _, drawn in found])
+
+
+@contextlib.contextmanager
+def _without_adapters(model: Any) -> Iterator[None]:
+    """Also without those that transformers has put into a model, or :func:`peft.inject_adapter_in_model`."""
+    modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    active = [module for module in modules if not module.disable_adapters]
+    # PEFT takes it from what is disabled, and gives it to all that is active, to what a user froze as well.
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    try:
+        for module in active:
+            module.enable_adapters(False)
+        yield
+    finally:
+        for module in active:
+            module.enable_adapters(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
 
 
 class _Layout(NamedTuple):
@@ -164,7 +180,9 @@ def _chat(tokenizer: Any, max_length: int) -> tuple[list[int], list[int]] | None
     if len(others) != 1:
         return None
     before, between = (
-        list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (header, others[0].lstrip())
+        # A word's first token has the blank before it.
+        list(tokenizer(part, add_special_tokens=False)["input_ids"])
+        for part in (header.rstrip(" "), others[0].lstrip())
     )
     special = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", {})}
     if not before or not between or between[0] not in special or len(before) + len(between) > max_length // 2:
@@ -183,6 +201,8 @@ def _check(base: Any, tokens: int, max_length: int, batch_size: int) -> None:
         raise GuardError(
             f"{type(base).__name__} cannot generate text: a causal language model of transformers is needed."
         )
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in base.modules()):
+        raise GuardError("The model has merged adapters, so the base model is not there to write text: unmerge first.")
     if tokens < 1 or max_length < 2 or batch_size < 1:
         raise GuardError(
             f"tokens and batch_size must be at least 1 and max_length 2, got {tokens}, {batch_size} and {max_length}"
@@ -283,25 +303,24 @@ def _bar(shown: bool, tokens: int) -> Iterator[Any]:
         yield lambda count: progress.advance(task, count)
 
 
-# How many weights, and of each how many entries, tell a model from others.
-_WEIGHTS, _ENTRIES = 16, 64
+_ENTRIES = 16  # of each weight, to tell a model from others
 
 
-def _digest(base: nn.Module, tokenizer: Any, options: Any) -> str:
-    """Of all that decides the rows."""
+def _digest(base: nn.Module, tokenizer: Any, asked: Any) -> str:
+    """Of all that decides the rows; empty where the weights cannot be seen, being elsewhere."""
     config: Any = base.config
     about = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
     words = [len(tokenizer), getattr(tokenizer, "chat_template", None)]
-    digest = hashlib.sha256(json.dumps([about, words, options], sort_keys=True, default=str).encode())
-    weights = dict(_weights(base))
-    names = sorted(weights)
-    for name in names[:: -(-len(names) // _WEIGHTS)]:
-        weight = whole(weights[name].detach())
+    digest = hashlib.sha256(json.dumps([about, words, asked], sort_keys=True, default=str).encode())
+    seen = 0
+    for name, parameter in _weights(base):
+        weight = whole(parameter.detach())
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         if not weight.is_meta and weight.numel():
             entries = weight.reshape(-1)[:: -(-weight.numel() // _ENTRIES)]
             digest.update(entries.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            seen += 1
+    return digest.hexdigest() if seen else ""
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
