@@ -57,12 +57,13 @@ def demo(
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
     with _errors_for_people(f"The same command with --out {out} goes on."), _quiet_libraries():
         console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
-        from curlora.demo import demo_recipe, replies, replies_table
+        from curlora.demo import comparison_table, demo_recipe, replies, replies_table
 
         libraries_loaded()
         recipe = demo_recipe(quick, seed, full=full)
         results = _run(recipe, out)
         if results is not None and not full:
+            console.print(comparison_table(results))
             console.print(replies_table(replies(results, out, recipe.model.name)))
 
 
