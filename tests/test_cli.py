@@ -168,6 +168,7 @@ def test_the_quick_demo_end_to_end(model_folder, tmp_path):
     adapted = PeftModel.from_pretrained(base, out / "budget" / "seed-0" / "adapter")
     assert any(U.any() for name, U in adapted.named_parameters() if "curlora_U" in name)
     assert "Replies, before and after" in done.stdout
+    assert "model-agnostic" not in done.stdout + done.stderr  # each reply is as long as was asked for
     assert all(label in done.stdout for label in ("before", "LoRA", "CURLoRA within 1 %"))
     assert str(out / "report.html") in done.stdout.replace("\n", "")
 

@@ -102,15 +102,22 @@ def test_as_one_token_after_the_other_whatever_the_batch(name, tokenizer):
         assert generate(model, tokenizer, given, max_new_tokens=10, stop=stop, batch_size=batch_size) == right
 
 
-def test_what_the_models_configuration_says_of_sampling_and_penalties_does_not_count(tokenizer):
+@pytest.mark.parametrize("name", ["llama", "of PEFT", "of PEFT, for a task"])
+def test_what_the_models_configuration_says_of_sampling_and_penalties_does_not_count(tokenizer, name):
     model = MODELS["llama"]()
+    if name != "llama":
+        model = curlora(model, task_type="CAUSAL_LM" if "task" in name else None)
     right = expected(model, tokenizer, prompts(), 8, {tokenizer.eos_token_id})
     own = GenerationConfig(
         do_sample=True, temperature=5.0, top_k=3, repetition_penalty=9.0, no_repeat_ngram_size=1, max_length=3,
         forced_eos_token_id=7, num_beams=2,
     )  # fmt: skip
-    model.generation_config = own
+    base = model if name == "llama" else model.get_base_model()
+    base.generation_config = own
+    if "task" in name:
+        model.generation_config = own
     assert generate(model, tokenizer, prompts(), max_new_tokens=8, batch_size=4) == right
+    assert base.generation_config is own
     assert model.generation_config is own
 
 

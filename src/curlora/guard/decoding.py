@@ -140,15 +140,20 @@ def named_ends(model: Any) -> frozenset[int]:
 @contextlib.contextmanager
 def generating(model: Any, ends: frozenset[int], pad: int, max_new_tokens: int, **how: Any) -> Iterator[None]:
     """In evaluation mode, generating as ``how`` says: the model's own generation configuration is set aside."""
-    own, modes = model.generation_config, {module: module.training for module in model.modules()}
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=pad, **how
-    )
+    # Of PEFT's models those for a task have one of their own, and give it to the base; others leave the base its own.
+    base = getattr(model, "get_base_model", lambda: model)()
+    holders = [one for one in (model, base) if "generation_config" in vars(one)]
+    own, modes = [one.generation_config for one in holders], {module: module.training for module in model.modules()}
+    for holder in holders:
+        holder.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=pad, **how
+        )
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.generation_config = own
+        for holder, config in zip(holders, own, strict=True):
+            holder.generation_config = config
         for module, training in modes.items():
             module.training = training
