@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
-from curlora.guard import Calibration, GuardError, calibrate, collect, text
+from curlora.guard import Calibration, GuardError, calibrate, collect, model_pass
 from curlora.guard.model_pass import _drawn_gradient
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
@@ -110,8 +110,8 @@ def test_a_process_that_has_a_batch_less_runs_one_that_counts_for_nothing(monkey
     expected = calibrate(adapted(), [batch(rows[1:2])], progress=False)
     model, passes = adapted(), []
     model.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(text, "_distributed", lambda: (1, 2))
-    monkeypatch.setattr(text, "sum_over_processes", lambda tensors, device: tensors)
+    monkeypatch.setattr(model_pass, "_distributed", lambda: (1, 2))
+    monkeypatch.setattr(model_pass, "sum_over_processes", lambda tensors, device: tensors)
     monkeypatch.setattr(collect, "sum_over_processes", lambda tensors, device: tensors)
     found = calibrate(model, rows.unbind(), batch_size=1, progress=False)
     assert len(passes) == 2

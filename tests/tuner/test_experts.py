@@ -218,11 +218,11 @@ def guarded():
 @pytest.mark.filterwarnings("ignore:The guard's text")
 def test_moments_of_experts_are_of_the_gradient_of_each_row(guarded, monkeypatch):
     model, calibration = guarded
-    from curlora.guard import text
+    from curlora.guard import model_pass
 
     drawn = []
-    draw = text._drawn_gradient
-    monkeypatch.setattr(text, "_drawn_gradient", lambda *args: drawn.append(draw(*args)) or drawn[-1])
+    draw = model_pass._drawn_gradient
+    monkeypatch.setattr(model_pass, "_drawn_gradient", lambda *args: drawn.append(draw(*args)) or drawn[-1])
     calibrate(model, rows(), progress=False)
     sums = {layer.name: 0 for layer in wrappers(model)}
     for row, gradient in zip(sorted(rows(), key=len), drawn, strict=True):

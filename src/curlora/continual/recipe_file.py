@@ -68,7 +68,7 @@ def read_recipe_file(
         if local.is_dir():
             written[str(local)] = as_written["model"]["name"]
             model["name"] = str(local)
-        elif problem := no_such_folder(model["name"], folder):
+        elif "model.name" not in wrong and (problem := no_such_folder(model["name"], folder)):
             wrong["model.name"] = problem
     return content, written, wrong
 
@@ -111,7 +111,7 @@ def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collecti
         try:
             values[key] = _filled_in(config[key], as_written, here, keys, wrong)
         except OmegaConfBaseException as error:
-            values[key] = None
+            values[key] = "???"  # so that nothing else is said of it than what is about to be
             wrong[place(here, as_written)] = _explained(error, keys)
     return values if isinstance(config, DictConfig) else list(values.values())
 
