@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from curlora.continual import load_recipe
 from curlora.guard import Ledger
-from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
+from tests.models import WORDS, curlora, layers, llama, save_base, tokens, word_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -62,10 +62,7 @@ def test_the_guards_python_runs(tmp_path, monkeypatch):
 
 def test_the_budgets_python_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
-    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
-    tokenizer = word_tokenizer()
-    tokenizer.eos_token = WORDS[-1]
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": f"w{i} w2 ", "completion": f"w{i + 1}"} for i in range(24)]
     names = {
@@ -100,10 +97,7 @@ def test_the_conversions_python_runs(tmp_path, monkeypatch):
 
 def test_the_trainers_python_runs(tmp_path, monkeypatch):
     """In that order: the last block goes on from what the first has saved."""
-    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
-    tokenizer = word_tokenizer()
-    tokenizer.eos_token = WORDS[-1]
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     pair = {"prompt": "w1 w2 ", "completion": "w3", "chosen": "w3", "rejected": "w4 w5"}
     names = {

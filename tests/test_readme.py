@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from curlora.continual.recipe import load_recipe
 from curlora.guard import Ledger
-from tests.models import WORDS, layers, llama, word_tokenizer
+from tests.models import layers, save_base
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -28,10 +28,7 @@ def test_the_recipe_is_one(tmp_path):
 def test_the_python_runs(tmp_path, monkeypatch):
     """With a small local model in the place of the hub's."""
     monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
-    llama(initializer_range=0.2).save_pretrained(tmp_path / "base")
-    tokenizer = word_tokenizer()
-    tokenizer.eos_token = WORDS[-1]
-    tokenizer.save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     names = {"conversations": Dataset.from_list([{"prompt": f"w{i} w2 ", "completion": "w3"} for i in range(12)])}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):

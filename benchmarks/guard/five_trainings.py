@@ -9,14 +9,13 @@ shown are measured. A line of JSON each in ``five_trainings.jsonl``; what is the
 """
 
 import argparse
-import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from chat_data import lines, read, root
 from torch.nn.functional import cross_entropy
 
 from results import add, rows
@@ -30,22 +29,17 @@ TEXTS = {
 }
 
 
-def tasks(data):
+def tasks():
     """Questions and answers by task, those to train on before those to score."""
-    sft = data / "sft"
-    lines = {name: [json.loads(line) for line in (sft / f"{name}.jsonl").open(encoding="utf-8")] for name in (
-        "gsm8k_train", "dialogsum_dev_test", "mbpp"
-    )}  # fmt: skip
-    reviews = [line.split("\t") for line in (data / "sst2" / "dev.tsv").read_text().splitlines()[1:]]
-    pairs = [line.split("\t") for line in (data / "mrpc" / "dev.tsv").read_text(encoding="utf-8-sig").splitlines()[1:]]
+    reviews, pairs = lines(root() / "sst2" / "dev.tsv"), lines(root() / "mrpc" / "dev.tsv", "utf-8-sig")
     asked = {
-        "gsm8k": [(row["question"], row["answer"]) for row in lines["gsm8k_train"]],
+        "gsm8k": [(row["question"], row["answer"]) for row in read("gsm8k_train")],
         "dialogsum": [
             (f"Summarize:\n{row['dialogue']}", row["summary"])
-            for row in lines["dialogsum_dev_test"]
+            for row in read("dialogsum_dev_test")
             if "summary" in row and len(row["dialogue"]) < 450
         ],
-        "mbpp": [(row["text"], row["code"].replace("\r\n", "\n")) for row in lines["mbpp"]],
+        "mbpp": [(row["text"], row["code"].replace("\r\n", "\n")) for row in read("mbpp")],
         "reviews": [
             (f"Is this review positive or negative?\n{text.strip()}", ["negative", "positive"][int(label)])
             for text, label in reviews
@@ -95,10 +89,9 @@ def train(options):
     from curlora.guard import Ledger, perplexity
 
     torch.set_num_threads(1)
-    data = Path(os.environ["CURLORA_DATA_DIR"])
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     model = AutoModelForCausalLM.from_pretrained(options.model)
-    examples = {name: encoded(tokenizer, of) for name, of in tasks(data).items()}
+    examples = {name: encoded(tokenizer, of) for name, of in tasks().items()}
     folder = options.folder / "adapter"
     if options.only:
         model = PeftModel.from_pretrained(model, folder, is_trainable=True)
@@ -125,7 +118,7 @@ def train(options):
     text = budget.outcome.texts["own text"]
     held_out = {}
     for of, (path, skip) in TEXTS.items():
-        content = (data / path).read_text(encoding="utf-8")[skip : skip + 12_000]
+        content = (root() / path).read_text(encoding="utf-8")[skip : skip + 12_000]
         now = perplexity(model, [content], tokenizer)
         with model.disable_adapter():
             held_out[of] = now / perplexity(model, [content], tokenizer) - 1

@@ -110,7 +110,7 @@ def test_a_process_that_has_a_batch_less_runs_one_that_counts_for_nothing(monkey
     expected = calibrate(adapted(), [batch(rows[1:2])], progress=False)
     model, passes = adapted(), []
     model.register_forward_hook(lambda *_: passes.append(1))
-    monkeypatch.setattr(model_pass, "_distributed", lambda: (1, 2))
+    monkeypatch.setattr(model_pass, "rank_and_count", lambda: (1, 2))
     monkeypatch.setattr(model_pass, "sum_over_processes", lambda tensors, device: tensors)
     monkeypatch.setattr(collect, "sum_over_processes", lambda tensors, device: tensors)
     found = calibrate(model, rows.unbind(), batch_size=1, progress=False)

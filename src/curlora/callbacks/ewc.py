@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curlora.callbacks.penalty import PenaltyCallback
+from curlora.guard.evaluating import evaluating
 
 __all__ = ["Consolidated", "EWCCallback", "drawn_gradients", "fisher_diagonal"]
 
@@ -60,13 +61,8 @@ class EWCCallback(PenaltyCallback):
         """
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         rows = itertools.islice(_rows(batches), self.examples)
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
+        with evaluating(model):
             fisher = fisher_diagonal(trained, ([_answered(model, row)] for row in rows), self.generator)
-        finally:
-            for module, training in modes.items():
-                module.training = training
         for name, parameter in trained.items():
             self.held.merge(name, fisher[name], parameter.detach().float().clone())
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from curlora.callbacks.penalty import PenaltyCallback
+from curlora.guard.evaluating import evaluating
 
 __all__ = ["KLToBaseCallback", "kl_to_base", "without_adapter"]
 
@@ -69,14 +70,8 @@ def kl_to_base(model: nn.Module, ids: Tensor, base_logits: Callable[[Tensor, int
         base_logits: given ``ids`` and a number, the base model's logits at that many last positions, shape
             ``(1, number, vocabulary)``.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            base = base_logits(ids, ids.shape[1])[0, :-1].float().log_softmax(-1)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        base = base_logits(ids, ids.shape[1])[0, :-1].float().log_softmax(-1)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     return nn.functional.kl_div(logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True)
 

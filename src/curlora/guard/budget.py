@@ -27,6 +27,7 @@ from curlora.guard.learning_rate import learning_rate as rate_for
 from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord, digest_of, pack, unpack
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
+from curlora.guard.processes import of_first
 from curlora.guard.redraw import redraw
 from curlora.guard.texts import Texts, digest, named_texts, rows_of
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
@@ -194,9 +195,8 @@ class ForgettingBudget(TrainerCallback):
         model = kwargs["model"]
         if model is None:  # it will be made when training begins
             return
-        _check_model(model, self.adapter)
         # TRL rounds the adapter of a quantized base to bfloat16, in which small steps vanish.
-        for layer in layers_of(model, adapter_of(model, self.adapter)).values():
+        for layer in layers_of(model, _check_model(model, self.adapter)).values():
             for matrix in layer.curlora_U.values():
                 for parameter in matrix.parameters():
                     if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
@@ -216,7 +216,7 @@ class ForgettingBudget(TrainerCallback):
         if state.global_step:
             self._prepared = self._found(args, state)
         else:
-            self._prepared = self._prepare(model, adapter, examples, args, shown)
+            self._prepared = self._prepare(model, adapter, examples, shown)
             self._write(Path(args.output_dir) / STATE_NAME, state)
         _config_of(model, adapter).beside.pop(LEDGER_NAME, None)  # of checkpoints it would be the history no more
         self._attach(model, adapter, args, state, control, kwargs)
@@ -263,26 +263,21 @@ class ForgettingBudget(TrainerCallback):
         return self._held
 
     def _read_texts(self, model: nn.Module, tokenizer: Any, shown: bool) -> None:
-        self._rows = {}
-        for name, text in self.texts.items():
-            if text is None:
-                self._rows[name] = own_text(
-                    model, tokenizer, tokens=self.tokens, max_length=self.max_length, seed=self.seed, progress=shown
-                )
-            elif not callable(text):
-                self._rows[name] = rows_of(name, text, tokenizer, tokens=self.tokens, max_length=self.max_length)
-        if not self._rows:  # measurements alone: there has to be a text to calibrate on
-            self._rows[_OWN] = own_text(
-                model, tokenizer, tokens=self.tokens, max_length=self.max_length, seed=self.seed, progress=shown
-            )
+        texts = {name: text for name, text in self.texts.items() if not callable(text)}
+        texts = texts or {_OWN: None}  # measurements alone: there has to be a text to calibrate on
+        tokens, length = self.tokens, self.max_length
+        self._rows = {
+            name: own_text(model, tokenizer, tokens=tokens, max_length=length, seed=self.seed, progress=shown)
+            if text is None
+            else rows_of(name, text, tokenizer, tokens=tokens, max_length=length)
+            for name, text in texts.items()
+        }
 
     @property
     def _all_rows(self) -> list[Tensor]:
         return [row for rows in self._rows.values() for row in rows]
 
-    def _prepare(
-        self, model: nn.Module, adapter: str, examples: Examples, args: TrainingArguments, shown: bool
-    ) -> _Prepared:
+    def _prepare(self, model: nn.Module, adapter: str, examples: Examples, shown: bool) -> _Prepared:
         layers = layers_of(model, adapter)
         ledger = Ledger.of(_config_of(model, adapter))
         if ledger is not None:
@@ -458,18 +453,15 @@ class ForgettingBudget(TrainerCallback):
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)]
         if isinstance(args.resume_from_checkpoint, str):
             folders.insert(0, Path(args.resume_from_checkpoint))
-        contents: list[Any] = [None]
-        if state.is_world_process_zero:
-            contents = [next((f / STATE_NAME for f in folders if (f / STATE_NAME).exists()), None)]
-            contents = [None if contents[0] is None else contents[0].read_bytes()]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.broadcast_object_list(contents, src=0)
-        if contents[0] is None:
+        there = (folder / STATE_NAME for folder in folders if (folder / STATE_NAME).exists())
+        path = next(there, None) if state.is_world_process_zero else None
+        content: bytes | None = of_first(None if path is None else path.read_bytes())
+        if content is None:
             raise GuardError(
                 f"The training goes on at step {state.global_step}, and what it was calibrated to is not there: "
                 f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Give the output_dir that it began with."
             )
-        return _Prepared.from_bytes(contents[0], STATE_NAME)
+        return _Prepared.from_bytes(content, STATE_NAME)
 
 
 class _Held(GuardCallback):

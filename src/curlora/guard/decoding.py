@@ -13,6 +13,9 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from curlora.guard.errors import GuardError
+from curlora.guard.evaluating import evaluating
+from curlora.guard.processes import rank_and_count
+from curlora.tuner.sharded import reshard
 
 __all__ = ["draw", "generating", "named_ends", "padded", "sample", "uniforms"]
 
@@ -73,7 +76,7 @@ def sample(
     """
     base = getattr(model, "get_base_model", lambda: model)()
     drawing = _Drawing(torch.stack([uniforms(seed, number, max_new_tokens) for number in numbers]))
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    several = rank_and_count()[1] > 1
     with generating(base, ends, pad, max_new_tokens, do_sample=False), _generate_of(model, base) as generate:
         batch = padded(prompts, pad, next(base.parameters()).device)
         # A model that is in pieces runs in all processes or in none, should one of them be done before another.
@@ -115,9 +118,7 @@ def _generate_of(model: Any, base: Any) -> Iterator[Callable[..., Tensor]]:
         yield root.curlora_generate
     finally:
         del root.curlora_generate
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        reshard(model)
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Any]:
@@ -143,17 +144,14 @@ def generating(model: Any, ends: frozenset[int], pad: int, max_new_tokens: int, 
     # Of PEFT's models those for a task have one of their own, and give it to the base; others leave the base its own.
     base = getattr(model, "get_base_model", lambda: model)()
     holders = [one for one in (model, base) if "generation_config" in vars(one)]
-    own, modes = [one.generation_config for one in holders], {module: module.training for module in model.modules()}
+    own = [one.generation_config for one in holders]
     for holder in holders:
         holder.generation_config = GenerationConfig(
             max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=sorted(ends) or None, pad_token_id=pad, **how
         )
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield
     finally:
         for holder, config in zip(holders, own, strict=True):
             holder.generation_config = config
-        for module, training in modes.items():
-            module.training = training

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from curlora.guard.errors import GuardError
+from curlora.guard.processes import rank_and_count
 
 __all__ = ["Examples"]
 
@@ -36,32 +37,32 @@ class Examples:
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(self.dataset), generator=generator)[:COUNT].tolist()
             self._chosen = [self.dataset[i] for i in order]
+        self._batches: list[dict[str, Tensor]] = []
         if self.problem is None:
-            self.problem = self._problem()
+            self._batches, self.problem = self._read()
 
-    def _problem(self) -> str | None:
-        for batch in self._collated():
-            return (
-                None if _labelled(batch) is not None else "its batches have no labels that a language model could learn"
-            )
-        return "there are no examples"
+    def _read(self) -> tuple[list[dict[str, Tensor]], str | None]:
+        """The batches, and why they cannot be used, if so."""
+        found = [_labelled(batch) for batch in self._collated()]
+        if not found:
+            return [], "there are no examples"
+        labelled = [batch for batch in found if batch is not None]
+        problem = "its batches have no labels that a language model could learn"
+        return labelled, problem if found[0] is None else None
 
     def check(self) -> None:
         """Raise a GuardError if there is nothing to learn."""
-        batches = [] if self.problem else [one for one in map(_labelled, self._collated()) if one is not None]
-        if batches and not any(bool((batch["labels"] != _IGNORED).any()) for batch in batches):
+        batches = self._batches
+        if self.problem is None and not any(bool((batch["labels"] != _IGNORED).any()) for batch in batches):
             raise GuardError(
                 f"Every label of {len(self._chosen)} examples is masked (-100), so there is nothing to learn: are "
-                " the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
+                "the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
             )
 
     def batches(self, model: nn.Module, to_device: bool = True) -> Iterator[dict[str, Tensor]]:
         """Batches of this process, with labels, of those keys that the model takes."""
-        rank, processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        device = next(model.parameters()).device
-        found = [labelled for batch in self._collated() if (labelled := _labelled(batch)) is not None]
+        rank, processes = rank_and_count()
+        device, found = next(model.parameters()).device, self._batches
         # As many in every process: a model that is in pieces runs in all of them.
         for number in range(rank, -(-len(found) // processes) * processes, processes):
             batch = found[number % len(found)]

@@ -17,11 +17,13 @@ from torch.nn.functional import cross_entropy
 
 from curlora.guard.decoding import draw, uniforms
 from curlora.guard.errors import GuardError
+from curlora.guard.evaluating import evaluating
+from curlora.guard.processes import rank_and_count, sum_over_processes
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
 
-__all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "sum_over_processes"]
+__all__ = ["Counts", "backward", "pass_over", "perplexity", "ready"]
 
 
 _IGNORED = -100
@@ -67,7 +69,7 @@ def pass_over(
     Raises:
         GuardError: as ``calibrate``.
     """
-    rank, processes = _distributed()
+    rank, processes = rank_and_count()
     # The gradient of a parameter is summed over a batch: of one row it is that row's.
     one_by_one = any(isinstance(layer, ParamWrapper) for layer in layers.values())
     batches, count = _batches(data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
@@ -116,7 +118,7 @@ def perplexity(
         GuardError: if the model is not a causal language model, if the text has no two tokens in a row, or if a row is
             longer than the model's positions.
     """
-    rank, processes = _distributed()
+    rank, processes = rank_and_count()
     batches, _ = _batches(data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
     loss = torch.zeros(2, dtype=torch.float64, device="cpu")
@@ -159,7 +161,6 @@ def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool)
     What it gives is for :func:`backward`: a number that every adapted layer seems to depend on. (``U`` would not do:
     FSDP2 has other parameters in the graph than those in the model.)
     """
-    modes = {module: module.training for module in model.modules()}
     reached = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
 
     def from_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -172,15 +173,12 @@ def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool)
     ]  # fmt: skip
     handles = [module.register_forward_hook(from_here, prepend=True) for module in reaching]
     try:
-        model.eval()
-        with torch.set_grad_enabled(gradients):
+        with evaluating(model), torch.set_grad_enabled(gradients):
             yield reached
     finally:
         reshard(model)
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
 
 
 def backward(value: Tensor, reached: Tensor, gradient: Tensor | None = None) -> None:
@@ -341,18 +339,3 @@ def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         ids[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
     return {"input_ids": ids, "attention_mask": mask}
-
-
-def _distributed() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
-
-
-def sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Of each tensor the sum over all processes, in one exchange; as they are where there is one."""
-    if _distributed()[1] == 1:
-        return tensors
-    flat = torch.cat([tensor.to(device=device, dtype=torch.float64).flatten() for tensor in tensors])
-    torch.distributed.all_reduce(flat)
-    return list(flat.split([tensor.numel() for tensor in tensors]))

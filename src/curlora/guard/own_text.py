@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from curlora.cache import cache_directory
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
+from curlora.guard.processes import of_first, rank_and_count
 from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["OwnText", "own_text"]
@@ -100,11 +101,11 @@ def own_text(
     asked = [_VERSION, tokens, max_length, seed, layout.begin, layout.ends, layout.turn_ends]
     digest = "" if folder is None else _digest(base, tokenizer, asked)
     path = Path(folder) / f"{digest[:32]}.safetensors" if folder is not None and digest else None
-    found = _of_first(None if path is None or _rank() else _load(path, digest), device)
+    found = of_first(None if path is None or rank_and_count()[0] else _load(path, digest), device)
     if found is None:
-        with _without_adapters(plain), _bar(progress and not _rank(), tokens) as advance:
+        with _without_adapters(plain), _bar(progress and not rank_and_count()[0], tokens) as advance:
             found = _written(plain, layout, tokens, max_length, batch_size, seed, device, advance)
-        if path is not None and not _rank():
+        if path is not None and not rank_and_count()[0]:
             _save(path, digest, found)
     return OwnText([row for row, _ in found], [drawn for _, drawn in found])
 
@@ -230,7 +231,7 @@ def _written(
             batch = write(model, layout, range(3 * number, 3 * (number + count), 3), max_length, seed)
             number += count
             # Rounding may differ between processes. All go by the first's, so that they stop together.
-            for row, drawn in _of_first(batch, device):
+            for row, drawn in of_first(batch, device):
                 if goal > 0:
                     rows.append((row, drawn))
                     goal, left = goal - len(row), left - len(row)
@@ -280,20 +281,6 @@ def _row(*parts: tuple[list[int], bool]) -> _Row:
     tokens = torch.tensor([token for part, _ in parts for token in part], dtype=torch.int64, device="cpu")
     drawn = torch.tensor([drawn for part, drawn in parts for _ in part], dtype=torch.bool, device="cpu")
     return tokens, drawn
-
-
-def _rank() -> int:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if several else 0
-
-
-def _of_first(value: Any, device: torch.device) -> Any:
-    """What the first process has, in every process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    held = [value]
-    torch.distributed.broadcast_object_list(held, src=0, device=device)
-    return held[0]
 
 
 @contextlib.contextmanager

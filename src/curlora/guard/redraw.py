@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from curlora.functional import autocast_off
 from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
-from curlora.guard.model_pass import backward, pass_over, ready, sum_over_processes
+from curlora.guard.model_pass import backward, pass_over, ready
+from curlora.guard.processes import sum_over_processes
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.weight import device_of, read

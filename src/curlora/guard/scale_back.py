@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from curlora.guard.processes import of_first
 from curlora.tuner.sharded import laid_out_like, whole
 
 __all__ = ["scale_to_limit"]
@@ -53,7 +54,7 @@ def scale_to_limit(
         for parameter, old, new in zip(parameters, before, after, strict=True):
             # The ends as they are: between a number and one that is not finite there is nothing.
             parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old, new, scale))
-        value = _agreed(measure())
+        value: float = of_first(measure())  # by numbers that differ in their last digit processes would part
         return value if math.isfinite(value) else math.inf
 
     try:
@@ -90,15 +91,6 @@ def _within(
     if scale != within:  # the last one measured was not the best
         at(within)
     return within, best
-
-
-def _agreed(value: float) -> float:
-    """What the first process has measured: by numbers that differ in their last digit processes would part."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
-    return value
 
 
 def _crossing(height: float, points: Sequence[tuple[float, float]]) -> float:

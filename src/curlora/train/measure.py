@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.generation import generate
+from curlora.guard.evaluating import evaluating
 from curlora.train.data import IGNORED, Prompt, Row, Split
 
 __all__ = ["Measured", "measure"]
@@ -55,27 +56,17 @@ def measure(
         autocast: the precision that is computed in.
         on_tokens: told how many tokens have been gone through.
     """
-    modes = {module: module.training for module in model.modules()}
     total = count = 0.0
-    try:
-        model.eval()
-        with torch.no_grad(), autocast():
-            for ids, mask, labels in _batches(held_out.rows, batch_size, tokenizer.pad_token_id):
-                logits = model(
-                    input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False
-                ).logits
-                answers = labels[:, 1:].to(logits.device)
-                for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
-                    trained = answer != IGNORED
-                    total += float(cross_entropy(of_row[trained].float(), answer[trained], reduction="sum").double())
-                    count += float(trained.sum())
-                on_tokens(int(mask.sum()))
-            replies = generate(
-                model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens=reply_tokens, stop=stop
-            )
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad(), autocast():
+        for ids, mask, labels in _batches(held_out.rows, batch_size, tokenizer.pad_token_id):
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+            answers = labels[:, 1:].to(logits.device)
+            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
+                trained = answer != IGNORED
+                total += float(cross_entropy(of_row[trained].float(), answer[trained], reduction="sum").double())
+                count += float(trained.sum())
+            on_tokens(int(mask.sum()))
+        replies = generate(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens=reply_tokens, stop=stop)
     return Measured(total / count, [reply.text for reply in replies])
 
 
