@@ -352,7 +352,8 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
     for part in wanted:
         model.begin(part.number, part.task.classes)
         trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / ".base")
-        scores.append(trainer.score(part.evaluation, part.generation))
+        generated = directory / "generated" / f"{part.task.name}.jsonl"
+        scores.append(trainer.score(part.evaluation, part.generation, generated))
     if process_state().is_main_process:
         shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
     base = Base(
