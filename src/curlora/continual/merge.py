@@ -40,6 +40,7 @@ def differing(runs: Sequence[RunResults]) -> list[str]:
 
 
 _COUNTED = {f"{split}_{done}" for split in ("train", "evaluation") for done in ("cut", "dropped")}
+_COUNTED.add("evaluation_in_train")
 
 
 def _conditions(run: RunResults) -> dict[str, Any]:

@@ -49,6 +49,7 @@ class TaskInfo(_Record):
 
     Examples are those that were used. Of them ``train_cut`` and ``evaluation_cut`` were longer than ``max_length`` and
     lost what did not fit; beside them ``train_dropped`` and ``evaluation_dropped`` were left out for their length.
+    ``evaluation_in_train`` of those to be scored on are learned from too.
     """
 
     name: str
@@ -63,6 +64,7 @@ class TaskInfo(_Record):
     train_dropped: int = 0
     evaluation_cut: int = 0
     evaluation_dropped: int = 0
+    evaluation_in_train: int = 0
 
 
 class Score(_Record):

@@ -457,6 +457,7 @@ def _describe(part: Encoded) -> TaskInfo:
         train_examples=len(task.train),
         evaluation_examples=len(task.evaluation),
         majority_rate=task.majority_rate,
+        evaluation_in_train=task.evaluation_in_train,
         **part.too_long,
     )
 

@@ -9,6 +9,7 @@ from curlora.continual.results import RunResults, Statistic, TaskInfo
 
 __all__ = [
     "allowed",
+    "format_in_train",
     "format_missing",
     "format_number",
     "format_percent",
@@ -64,6 +65,11 @@ def allowed(record: Mapping[str, Statistic | None]) -> str:
     limit = record["limit"]
     assert limit is not None
     return f"{limit.mean:.4f}" if record["kl"] is not None else f"{100 * limit.mean:.2f} %"
+
+
+def format_in_train(task: str, count: int, examples: int) -> str:
+    """How many examples are scored on that are learned from too, as a sentence."""
+    return f"Of the {examples:,} examples of {task} to be scored on, {count:,} are learned from too."
 
 
 def format_missing(results: RunResults) -> str:

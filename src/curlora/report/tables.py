@@ -16,6 +16,7 @@ from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import best_within, limited_text, limits_of, points, what_is_learned
 from curlora.report.formatting import (
     allowed,
+    format_in_train,
     format_missing,
     format_percent,
     format_size,
@@ -185,6 +186,8 @@ def _notes(results: RunResults) -> list[Text]:
     for task in results.tasks:
         if said := format_too_long(task):
             lines.append(f"Examples of {task.name} that are longer than max_length: {said}.")
+        if task.evaluation_in_train:
+            lines.append(format_in_train(task.name, task.evaluation_in_train, task.evaluation_examples))
     for j, task in enumerate(results.tasks):
         unfinished = results.unfinished(j)
         if unfinished:
