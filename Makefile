@@ -18,7 +18,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The site, into build/site. A link that leads nowhere ends it.
+# The site, into site/. A link that leads nowhere ends it.
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
@@ -38,4 +38,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache .hypothesis

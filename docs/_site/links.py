@@ -1,7 +1,8 @@
 """Links out of docs/ work on the site too: what they point to in the repository is shown there.
 
 On GitHub `../benchmarks/page.py` is a file of the repository. The site has docs/ alone, so each file that a page links
-to is put under `repository/`: code and recipes as pages, data as they are.
+to is put under `repository/`: code and recipes as pages, data as they are. And where the text of a link is the name of
+a page's file, the site has the page's title.
 """
 
 import posixpath
@@ -11,6 +12,7 @@ from pathlib import Path
 from mkdocs.structure.files import File, InclusionLevel
 
 _LINK = re.compile(r"\]\((?:\.\./)+([^)#\s]+)(#[^)\s]*)?\)")
+_NAMED = re.compile(r"\[([\w-]+\.md)\]\((?=(?:\.\./)*\1[#)])")
 _LEXERS = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".toml": "toml"}
 
 
@@ -28,7 +30,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Point links out of docs/ to where their files are on the site."""
+    """Point links out of docs/ to where their files are on the site, and call pages by their titles."""
     root = Path(config.config_file_path).parent
     above = "../" * page.file.src_uri.count("/")
 
@@ -37,7 +39,11 @@ def on_page_markdown(markdown, page, config, files):
             return match[0]
         return f"]({above}{_place(match[1])}{match[2] or ''})"
 
-    return _LINK.sub(rewrite, markdown)
+    def titled(match):
+        found = files.get_file_from_path(match[1])
+        return match[0] if found is None else f"[{found.page.title}]("
+
+    return _NAMED.sub(titled, _LINK.sub(rewrite, markdown))
 
 
 def _outside(match, page, root):
