@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from curlora.continual.results import Statistic, TaskInfo
+from curlora.continual.results import RunResults, Statistic, TaskInfo
 
 __all__ = [
     "allowed",
+    "format_missing",
     "format_number",
     "format_percent",
     "format_size",
@@ -63,6 +64,14 @@ def allowed(record: Mapping[str, Statistic | None]) -> str:
     limit = record["limit"]
     assert limit is not None
     return f"{limit.mean:.4f}" if record["kl"] is not None else f"{100 * limit.mean:.2f} %"
+
+
+def format_missing(results: RunResults) -> str:
+    """What had not been run yet, as a sentence; empty where all had been."""
+    if not results.missing:
+        return ""
+    few = "; ".join(results.missing[:6]) + ("; ..." if len(results.missing) > 6 else "")
+    return f"{len(results.missing)} of {len(results.missing) + results.runs} runs were not finished yet: {few}."
 
 
 def format_too_long(task: TaskInfo | Mapping[str, int]) -> str:
