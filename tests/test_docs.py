@@ -257,10 +257,8 @@ def commands():
 
 @pytest.mark.parametrize(("page", "words"), commands())
 def test_commands_are_understood(page, words):
-    command = typer.main.get_command(app)
-    with command.make_context("curlora", list(words)) as context:
-        name, subcommand, rest = command.resolve_command(context, [*context._protected_args, *context.args])
-        subcommand.make_context(name, rest, parent=context)
+    name, *rest = words
+    typer.main.get_command(app).commands[name].make_context(name, rest)  # refuses what it does not know
 
 
 @pytest.mark.parametrize("page", ["clusters.md", "recipes.md"])
