@@ -32,7 +32,7 @@ TESTS = (
     "tests/test_compat.py", "tests/tuner/test_beside_lora.py", "tests/tuner/test_saved_before.py",
     "tests/tuner/test_transformers.py", "tests/test_trainers.py", "tests/guard/test_budget.py",
 )  # fmt: skip
-TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "tensorboard>=2.18"]
+TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "tensorboard>=2.18", "bitsandbytes>=0.50"]
 
 
 def main():
@@ -44,8 +44,10 @@ def main():
     parser.add_argument("--find-links", help="a folder with more packages")
     parser.add_argument("--tests", nargs="+", default=TESTS)
     parser.add_argument("--keep", action="store_true", help="keep the environments")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a combination did not pass its tests")
     parser.add_argument("--table", action="store_true", help="only write the page")
     arguments = parser.parse_args()
+    passed = True
     if not arguments.table:
         for python in arguments.python:
             for versions in arguments.versions:
@@ -53,9 +55,12 @@ def main():
                 with open(LINES, "a") as file:
                     file.write(json.dumps(line) + "\n")
                 print(json.dumps(line), flush=True)
+                passed = passed and set(line.get("tests", {"error": 1})) <= {"passed", "skipped"}
     text = PAGE.read_text(encoding="utf-8")
     filled = re.sub(r"(<!-- table: runs -->\n).*?(<!-- end -->)", rf"\1{table(latest())}\2", text, flags=re.DOTALL)
     PAGE.write_text(filled, encoding="utf-8")
+    if arguments.strict and not passed:
+        sys.exit(1)
 
 
 def measure(python, versions, arguments):
@@ -100,10 +105,10 @@ def in_environment(folder, python, versions, arguments):
     report = folder / "tests.xml"
     # The tests are those of this tree, the package is the one that was installed.
     command = [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *arguments.tests]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"COLUMNS": "200"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-400:])}
-    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    failures = re.findall(r"^(?:FAILED|ERROR) (.+)", done.stdout, re.MULTILINE)
     return found | {"tests": counts or {"error": 1}, "failures": failures or ([done.stdout[-2000:]] if not counts else [])}
 
 
