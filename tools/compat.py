@@ -107,9 +107,14 @@ def in_environment(folder, python, versions, arguments):
     command = [interpreter, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}", *arguments.tests]
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"COLUMNS": "200"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    counts = {name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-400:])}
+    counts = {
+        name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout[-400:])
+    }
     failures = re.findall(r"^(?:FAILED|ERROR) (.+)", done.stdout, re.MULTILINE)
-    return found | {"tests": counts or {"error": 1}, "failures": failures or ([done.stdout[-2000:]] if not counts else [])}
+    return found | {
+        "tests": counts or {"error": 1},
+        "failures": failures or ([done.stdout[-2000:]] if not counts else []),
+    }
 
 
 def without_torch(interpreter):
