@@ -81,7 +81,7 @@ def pass_over(
         if progress and rank == 0:
             from rich.progress import track  # 50 modules, for a bar that few ask for
 
-            shown = track(batches, progress, total=count, transient=True)
+            shown = iter(track(batches, progress, total=count, transient=True))
         for numbers, _, mask, answered, logits in _run(model, shown, device, begin):
             if gradients:
                 backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
