@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint bench compat dist clean
+.PHONY: demo test lint docs bench compat dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/curlora demo
@@ -18,6 +18,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/zizmor --quiet --offline .github
+
+# The site, into site/. A link that leads nowhere ends it.
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 # About 50 minutes on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
 bench: $(INSTALLED)
@@ -42,8 +46,8 @@ dist: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

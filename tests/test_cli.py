@@ -266,10 +266,12 @@ def test_several_runs_on_one_page_and_in_one_table(tmp_path):
     assert "base model" in done.stdout  # they cannot be compared directly
     done = run("compare", tmp_path / "a", tmp_path / "gone")
     assert done.returncode == 1
-    assert "No such file" in done.stderr
+    assert "gone holds no results: there is no such folder" in done.stderr
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), ("{}", "does not hold the results of a run")])
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "holds no results: no method"), ("{}", "does not hold the results of a run")]
+)
 def test_report_of_something_else(tmp_path, content, message):
     if content is not None:
         (tmp_path / "results.json").write_text(content)

@@ -1,22 +1,30 @@
 """What the documentation tells people to type is right."""
 
+import ast
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from curlora.continual import load_recipe
 from curlora.guard import Ledger
+from curlora_cli.commands import app
 from tests.models import WORDS, curlora, layers, llama, save_base, tokens, word_tokenizer
 
 DOCS = Path(__file__).parent.parent / "docs"
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def blocks(page, language):
@@ -85,6 +93,27 @@ def test_the_budgets_python_runs(tmp_path, monkeypatch):
     ledger = Ledger.load("my-adapter")
     assert len(ledger.trainings) == 2
     assert ledger.left <= 0.03
+    exec(*blocks("continual.md", "python"), names)
+    assert names["training"] == ledger.trainings[-1]
+
+
+def test_the_trackers_are_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    save_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    names = {"conversations": Dataset.from_list([{"prompt": f"w{i} w2 ", "completion": "w3"} for i in range(8)])}
+    code = blocks("trackers.md", "python")[0].replace(BASE, str(tmp_path / "base")).replace("(r=32", "(r=4")
+    exec(code.replace('Config("out"', 'Config("out", bf16=False, use_cpu=True'), names)
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    assert {"train/drift", "train/kept", "train/perplexity_rise/own text"} <= set(accumulator.Tags()["scalars"])
+
+
+def test_the_measurement_runs():
+    names = {"base": llama(), "model": curlora(llama()), "texts": [" ".join(WORDS)], "tokenizer": word_tokenizer()}
+    exec(*blocks("measuring.md", "python"), names)
+    assert names["after"] != names["before"]
 
 
 def test_the_conversions_python_runs(tmp_path, monkeypatch):
@@ -106,14 +135,23 @@ def test_the_trainers_python_runs(tmp_path, monkeypatch):
         "general_rows": list(tokens(seed=5, batch=2)),
         "conversations": Dataset.from_list([{k: pair[k] for k in ("prompt", "completion")}] * 4),
         "preferences": Dataset.from_list([{k: pair[k] for k in ("prompt", "chosen", "rejected")}] * 4),
+        "prompts": Dataset.from_list([{"prompt": f"w{i} w2 "} for i in range(4)]),
     }
-    for block in blocks("trainers.md", "python"):
+    *supervised, rewarded = blocks("trainers.md", "python")
+    for block in supervised:
         code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=16)", "(r=4)")
         exec(code.replace('Config("out"', 'Config("out", bf16=False'), names)
         assert all(layer.curlora_U["default"].weight.any() for layer in layers(names["trainer"].model))
     saved = PeftModel.from_pretrained(llama(initializer_range=0.2), "my-adapter")
     for one, two in zip(layers(saved), layers(names["trainer"].model), strict=True):
         assert torch.equal(one.curlora_U["default"].weight, two.curlora_U["ref"].weight)
+    code = rewarded.replace(BASE, str(tmp_path / "base")).replace("(r=16)", "(r=4)")
+    sizes = "bf16=False, max_steps=1, max_completion_length=8, num_generations=4, per_device_train_batch_size=4"
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="Columns and rows are not chosen for the task"):
+        exec(code.replace('Config("out"', f'Config("out", {sizes}'), names)
+    assert any(layer.curlora_U["default"].weight.any() for layer in layers(names["trainer"].model))
+    assert names["trainer"].state.log_history[-1]["perplexity_rise/own text"] <= 0.01
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -179,14 +217,79 @@ def test_the_adapters_python_runs(tmp_path, monkeypatch):
 
 def test_the_guards_recipe_is_one(tmp_path):
     """Put into the README's."""
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    content = yaml.safe_load(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1))
+    content = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, re.DOTALL).group(1))
     content.update(yaml.safe_load(blocks("guard.md", "yaml")[0]))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert load_recipe(tmp_path / "recipe.yaml").methods[-1].plugins[0]["max_perplexity_increase"] == 0.01
 
 
+def test_the_quick_start_is_the_readmes():
+    """Whose Python is run in test_readme."""
+    assert set(blocks("quickstart.md", "python")) <= set(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+
+
+def figures(text):
+    """Rows of tables by their first cell, as sets of cells."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [(row[0], set(row)) for row in rows if any(re.search(r"\d", cell) for cell in row)]
+
+
+@pytest.mark.parametrize(("page", "heading", "source"), [
+    ("index.md", "## What it has been seen to do", README),
+    ("when.md", "## The figures behind it", (DOCS / "research.md").read_text(encoding="utf-8")),
+])  # fmt: skip
+def test_figures_that_are_repeated_are_those_of_their_source(page, heading, source):
+    repeated = (DOCS / page).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+    assert figures(repeated)
+    for label, row in figures(repeated):
+        assert any(label == other and row <= whole for other, whole in figures(source)), label
+
+
+def commands():
+    """Lines of shell that call curlora, each with its page."""
+    for page in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words[:1] == ["curlora"]:
+                    yield page.name, words[1:]
+
+
+@pytest.mark.parametrize(("page", "words"), commands())
+def test_commands_are_understood(page, words):
+    name, *rest = words
+    typer.main.get_command(app).commands[name].make_context(name, rest)  # refuses what it does not know
+
+
+@pytest.mark.parametrize("page", ["clusters.md", "recipes.md"])
+def test_scripts_are_bashs(page):
+    for script in blocks(page, "bash"):
+        assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=True).stderr == ""
+
+
+def messages():
+    """What the source says in strings, with a NUL where a value is filled in."""
+    for file in sorted((DOCS.parent / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+@pytest.fixture(scope="module")
+def said():
+    return list(messages())
+
+
+@pytest.mark.parametrize("quoted", blocks("troubleshooting.md", "text"))
+def test_quoted_messages_are_those_of_the_source(quoted, said):
+    """In the order of their parts, with something filled in at each of the dots."""
+    parts = [re.escape(part) for part in " ".join(quoted.split()).split("...")]
+    assert any(re.search(".*\0.*".join(parts), message) for message in said)
+
+
 def test_the_files_they_point_to_exist():
-    for page in DOCS.glob("*.md"):
+    for page in DOCS.rglob("*.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)

@@ -131,8 +131,8 @@ def test_workflows_run_targets_that_there_are():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     steps = [step for workflow in workflows() for job in workflow["jobs"].values() for step in job["steps"]]
     called = {name for step in steps for name in re.findall(r"\bmake (\w+)", step.get("run", ""))}
-    assert {"test", "dist"} <= called
-    assert called - {"docs"} <= set(re.findall(r"^(\w+):", makefile, re.M))
+    assert {"test", "docs", "dist"} <= called
+    assert called <= set(re.findall(r"^(\w+):", makefile, re.M))
 
 
 def test_every_python_that_is_named_is_tested():

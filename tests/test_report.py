@@ -83,6 +83,15 @@ def test_what_was_cut_or_left_out_is_said():
     assert "longer than max_length" not in render([make_results()])
 
 
+def test_what_is_missing_is_said_until_another_run_has_it():
+    half = make_results(missing=["lora, seed 1", "curlora, seed 1"])
+    assert "<b>2 of 5 runs were not finished yet: lora, seed 1; curlora, seed 1.</b>" in render([half])
+    other = make_results(seeds=(1,))
+    other = other.model_copy(update={"methods": other.methods[:2]})  # without curlora
+    assert "1 of 6 runs were not finished yet: curlora, seed 1." in render([half, other])
+    assert "not finished" not in render([make_results()])
+
+
 def test_figures_over_seeds_have_their_deviation():
     found = tables(make_results(seeds=(0, 1, 2)))
     lora = found["summary"][3]

@@ -52,6 +52,21 @@ def test_what_was_cut_or_left_out_is_said():
     assert "unfinished" not in printed(*results_tables(make_results()))
 
 
+def test_examples_that_are_in_both_splits_are_told():
+    tasks = [make_task("reviews", evaluation_in_train=30), *make_results().tasks[1:]]
+    said = "Of the 200 examples of reviews to be scored on, 30 are learned from too"
+    assert said in " ".join(printed(*results_tables(make_results(tasks=tasks))).split())
+    assert "learned from too" not in printed(*results_tables(make_results()))
+
+
+def test_what_is_missing_is_said():
+    run = make_results(missing=["lora, seed 1", "curlora, seed 1"])
+    said = "2 of 5 runs were not finished yet: lora, seed 1; curlora, seed 1."
+    assert said in " ".join(printed(*results_tables(run)).split())
+    assert f"B: b. {said}" in " ".join(printed(comparison([make_results(), run], ["a", "b"]), width=200).split())
+    assert "not finished" not in printed(*results_tables(make_results()))
+
+
 def test_several_seeds_fit_into_80_columns():
     text = printed(*results_tables(make_results(seeds=(0, 1, 2))))
     assert "…" not in text

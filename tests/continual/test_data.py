@@ -51,7 +51,7 @@ def test_columns_are_joined_limited_and_shuffled_by_a_seed(tmp_path):
     path.write_text("".join(json.dumps({"a": f"a{i}", "b": f"b{i}", "label": i % 2}) + "\n" for i in range(20)))
 
     def texts(**changes):
-        source = dict(path=path, text=["a", "b"], label="label", limit=5, **changes)
+        source = dict(path=path, text=["a", "b"], label="label", **{"limit": 5, **changes})
         task = read_task(TaskPart(name="t", labels=["x", "y"], train=source, evaluation=source))
         return [text for text, _ in task.train]
 
@@ -59,6 +59,28 @@ def test_columns_are_joined_limited_and_shuffled_by_a_seed(tmp_path):
     assert texts(join="")[0] == "a0b0"
     assert texts(shuffle=1) == texts(shuffle=1) != texts(shuffle=2)
     assert len(set(texts(shuffle=1))) == 5
+    assert texts(skip=3) == [f"a{i}\nb{i}" for i in range(3, 8)]
+    assert texts(skip=17, shuffle=1) == texts(shuffle=1, limit=20)[17:]
+    with pytest.raises(DataError, match=r"skip leaves nothing of 20 rows\. Lower it from 20"):
+        texts(skip=20)
+
+
+@pytest.mark.parametrize("kind", ["classification", "completion", "chat"])
+def test_examples_in_both_splits_are_counted(kind, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"a": f"a{i}", "label": i % 2}) + "\n" for i in range(20)))
+    columns = dict(text="a", label="label") if kind == "classification" else dict(prompt="a", completion="{a}!")
+    labels = ["x", "y"] if kind == "classification" else None
+    own = dict(path=path, **columns)
+
+    def both(train, evaluation):
+        return read_task(
+            TaskPart(name="t", kind=kind, labels=labels, train={**own, **train}, evaluation={**own, **evaluation})
+        )
+
+    assert both({"limit": 12}, {"skip": 12}).evaluation_in_train == 0
+    assert both({"limit": 12}, {"skip": 9, "limit": 6}).evaluation_in_train == 3
+    assert both({}, {}).evaluation_in_train == 20
 
 
 def test_completions_from_columns_or_templates(tmp_path):

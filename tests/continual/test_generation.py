@@ -139,16 +139,27 @@ def test_progress_adds_up_though_answers_end_early(tokenizer):
     assert sum(told) == generation.steps == 4 * 7
 
 
-def test_scores_are_the_mean_over_what_was_generated(tokenizer):
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_scores_are_the_mean_over_what_was_generated(tokenizer, tmp_path):
     model = MODELS["llama"]()
     found = generate(model, tokenizer, prompts(), max_new_tokens=6)
     answers = [answer.text if i % 3 else "something else" for i, answer in enumerate(found)]
     for score in (AnswerScore(6), AnswerScore(6, metric="rouge")):
-        scored = score_generated(model, tokenizer, Generation("t", Prompts(prompts(), answers, score), 4))
+        file = tmp_path / "made here" / "t.jsonl"
+        generation = Generation("t", Prompts(prompts(), answers, score), 4)
+        scored = score_generated(model, tokenizer, generation, keep=file)
         assert scored.score == pytest.approx(
             sum(score.score(answer.text, right) for answer, right in zip(found, answers, strict=True)) / 11
         )
         assert scored.unfinished == sum(not answer.finished for answer in found) / 11
+        kept = read(file)
+        assert [(line["generated"], line["finished"]) for line in kept] == found
+        assert [line["prompt"] for line in kept] == [tokenizer.decode(ids) for ids in prompts()]
+        assert [line["expected"] for line in kept] == answers
+        assert sum(line["score"] for line in kept) / 11 == pytest.approx(scored.score)
 
 
 def test_an_answer_that_does_not_fit_into_the_positions_is_refused(tokenizer):
@@ -282,6 +293,16 @@ def test_a_recipe_that_generates(recipe_path, tmp_path):
         assert seed.base[0] == seed.before[0]
         assert all(score.unfinished == 1 for score in (*seed.base, *seed.before, *seed.scores[1]))
         assert seed.base[0].accuracy == seed.base[1].accuracy
+        generated = tmp_path / "run" / method.name / "seed-0" / "generated"
+        for when, (name, score) in {
+            "before-again": ("again", seed.before[1]),
+            "after-said": ("said", seed.scores[0][0]),
+        }.items():
+            kept = read(generated / when / f"{name}.jsonl")
+            assert sum(line["score"] for line in kept) / len(kept) == score.accuracy
+        scored = ["again.jsonl"] if method.method == "frozen" else ["again.jsonl", "said.jsonl"]
+        assert sorted(path.name for path in (generated / "after-again").iterdir()) == scored
+    assert sorted(path.name for path in (tmp_path / "run" / "generated").iterdir()) == ["again.jsonl", "said.jsonl"]
     assert RunResults.load(tmp_path / "run" / "results.json") == results
     assert "scored by exact match, generated" in render([results])
 

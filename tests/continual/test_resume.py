@@ -18,7 +18,8 @@ from curlora.continual import storage
 from curlora.continual.errors import RunError
 from curlora.continual.launch import run_recipe
 from curlora.continual.recipe import load_recipe
-from curlora.continual.results import RunResults
+from curlora.continual.results import ResultsError, RunResults
+from curlora.report import render
 from tests.continual.streams import Cut, figures
 
 # Dropout and a plug-in that draws: whatever is random must go on where it was.
@@ -169,6 +170,32 @@ def test_at_most_a_checkpoint_interval_is_lost(recipe, tmp_path, monkeypatch):
     assert steps == [*range(9), 6]
 
 
+def test_what_is_finished_can_be_looked_at_while_the_rest_runs(recipe, tmp_path, monkeypatch):
+    def cut(self, part):
+        raise Cut
+
+    out = tmp_path / "run"
+    with pytest.raises(ResultsError, match="run holds no results: there is no such folder"):
+        RunResults.load(out / "results.json")
+    with monkeypatch.context() as patch:
+        patch.setattr("curlora.continual.sequence.MethodRun._score", cut)
+        with pytest.raises(Cut):
+            run_recipe(recipe, out)
+    with pytest.raises(ResultsError, match="run holds no results: no method of the run in it has been finished yet"):
+        RunResults.load(out / "results.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "curlora.continual.trainer.TaskTrainer.train_or_go_on",
+            lambda self: 1 / 0 if list(self.model.backbone_parameters()) else None,
+        )
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(recipe, out)
+    so_far = RunResults.load(out / "results.json")
+    assert [method.name for method in so_far.methods] == ["frozen"]
+    assert so_far.missing == ["lora, seed 0", "cur, seed 0", "each, seed 0"]
+    assert "3 of 4 runs were not finished yet" in render([so_far])
+
+
 def test_a_damaged_state_is_named_and_nothing_is_lost(recipe, tmp_path, monkeypatch):
     def cut(*_):
         raise Cut
@@ -210,7 +237,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(recipe, small_disk, tmp_
     with pytest.raises(RunError, match="is full. Nothing that was finished is lost"):
         run_recipe(recipe, out)
     changed = {path for path, content in kept.items() if path.read_bytes() != content}
-    assert changed <= {out / "recipe.json"}
+    assert changed <= {out / "recipe.json", out / "results.json"}  # of these the second grows
     ballast.unlink()
     assert figures(run_recipe(recipe, out)) == figures(whole)
 

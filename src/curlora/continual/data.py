@@ -44,7 +44,8 @@ class Source(Place):
     recognised (:func:`curlora.continual.conversations.read_conversations`), in the column ``messages`` if the layout's
     own is not meant; or ``prompt`` and ``completion``.
 
-    ``shuffle`` is the seed of an order to put the rows in before the first ``limit`` of them are taken.
+    ``shuffle`` is the seed of an order to put the rows in. Then the first ``skip`` of them are left, and of the others
+    the first ``limit`` taken.
     """
 
     text: str | list[str] | None = None
@@ -56,6 +57,7 @@ class Source(Place):
     messages: str | None = None
     layout: Literal["messages", "sharegpt", "alpaca"] | None = None
     shuffle: int | None = None
+    skip: Annotated[int, Field(ge=0)] = 0
     limit: Annotated[int, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
@@ -330,7 +332,9 @@ def _examples(task: TaskPart, split: str, source: Source) -> tuple[list[Any], li
     numbers = list(range(len(table)))
     if source.shuffle is not None:  # as datasets.Dataset.shuffle has it
         numbers = numpy.random.default_rng(source.shuffle).permutation(len(table)).tolist()
-    numbers = numbers[: source.limit]
+    if source.skip and source.skip >= len(numbers):
+        raise DataError(f"{where}: skip leaves nothing of {len(numbers):,} rows. Lower it from {source.skip:,}.")
+    numbers = numbers[source.skip :][: source.limit]
     if source.shuffle is not None or len(numbers) < len(table):
         table = table.select(numbers)
     readers: dict[str, Callable[..., list[Any]]] = {

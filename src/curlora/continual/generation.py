@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from curlora.continual.errors import RunError
 from curlora.continual.processes import process_state
+from curlora.continual.storage import write_whole
 from curlora.continual.tasks import Prompts
 from curlora.guard.decoding import generating, named_ends, padded
 
@@ -83,6 +87,7 @@ def score_generated(
     tokenizer: PreTrainedTokenizerBase,
     generation: Generation,
     on_steps: Callable[[int], None] = lambda steps: None,
+    keep: Path | None = None,
 ) -> GeneratedScore:
     """Generate and score; in a distributed run every process its share of the prompts.
 
@@ -91,6 +96,8 @@ def score_generated(
         tokenizer: its tokenizer.
         generation: what to answer.
         on_steps: told of tokens of ``generation.steps`` that are done.
+        keep: a file for all of it, if it is to be kept: JSON Lines of ``prompt``, ``expected``, ``generated``,
+            ``score`` and ``finished``, in the order of the prompts.
 
     Raises:
         RunError: if a prompt and its answer do not fit into the model's positions.
@@ -109,13 +116,29 @@ def score_generated(
         batch_size=max(1, generation.batch_size // state.num_processes),
         on_steps=on_steps,
     )
-    sums = torch.zeros(2, dtype=torch.float64)
-    for i, answer in zip(numbers, answers, strict=True):
-        right = score.score(answer.text, prompts.answers[i])
-        sums += torch.tensor([right, not answer.finished], dtype=torch.float64)
+    scored = [
+        (i, answer.text, score.score(answer.text, prompts.answers[i]), answer.finished)
+        for i, answer in zip(numbers, answers, strict=True)
+    ]
     if state.num_processes > 1:
-        sums = reduce(sums.to(state.device), reduction="sum").cpu()
-    return GeneratedScore(*(sums / len(prompts.ids)).tolist())
+        scored = sorted(gather_object(scored))
+    if keep is not None and state.is_main_process:
+        lines = (
+            {
+                "prompt": tokenizer.decode(prompts.ids[i]),
+                "expected": prompts.answers[i],
+                "generated": text,
+                "score": value,
+                "finished": finished,
+            }
+            for i, text, value, finished in scored
+        )
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(keep, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return GeneratedScore(
+        score=math.fsum(value for _, _, value, _ in scored) / len(scored),
+        unfinished=sum(not finished for *_, finished in scored) / len(scored),
+    )
 
 
 def generate(

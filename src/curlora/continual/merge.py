@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from curlora.continual.results import MethodResult, RunResults
+from curlora.continual.results import MethodResult, RunResults, name_of
 
 __all__ = ["definition", "differing", "merge"]
 
@@ -40,6 +40,7 @@ def differing(runs: Sequence[RunResults]) -> list[str]:
 
 
 _COUNTED = {f"{split}_{done}" for split in ("train", "evaluation") for done in ("cut", "dropped")}
+_COUNTED.add("evaluation_in_train")
 
 
 def _conditions(run: RunResults) -> dict[str, Any]:
@@ -57,6 +58,9 @@ def _conditions(run: RunResults) -> dict[str, Any]:
 
 
 def _united(runs: Sequence[RunResults]) -> RunResults:
+    done = {
+        name_of(method.name, seed.seed, seed.order) for run in runs for method in run.methods for seed in method.seeds
+    }
     return runs[0].model_copy(
         update={
             "created": ", ".join(_distinct(run.created for run in runs)),
@@ -65,6 +69,7 @@ def _united(runs: Sequence[RunResults]) -> RunResults:
                 figure: sorted({value for run in runs for value in run.limits.get(figure, [])})
                 for figure in _distinct(figure for run in runs for figure in run.limits)
             },
+            "missing": [name for name in _distinct(name for run in runs for name in run.missing) if name not in done],
             "environment": {
                 key: "; ".join(_distinct(run.environment[key] for run in runs if key in run.environment))
                 for key in _distinct(key for run in runs for key in run.environment)

@@ -29,6 +29,7 @@ __all__ = [
     "TaskInfo",
     "TextScore",
     "environment",
+    "name_of",
 ]
 
 SCHEMA_VERSION = 4
@@ -48,6 +49,7 @@ class TaskInfo(_Record):
 
     Examples are those that were used. Of them ``train_cut`` and ``evaluation_cut`` were longer than ``max_length`` and
     lost what did not fit; beside them ``train_dropped`` and ``evaluation_dropped`` were left out for their length.
+    ``evaluation_in_train`` of those to be scored on are learned from too.
     """
 
     name: str
@@ -62,6 +64,7 @@ class TaskInfo(_Record):
     train_dropped: int = 0
     evaluation_cut: int = 0
     evaluation_dropped: int = 0
+    evaluation_in_train: int = 0
 
 
 class Score(_Record):
@@ -286,7 +289,7 @@ class RunResults(_Record):
     """A whole run: one stream, several methods, one or more seeds.
 
     ``heldout`` describes the texts that are followed, by name; those in ``shown`` plug-ins may go by.
-    ``limits`` are those of the recipe.
+    ``limits`` are those of the recipe. ``missing`` names what had not been run yet, method and seed.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -297,6 +300,7 @@ class RunResults(_Record):
     heldout: dict[str, str]
     shown: list[str] = []
     limits: dict[str, list[float]] = {}
+    missing: list[str] = []
     protocol: dict[str, str]
     settings: dict[str, Any]
     recipe: dict[str, Any] | None
@@ -308,6 +312,11 @@ class RunResults(_Record):
     def seeds(self) -> list[int]:
         """The seeds that any method was run with."""
         return sorted({seed.seed for method in self.methods for seed in method.seeds})
+
+    @property
+    def runs(self) -> int:
+        """How many have been finished: each is one method with one seed in one order of the tasks."""
+        return sum(len(method.seeds) for method in self.methods)
 
     @property
     def unseen(self) -> list[str]:
@@ -345,9 +354,17 @@ class RunResults(_Record):
         """Read what :meth:`save` wrote.
 
         Raises:
-            ResultsError: if the file is not a run's results, naming the file and the field.
+            ResultsError: if the file is not there, or is not a run's results, naming the file and the field.
         """
-        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            nothing = (
+                "no method of the run in it has been finished yet"
+                if path.parent.is_dir()
+                else "there is no such folder"
+            )
+            raise ResultsError(f"{path.parent} holds no results: {nothing}.") from None
         try:
             found = json.loads(text).get("schema_version")
         except (ValueError, AttributeError):
@@ -362,6 +379,11 @@ class RunResults(_Record):
             return cls.model_validate_json(text)
         except ValueError as error:
             raise ResultsError(f"{path} does not hold the results of a run: {error}") from error
+
+
+def name_of(method: str, seed: int, order: Sequence[str]) -> str:
+    """One method with one seed, for people; ``order`` is empty where it is the stream's own."""
+    return f"{method}, seed {seed}" + (f", in the order {', '.join(order)}" if order else "")
 
 
 def environment() -> dict[str, str]:

@@ -35,6 +35,7 @@ from curlora.continual.results import (
     TaskInfo,
     TextScore,
     environment,
+    name_of,
 )
 from curlora.continual.sequence import BaseScores, Encoded, MethodRun, Progress, Silent, encode, in_order, work_of
 from curlora.continual.settings import Settings
@@ -166,6 +167,9 @@ class Job:
     order: tuple[str, ...]
     folder: Path
 
+    def __str__(self) -> str:
+        return name_of(self.method.name, self.seed, self.order)
+
 
 def jobs_of(stream: Stream, directory: Path) -> list[Job]:
     """All that there is to run, in order."""
@@ -201,7 +205,8 @@ def run_stream(
         runner: runs the jobs; one after another in this process if ``None``.
 
     Returns:
-        The measurements, also in ``directory / "results.json"``.
+        The measurements, also in ``directory / "results.json"``, which is written anew whenever a method and seed is
+        finished.
 
     Raises:
         RunError: if a text is longer than the model has positions, a method cannot be put on the model, another
@@ -240,7 +245,20 @@ def _run(
     here = ((job, run_job(job, stream, in_orders[job.order], base, directory, listener)) for job in todo)
     for job, record in here if runner is None else runner(todo, base, listener):
         finished[job.folder] = record
+        _save_results(stream, encoded, directory, base, finished)  # so that a long run can be looked at meanwhile
+    return _save_results(stream, encoded, directory, base, finished)
 
+
+def _save_results(
+    stream: Stream,
+    encoded: Sequence[Encoded],
+    directory: Path,
+    base: Base,
+    finished: Mapping[Path, Finished | None],
+) -> RunResults:
+    """Of what has been finished so far."""
+    jobs = jobs_of(stream, directory)
+    done = {method.name: [finished[job.folder] for job in jobs if job.method is method] for method in stream.methods}
     results = RunResults(
         title=stream.title,
         created=time.strftime("%Y-%m-%d %H:%M"),
@@ -249,14 +267,13 @@ def _run(
         heldout={text.name: text.describe() for text in stream.texts},
         shown=[text.name for text in stream.texts if text.shown],
         limits=dict(stream.limits),
+        missing=[str(job) for job in jobs if finished[job.folder] is None],
         protocol=dict(stream.protocol),
         settings=stream.settings.model_dump(),
         recipe=stream.recipe,
         environment={**environment(), "processes": str(process_state().num_processes)},
         tasks=[_describe(part) for part in encoded],
-        methods=[
-            _gather(method, [finished[job.folder] for job in jobs if job.method is method]) for method in stream.methods
-        ],
+        methods=[_gather(method, done[method.name]) for method in stream.methods if any(done[method.name])],
     )
     if process_state().is_main_process:
         results.save(directory / "results.json")
@@ -352,7 +369,8 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
     for part in wanted:
         model.begin(part.number, part.task.classes)
         trainer = TaskTrainer(model, 0.0, [], stream.tokenizer, part.settings, stream.seeds[0], directory / ".base")
-        scores.append(trainer.score(part.evaluation, part.generation))
+        generated = directory / "generated" / f"{part.task.name}.jsonl"
+        scores.append(trainer.score(part.evaluation, part.generation, generated))
     if process_state().is_main_process:
         shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
     base = Base(
@@ -439,6 +457,7 @@ def _describe(part: Encoded) -> TaskInfo:
         train_examples=len(task.train),
         evaluation_examples=len(task.evaluation),
         majority_rate=task.majority_rate,
+        evaluation_in_train=task.evaluation_in_train,
         **part.too_long,
     )
 

@@ -73,8 +73,9 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "completion": "Completion: a column, or a template.",
         "messages": "Chat: the column of conversations.",
         "layout": "Chat: messages, sharegpt or alpaca, where it is not told by the columns.",
-        "shuffle": "The seed of an order that the rows are put in before limit is applied.",
-        "limit": "How many rows are taken, from the first on.",
+        "shuffle": "The seed of an order that the rows are put in before skip and limit are applied.",
+        "skip": "How many rows are left, from the first on.",
+        "limit": "How many rows are taken, after those.",
     },
     "MethodPart": {
         "name": "Short, of letters, digits, - and _; a folder of the run is called so.",

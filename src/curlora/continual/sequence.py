@@ -289,7 +289,7 @@ class MethodRun:
         if fresh:
             self._begin(part.number)
         if part.settings.forward_transfer and part.number >= len(self.result.before):  # the first is of the base model
-            before = self._trainer(part, []).score(part.evaluation, part.generation)
+            before = self._scored(part, f"before-{part.task.name}")
             self._add(before=[*self.result.before, before])
         if not any(p.requires_grad for p in self.model.parameters()):
             return
@@ -358,9 +358,9 @@ class MethodRun:
     def _score(self, part: Encoded) -> None:
         seen = self.stream[: part.number + 1]
         if not self.method.trains_backbone and self.result.scores:  # nothing that earlier tasks use has changed
-            row = [*self.result.scores[-1], self._trainer(part, []).score(part.evaluation, part.generation)]
+            row = [*self.result.scores[-1], self._scored(part, f"after-{part.task.name}")]
         else:
-            row = [self._trainer(other, []).score(other.evaluation, other.generation) for other in seen]
+            row = [self._scored(other, f"after-{part.task.name}") for other in seen]
         scores = {}
         for text in self.heldout:
             known = self.result.heldout[text.name]
@@ -370,6 +370,10 @@ class MethodRun:
                 new = measure(self.model.language_model, text, self.base_logits, lambda: self._advance(_WINDOW_UNITS))
                 scores[text.name] = [*known, new]
         self._add(scores=[*self.result.scores, row], heldout=scores)
+
+    def _scored(self, part: Encoded, when: str) -> Score:
+        generated = self.directory / "generated" / when / f"{part.task.name}.jsonl"
+        return self._trainer(part, []).score(part.evaluation, part.generation, generated)
 
     def _trainer(self, part: Encoded, rows: Sequence[Row]) -> TaskTrainer:
         units = _TRAIN_UNITS if self.method.trains_backbone else 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -123,6 +124,12 @@ class Task:
         """Score on the evaluation split of always giving its most frequent answer."""
         counts = Counter(self._answer(example) for example in self.evaluation)
         return max(counts.values()) / len(self.evaluation)
+
+    @property
+    def evaluation_in_train(self) -> int:
+        """How many of the examples to be scored on are learned from too."""
+        learned = {json.dumps(example) for example in self.train}
+        return sum(json.dumps(example) in learned for example in self.evaluation)
 
     def encode(self, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedSplit:
         """The rows of a split, in its order.

@@ -141,15 +141,18 @@ class TaskTrainer(Trainer):
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds += time.monotonic() - self._began
 
-    def score(self, rows: Sequence[Row], generation: Generation | None = None) -> Score:
-        """The share of rows that are answered right, or what generated answers score; and the mean loss per label."""
+    def score(self, rows: Sequence[Row], generation: Generation | None = None, keep: Path | None = None) -> Score:
+        """The share of rows that are answered right, or what generated answers score; and the mean loss per label.
+
+        What is generated is written to ``keep``, where that is given.
+        """
         scores = torch.from_numpy(self.predict(list(rows)).predictions).double()
         assert len(scores) == len(rows)
         loss, labels, right = scores.sum(0).tolist()
         if generation is None:
             return Score(accuracy=right / len(rows), loss=loss / labels)
         with self.accelerator.autocast():
-            found = score_generated(self.model.language_model, self.tokenizer, generation, self.on_generated)
+            found = score_generated(self.model.language_model, self.tokenizer, generation, self.on_generated, keep)
         return Score(accuracy=found.score, loss=loss / labels, unfinished=found.unfinished)
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:

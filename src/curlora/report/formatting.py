@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from curlora.continual.results import Statistic, TaskInfo
+from curlora.continual.results import RunResults, Statistic, TaskInfo
 
 __all__ = [
     "allowed",
+    "format_in_train",
+    "format_missing",
     "format_number",
     "format_percent",
     "format_size",
@@ -63,6 +65,19 @@ def allowed(record: Mapping[str, Statistic | None]) -> str:
     limit = record["limit"]
     assert limit is not None
     return f"{limit.mean:.4f}" if record["kl"] is not None else f"{100 * limit.mean:.2f} %"
+
+
+def format_in_train(task: str, count: int, examples: int) -> str:
+    """How many examples are scored on that are learned from too, as a sentence."""
+    return f"Of the {examples:,} examples of {task} to be scored on, {count:,} are learned from too."
+
+
+def format_missing(results: RunResults) -> str:
+    """What had not been run yet, as a sentence; empty where all had been."""
+    if not results.missing:
+        return ""
+    few = "; ".join(results.missing[:6]) + ("; ..." if len(results.missing) > 6 else "")
+    return f"{len(results.missing)} of {len(results.missing) + results.runs} runs were not finished yet: {few}."
 
 
 def format_too_long(task: TaskInfo | Mapping[str, int]) -> str:

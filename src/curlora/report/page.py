@@ -19,6 +19,7 @@ from curlora.continual.storage import write_whole
 from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points, what_is_learned
 from curlora.report.formatting import (
     allowed,
+    format_missing,
     format_number,
     format_percent,
     format_size,
@@ -64,6 +65,7 @@ def render(runs: Sequence[RunResults]) -> str:
         score=_score,
         text=_text,
         options=_options,
+        missing=format_missing,
         too_long=format_too_long,
         figure=_cell,
         rise=partial(_cell, form=format_percent),

@@ -10,7 +10,7 @@ from rich.text import Text
 from curlora.continual.plan import Plan, tokens_of
 from curlora.continual.processes import process_state
 from curlora.continual.trainer import steps_of
-from curlora.report.formatting import format_too_long
+from curlora.report.formatting import format_in_train, format_too_long
 
 __all__ = ["plan_tables"]
 
@@ -58,7 +58,14 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         for part in plan.tasks
         if (said := format_too_long(part.too_long))
     ]
-    notes = Text("\n" + "\n".join(["Trained parameters are without heads.", *too_long, *unknown]), style="dim")
+    in_train = [
+        format_in_train(part.task.name, count, len(part.task.evaluation))
+        for part in plan.tasks
+        if (count := part.task.evaluation_in_train)
+    ]
+    notes = Text(
+        "\n" + "\n".join(["Trained parameters are without heads.", *too_long, *in_train, *unknown]), style="dim"
+    )
     return [Text("\n".join(heading)), tasks, counts, memory, notes]
 
 

@@ -16,6 +16,8 @@ from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.tradeoff import best_within, limited_text, limits_of, points, what_is_learned
 from curlora.report.formatting import (
     allowed,
+    format_in_train,
+    format_missing,
     format_percent,
     format_size,
     format_statistic,
@@ -59,7 +61,10 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
         if not alike:
             unlike.append(name)
         table.add_row(label, *cells, *([_difference(methods) if alike else ""] if len(runs) == 2 else []))
-    lines = [f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)]
+    lines = [
+        f"{letter}: {name}. {format_missing(run)}".removesuffix(". ")
+        for letter, name, run in zip(letters, names, runs, strict=True)
+    ]
     reasons = differing(runs)
     if reasons:
         lines.append(f"The runs differ in {', '.join(reasons)}: their figures cannot be compared directly.")
@@ -176,9 +181,13 @@ def _notes(results: RunResults) -> list[Text]:
         lines[0] += (
             f" Mean and standard deviation of {' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds."
         )
+    if results.missing:
+        lines.insert(0, format_missing(results))
     for task in results.tasks:
         if said := format_too_long(task):
             lines.append(f"Examples of {task.name} that are longer than max_length: {said}.")
+        if task.evaluation_in_train:
+            lines.append(format_in_train(task.name, task.evaluation_in_train, task.evaluation_examples))
     for j, task in enumerate(results.tasks):
         unfinished = results.unfinished(j)
         if unfinished:
