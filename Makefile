@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test lint docs bench compat dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/curlora demo
@@ -17,6 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --quiet --offline .github
 
 # The site, into site/. A link that leads nowhere ends it.
 docs: $(INSTALLED)
@@ -30,6 +31,17 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed/storage.py
 	$(BIN)/python benchmarks/speed/page.py
 
+# The tests that meet other libraries, with their lowest, pinned and newest versions, on every Python that is found;
+# docs/compatibility.md. COMPAT holds options, such as --torch-backend cpu.
+compat: $(INSTALLED)
+	$(BIN)/python tools/compat.py $(COMPAT)
+
+# What goes to PyPI, into dist/.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 # torch by itself and first: whatever comes after finds it there and does not pick another build.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,4 +50,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,13 +4,16 @@ import errno
 import glob
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
+import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -21,6 +24,7 @@ from curlora.continual.plan import make_plan
 from curlora.continual.results import RunResults
 from curlora.demo import assets, demo_recipe, replies
 from curlora.demo.replies import PROMPTS
+from curlora_cli import environment
 from curlora_cli.commands import app
 from tests.results import make_results
 
@@ -61,7 +65,9 @@ finally:
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["train", "--help"], ["env", "--help"], ["--version"]], ids=" ".join
+)
 def test_help_imports_no_heavy_library_and_says_nothing_else(arguments):
     command = [sys.executable, "-c", HELP_AND_WHAT_IT_IMPORTED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
@@ -74,9 +80,29 @@ def test_help_imports_no_heavy_library_and_says_nothing_else(arguments):
     assert not heavy & set(imported.split())
 
 
+def test_env_says_what_an_issue_should_name():
+    found = json.loads(run("env", "--json").stdout)
+    for package in ("curlora", "torch", "transformers", "peft"):
+        assert found[package] == metadata.version(package)
+    assert found["Python"].startswith(platform.python_version())
+    assert found["devices"]
+    assert found["threads"].startswith(str(torch.get_num_threads())) or "OMP_NUM_THREADS" not in os.environ
+    lines = run("env").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(found)
+
+
+def test_env_says_what_is_missing_and_does_not_need_it(tmp_path):
+    """On a Python that sees typer, and a torch that cannot be loaded."""
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    done = run("env", PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    assert done.returncode == 0
+    assert re.search(r"^devices +unknown: torch cannot be imported \(libcudart", done.stdout, re.MULTILINE)
+    assert environment._version("a-package-that-is-nowhere") == "not installed"
+
+
 def test_help_names_the_commands():
     done = run("--help")
-    for command in ("demo", "run", "train", "schema", "report", "compare", "convert", "inspect"):
+    for command in ("demo", "run", "train", "schema", "env", "report", "compare", "convert", "inspect"):
         assert re.search(rf"^\W*{command} ", done.stdout, re.MULTILINE), command
 
 

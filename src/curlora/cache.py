@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 __all__ = ["cache_directory"]
 
 
 def cache_directory() -> Path:
     """``CURLORA_CACHE_DIR``, or the user's cache directory."""
     chosen = os.environ.get("CURLORA_CACHE_DIR")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("curlora"))
+    if chosen:
+        return Path(chosen)
+    import platformdirs  # not at the top: whoever imports curlora would wait for it
+
+    return Path(platformdirs.user_cache_dir("curlora"))

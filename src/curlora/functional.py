@@ -54,9 +54,7 @@ def gather_update(
     """
     _check(output, scaled_U, factor, index)
     check_values(output, scaled_U, factor)
-    differentiated = torch.is_grad_enabled() and (
-        output.requires_grad or scaled_U.requires_grad or (offset is not None and offset.requires_grad)
-    )
+    differentiated = _is_differentiated(output, scaled_U, offset)
     factor = factor if differentiated else factor.detach()
     with autocast_off(output):
         if kernels.chosen(output, scaled_U, factor, index, offset):
@@ -82,10 +80,9 @@ def gather_update_by_row(
         A new tensor of ``output``'s shape and dtype.
     """
     check_values(output, scaled_U, factor)
-    tensors = (output, scaled_U, factor, offset)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     with autocast_off(output):
-        if not differentiated and kernels.chosen(output, scaled_U, factor, index, offset):
+        chosen = kernels.chosen(output, scaled_U, factor, index, offset)
+        if chosen and not _is_differentiated(output, scaled_U, factor, offset):
             return torch.ops.curlora.mixed_batch.default(output, scaled_U, factor, index, offset)
         rows = output.reshape(output.shape[0], -1, output.shape[-1])
         z = gather(rows, index, offset)
@@ -119,6 +116,10 @@ def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     if not (known and torch.is_autocast_enabled(kind)):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _check(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor) -> None:

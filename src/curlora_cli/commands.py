@@ -267,6 +267,19 @@ def schema() -> None:
 
 
 @app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+    """Print versions, platform and devices, to paste into an issue."""
+    from curlora_cli.environment import environment
+
+    found = environment()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        width = max(map(len, found))
+        print("\n".join(f"{name:<{width}}  {value}" for name, value in found.items()))
+
+
+@app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Run directories, each with its results.json.")],
     out: Annotated[

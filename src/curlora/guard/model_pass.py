@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -78,7 +77,11 @@ def pass_over(
     device = next(model.parameters()).device
     predicted = tokens = rows = 0
     with ready(model, layers, gradients) as reached:
-        shown = track(batches, progress, total=count, transient=True) if progress and rank == 0 else batches
+        shown = batches
+        if progress and rank == 0:
+            from rich.progress import track  # 50 modules, for a bar that few ask for
+
+            shown = iter(track(batches, progress, total=count, transient=True))
         for numbers, _, mask, answered, logits in _run(model, shown, device, begin):
             if gradients:
                 backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))

@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from rich.progress import Progress
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -285,6 +284,8 @@ def _row(*parts: tuple[list[int], bool]) -> _Row:
 
 @contextlib.contextmanager
 def _bar(shown: bool, tokens: int) -> Iterator[Any]:
+    from rich.progress import Progress  # not at the top: whoever imports curlora would wait for it
+
     with Progress(transient=True, disable=not shown) as progress:
         task = progress.add_task("The model writes", total=tokens)
         yield lambda count: progress.advance(task, count)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -416,7 +416,7 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
 
 def _roll_back(model: nn.Module, adapter_name: str) -> None:
     """Undo the adding of an adapter whose weights were refused."""
-    tuner = model.base_model if isinstance(model, PeftModel) else None
+    tuner = getattr(model, "base_model", None)
     if isinstance(tuner, CurloraModel) and len(tuner.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
