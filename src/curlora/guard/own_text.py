@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from curlora.cache import cache_directory
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
+from curlora.guard.evaluating import without_adapters
 from curlora.guard.processes import of_first, rank_and_count
 from curlora.tuner.sharded import reshard, whole
 
@@ -103,29 +104,11 @@ def own_text(
     path = Path(folder) / f"{digest[:32]}.safetensors" if folder is not None and digest else None
     found = of_first(None if path is None or rank_and_count()[0] else _load(path, digest), device)
     if found is None:
-        with _without_adapters(plain), _bar(progress and not rank_and_count()[0], tokens) as advance:
+        with without_adapters(plain), _bar(progress and not rank_and_count()[0], tokens) as advance:
             found = _written(plain, layout, tokens, max_length, batch_size, seed, device, advance)
         if path is not None and not rank_and_count()[0]:
             _save(path, digest, found)
     return OwnText([row for row, _ in found], [drawn for _, drawn in found])
-
-
-@contextlib.contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """Also without those that transformers has put into a model, or :func:`peft.inject_adapter_in_model`."""
-    modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    active = [module for module in modules if not module.disable_adapters]
-    # PEFT takes it from what is disabled, and gives it to all that is active, to what a user froze as well.
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        for module in active:
-            module.enable_adapters(False)
-        yield
-    finally:
-        for module in active:
-            module.enable_adapters(True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
 
 
 class _Layout(NamedTuple):
