@@ -18,13 +18,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from curlora._compat import scale_base_rate
 from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration, adapter_of, layers_of
-from curlora.guard.callback import GuardCallback, Kept, act_first, log
+from curlora.guard.callback import GuardCallback, act_first
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.examples import Examples
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate as rate_for
-from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord, digest_of, pack, unpack
+from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of, pack, unpack
+from curlora.guard.measured_limit import Kept, log
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
 from curlora.guard.processes import of_first
@@ -35,30 +36,13 @@ from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
 
-__all__ = ["ForgettingBudget", "Outcome", "TextOutcome"]
+__all__ = ["ForgettingBudget", "Outcome"]
 
 STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
 _OWN = "own text"
 _TOO_LOW = 0.05  # of the rate that the budget asks for: what is below hardly moves the model
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextOutcome:
-    """What a text has lost since before the adapter's first training.
-
-    Args:
-        before: perplexity of the base model; of a function, what it gave.
-        after: the same after training.
-        rise: ``after / before - 1``.
-        limit: the most that the rise was allowed to be.
-    """
-
-    before: float
-    after: float
-    rise: float
-    limit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,11 +223,18 @@ class ForgettingBudget(TrainerCallback):
     ) -> None:
         held, prepared, model = self._holding, self._prepared, kwargs["model"]
         assert prepared is not None
-        held.finish(state)
+        held.finish()
         guard = held.guard
         kept = 1.0 if held.kept is None else held.kept.scale
         texts = {
-            name: TextOutcome(before, now := self._measured[name], now / before - 1, prepared.limits[name])
+            name: TextOutcome(
+                before=before,
+                after=(now := self._measured[name]),
+                rise=now / before - 1,
+                limit=prepared.limits[name],
+                tokens=sum(map(len, self._rows.get(name, []))),
+                sha256=digest(self._rows[name]) if name in self._rows else None,
+            )
             for name, before in prepared.base.items()
         }
         self.outcome = Outcome(guard.drift(), kept, self._rate, texts)
@@ -363,7 +354,8 @@ class ForgettingBudget(TrainerCallback):
         )  # fmt: skip
         before = {id(U): prepared.before[name] for name, U in _weights(layers_of(model, adapter), adapter).items()}
         self._held = _Held(guard, lambda: 1.0 + self._worst(model), max_rise=1.0)
-        self._held.count_from([before[id(U)] for U in guard.parameters], at_start=1.0)
+        self._held.at_start = 1.0
+        self._held.count_from([before[id(U)] for U in guard.parameters])
         self._set_rate(guard, args, state, kwargs)
         self._held.on_train_begin(args, state, control, **kwargs)
 
@@ -426,16 +418,8 @@ class ForgettingBudget(TrainerCallback):
                     seed=self.seed, progress=False,
                 )  # fmt: skip
             _add_anchor(ledger.anchors, task, layers, guard.adapter)
-        texts = {
-            name: TextRecord(
-                digest(self._rows[name]) if name in self._rows else None,
-                sum(map(len, self._rows.get(name, []))),
-                text.before, text.after, text.rise, text.limit,
-            )
-            for name, text in outcome.texts.items()
-        }  # fmt: skip
         training = TrainingRecord(
-            state.global_step, outcome.learning_rate, guard.budget, outcome.predicted, outcome.kept, texts
+            state.global_step, outcome.learning_rate, guard.budget, outcome.predicted, outcome.kept, outcome.texts
         )
         ledger.after(training, digest_of(layers, guard.adapter)).put_beside(_config_of(model, guard.adapter))
 
@@ -467,9 +451,9 @@ class ForgettingBudget(TrainerCallback):
 class _Held(GuardCallback):
     """The measure is 1 and the largest share of a limit that is used."""
 
-    def why(self, kept: Kept, finite: bool) -> str:
+    def why_nothing(self, kept: Kept, finite: bool) -> str:
         if not finite:
-            return super().why(kept, finite)
+            return super().why_nothing(kept, finite)
         if kept.rise > 1:
             return (
                 f"A text has lost {kept.rise:.3g} times what it may lose, even with all that this training changed in "

@@ -25,7 +25,7 @@ from curlora.train.folder import Folder, claim
 from curlora.train.measure import Measured, measure
 from curlora.train.model import Base, find_base
 from curlora.train.options import TrainOptions
-from curlora.train.outcome import Budget, HeldOut, Reply, Run, TextFigures, TrainOutcome
+from curlora.train.outcome import Budget, HeldOut, Reply, Run, TrainOutcome
 from curlora.train.page import write_page
 from curlora.train.plan import TrainPlan, make_plan
 
@@ -162,10 +162,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
             lifetime=options.lifetime,
             predicted=ended.budget.predicted,
             kept=ended.budget.kept,
-            texts={
-                name: TextFigures(before=text.before, after=text.after, rise=text.rise, limit=text.limit)
-                for name, text in ended.budget.texts.items()
-            },
+            texts=ended.budget.texts,
         ),
         replies=[
             Reply(prompt=prompt.text, before=one, after=other, data=prompt.answer)
