@@ -29,6 +29,7 @@ from curlora.guard.measured_limit import Kept, log
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
 from curlora.guard.processes import of_first
+from curlora.guard.progress import Shown, part_of, stage
 from curlora.guard.redraw import redraw
 from curlora.guard.texts import Texts, digest, named_texts, rows_of
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
@@ -41,6 +42,10 @@ __all__ = ["ForgettingBudget", "Outcome"]
 STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
 _OWN = "own text"
 _TOO_LOW = 0.05  # of the rate that the budget asks for: what is below hardly moves the model
+
+# What a token takes, in forward passes over one.
+_WITH_BACKWARD = 3
+_WRITTEN = 4  # by itself, one after the other, in many rows at once
 
 _logger = logging.getLogger(__name__)
 
@@ -128,6 +133,8 @@ class ForgettingBudget(TrainerCallback):
         damping: see :class:`curlora.Guard`.
         adapter: its name; the active one if ``None``.
         seed: of what is drawn: the model's own text, drawn answers, the examples that are looked at.
+        progress: what is told of the guard's own work, see :data:`curlora.guard.progress.Shown`, in tokens of a forward
+            pass. ``None`` for bars where the trainer shows its own.
 
     Attributes:
         outcome: an :class:`Outcome`, after training.
@@ -153,6 +160,7 @@ class ForgettingBudget(TrainerCallback):
         damping: float = 0.1,
         adapter: str | None = None,
         seed: int = 0,
+        progress: Shown | None = None,
     ) -> None:
         self.limit = _share("max_perplexity_increase", max_perplexity_increase)
         self.texts = {_OWN: None} if texts is None else named_texts(texts)
@@ -165,6 +173,8 @@ class ForgettingBudget(TrainerCallback):
         self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
         self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
         self.damping, self.adapter, self.seed = damping, adapter, seed
+        self.progress = progress
+        self._shown: Shown = False
         self.outcome: Outcome | None = None
         self._held: GuardCallback | None = None
         self._prepared: _Prepared | None = None
@@ -194,17 +204,18 @@ class ForgettingBudget(TrainerCallback):
         adapter = _check_model(model, self.adapter)
         tokenizer = getattr(processing, "tokenizer", processing)
         examples = Examples(kwargs.get("train_dataloader"), self.batch_size, self.seed)
-        shown = not args.disable_tqdm and state.is_world_process_zero
+        self._shown = not args.disable_tqdm if self.progress is None else self.progress
         self.outcome = None
-        self._read_texts(model, tokenizer, shown)
+        self._read_texts(model, tokenizer)
         if state.global_step:
             self._prepared = self._found(args, state)
         else:
-            self._prepared = self._prepare(model, adapter, examples, shown)
+            self._prepared = self._prepare(model, adapter, examples)
             self._write(Path(args.output_dir) / STATE_NAME, state)
         _config_of(model, adapter).beside.pop(LEDGER_NAME, None)  # of checkpoints it would be the history no more
         self._attach(model, adapter, args, state, control, kwargs)
         self._examples = examples
+        self._measured = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._holding.on_step_end(args, state, control, **kwargs)
@@ -253,10 +264,11 @@ class ForgettingBudget(TrainerCallback):
             )
         return self._held
 
-    def _read_texts(self, model: nn.Module, tokenizer: Any, shown: bool) -> None:
+    def _read_texts(self, model: nn.Module, tokenizer: Any) -> None:
         texts = {name: text for name, text in self.texts.items() if not callable(text)}
         texts = texts or {_OWN: None}  # measurements alone: there has to be a text to calibrate on
         tokens, length = self.tokens, self.max_length
+        shown = part_of(self._shown, _WRITTEN * tokens)
         self._rows = {
             name: own_text(model, tokenizer, tokens=tokens, max_length=length, seed=self.seed, progress=shown)
             if text is None
@@ -268,7 +280,11 @@ class ForgettingBudget(TrainerCallback):
     def _all_rows(self) -> list[Tensor]:
         return [row for rows in self._rows.values() for row in rows]
 
-    def _prepare(self, model: nn.Module, adapter: str, examples: Examples, shown: bool) -> _Prepared:
+    @property
+    def _tokens(self) -> int:
+        return sum(map(len, self._all_rows))
+
+    def _prepare(self, model: nn.Module, adapter: str, examples: Examples) -> _Prepared:
         layers = layers_of(model, adapter)
         ledger = Ledger.of(_config_of(model, adapter))
         if ledger is not None:
@@ -282,10 +298,10 @@ class ForgettingBudget(TrainerCallback):
         else:
             examples.check()
             if self.redraw:
-                self._redraw(model, adapter, layers, examples, shown)
+                self._redraw(model, adapter, layers, examples)
             calibration = calibrate(
                 model, self._all_rows, adapter=adapter, max_length=self.max_length, batch_size=self.batch_size,
-                seed=self.seed, progress=shown,
+                seed=self.seed, progress=part_of(self._shown, _WITH_BACKWARD * self._tokens),
             )  # fmt: skip
             ledger = Ledger(calibration, Anchors())
         if self.lifetime is not None:
@@ -310,10 +326,8 @@ class ForgettingBudget(TrainerCallback):
                     )
                 limits[name] = min(limits[name], ledger.lifetime)
         sizes = {name: sum(map(len, rows)) for name, rows in self._rows.items()}
-        # The KL on texts that are put together is the mean of theirs, and each is allowed the log of its own rise.
-        allowed = sum(size * math.log1p(limits.get(name, self.limit)) for name, size in sizes.items())
         # What earlier trainings have cost by measurement may be predicted as more.
-        budget = max(allowed / sum(sizes.values()), guard.drift() * 1.001)
+        budget = max(allowed_nats(sizes, limits, self.limit), guard.drift() * 1.001)
         return _Prepared(ledger, now, budget, base, limits)
 
     def _redraw(
@@ -322,7 +336,6 @@ class ForgettingBudget(TrainerCallback):
         adapter: str,
         layers: Mapping[str, CurloraLayer],
         examples: Examples,
-        shown: bool,
     ) -> None:
         if any(bool(layer.matrices[adapter].weight.any()) for layer in layers.values()):
             return  # it has been trained with those that it has
@@ -332,9 +345,10 @@ class ForgettingBudget(TrainerCallback):
         if examples.problem is not None:
             warnings.warn(f"Columns and rows are not chosen for the task: {examples.problem}.", stacklevel=3)
             return
+        each = _WITH_BACKWARD * (self._tokens + examples.tokens) / 2  # of two stages
         redraw(
-            model, examples.batches(model), self._all_rows, adapter=adapter, max_length=self.max_length,
-            batch_size=self.batch_size, seed=self.seed, progress=shown,
+            model, list(examples.batches(model)), self._all_rows, adapter=adapter, max_length=self.max_length,
+            batch_size=self.batch_size, seed=self.seed, progress=part_of(self._shown, each),
         )  # fmt: skip
 
     def _attach(
@@ -363,14 +377,18 @@ class ForgettingBudget(TrainerCallback):
         """The largest share of a limit that has been used."""
         assert self._prepared is not None
         base, limits = self._prepared.base, self._prepared.limits
-        self._measured = {name: self._measure(model, name) for name in self.texts}
+        # How often is measured until all limits are kept cannot be known: once is what is counted as work.
+        again = bool(self._measured)
+        self._measured = {name: self._measure(model, name, again) for name in self.texts}
         return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
 
-    def _measure(self, model: nn.Module, name: str) -> float:
-        text = self.texts[name]
+    def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
+        text, rows = self.texts[name], self._rows.get(name, [])
+        shown = part_of(self._shown, 0 if again else sum(map(len, rows)), f"measuring {name}")
         if callable(text):
-            return float(text())
-        return perplexity(model, self._rows[name], max_length=self.max_length, batch_size=self.batch_size)
+            with stage(shown, f"measuring {name}", None):
+                return float(text())
+        return perplexity(model, rows, max_length=self.max_length, batch_size=self.batch_size, progress=shown)
 
     def _set_rate(self, guard: Guard, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         assert guard.budget is not None
@@ -414,8 +432,9 @@ class ForgettingBudget(TrainerCallback):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # which are of a guard's text
                 task = calibrate(
-                    model, examples.batches(model, to_device=False), adapter=guard.adapter, batch_size=self.batch_size,
-                    seed=self.seed, progress=False,
+                    model, list(examples.batches(model, to_device=False)), adapter=guard.adapter,
+                    batch_size=self.batch_size, seed=self.seed,
+                    progress=part_of(self._shown, _WITH_BACKWARD * examples.tokens, "an anchor of the task"),
                 )  # fmt: skip
             _add_anchor(ledger.anchors, task, layers, guard.adapter)
         training = TrainingRecord(
@@ -446,6 +465,35 @@ class ForgettingBudget(TrainerCallback):
                 f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Give the output_dir that it began with."
             )
         return _Prepared.from_bytes(content, STATE_NAME)
+
+
+def allowed_nats(sizes: Mapping[str, int], limits: Mapping[str, float], otherwise: float) -> float:
+    """The divergence, in nats per token of all texts together, that goes with limits on the perplexity of each.
+
+    The KL on texts that are put together is the mean of theirs, and each is allowed the log of its own rise.
+
+    Args:
+        sizes: tokens of each text.
+        limits: of some of them, as relative rises.
+        otherwise: that of the others.
+    """
+    allowed = sum(size * math.log1p(limits.get(name, otherwise)) for name, size in sizes.items())
+    return allowed / sum(sizes.values())
+
+
+def work_of(tokens: int, examples: int, *, written: bool, continued: bool) -> tuple[float, float]:
+    """What a budget does before training and after it, in tokens of a forward pass, as its ``progress`` is told.
+
+    Args:
+        tokens: of the guard's texts.
+        examples: tokens of the task's examples that are looked at, of :data:`curlora.guard.examples.COUNT` at most.
+        written: whether the model has to write the text.
+        continued: whether the adapter has a ledger already.
+    """
+    before = _WRITTEN * tokens * written + tokens * (1 + continued)
+    if not continued:  # columns and rows, and the calibration
+        before += _WITH_BACKWARD * (2 * tokens + examples)
+    return float(before), float(tokens + _WITH_BACKWARD * examples)
 
 
 class _Held(GuardCallback):

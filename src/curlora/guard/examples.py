@@ -59,6 +59,11 @@ class Examples:
                 "the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
             )
 
+    @property
+    def tokens(self) -> int:
+        """In all batches, padding included."""
+        return sum(batch["input_ids"].numel() for batch in self._batches)
+
     def batches(self, model: nn.Module, to_device: bool = True) -> Iterator[dict[str, Tensor]]:
         """Batches of this process, with labels, of those keys that the model takes."""
         rank, processes = rank_and_count()

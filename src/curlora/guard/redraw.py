@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.model_pass import backward, pass_over, ready
 from curlora.guard.processes import sum_over_processes
+from curlora.guard.progress import Shown, stage
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.weight import device_of, read
@@ -37,7 +38,7 @@ def redraw(
     max_length: int = 128,
     batch_size: int = 8,
     seed: int = 0,
-    progress: bool = True,
+    progress: Shown = True,
 ) -> None:
     """Draw the columns and rows of an untrained adapter anew, for a task.
 
@@ -64,7 +65,8 @@ def redraw(
             new head this is the loss of a head that has been fitted first, or it says nothing of the task.
         adapter: the adapter's name; the active one if ``None``. Others may be active beside it, of earlier tasks for
             instance: gradients are then those of the model with them.
-        max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them, of the general text.
+        max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them; the first two of the
+            general text.
 
     Raises:
         GuardError: if the adapter has been trained or is merged, if there is no batch of the task, if a gradient is not
@@ -84,16 +86,21 @@ def redraw(
     with _listening(of_general, layers):
         pass_over(
             model, layers, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
-            seed=seed, progress="Reading general text" if progress else "", begin=lambda mask: None, end=lambda: None,
+            seed=seed, progress=progress, doing="what the text uses", begin=lambda mask: None, end=lambda: None,
         )  # fmt: skip
     of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
     device = next(model.parameters()).device
-    batches = 0
-    with ready(model, layers, gradients=True) as reached, _listening(of_task, layers):
+    batches, count = 0, len(task) if isinstance(task, Sized) else None
+    with (
+        ready(model, layers, gradients=True) as reached,
+        _listening(of_task, layers),
+        stage(progress, "what the task uses", count) as advance,
+    ):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
             backward(value, reached)
             batches += 1
+            advance(1)
     if not batches:
         raise GuardError("There is no batch of the task to see by what it uses")
     everything = [part for use in (*of_general.values(), *of_task.values()) for part in (use.outputs, use.inputs)]

@@ -29,11 +29,13 @@ class HeldOut(_Part):
 class Budget(_Part):
     """What may be forgotten and what was.
 
-    ``stated`` and ``lifetime`` are relative rises of perplexity, ``predicted`` is in nats per token, and ``kept`` is
-    the share of the training's change that was kept to stay within the limits.
+    ``stated``, the ``limits`` of texts that have one of their own, and ``lifetime`` are relative rises of perplexity,
+    ``predicted`` is in nats per token, and ``kept`` is the share of the training's change that was kept to stay within
+    the limits.
     """
 
     stated: float
+    limits: dict[str, float] = {}
     lifetime: float | None
     predicted: float
     kept: float

@@ -13,13 +13,17 @@ from transformers.pytorch_utils import Conv1D
 from curlora._compat import in_out_features
 from curlora.continual.memory import UnknownError, kept_for_backward
 from curlora.continual.processes import use_cpu
-from curlora.guard.learning_rate import learning_rate
+from curlora.guard import GuardError, learning_rate
+from curlora.guard.budget import allowed_nats, work_of
+from curlora.guard.examples import COUNT
+from curlora.guard.texts import rows_of
 from curlora.train.data import Examples
+from curlora.train.errors import TrainError
 from curlora.train.model import Base
 from curlora.train.options import TrainOptions
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["Memory", "TrainPlan", "make_plan", "with_checkpointing"]
+__all__ = ["Memory", "TrainPlan", "guard_row", "make_plan", "with_checkpointing"]
 
 _BITS = {"4bit": 4.5, "8bit": 8.0}  # of a weight, with the scales of its blocks
 
@@ -57,6 +61,7 @@ class TrainPlan:
         layers: that have an adapter.
         rank: the highest of them.
         learning_rate: that the budget asks for, about.
+        guard_work: what the guard does before training and after it, in tokens of a forward pass.
         memory: of the largest step.
     """
 
@@ -69,6 +74,7 @@ class TrainPlan:
     layers: int
     rank: int
     learning_rate: float
+    guard_work: tuple[float, float]
     memory: Memory
 
 
@@ -76,8 +82,11 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
     """Put the adapter on the model without its weights, and count what training takes.
 
     Raises:
-        TrainError: if the adapter does not fit the model.
+        TrainError: if the adapter does not fit the model, or a text of the guard has nothing to predict.
     """
+    sizes = _guard_tokens(options, base)
+    nats = allowed_nats(sizes, options.limits, options.max_forgetting)
+    looked_at = min(COUNT, len(examples.train.rows)) * examples.train.tokens // len(examples.train.rows)
     plain, model = base.empty()
     rows = len(examples.train.rows)
     batches = math.ceil(rows / options.batch_size)
@@ -96,9 +105,30 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=len(adapted),
         rank=rank,
-        learning_rate=learning_rate(math.log1p(options.max_forgetting), steps, rank),
+        learning_rate=learning_rate(nats, steps, rank),
+        guard_work=work_of(
+            sum(sizes.values()), looked_at, written=not options.guard_texts, continued=base.continue_from is not None
+        ),
         memory=_memory(options, base, plain, model, min(options.batch_size, rows), examples.train.longest),
     )
+
+
+def guard_row(base: Base) -> int:
+    """Tokens of a row of the guard's text."""
+    return min(TrainOptions.GUARD_ROW, base.positions or TrainOptions.GUARD_ROW)
+
+
+def _guard_tokens(options: TrainOptions, base: Base) -> dict[str, int]:
+    if not options.guard_texts:
+        return {"": options.GUARD_TOKENS}
+    how: dict[str, Any] = dict(tokens=options.GUARD_TOKENS, max_length=guard_row(base))
+    sizes = {}
+    for name, path in options.guard_texts.items():
+        try:
+            sizes[name] = sum(map(len, rows_of(name, path, base.tokenizer, **how)))
+        except GuardError as error:
+            raise TrainError(f"--guard-text {path}: {error}") from error
+    return sizes
 
 
 def with_checkpointing(options: TrainOptions) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -54,7 +54,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
             f"{options.batch_size * options.gradient_accumulation}; a checkpoint every "
             f"{_count(plan.save_steps, 'step')}",
         ),
-        ("may be forgotten", f"{percent(options.max_forgetting)} of perplexity{lifetime}"),
+        ("may be forgotten", _stated(options.max_forgetting, options.limits, options.guard_texts) + lifetime),
         ("of which text", texts or "what the model itself writes"),
         (
             "learning rate",
@@ -99,7 +99,7 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
     budget = outcome.budget
     name, worst = budget.worst
     rows = [
-        ("stated", percent(budget.stated) + " of perplexity"),
+        ("stated", _stated(budget.stated, budget.limits, budget.texts)),
         ("predicted", f"{percent(budget.predicted_rise, True)} ({budget.predicted:.5f} nats per token)"),
         (
             "measured",
@@ -153,6 +153,14 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
+
+
+def _stated(stated: float, limits: Mapping[str, float], texts: Iterable[str]) -> str:
+    """What may be forgotten of texts, some of which have limits of their own."""
+    parts = [f"{percent(limit)} of {name}" for name, limit in limits.items()]
+    if not limits or set(texts) - set(limits):
+        parts.insert(0, f"{percent(stated)} of perplexity")
+    return ", ".join(parts)
 
 
 def _split(split: Split, of: str = "") -> str:
