@@ -129,7 +129,7 @@ class ForgettingBudget(TrainerCallback):
         anchors: whether tasks are held while later ones are learned.
         tokens: of each text, at most.
         max_length: tokens of a row of text; perplexity is of such rows.
-        batch_size: rows of text, and examples, that are run together.
+        batch_size: rows of text that are run together; and examples, fewer where they are longer than such rows.
         damping: see :class:`curlora.Guard`.
         adapter: its name; the active one if ``None``.
         seed: of what is drawn: the model's own text, drawn answers, the examples that are looked at.
@@ -203,7 +203,8 @@ class ForgettingBudget(TrainerCallback):
         model, processing = kwargs["model"], kwargs.get("processing_class")
         adapter = _check_model(model, self.adapter)
         tokenizer = getattr(processing, "tokenizer", processing)
-        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, self.seed)
+        tokens = self.batch_size * self.max_length
+        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
         self._shown = not args.disable_tqdm if self.progress is None else self.progress
         self.outcome = None
         self._read_texts(model, tokenizer)

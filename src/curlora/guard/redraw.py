@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = ["redraw"]
 _FLOOR = 0.01
 # Of the largest gradient of a token in a row: what is smaller is float32's rounding.
 _ROUNDING = 1e-5
+_IGNORED = -100
 
 
 def redraw(
@@ -98,7 +100,11 @@ def redraw(
     ):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
-            backward(value, reached)
+            # Of a mean over many tokens most gradients would be zero in float16.
+            scale = _loss_scale(batch)
+            for use in of_task.values():
+                use.loss_scale = scale
+            backward(value, reached, torch.full_like(value, scale))
             batches += 1
             advance(1)
     if not batches:
@@ -128,6 +134,13 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> T
     return value
 
 
+def _loss_scale(batch: Any) -> float:
+    """A power of two, so that nothing else is rounded: about as many as the mean is over."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    count = int((labels != _IGNORED).sum()) if isinstance(labels, Tensor) else 1
+    return 2.0 ** round(math.log2(max(1, count)))
+
+
 class _Use:
     """Sums of squares, by entry of a layer's output and of ``W^T d``.
 
@@ -138,7 +151,7 @@ class _Use:
 
     def __init__(self, layer: Any, mean_loss: bool = False) -> None:
         base = layer.get_base_layer()
-        self.base, self.mean_loss = base, mean_loss
+        self.base, self.mean_loss, self.loss_scale = base, mean_loss, 1.0
         device = device_of(base)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
@@ -155,7 +168,7 @@ class _Use:
         output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
         with read(self.base) as weight, autocast_off(gradient):
             back = weight.input_gradient(gradient[seen])
-        back = back.to(self.inputs.dtype) * (examples if self.mean_loss else 1)
+        back = back.to(self.inputs.dtype) * ((examples if self.mean_loss else 1) / self.loss_scale)
         self.outputs += output.to(self.outputs.dtype).square().sum(0)
         self.inputs += back.square().sum(0)
 
