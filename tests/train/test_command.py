@@ -418,6 +418,8 @@ BAD = {
     "guard text": ([], {"model": "{chat}", "guard_text": "code=gone.txt"}, "--guard-text gone.txt: there is no such"),
     "limit of no text": ([], {"model": "{chat}", "limit": "code=1%"}, "--limit code=...: no text has this name"),
     "limit without a name": ([], {"model": "{chat}", "limit": "1%"}, "--limit '1%' does not say of which text"),
+    "guard text of a word": ([], {"model": "{chat}", "guard_text": "{word}"}, "has no two tokens in a row"),
+    "guard text of nothing": ([], {"model": "{chat}", "guard_text": "{nothing}"}, "is empty: give a text of some thou"),
     "encoder-decoder": ([], {"model": "{t5}"}, "is an encoder-decoder (t5)"),
     "no language model": ([], {"model": "{vit}"}, "is of type vit, which transformers knows no language model of"),
     "no template": ([], {"model": "{plain}"}, "the model's tokenizer has no chat template"),
@@ -434,6 +436,9 @@ def models(chat_model, plain_model, tmp_path_factory):
     from transformers import T5Config, ViTConfig
 
     folder, found = tmp_path_factory.mktemp("models"), {"chat": chat_model, "plain": plain_model}
+    for name, content in (("word", "w1\n\nw2"), ("nothing", " \n")):
+        found[name] = str(folder / f"{name}.txt")
+        (folder / f"{name}.txt").write_text(content)
     for name, config in (("t5", T5Config()), ("vit", ViTConfig())):
         config.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(plain_model).save_pretrained(folder / name)
@@ -453,6 +458,31 @@ def test_bad_input_is_one_sentence_and_loads_no_weight(bad, data, models, tmp_pa
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            [{"role": "user", "content": "w1"}, {"role": "bot", "content": "w2"}],
+            "row 16 (line 17) has the unknown role 'bot' in message 1; known are system, developer, user, assistant, ",
+        ),
+        (
+            [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "weight": 0}],
+            "row 16 (line 17) has no answer of the assistant's to a message of the user's: ",
+        ),
+        ([], "row 16 (line 17) is an empty conversation"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(row, message, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    rows = conversations(20)
+    rows[16] = {"messages": row}
+    done = command(write_lines(tmp_path / "chat.jsonl", rows), model=chat_model, out=tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert done.stderr.startswith(f"Error: {tmp_path / 'chat.jsonl'}: {message}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -148,8 +148,8 @@ class Guard:
         guarded = [id(U) in trained for U in self.parameters]
         if not all(guarded):
             raise GuardError(
-                f"The optimizer does not train {guarded.count(False)} of the adapter's {len(guarded)} U: make it from "
-                "this model's parameters, after the adapter is on it."
+                f"The optimizer does not train {guarded.count(False)} of the adapter's {len(guarded)} matrices U: "
+                "make it from this model's parameters, after the adapter is on it."
             )
         self.detach()
         others = [guard for guard in _GUARDS.get(optimizer, ()) if guard._hooks]

@@ -284,8 +284,13 @@ def _batches(
         raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
     if isinstance(data, Mapping):
         raise GuardError("One batch was given where several are expected: calibrate(model, [batch]).")
-    length = len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
-    items = iter([data] if isinstance(data, str) else data)
+    if isinstance(data, str):
+        raise GuardError(
+            f"A string, {data[:40]!r}, was given where several texts are expected. Give a list of texts; of a file, "
+            "what is in it."
+        )
+    length = len(data) if hasattr(data, "__len__") else None
+    items = iter(data)
     first = list(itertools.islice(items, 1))
     if first and isinstance(first[0], str):
         if tokenizer is None:
