@@ -89,9 +89,10 @@ class TrainOptions:
     HELD_OUT_SHARE = 0.05
     HELD_OUT_LEAST = 20
     HELD_OUT_MOST = 200
-    # Of each of the guard's texts, in rows of so many.
+    # Of each of the guard's texts, in rows of so many, so many together.
     GUARD_TOKENS = 8192
     GUARD_ROW = 128
+    GUARD_BATCH = 8
     REPLIES = 3
     REPLY_TOKENS = 96
 

@@ -39,6 +39,9 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
     )
     sizes = f"{format_size(memory.weights)} of frozen weights, {format_size(memory.trained)} for what is trained"
     kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
+    more = f", {format_size(memory.logits)} for logits"
+    if memory.guard is not None:
+        more += f"; the guard, before training, takes {format_size(memory.guard)} beside the weights"
     rows = [
         ("base model", ", ".join([base.name, f"{plan.parameters:,} parameters", *filter(None, [base.quantize])])),
         (
@@ -65,7 +68,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
         (
             "memory",
             ("unknown: " if memory.total is None else f"about {format_size(memory.total)}: ") + sizes + kept
-            + (" (computed again)" if with_checkpointing(options) else ""),
+            + (" (computed again)" if with_checkpointing(options) else "") + more,
         ),
         ("written to", str(options.out)),
     ]  # fmt: skip

@@ -70,6 +70,7 @@ class Training:
             learning_rate=options.learning_rate,
             tokens=options.GUARD_TOKENS,
             max_length=guard_row(base),
+            batch_size=options.GUARD_BATCH,
             seed=options.seed,
             progress=guard,
         )
