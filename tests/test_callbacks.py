@@ -46,7 +46,7 @@ def trainer(model, folder, callbacks, dataset=None, **arguments):
     given = dict(per_device_train_batch_size=2, max_steps=2, lr_scheduler_type="constant", save_strategy="no",
                  report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1)  # fmt: skip
     return Trainer(model, TrainingArguments(str(folder), **given | arguments), train_dataset=dataset,
-                   callbacks=callbacks, optimizers=(optimizer, None))  # fmt: skip
+                   eval_dataset=dataset, callbacks=callbacks, optimizers=(optimizer, None))  # fmt: skip
 
 
 class Half(PenaltyCallback):
@@ -207,6 +207,36 @@ def test_scale_back_keeps_the_limit_on_the_way_that_training_took(tmp_path):
     # Trained further, the limit is still from where it began.
     trainer(model, tmp_path, [callback], max_steps=6).train()
     assert measure() / start - 1 <= 0.002
+
+
+def test_scale_back_measures_once_where_nothing_is_scaled_back(tmp_path):
+    model, measured = adapted(), []
+
+    def measure():
+        measured.append(perplexity(model, ROWS))
+        return measured[-1]
+
+    callback = ScaleBackCallback(model, measure, max_rise=10.0)
+    trainer(model, tmp_path, [callback], max_steps=2).train()
+    assert len(measured) == 2  # before and after
+    assert callback.kept == (1.0, measured[1] / measured[0] - 1)
+
+
+def test_scale_back_measures_what_is_loaded_as_the_best(tmp_path):
+    """Of that, and not of what training ended with, ``kept`` tells."""
+    model = adapted()
+    callback = ScaleBackCallback(model, lambda: perplexity(model, ROWS), max_rise=0.002)
+    before = [p.detach().clone() for p in trained(model)]
+    training = trainer(
+        model, tmp_path, [callback], max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps",
+        eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
+    )  # fmt: skip
+    training.train()
+    best = PeftModel.from_pretrained(llama(initializer_range=0.2).double(), training.state.best_model_checkpoint)
+    loaded = [p for name, p in best.named_parameters() if "lora_" in name]
+    assert 0 < callback.kept.scale <= 1
+    for old, one, now in zip(before, loaded, trained(model), strict=True):
+        torch.testing.assert_close(now, torch.lerp(old, one, callback.kept.scale), rtol=1e-9, atol=1e-12)
 
 
 def test_scale_back_refuses_what_is_no_limit():

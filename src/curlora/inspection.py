@@ -149,7 +149,7 @@ def _ledger_tables(ledger: Ledger) -> list[RenderableType]:
         for name, text in training.texts.items():
             history.add_row(
                 str(number), f"{training.steps:,}", Text(name), f"{text.before:.2f}", f"{text.after:.2f}",
-                f"{text.rise:+.2%}", f"{text.allowed:.2%}", f"{training.predicted:.4f}", f"{training.kept:.0%}",
+                f"{text.rise:+.2%}", f"{text.limit:.2%}", f"{training.predicted:.4f}", f"{training.kept:.0%}",
             )  # fmt: skip
     facts = Table(show_header=False, box=None)
     if ledger.lifetime is not None:

@@ -148,6 +148,10 @@ def train(
             "writes, if none is given."
         ),
     ] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=1%: what a --guard-text may lose, instead of --max-forgetting. May be repeated."),
+    ] = None,
     lifetime: Annotated[
         str | None, typer.Option(help="What all trainings of this adapter may cost together: 3% or 0.03.")
     ] = None,
@@ -212,6 +216,7 @@ def train(
             max_forgetting=training.parse_share(max_forgetting),
             continue_from=continue_from,
             guard_texts=training.parse_texts(guard_text or []),
+            limits=training.parse_limits(limit or []),
             lifetime=None if lifetime is None else training.parse_share(lifetime, "--lifetime"),
             split=split,
             subset=subset,

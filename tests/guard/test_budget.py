@@ -24,6 +24,7 @@ from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.budget import STATE_NAME
 from curlora.guard.learning_rate import learning_rate
+from curlora.guard.ledger import pack, unpack
 from curlora.tuner.config import LEDGER_NAME
 from curlora_cli.commands import app
 from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
@@ -248,6 +249,29 @@ class TestLedger:
             go_on("copy")
         (tmp_path / "copy" / LEDGER_NAME).unlink()
         go_on("copy")
+
+    def test_one_of_the_first_version_is_read(self, tmp_path):
+        """It called a text's limit ``allowed``, and is written as the second when training goes on."""
+        model, callback = fresh(), budget(0.02, learning_rate=0.3)
+        train(model, tmp_path / "one", callback)
+        model.save_pretrained(tmp_path / "saved")
+        path = tmp_path / "saved" / LEDGER_NAME
+        tensors, about = unpack(path.read_bytes(), "it")
+        (training,), text = about["trainings"], callback.outcome.texts["words"]
+        training["texts"] = {
+            "words": {"sha256": text.sha256, "tokens": text.tokens, "before": text.before, "after": text.after,
+                      "rise": text.rise, "allowed": text.limit}
+        }  # fmt: skip
+        path.write_bytes(pack(tensors, {**about, "version": 1}))
+        assert Ledger.load(tmp_path / "saved").trainings[0].texts == callback.outcome.texts
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
+        train(loaded, tmp_path / "two", budget(0.02), seed=4)
+        loaded.save_pretrained(tmp_path / "saved")
+        assert unpack(path.read_bytes(), "it")[1]["version"] == 2
+        assert len(Ledger.load(tmp_path / "saved").trainings) == 2
+        path.write_bytes(pack(tensors, {**about, "version": 3}))
+        with pytest.raises(GuardError, match="has version 3, and this curlora reads 1 and 2: update curlora"):
+            Ledger.load(tmp_path / "saved")
 
     def test_inspect_shows_it(self, tmp_path):
         model, first, second = self.two(tmp_path, lifetime=0.5)
@@ -568,5 +592,5 @@ class TestBadInput:
             model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=rows,
             optimizers=(optimizer, None), callbacks=[budget()],
         )  # fmt: skip
-        with pytest.raises(GuardError, match="does not train 6 of the adapter's 6 U"):
+        with pytest.raises(GuardError, match="does not train 6 of the adapter's 6 matrices U: make it"):
             trainer.train()

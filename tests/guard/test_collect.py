@@ -270,9 +270,11 @@ def test_bad_input_is_named():
     model = adapted()
     with pytest.raises(GuardError, match="tokenizer"):
         calibrate(model, ["w1 w2"])
-    for nothing in ("", ["", " "], [], ["w1", "w2"]):  # no token, or none to predict
+    for nothing in (["", " "], [], ["w1", "w2"]):  # no token, or none to predict
         with pytest.raises(GuardError, match="no two tokens in a row"):
             calibrate(model, nothing, word_tokenizer(), progress=False)
+    with pytest.raises(GuardError, match=r"A string, 'novel.txt', was given where several texts are expected"):
+        calibrate(model, "novel.txt", word_tokenizer())
     with pytest.raises(GuardError, match="input_ids"):
         calibrate(model, [tokens()], progress=False)
     with pytest.raises(GuardError, match=r"calibrate\(model, \[batch\]\)"):

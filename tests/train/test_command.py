@@ -284,6 +284,76 @@ def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeyp
     assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
 
 
+def test_each_text_keeps_a_limit_of_its_own(data, chat_model, guard_file, tmp_path):
+    other, out = tmp_path / "other.txt", tmp_path / "out"
+    other.write_text("\n\n".join(" ".join(f"w{(i * j) % 90}" for j in range(20)) for i in range(1, 40)))
+    given = ["--guard-text", f"novel={guard_file}", "--guard-text", f"other={other}", "--limit", "other=0.2%"]
+    tells = dict(model=chat_model, out=out, epochs=4, rank=8, max_forgetting="5%")
+    done = command(data, *given, **tells)
+    assert done.exit_code == 0, done.output
+    printed = " ".join(done.stdout.split())
+    assert "may be forgotten 5.00 % of perplexity, 0.20 % of other" in printed
+    assert "stated 5.00 % of perplexity, 0.20 % of other" in printed
+    assert re.search(r"perplexity of novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %", printed)
+    assert re.search(r"perplexity of other [\d.]+ [\d.]+ [+-]\d\.\d+ % 0\.20 %", printed)
+    outcome = record(out)["outcome"]
+    assert outcome["budget"]["limits"] == {"other": 0.002}
+    assert {name: text["limit"] for name, text in outcome["budget"]["texts"].items()} == {"novel": 0.05, "other": 0.002}
+    assert all(text["rise"] <= text["limit"] for text in outcome["budget"]["texts"].values())
+    # The rate of the plan is the one that was set.
+    assert f"about {outcome['run']['learning_rate']:.2g}, set from the budget" in printed
+    for name in ("report.html", "README.md"):
+        assert "5.00 % of perplexity, 0.20 % of other" in (out / name).read_text()
+    again = command(data, *given[:-1], "other=0.3%", **tells)
+    assert (again.exit_code, "limits is {'other': 0.003} and was {'other': 0.002}" in again.stderr) == (1, True)
+
+
+def test_the_bar_moves_with_what_the_guard_does(data, chat_model, tmp_path, monkeypatch):
+    """All stages are named, the bar never goes back or beyond its end, and it moves within each of the guard's."""
+    from curlora.train import train
+
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+
+    class Bar:
+        def __init__(self, total):
+            self.total, self.stages = total, []
+
+        def stage(self, text):
+            self.stages.append((text, []))
+
+        def advance(self, units):
+            assert units >= 0
+            self.stages[-1][1].append(units)
+
+    bars = []
+
+    def bar(total):
+        bars.append(Bar(total))
+        return bars[-1]
+
+    def run(out, **more):
+        train(
+            prepare(TrainOptions(data=str(data), out=tmp_path / out, model=chat_model, rank=4, epochs=1, **more)), bar
+        )
+        done = [sum(units) for _, units in bars[-1].stages]
+        assert sum(done) == pytest.approx(bars[-1].total)
+        return dict(zip([text for text, _ in bars[-1].stages], done, strict=True))
+
+    done = run("one")
+    guards = [
+        "the model writes 8,192 tokens", "what the text uses", "what the task uses", "calibrating 14 layers",
+        "measuring own text",
+    ]  # fmt: skip
+    names = list(done)
+    at = names.index(guards[0])
+    assert names[at : at + len(guards) + 1] == [*guards, "training"]
+    assert names[-3:] == ["an anchor of the task", "held-out examples, after", "writing"]
+    assert all(len(units) > 2 for text, units in bars[-1].stages if text in guards)
+    assert done["the model writes 8,192 tokens"] > 0.3 * bars[-1].total
+    done = run("two")  # the text is there already, and what was to be done for it is passed over
+    assert "the model writes 8,192 tokens" not in done
+
+
 def test_the_loss_is_on_answers_alone(data, chat_model, guard_file, tmp_path):
     """At the first step, which takes all examples at once, it is the base model's on the answers."""
     out, tells = tmp_path / "out", dict(guard_text=guard_file, epochs=1, rank=4)
@@ -346,6 +416,10 @@ BAD = {
     "budget": ([], {"model": "{chat}", "max_forgetting": "1"}, "For 1 % write 1%."),
     "budget of nothing": ([], {"model": "{chat}", "max_forgetting": "0"}, "leaves nothing to learn with"),
     "guard text": ([], {"model": "{chat}", "guard_text": "code=gone.txt"}, "--guard-text gone.txt: there is no such"),
+    "limit of no text": ([], {"model": "{chat}", "limit": "code=1%"}, "--limit code=...: no text has this name"),
+    "limit without a name": ([], {"model": "{chat}", "limit": "1%"}, "--limit '1%' does not say of which text"),
+    "guard text of a word": ([], {"model": "{chat}", "guard_text": "{word}"}, "has no two tokens in a row"),
+    "guard text of nothing": ([], {"model": "{chat}", "guard_text": "{nothing}"}, "is empty: give a text of some thou"),
     "encoder-decoder": ([], {"model": "{t5}"}, "is an encoder-decoder (t5)"),
     "no language model": ([], {"model": "{vit}"}, "is of type vit, which transformers knows no language model of"),
     "no template": ([], {"model": "{plain}"}, "the model's tokenizer has no chat template"),
@@ -362,6 +436,9 @@ def models(chat_model, plain_model, tmp_path_factory):
     from transformers import T5Config, ViTConfig
 
     folder, found = tmp_path_factory.mktemp("models"), {"chat": chat_model, "plain": plain_model}
+    for name, content in (("word", "w1\n\nw2"), ("nothing", " \n")):
+        found[name] = str(folder / f"{name}.txt")
+        (folder / f"{name}.txt").write_text(content)
     for name, config in (("t5", T5Config()), ("vit", ViTConfig())):
         config.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(plain_model).save_pretrained(folder / name)
@@ -381,6 +458,31 @@ def test_bad_input_is_one_sentence_and_loads_no_weight(bad, data, models, tmp_pa
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            [{"role": "user", "content": "w1"}, {"role": "bot", "content": "w2"}],
+            "row 16 (line 17) has the unknown role 'bot' in message 1; known are system, developer, user, assistant, ",
+        ),
+        (
+            [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "weight": 0}],
+            "row 16 (line 17) has no answer of the assistant's to a message of the user's: ",
+        ),
+        ([], "row 16 (line 17) is an empty conversation"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_line(row, message, chat_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
+    rows = conversations(20)
+    rows[16] = {"messages": row}
+    done = command(write_lines(tmp_path / "chat.jsonl", rows), model=chat_model, out=tmp_path / "out")
+    assert done.exit_code == 1, done.output
+    assert done.stderr.startswith(f"Error: {tmp_path / 'chat.jsonl'}: {message}")
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curlora.train import TrainError, TrainOptions, parse_columns, parse_share, parse_targets, parse_texts, read_prompts
+from curlora.train import (
+    TrainError,
+    TrainOptions,
+    parse_columns,
+    parse_limits,
+    parse_share,
+    parse_targets,
+    parse_texts,
+    read_prompts,
+)
 
 
 @given(st.integers(1, 9999))
@@ -65,6 +74,29 @@ def test_texts_that_are_none(given, message, tmp_path):
         parse_texts([one.format(tmp_path) for one in given])
 
 
+def test_limits_of_texts():
+    assert parse_limits(["code=0.5%", "a=b=0.02"]) == {"code": 0.005, "a=b": 0.02}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["1%"], "--limit '1%' does not say of which text: write NAME=1%"),
+        (["=1%"], "does not say of which text"),
+        (["code"], "does not say of which text"),
+        (["code=1"], "--limit code '1' is 100 % or more of the perplexity. For 1 % write 1%."),
+        (["code=0%"], "--limit code '0%' leaves nothing to learn with"),
+        (["code=-1%"], "leaves nothing to learn with"),
+        (["code="], "--limit code '' is no budget"),
+        (["code=1%", "code=2%"], "'code' has two limits"),
+    ],
+)
+def test_limits_that_are_none(given, message):
+    with pytest.raises(TrainError) as error:
+        parse_limits(given)
+    assert message in str(error.value)
+
+
 def test_lists_of_names():
     assert parse_columns(None) is None
     assert parse_columns("question, answer") == ("question", "answer")
@@ -94,9 +126,19 @@ def test_prompts_of_a_file(tmp_path):
         (dict(max_length=1), "a prompt and an answer"),
         (dict(learning_rate=0.0), "--learning-rate must be a positive number"),
         (dict(lifetime=0.005), "--lifetime 0.005 is less than --max-forgetting 0.01"),
+        (dict(lifetime=0.01, guard_texts={"a": "a.txt"}, limits={"a": 0.02}), "--lifetime 0.01 is less than --limit a"),
+        (dict(limits={"a": 0.02}), "--limit a=...: no text has this name, none is given. Name the text: --guard-text"),
+        (dict(limits={"c": 0.1}, guard_texts={"a": "a.txt", "b": "b.txt"}), "has this name, known are a, b. Name"),
         (dict(continue_from="adapter", rank=8), "--rank and --target-modules are of a new adapter"),
     ],
 )
 def test_options_that_cannot_be(options, message):
     with pytest.raises(TrainError, match=message):
         TrainOptions(**{"data": "chat.jsonl", "out": Path("out"), "model": "base", **options})
+
+
+def test_a_lifetime_is_not_held_against_a_budget_that_no_text_has():
+    TrainOptions(
+        data="chat.jsonl", out=Path("out"), model="base", lifetime=0.005, limits={"a": 0.002},
+        guard_texts={"a": Path("a.txt")},
+    )  # fmt: skip

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +11,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from curlora.callbacks.penalty import PenaltyCallback
-from curlora.guard.evaluating import evaluating
+from curlora.guard.evaluating import evaluating, without_adapters
 
-__all__ = ["KLToBaseCallback", "kl_to_base", "without_adapter"]
+__all__ = ["KLToBaseCallback", "kl_to_base"]
 
 
 class KLToBaseCallback(PenaltyCallback):
@@ -55,7 +54,7 @@ class KLToBaseCallback(PenaltyCallback):
             if self.base is not None:
                 base: Any = self.base.to(device)
                 return base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
-            with without_adapter(model):
+            with without_adapters(model):
                 return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
         return self.strength * kl_to_base(model, ids, base_logits)
@@ -74,15 +73,3 @@ def kl_to_base(model: nn.Module, ids: Tensor, base_logits: Callable[[Tensor, int
         base = base_logits(ids, ids.shape[1])[0, :-1].float().log_softmax(-1)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
     return nn.functional.kl_div(logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True)
-
-
-@contextlib.contextmanager
-def without_adapter(model: Any) -> Iterator[None]:
-    """While it lasts a PEFT model is its base; afterwards what was frozen is frozen."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter in frozen:  # PEFT, switching adapters on again, has all of them trained
-            parameter.requires_grad_(False)

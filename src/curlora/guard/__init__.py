@@ -1,14 +1,14 @@
 """The guard: what general text uses of a model, and training that leaves it alone as far as a user asks for."""
 
 from curlora.guard.anchors import Anchors
-from curlora.guard.budget import ForgettingBudget, Outcome, TextOutcome
+from curlora.guard.budget import ForgettingBudget, Outcome
 from curlora.guard.calibration import Calibration, Moments
 from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
-from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord
+from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
 from curlora.guard.redraw import redraw
@@ -25,7 +25,6 @@ __all__ = [
     "Moments",
     "Outcome",
     "TextOutcome",
-    "TextRecord",
     "TrainingRecord",
     "calibrate",
     "learning_rate",

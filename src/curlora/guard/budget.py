@@ -18,16 +18,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from curlora._compat import scale_base_rate
 from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration, adapter_of, layers_of
-from curlora.guard.callback import GuardCallback, Kept, act_first, log
+from curlora.guard.callback import GuardCallback, act_first
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.examples import Examples
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate as rate_for
-from curlora.guard.ledger import Ledger, TextRecord, TrainingRecord, digest_of, pack, unpack
+from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of, pack, unpack
+from curlora.guard.measured_limit import Kept, log
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
 from curlora.guard.processes import of_first
+from curlora.guard.progress import Shown, part_of, stage
 from curlora.guard.redraw import redraw
 from curlora.guard.texts import Texts, digest, named_texts, rows_of
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
@@ -35,30 +37,17 @@ from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
 
-__all__ = ["ForgettingBudget", "Outcome", "TextOutcome"]
+__all__ = ["ForgettingBudget", "Outcome"]
 
 STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
 _OWN = "own text"
 _TOO_LOW = 0.05  # of the rate that the budget asks for: what is below hardly moves the model
 
+# What a token takes, in forward passes over one.
+_WITH_BACKWARD = 3
+_WRITTEN = 4  # by itself, one after the other, in many rows at once
+
 _logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class TextOutcome:
-    """What a text has lost since before the adapter's first training.
-
-    Args:
-        before: perplexity of the base model; of a function, what it gave.
-        after: the same after training.
-        rise: ``after / before - 1``.
-        limit: the most that the rise was allowed to be.
-    """
-
-    before: float
-    after: float
-    rise: float
-    limit: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,10 +129,12 @@ class ForgettingBudget(TrainerCallback):
         anchors: whether tasks are held while later ones are learned.
         tokens: of each text, at most.
         max_length: tokens of a row of text; perplexity is of such rows.
-        batch_size: rows of text, and examples, that are run together.
+        batch_size: rows of text that are run together; and examples, fewer where they are longer than such rows.
         damping: see :class:`curlora.Guard`.
         adapter: its name; the active one if ``None``.
         seed: of what is drawn: the model's own text, drawn answers, the examples that are looked at.
+        progress: what is told of the guard's own work, see :data:`curlora.guard.progress.Shown`, in tokens of a forward
+            pass. ``None`` for bars where the trainer shows its own.
 
     Attributes:
         outcome: an :class:`Outcome`, after training.
@@ -169,6 +160,7 @@ class ForgettingBudget(TrainerCallback):
         damping: float = 0.1,
         adapter: str | None = None,
         seed: int = 0,
+        progress: Shown | None = None,
     ) -> None:
         self.limit = _share("max_perplexity_increase", max_perplexity_increase)
         self.texts = {_OWN: None} if texts is None else named_texts(texts)
@@ -181,6 +173,8 @@ class ForgettingBudget(TrainerCallback):
         self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
         self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
         self.damping, self.adapter, self.seed = damping, adapter, seed
+        self.progress = progress
+        self._shown: Shown = False
         self.outcome: Outcome | None = None
         self._held: GuardCallback | None = None
         self._prepared: _Prepared | None = None
@@ -209,18 +203,20 @@ class ForgettingBudget(TrainerCallback):
         model, processing = kwargs["model"], kwargs.get("processing_class")
         adapter = _check_model(model, self.adapter)
         tokenizer = getattr(processing, "tokenizer", processing)
-        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, self.seed)
-        shown = not args.disable_tqdm and state.is_world_process_zero
+        tokens = self.batch_size * self.max_length
+        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
+        self._shown = not args.disable_tqdm if self.progress is None else self.progress
         self.outcome = None
-        self._read_texts(model, tokenizer, shown)
+        self._read_texts(model, tokenizer)
         if state.global_step:
             self._prepared = self._found(args, state)
         else:
-            self._prepared = self._prepare(model, adapter, examples, shown)
+            self._prepared = self._prepare(model, adapter, examples)
             self._write(Path(args.output_dir) / STATE_NAME, state)
         _config_of(model, adapter).beside.pop(LEDGER_NAME, None)  # of checkpoints it would be the history no more
         self._attach(model, adapter, args, state, control, kwargs)
         self._examples = examples
+        self._measured = {}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._holding.on_step_end(args, state, control, **kwargs)
@@ -239,11 +235,18 @@ class ForgettingBudget(TrainerCallback):
     ) -> None:
         held, prepared, model = self._holding, self._prepared, kwargs["model"]
         assert prepared is not None
-        held.finish(state)
+        held.finish()
         guard = held.guard
         kept = 1.0 if held.kept is None else held.kept.scale
         texts = {
-            name: TextOutcome(before, now := self._measured[name], now / before - 1, prepared.limits[name])
+            name: TextOutcome(
+                before=before,
+                after=(now := self._measured[name]),
+                rise=now / before - 1,
+                limit=prepared.limits[name],
+                tokens=sum(map(len, self._rows.get(name, []))),
+                sha256=digest(self._rows[name]) if name in self._rows else None,
+            )
             for name, before in prepared.base.items()
         }
         self.outcome = Outcome(guard.drift(), kept, self._rate, texts)
@@ -262,10 +265,11 @@ class ForgettingBudget(TrainerCallback):
             )
         return self._held
 
-    def _read_texts(self, model: nn.Module, tokenizer: Any, shown: bool) -> None:
+    def _read_texts(self, model: nn.Module, tokenizer: Any) -> None:
         texts = {name: text for name, text in self.texts.items() if not callable(text)}
         texts = texts or {_OWN: None}  # measurements alone: there has to be a text to calibrate on
         tokens, length = self.tokens, self.max_length
+        shown = part_of(self._shown, _WRITTEN * tokens)
         self._rows = {
             name: own_text(model, tokenizer, tokens=tokens, max_length=length, seed=self.seed, progress=shown)
             if text is None
@@ -277,7 +281,11 @@ class ForgettingBudget(TrainerCallback):
     def _all_rows(self) -> list[Tensor]:
         return [row for rows in self._rows.values() for row in rows]
 
-    def _prepare(self, model: nn.Module, adapter: str, examples: Examples, shown: bool) -> _Prepared:
+    @property
+    def _tokens(self) -> int:
+        return sum(map(len, self._all_rows))
+
+    def _prepare(self, model: nn.Module, adapter: str, examples: Examples) -> _Prepared:
         layers = layers_of(model, adapter)
         ledger = Ledger.of(_config_of(model, adapter))
         if ledger is not None:
@@ -291,10 +299,10 @@ class ForgettingBudget(TrainerCallback):
         else:
             examples.check()
             if self.redraw:
-                self._redraw(model, adapter, layers, examples, shown)
+                self._redraw(model, adapter, layers, examples)
             calibration = calibrate(
                 model, self._all_rows, adapter=adapter, max_length=self.max_length, batch_size=self.batch_size,
-                seed=self.seed, progress=shown,
+                seed=self.seed, progress=part_of(self._shown, _WITH_BACKWARD * self._tokens),
             )  # fmt: skip
             ledger = Ledger(calibration, Anchors())
         if self.lifetime is not None:
@@ -319,10 +327,8 @@ class ForgettingBudget(TrainerCallback):
                     )
                 limits[name] = min(limits[name], ledger.lifetime)
         sizes = {name: sum(map(len, rows)) for name, rows in self._rows.items()}
-        # The KL on texts that are put together is the mean of theirs, and each is allowed the log of its own rise.
-        allowed = sum(size * math.log1p(limits.get(name, self.limit)) for name, size in sizes.items())
         # What earlier trainings have cost by measurement may be predicted as more.
-        budget = max(allowed / sum(sizes.values()), guard.drift() * 1.001)
+        budget = max(allowed_nats(sizes, limits, self.limit), guard.drift() * 1.001)
         return _Prepared(ledger, now, budget, base, limits)
 
     def _redraw(
@@ -331,7 +337,6 @@ class ForgettingBudget(TrainerCallback):
         adapter: str,
         layers: Mapping[str, CurloraLayer],
         examples: Examples,
-        shown: bool,
     ) -> None:
         if any(bool(layer.matrices[adapter].weight.any()) for layer in layers.values()):
             return  # it has been trained with those that it has
@@ -341,9 +346,10 @@ class ForgettingBudget(TrainerCallback):
         if examples.problem is not None:
             warnings.warn(f"Columns and rows are not chosen for the task: {examples.problem}.", stacklevel=3)
             return
+        each = _WITH_BACKWARD * (self._tokens + examples.tokens) / 2  # of two stages
         redraw(
-            model, examples.batches(model), self._all_rows, adapter=adapter, max_length=self.max_length,
-            batch_size=self.batch_size, seed=self.seed, progress=shown,
+            model, list(examples.batches(model)), self._all_rows, adapter=adapter, max_length=self.max_length,
+            batch_size=self.batch_size, seed=self.seed, progress=part_of(self._shown, each),
         )  # fmt: skip
 
     def _attach(
@@ -363,7 +369,8 @@ class ForgettingBudget(TrainerCallback):
         )  # fmt: skip
         before = {id(U): prepared.before[name] for name, U in _weights(layers_of(model, adapter), adapter).items()}
         self._held = _Held(guard, lambda: 1.0 + self._worst(model), max_rise=1.0)
-        self._held.count_from([before[id(U)] for U in guard.parameters], at_start=1.0)
+        self._held.at_start = 1.0
+        self._held.count_from([before[id(U)] for U in guard.parameters])
         self._set_rate(guard, args, state, kwargs)
         self._held.on_train_begin(args, state, control, **kwargs)
 
@@ -371,14 +378,18 @@ class ForgettingBudget(TrainerCallback):
         """The largest share of a limit that has been used."""
         assert self._prepared is not None
         base, limits = self._prepared.base, self._prepared.limits
-        self._measured = {name: self._measure(model, name) for name in self.texts}
+        # How often is measured until all limits are kept cannot be known: once is what is counted as work.
+        again = bool(self._measured)
+        self._measured = {name: self._measure(model, name, again) for name in self.texts}
         return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
 
-    def _measure(self, model: nn.Module, name: str) -> float:
-        text = self.texts[name]
+    def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
+        text, rows = self.texts[name], self._rows.get(name, [])
+        shown = part_of(self._shown, 0 if again else sum(map(len, rows)), f"measuring {name}")
         if callable(text):
-            return float(text())
-        return perplexity(model, self._rows[name], max_length=self.max_length, batch_size=self.batch_size)
+            with stage(shown, f"measuring {name}", None):
+                return float(text())
+        return perplexity(model, rows, max_length=self.max_length, batch_size=self.batch_size, progress=shown)
 
     def _set_rate(self, guard: Guard, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]) -> None:
         assert guard.budget is not None
@@ -422,20 +433,13 @@ class ForgettingBudget(TrainerCallback):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # which are of a guard's text
                 task = calibrate(
-                    model, examples.batches(model, to_device=False), adapter=guard.adapter, batch_size=self.batch_size,
-                    seed=self.seed, progress=False,
+                    model, list(examples.batches(model, to_device=False)), adapter=guard.adapter,
+                    batch_size=self.batch_size, seed=self.seed,
+                    progress=part_of(self._shown, _WITH_BACKWARD * examples.tokens, "an anchor of the task"),
                 )  # fmt: skip
             _add_anchor(ledger.anchors, task, layers, guard.adapter)
-        texts = {
-            name: TextRecord(
-                digest(self._rows[name]) if name in self._rows else None,
-                sum(map(len, self._rows.get(name, []))),
-                text.before, text.after, text.rise, text.limit,
-            )
-            for name, text in outcome.texts.items()
-        }  # fmt: skip
         training = TrainingRecord(
-            state.global_step, outcome.learning_rate, guard.budget, outcome.predicted, outcome.kept, texts
+            state.global_step, outcome.learning_rate, guard.budget, outcome.predicted, outcome.kept, outcome.texts
         )
         ledger.after(training, digest_of(layers, guard.adapter)).put_beside(_config_of(model, guard.adapter))
 
@@ -464,12 +468,41 @@ class ForgettingBudget(TrainerCallback):
         return _Prepared.from_bytes(content, STATE_NAME)
 
 
+def allowed_nats(sizes: Mapping[str, int], limits: Mapping[str, float], otherwise: float) -> float:
+    """The divergence, in nats per token of all texts together, that goes with limits on the perplexity of each.
+
+    The KL on texts that are put together is the mean of theirs, and each is allowed the log of its own rise.
+
+    Args:
+        sizes: tokens of each text.
+        limits: of some of them, as relative rises.
+        otherwise: that of the others.
+    """
+    allowed = sum(size * math.log1p(limits.get(name, otherwise)) for name, size in sizes.items())
+    return allowed / sum(sizes.values())
+
+
+def work_of(tokens: int, examples: int, *, written: bool, continued: bool) -> tuple[float, float]:
+    """What a budget does before training and after it, in tokens of a forward pass, as its ``progress`` is told.
+
+    Args:
+        tokens: of the guard's texts.
+        examples: tokens of the task's examples that are looked at, of :data:`curlora.guard.examples.COUNT` at most.
+        written: whether the model has to write the text.
+        continued: whether the adapter has a ledger already.
+    """
+    before = _WRITTEN * tokens * written + tokens * (1 + continued)
+    if not continued:  # columns and rows, and the calibration
+        before += _WITH_BACKWARD * (2 * tokens + examples)
+    return float(before), float(tokens + _WITH_BACKWARD * examples)
+
+
 class _Held(GuardCallback):
     """The measure is 1 and the largest share of a limit that is used."""
 
-    def why(self, kept: Kept, finite: bool) -> str:
+    def why_nothing(self, kept: Kept, finite: bool) -> str:
         if not finite:
-            return super().why(kept, finite)
+            return super().why_nothing(kept, finite)
         if kept.rise > 1:
             return (
                 f"A text has lost {kept.rise:.3g} times what it may lose, even with all that this training changed in "

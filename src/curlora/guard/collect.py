@@ -15,6 +15,7 @@ from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_o
 from curlora.guard.errors import GuardError
 from curlora.guard.model_pass import Counts, pass_over
 from curlora.guard.processes import sum_over_processes
+from curlora.guard.progress import Shown
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
@@ -36,7 +37,7 @@ def calibrate(
     batch_size: int = 8,
     gradients: bool = True,
     seed: int = 0,
-    progress: bool = True,
+    progress: Shown = True,
 ) -> Calibration:
     """Collect the ``r x r`` moments of a CURLoRA adapter's layers over a general text.
 
@@ -64,7 +65,7 @@ def calibrate(
         gradients: whether to run backward. Without, a guard knows the shift of each layer's output, and not what the
             model would say: half the time, and no forgetting in nats.
         seed: of the drawn answers.
-        progress: whether to show a bar.
+        progress: whether to show a bar; or what shows it, see :data:`curlora.guard.progress.Shown`.
 
     Returns:
         The moments, float64 on the CPU.
@@ -90,7 +91,8 @@ def calibrate(
     with _listening(sums, layers, adapter, gradients) as begin:
         counts = pass_over(
             model, layers, data, tokenizer, max_length=max_length, batch_size=batch_size, gradients=gradients,
-            seed=seed, progress="Calibrating" if progress else "", begin=begin, end=end,
+            seed=seed, progress=progress, doing=f"calibrating {len(layers)} layer{'s'[: len(layers) > 1]}", begin=begin,
+            end=end,
         )  # fmt: skip
     packed = sum_over_processes([s.packed() for s in sums.values()], next(model.parameters()).device)
     moments = {}

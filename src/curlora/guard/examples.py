@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,19 @@ _IGNORED = -100
 
 
 class Examples:
-    """Some of the task's own examples, in batches as the Trainer makes them."""
+    """Some of the task's own examples, in batches as the Trainer makes them.
 
-    def __init__(self, loader: Any, batch_size: int, seed: int) -> None:
+    Args:
+        loader: the Trainer's.
+        batch_size: examples of a batch, at most.
+        tokens: of a batch, at most; an example that is longer is alone. Examples may be many times as long as the
+            guard's rows, and are run without gradient checkpointing: so many as of those would not fit.
+        seed: of which are chosen.
+    """
+
+    def __init__(self, loader: Any, batch_size: int, tokens: int, seed: int) -> None:
         self.dataset, self.collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-        self.batch_size = batch_size
+        self.batch_size, self.most_tokens = batch_size, tokens
         self.problem: str | None = None
         self._chosen: list[Any] = []
         if self.dataset is None or self.collate is None:
@@ -59,6 +67,11 @@ class Examples:
                 "the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
             )
 
+    @property
+    def tokens(self) -> int:
+        """In all batches, padding included."""
+        return sum(batch["input_ids"].numel() for batch in self._batches)
+
     def batches(self, model: nn.Module, to_device: bool = True) -> Iterator[dict[str, Tensor]]:
         """Batches of this process, with labels, of those keys that the model takes."""
         rank, processes = rank_and_count()
@@ -69,10 +82,20 @@ class Examples:
             yield {key: value.to(device) if to_device else value for key, value in batch.items()}
 
     def _collated(self) -> Iterator[Any]:
-        assert self.collate is not None
         with torch.random.fork_rng(devices=[]):
             for begin in range(0, len(self._chosen), self.batch_size):
-                yield self.collate(self._chosen[begin : begin + self.batch_size])
+                yield from self._in_batches(self._chosen[begin : begin + self.batch_size])
+
+    def _in_batches(self, examples: Sequence[Any]) -> Iterator[Any]:
+        assert self.collate is not None
+        batch = self.collate(examples)
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        if len(examples) > 1 and isinstance(ids, Tensor) and ids.numel() > self.most_tokens:
+            middle = len(examples) // 2
+            yield from self._in_batches(examples[:middle])
+            yield from self._in_batches(examples[middle:])
+        else:
+            yield batch
 
 
 def _labelled(batch: Any) -> dict[str, Tensor] | None:

@@ -148,8 +148,8 @@ class Guard:
         guarded = [id(U) in trained for U in self.parameters]
         if not all(guarded):
             raise GuardError(
-                f"The optimizer does not train {guarded.count(False)} of the adapter's {len(guarded)} U: make it from "
-                "this model's parameters, after the adapter is on it."
+                f"The optimizer does not train {guarded.count(False)} of the adapter's {len(guarded)} matrices U: "
+                "make it from this model's parameters, after the adapter is on it."
             )
         self.detach()
         others = [guard for guard in _GUARDS.get(optimizer, ()) if guard._hooks]
@@ -176,16 +176,18 @@ class Guard:
         self._leave()
         return sum(float(stack.moved().square().sum()) for stack in self._stacks()) / self.parameter_count
 
-    def _before(self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first of them is the optimizer
+        # By which a fused optimizer divides gradients itself: torch's GradScaler leaves it to them.
+        loss_scale = getattr(optimizer, "grad_scale", None)
         if closure is None:
-            self._enter()
+            self._enter(loss_scale=loss_scale)
             return None
 
         def outside() -> Any:
             self._leave()
             loss = closure()
-            self._enter()
+            self._enter(loss_scale=loss_scale)
             return loss
 
         # Gradients of now are not what the optimizer goes by: the closure is about to make new ones.
@@ -204,13 +206,13 @@ class Guard:
         self._leave(held)
 
     @torch.no_grad()
-    def _enter(self, gradients: bool = True) -> None:
+    def _enter(self, gradients: bool = True, loss_scale: Tensor | None = None) -> None:
         self._leave()
         for place in self._unknown:
             place.forget_gradient()
         self._untrained = [place.value.detach().clone() for place in self._unknown]
         if gradients and self.anchors:
-            self._hold_anchors(self.anchors)
+            self._hold_anchors(self.anchors, loss_scale)
         for stack in self._stacks():
             stack.enter()
             if gradients:
@@ -231,8 +233,13 @@ class Guard:
             self._inside = False
 
     @torch.enable_grad()
-    def _hold_anchors(self, anchors: Anchors) -> None:
-        """Add the gradient of the anchors' penalty to those that the optimizer is about to use."""
+    def _hold_anchors(self, anchors: Anchors, loss_scale: Tensor | None) -> None:
+        """Add the gradient of the anchors' penalty to those that the optimizer is about to use.
+
+        Args:
+            anchors: whose penalty.
+            loss_scale: by how much these are too large still; not at all if ``None``.
+        """
         trained = {place.layer.name: place.parameter for place in self._places}
         values = {name: whole(U.detach()).clone().requires_grad_() for name, U in trained.items()}
         penalty = anchors.penalty(values)
@@ -240,6 +247,8 @@ class Guard:
         found = torch.autograd.grad(penalty, list(values.values()))
         for U, gradient in zip(trained.values(), found, strict=True):
             if U.grad is not None:
+                if loss_scale is not None:
+                    gradient = gradient * loss_scale.to(gradient.device)
                 U.grad += laid_out_like(gradient.to(U.grad.dtype), U.grad)
 
     def _stacks(self) -> list[_Stack]:
@@ -303,6 +312,7 @@ class _Stack:
         self.left, self.left_inverse = self.left * unit, self.left_inverse / unit
         self.start = torch.stack([place.start for place in places]).to(U.device, dtype)
         self.gradients: tuple[list[Tensor], Tensor] = [], self.start[:0]
+        self.entered: tuple[Tensor, Tensor] = self.start[:0], self.start[:0]
 
     def values(self) -> Tensor:
         """What the parameters hold, shape ``(count, r, r)``."""
@@ -310,12 +320,18 @@ class _Stack:
 
     def moved(self) -> Tensor:
         """``V`` of each ``U``, shape ``(count, r, r)``."""
+        return self._coordinates_of(self.values())
+
+    def _coordinates_of(self, values: Tensor) -> Tensor:
         with autocast_off(self.left):
-            return self.left_inverse @ (self.values() - self.start) @ self.right_inverse
+            return self.left_inverse @ (values - self.start) @ self.right_inverse
 
     def enter(self) -> None:
         """Put ``V`` in the place of ``U``."""
-        assign([place.value for place in self.places], self.moved().unbind())
+        values = self.values()
+        moved = self._coordinates_of(values).to(self.places[0].parameter.dtype)  # as the parameters will hold it
+        assign([place.value for place in self.places], moved.unbind())
+        self.entered = values, moved.to(values.dtype)
 
     def map_gradients(self) -> None:
         """Make gradients with respect to ``U`` those with respect to ``V``."""
@@ -335,6 +351,10 @@ class _Stack:
         """Put the ``U`` of these ``V`` in the place of what there is, and its gradients in the place of theirs."""
         with autocast_off(self.left):
             back = self.start + self.left @ values @ self.right
+        # A step that moved nothing, as one that overflowed in a fused optimizer, leaves no rounding either.
+        was, entered = self.entered
+        back = torch.where((values == entered).all(-1).all(-1)[:, None, None], was, back)
+        self.entered = was[:0], was[:0]
         assign([place.value for place in self.places], back.unbind())
         gradients, given = self.gradients
         assign(gradients, given.unbind())

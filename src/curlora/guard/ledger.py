@@ -21,30 +21,31 @@ from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
-__all__ = ["Ledger", "TextRecord", "TrainingRecord", "digest_of", "pack", "unpack"]
+__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "digest_of", "pack", "unpack"]
 
-_VERSION = 1
+_VERSION = 2
+_READ = (1, 2)
 
 
 @dataclass(frozen=True)
-class TextRecord:
-    """What a text has lost over all trainings so far.
+class TextOutcome:
+    """What a text has lost since before the adapter's first training.
 
     Args:
-        sha256: of its tokens; ``None`` of a measurement of the user's own.
-        tokens: how many they are.
-        before: perplexity (or measurement) of the base model, as it was before the first training.
-        after: after this training.
+        before: perplexity of the base model; of a measurement of the user's own, what it gave.
+        after: the same after training.
         rise: ``after / before - 1``.
-        allowed: the most that ``rise`` was allowed to be.
+        limit: the most that the rise was allowed to be.
+        tokens: of the text; 0 of a measurement of the user's own.
+        sha256: of its tokens; ``None`` of a measurement of the user's own.
     """
 
-    sha256: str | None
-    tokens: int
     before: float
     after: float
     rise: float
-    allowed: float
+    limit: float
+    tokens: int = 0
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class TrainingRecord:
     allowed: float
     predicted: float
     kept: float
-    texts: dict[str, TextRecord]
+    texts: dict[str, TextOutcome]
 
     @property
     def worst(self) -> float:
@@ -122,8 +123,11 @@ class Ledger:
             GuardError: if it is damaged, or of a later version.
         """
         tensors, about = unpack(content, where)
-        if about.get("version") != _VERSION:
-            raise GuardError(f"{where} has version {about.get('version')!r}, and this curlora reads {_VERSION}.")
+        if about.get("version") not in _READ:
+            raise GuardError(
+                f"{where} has version {about.get('version')!r}, and this curlora reads "
+                f"{' and '.join(map(str, _READ))}: update curlora."
+            )
         anchors = Anchors()
         anchors.load_state_dict(_under("anchors.", tensors))
         return cls(
@@ -207,5 +211,10 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _training(values: Mapping[str, Any]) -> TrainingRecord:
-    texts = {name: TextRecord(**text) for name, text in values["texts"].items()}
+    texts = {}
+    for name, text in values["texts"].items():
+        if "allowed" in text:  # as version 1 calls it
+            text = {**text, "limit": text["allowed"]}
+            del text["allowed"]
+        texts[name] = TextOutcome(**text)
     return TrainingRecord(**{**values, "texts": texts})

@@ -18,6 +18,7 @@ from curlora.guard.decoding import draw, uniforms
 from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import evaluating
 from curlora.guard.processes import rank_and_count, sum_over_processes
+from curlora.guard.progress import Shown, stage
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
@@ -51,7 +52,8 @@ def pass_over(
     batch_size: int,
     gradients: bool,
     seed: int,
-    progress: str,
+    progress: Shown,
+    doing: str,
     begin: Callable[[Tensor], None],
     end: Callable[[], None],
 ) -> Counts:
@@ -61,7 +63,8 @@ def pass_over(
         model: a causal language model.
         layers: the adapted layers, whose outputs gradients are taken of.
         data, tokenizer, max_length, batch_size, gradients, seed: as ``calibrate`` has them.
-        progress: a word for the bar; none if empty.
+        progress: how it is shown.
+        doing: what is shown then.
         begin: called with each batch's mask, of shape ``(batch, length)``, before the batch is run.
         end: called after each batch.
 
@@ -76,16 +79,12 @@ def pass_over(
         batches, count = _in_rows(batches), None
     device = next(model.parameters()).device
     predicted = tokens = rows = 0
-    with ready(model, layers, gradients) as reached:
-        shown = batches
-        if progress and rank == 0:
-            from rich.progress import track  # 50 modules, for a bar that few ask for
-
-            shown = iter(track(batches, progress, total=count, transient=True))
-        for numbers, _, mask, answered, logits in _run(model, shown, device, begin):
+    with ready(model, layers, gradients) as reached, stage(progress, doing, count) as advance:
+        for numbers, _, mask, answered, logits in _run(model, batches, device, begin):
             if gradients:
                 backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
             end()
+            advance(1)
             predicted += int(answered.sum())
             tokens += int(mask.sum())
             rows += int(answered.any(1).sum())
@@ -103,6 +102,7 @@ def perplexity(
     *,
     max_length: int = 128,
     batch_size: int = 8,
+    progress: Shown = False,
 ) -> float:
     """``exp`` of the mean negative log-likelihood of a token, given those before it in its row.
 
@@ -112,7 +112,7 @@ def perplexity(
 
     Args:
         model: a causal language model.
-        data, tokenizer, max_length, batch_size: as for :func:`curlora.calibrate`.
+        data, tokenizer, max_length, batch_size, progress: as for :func:`curlora.calibrate`.
 
     Returns:
         Infinity where it is too large for a float; NaN where a prediction is.
@@ -122,15 +122,16 @@ def perplexity(
             longer than the model's positions.
     """
     rank, processes = rank_and_count()
-    batches, _ = _batches(data, tokenizer, max_length, batch_size, rank, processes)
+    batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
     loss = torch.zeros(2, dtype=torch.float64, device="cpu")
-    with ready(model, {}, gradients=False):
+    with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
         for _, ids, _, answered, logits in _run(model, batches, device):
             answers = ids[:, 1:].masked_fill(~answered, _IGNORED)
             for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
                 lost = cross_entropy(of_row.float(), answer, ignore_index=_IGNORED, reduction="sum")
                 loss += torch.stack([lost, (answer != _IGNORED).sum()]).cpu()
+            advance(1)
     (loss,) = sum_over_processes([loss], device)
     total, count = loss.tolist()
     if not count:
@@ -283,8 +284,13 @@ def _batches(
         raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
     if isinstance(data, Mapping):
         raise GuardError("One batch was given where several are expected: calibrate(model, [batch]).")
-    length = len(data) if hasattr(data, "__len__") and not isinstance(data, str) else None
-    items = iter([data] if isinstance(data, str) else data)
+    if isinstance(data, str):
+        raise GuardError(
+            f"A string, {data[:40]!r}, was given where several texts are expected. Give a list of texts; of a file, "
+            "what is in it."
+        )
+    length = len(data) if hasattr(data, "__len__") else None
+    items = iter(data)
     first = list(itertools.islice(items, 1))
     if first and isinstance(first[0], str):
         if tokenizer is None:

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from curlora.cache import cache_directory
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
+from curlora.guard.evaluating import without_adapters
 from curlora.guard.processes import of_first, rank_and_count
+from curlora.guard.progress import Shown, stage
 from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["OwnText", "own_text"]
@@ -54,7 +56,7 @@ def own_text(
     batch_size: int = 32,
     seed: int = 0,
     cache: Path | Literal["default"] | None = "default",
-    progress: bool = True,
+    progress: Shown = True,
 ) -> OwnText:
     """Let the base model write text.
 
@@ -83,7 +85,7 @@ def own_text(
             already, of the same model, tokenizer and options, are not sampled again. ``"default"`` is a folder in
             ``CURLORA_CACHE_DIR`` or the user's cache directory; ``None`` is for nothing to be kept. Where a folder
             cannot be written to, nothing is kept either.
-        progress: whether to show a bar.
+        progress: whether to show a bar; or what shows it, see :data:`curlora.guard.progress.Shown`.
 
     Raises:
         GuardError: if the model is an encoder-decoder or cannot generate, if adapters are merged into it, if its
@@ -102,29 +104,11 @@ def own_text(
     path = Path(folder) / f"{digest[:32]}.safetensors" if folder is not None and digest else None
     found = of_first(None if path is None or rank_and_count()[0] else _load(path, digest), device)
     if found is None:
-        with _without_adapters(plain), _bar(progress and not rank_and_count()[0], tokens) as advance:
+        with without_adapters(plain), stage(progress, f"the model writes {tokens:,} tokens", tokens) as advance:
             found = _written(plain, layout, tokens, max_length, batch_size, seed, device, advance)
         if path is not None and not rank_and_count()[0]:
             _save(path, digest, found)
     return OwnText([row for row, _ in found], [drawn for _, drawn in found])
-
-
-@contextlib.contextmanager
-def _without_adapters(model: Any) -> Iterator[None]:
-    """Also without those that transformers has put into a model, or :func:`peft.inject_adapter_in_model`."""
-    modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    active = [module for module in modules if not module.disable_adapters]
-    # PEFT takes it from what is disabled, and gives it to all that is active, to what a user froze as well.
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        for module in active:
-            module.enable_adapters(False)
-        yield
-    finally:
-        for module in active:
-            module.enable_adapters(True)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained[name])
 
 
 class _Layout(NamedTuple):
@@ -280,15 +264,6 @@ def _row(*parts: tuple[list[int], bool]) -> _Row:
     tokens = torch.tensor([token for part, _ in parts for token in part], dtype=torch.int64, device="cpu")
     drawn = torch.tensor([drawn for part, drawn in parts for _ in part], dtype=torch.bool, device="cpu")
     return tokens, drawn
-
-
-@contextlib.contextmanager
-def _bar(shown: bool, tokens: int) -> Iterator[Any]:
-    from rich.progress import Progress  # not at the top: whoever imports curlora would wait for it
-
-    with Progress(transient=True, disable=not shown) as progress:
-        task = progress.add_task("The model writes", total=tokens)
-        yield lambda count: progress.advance(task, count)
 
 
 _ENTRIES = 16  # of each weight, to tell a model from others

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from curlora.guard.calibration import adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.model_pass import backward, pass_over, ready
 from curlora.guard.processes import sum_over_processes
+from curlora.guard.progress import Shown, stage
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.weight import device_of, read
@@ -24,6 +26,7 @@ __all__ = ["redraw"]
 _FLOOR = 0.01
 # Of the largest gradient of a token in a row: what is smaller is float32's rounding.
 _ROUNDING = 1e-5
+_IGNORED = -100
 
 
 def redraw(
@@ -37,7 +40,7 @@ def redraw(
     max_length: int = 128,
     batch_size: int = 8,
     seed: int = 0,
-    progress: bool = True,
+    progress: Shown = True,
 ) -> None:
     """Draw the columns and rows of an untrained adapter anew, for a task.
 
@@ -64,7 +67,8 @@ def redraw(
             new head this is the loss of a head that has been fitted first, or it says nothing of the task.
         adapter: the adapter's name; the active one if ``None``. Others may be active beside it, of earlier tasks for
             instance: gradients are then those of the model with them.
-        max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them, of the general text.
+        max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them; the first two of the
+            general text.
 
     Raises:
         GuardError: if the adapter has been trained or is merged, if there is no batch of the task, if a gradient is not
@@ -84,16 +88,25 @@ def redraw(
     with _listening(of_general, layers):
         pass_over(
             model, layers, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
-            seed=seed, progress="Reading general text" if progress else "", begin=lambda mask: None, end=lambda: None,
+            seed=seed, progress=progress, doing="what the text uses", begin=lambda mask: None, end=lambda: None,
         )  # fmt: skip
     of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
     device = next(model.parameters()).device
-    batches = 0
-    with ready(model, layers, gradients=True) as reached, _listening(of_task, layers):
+    batches, count = 0, len(task) if isinstance(task, Sized) else None
+    with (
+        ready(model, layers, gradients=True) as reached,
+        _listening(of_task, layers),
+        stage(progress, "what the task uses", count) as advance,
+    ):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
-            backward(value, reached)
+            # Of a mean over many tokens most gradients would be zero in float16.
+            scale = _loss_scale(batch)
+            for use in of_task.values():
+                use.loss_scale = scale
+            backward(value, reached, torch.full_like(value, scale))
             batches += 1
+            advance(1)
     if not batches:
         raise GuardError("There is no batch of the task to see by what it uses")
     everything = [part for use in (*of_general.values(), *of_task.values()) for part in (use.outputs, use.inputs)]
@@ -121,6 +134,13 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> T
     return value
 
 
+def _loss_scale(batch: Any) -> float:
+    """A power of two, so that nothing else is rounded: about as many as the mean is over."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    count = int((labels != _IGNORED).sum()) if isinstance(labels, Tensor) else 1
+    return 2.0 ** round(math.log2(max(1, count)))
+
+
 class _Use:
     """Sums of squares, by entry of a layer's output and of ``W^T d``.
 
@@ -131,7 +151,7 @@ class _Use:
 
     def __init__(self, layer: Any, mean_loss: bool = False) -> None:
         base = layer.get_base_layer()
-        self.base, self.mean_loss = base, mean_loss
+        self.base, self.mean_loss, self.loss_scale = base, mean_loss, 1.0
         device = device_of(base)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
@@ -148,7 +168,7 @@ class _Use:
         output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
         with read(self.base) as weight, autocast_off(gradient):
             back = weight.input_gradient(gradient[seen])
-        back = back.to(self.inputs.dtype) * (examples if self.mean_loss else 1)
+        back = back.to(self.inputs.dtype) * ((examples if self.mean_loss else 1) / self.loss_scale)
         self.outputs += output.to(self.outputs.dtype).square().sum(0)
         self.inputs += back.square().sum(0)
 

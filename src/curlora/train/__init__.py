@@ -4,6 +4,7 @@ from curlora.train.errors import TrainError
 from curlora.train.options import (
     TrainOptions,
     parse_columns,
+    parse_limits,
     parse_share,
     parse_targets,
     parse_texts,
@@ -21,6 +22,7 @@ __all__ = [
     "finished",
     "outcome_tables",
     "parse_columns",
+    "parse_limits",
     "parse_share",
     "parse_targets",
     "parse_texts",

@@ -11,7 +11,15 @@ from typing import Any
 
 from curlora.train.errors import TrainError
 
-__all__ = ["TrainOptions", "parse_columns", "parse_share", "parse_targets", "parse_texts", "read_prompts"]
+__all__ = [
+    "TrainOptions",
+    "parse_columns",
+    "parse_limits",
+    "parse_share",
+    "parse_targets",
+    "parse_texts",
+    "read_prompts",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class TrainOptions:
         max_forgetting: by how much the perplexity of the guard's texts may rise, relatively: 0.01 for 1 %.
         continue_from: a saved CURLoRA adapter to go on from; a new adapter is trained if ``None``.
         guard_texts: files by name, none of which may be forgotten; the model's own writing if there are none.
+        limits: of some of these texts, in the place of ``max_forgetting``.
         lifetime: what all trainings of this adapter together may cost, as ``max_forgetting``.
         split, subset: of a data set on the hub.
         columns: of prompts and of completions, where they are called otherwise.
@@ -52,6 +61,7 @@ class TrainOptions:
     max_forgetting: float = 0.01
     continue_from: str | None = None
     guard_texts: Mapping[str, Path] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
     lifetime: float | None = None
     split: str = "train"
     subset: str | None = None
@@ -79,6 +89,10 @@ class TrainOptions:
     HELD_OUT_SHARE = 0.05
     HELD_OUT_LEAST = 20
     HELD_OUT_MOST = 200
+    # Of each of the guard's texts, in rows of so many, so many together.
+    GUARD_TOKENS = 8192
+    GUARD_ROW = 128
+    GUARD_BATCH = 8
     REPLIES = 3
     REPLY_TOKENS = 96
 
@@ -97,10 +111,20 @@ class TrainOptions:
             raise TrainError("--max-length must be at least 2: a prompt and an answer.")
         if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise TrainError(f"--learning-rate must be a positive number, got {self.learning_rate}.")
-        if self.lifetime is not None and self.lifetime < self.max_forgetting:
+        if unknown := sorted(set(self.limits) - set(self.guard_texts)):
+            known = f"known are {', '.join(sorted(self.guard_texts))}" if self.guard_texts else "none is given"
             raise TrainError(
-                f"--lifetime {self.lifetime:.3g} is less than --max-forgetting {self.max_forgetting:.3g}, which is of "
-                "this training alone: raise the one or lower the other."
+                f"--limit {unknown[0]}=...: no text has this name, {known}. Name the text: --guard-text "
+                f"{unknown[0]}=PATH."
+            )
+        stated = {f"--limit {name}": limit for name, limit in self.limits.items()}
+        if not self.guard_texts or set(self.guard_texts) - set(self.limits):
+            stated["--max-forgetting"] = self.max_forgetting
+        option, most = max(stated.items(), key=lambda pair: pair[1])
+        if self.lifetime is not None and self.lifetime < most:
+            raise TrainError(
+                f"--lifetime {self.lifetime:.3g} is less than {option} {most:.3g}, which is of this training alone: "
+                "raise the one or lower the other."
             )
 
     def identity(self) -> dict[str, Any]:
@@ -108,6 +132,7 @@ class TrainOptions:
         return {
             "model": self.model,
             "max_forgetting": self.max_forgetting,
+            "limits": dict(self.limits) or None,
             "lifetime": self.lifetime,
             "continue_from": self.continue_from,
             "quantize": self.quantize,
@@ -170,6 +195,26 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
         _check_text(path)
         texts[name] = path
     return texts
+
+
+def parse_limits(given: Sequence[str]) -> dict[str, float]:
+    """Budgets of texts by name, of ``NAME=1%``.
+
+    >>> parse_limits(["code=0.5%"])
+    {'code': 0.005}
+
+    Raises:
+        TrainError: if there is no name, or two of one name, or what is stated is no budget.
+    """
+    limits: dict[str, float] = {}
+    for one in given:
+        name, equals, share = one.rpartition("=")
+        if not equals or not name:
+            raise TrainError(f"--limit {one!r} does not say of which text: write NAME=1%, by the name of --guard-text.")
+        if name in limits:
+            raise TrainError(f"--limit: {name!r} has two limits: leave one of them out.")
+        limits[name] = parse_share(share, f"--limit {name}")
+    return limits
 
 
 def parse_columns(given: str | None) -> tuple[str, str] | None:

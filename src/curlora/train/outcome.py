@@ -6,7 +6,9 @@ import math
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Budget", "HeldOut", "Reply", "Run", "TextFigures", "TrainOutcome"]
+from curlora.guard import TextOutcome
+
+__all__ = ["Budget", "HeldOut", "Reply", "Run", "TrainOutcome"]
 
 
 class _Part(BaseModel):
@@ -24,27 +26,20 @@ class HeldOut(_Part):
     loss_after: float
 
 
-class TextFigures(_Part):
-    """Perplexity of a text that is not to be forgotten, and its relative rise, stated and found."""
-
-    before: float
-    after: float
-    rise: float
-    limit: float
-
-
 class Budget(_Part):
     """What may be forgotten and what was.
 
-    ``stated`` and ``lifetime`` are relative rises of perplexity, ``predicted`` is in nats per token, and ``kept`` is
-    the share of the training's change that was kept to stay within the limits.
+    ``stated``, the ``limits`` of texts that have one of their own, and ``lifetime`` are relative rises of perplexity,
+    ``predicted`` is in nats per token, and ``kept`` is the share of the training's change that was kept to stay within
+    the limits.
     """
 
     stated: float
+    limits: dict[str, float] = {}
     lifetime: float | None
     predicted: float
     kept: float
-    texts: dict[str, TextFigures]
+    texts: dict[str, TextOutcome]
 
     @property
     def predicted_rise(self) -> float:
@@ -52,7 +47,7 @@ class Budget(_Part):
         return math.expm1(self.predicted)
 
     @property
-    def worst(self) -> tuple[str, TextFigures]:
+    def worst(self) -> tuple[str, TextOutcome]:
         """The text that is nearest to its limit, or furthest beyond it."""
         return max(self.texts.items(), key=lambda pair: pair[1].rise - pair[1].limit)
 

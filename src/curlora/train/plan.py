@@ -13,35 +13,51 @@ from transformers.pytorch_utils import Conv1D
 from curlora._compat import in_out_features
 from curlora.continual.memory import UnknownError, kept_for_backward
 from curlora.continual.processes import use_cpu
-from curlora.guard.learning_rate import learning_rate
-from curlora.train.data import Examples
+from curlora.guard import GuardError, learning_rate
+from curlora.guard.budget import allowed_nats, work_of
+from curlora.guard.examples import COUNT
+from curlora.guard.texts import rows_of
+from curlora.train.data import Examples, Split
+from curlora.train.errors import TrainError
 from curlora.train.model import Base
 from curlora.train.options import TrainOptions
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["Memory", "TrainPlan", "make_plan", "with_checkpointing"]
+__all__ = ["Memory", "TrainPlan", "guard_row", "make_plan", "with_checkpointing"]
 
+_FLOAT32 = 4
+# Of its logits a piece of so many tokens and words; TRL folds it in place on a GPU and in torch's words on the CPU.
+_PIECE = (4096, 32768)
+_COPIES = {"cpu": 8, "cuda": 1}
+_GUARD_COPIES = 4  # of the guard's logits: themselves, their gradient, and what the softmax makes
 _BITS = {"4bit": 4.5, "8bit": 8.0}  # of a weight, with the scales of its blocks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of training, but for the logits, which TRL computes in pieces.
+    """Bytes at the peak.
 
     Args:
         weights: that are frozen, with the columns that CURLoRA holds.
         trained: weights that are trained, their gradients, and AdamW's two moments.
-        kept: what the forward pass keeps for the backward pass; ``None`` where there is no formula for the model.
+        kept: what the forward pass of a step keeps for the backward pass; ``None`` where there is no formula for the
+            model.
+        logits: of a step, of which TRL computes a piece at a time, with what the loss makes of them.
+        guard: what a pass of the guard before training takes beside the weights, likewise.
     """
 
     weights: int
     trained: int
     kept: int | None
+    logits: int
+    guard: int | None
 
     @property
     def total(self) -> int | None:
-        """The sum, where every part of it is known."""
-        return None if self.kept is None else self.weights + self.trained + self.kept
+        """Of a training step or of the guard, whichever takes more, where every part of it is known."""
+        if self.kept is None or self.guard is None:
+            return None
+        return self.weights + max(self.trained + self.kept + self.logits, self.guard)
 
 
 @dataclass(frozen=True)
@@ -57,6 +73,7 @@ class TrainPlan:
         layers: that have an adapter.
         rank: the highest of them.
         learning_rate: that the budget asks for, about.
+        guard_work: what the guard does before training and after it, in tokens of a forward pass.
         memory: of the largest step.
     """
 
@@ -69,6 +86,7 @@ class TrainPlan:
     layers: int
     rank: int
     learning_rate: float
+    guard_work: tuple[float, float]
     memory: Memory
 
 
@@ -76,8 +94,11 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
     """Put the adapter on the model without its weights, and count what training takes.
 
     Raises:
-        TrainError: if the adapter does not fit the model.
+        TrainError: if the adapter does not fit the model, or a text of the guard has nothing to predict.
     """
+    sizes = _guard_tokens(options, base)
+    nats = allowed_nats(sizes, options.limits, options.max_forgetting)
+    looked_at = min(COUNT, len(examples.train.rows)) * examples.train.tokens // len(examples.train.rows)
     plain, model = base.empty()
     rows = len(examples.train.rows)
     batches = math.ceil(rows / options.batch_size)
@@ -96,9 +117,30 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=len(adapted),
         rank=rank,
-        learning_rate=learning_rate(math.log1p(options.max_forgetting), steps, rank),
-        memory=_memory(options, base, plain, model, min(options.batch_size, rows), examples.train.longest),
+        learning_rate=learning_rate(nats, steps, rank),
+        guard_work=work_of(
+            sum(sizes.values()), looked_at, written=not options.guard_texts, continued=base.continue_from is not None
+        ),
+        memory=_memory(options, base, plain, model, examples.train),
     )
+
+
+def guard_row(base: Base) -> int:
+    """Tokens of a row of the guard's text."""
+    return min(TrainOptions.GUARD_ROW, base.positions or TrainOptions.GUARD_ROW)
+
+
+def _guard_tokens(options: TrainOptions, base: Base) -> dict[str, int]:
+    if not options.guard_texts:
+        return {"": options.GUARD_TOKENS}
+    how: dict[str, Any] = dict(tokens=options.GUARD_TOKENS, max_length=guard_row(base))
+    sizes = {}
+    for name, path in options.guard_texts.items():
+        try:
+            sizes[name] = sum(map(len, rows_of(name, path, base.tokenizer, **how)))
+        except GuardError as error:
+            raise TrainError(f"--guard-text {path}: {error}") from error
+    return sizes
 
 
 def with_checkpointing(options: TrainOptions) -> bool:
@@ -106,7 +148,8 @@ def with_checkpointing(options: TrainOptions) -> bool:
     return not use_cpu() if options.gradient_checkpointing is None else options.gradient_checkpointing
 
 
-def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, batch: int, length: int) -> Memory:
+def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, train: Split) -> Memory:
+    batch, device = min(options.batch_size, len(train.rows)), "cpu" if use_cpu() else "cuda"
     weights = _bytes(p for p in model.parameters() if not p.requires_grad) + _bytes(model.buffers())
     for layer in model.modules():
         if isinstance(layer, CurloraLayer):
@@ -116,12 +159,22 @@ def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, batch: in
         head = plain.get_output_embeddings()
         linear = [m.weight for m in plain.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
         weights += int(sum(w.numel() for w in linear) * _BITS[base.quantize] / 8) - _bytes(linear)
+    kept: int | None
+    guard: int | None
     arguments = {"bf16": base.bf16, "gradient_checkpointing": with_checkpointing(options)}
+    words = base.config.get_text_config().vocab_size
+    logits = min(batch * train.longest, _PIECE[0]) * min(words, _PIECE[1]) * _FLOAT32 * _COPIES[device]
+    looked_at = max(options.GUARD_BATCH * options.GUARD_ROW, train.longest)
     try:
-        kept = kept_for_backward(model, plain, batch, length, arguments, "cpu" if use_cpu() else "cuda")
+        kept = kept_for_backward(model, plain, batch, train.longest, arguments, device)
+        guard = kept_for_backward(model, plain, 1, looked_at, {"bf16": base.bf16}, device)
     except UnknownError:
-        kept = None
-    return Memory(weights, 4 * _bytes(p for p in model.parameters() if p.requires_grad), kept)
+        kept = guard = None
+    if guard is not None:  # the outputs of all adapted layers, until their gradients are there
+        size = 2 if base.bf16 else _FLOAT32
+        outputs = sum(in_out_features(m.get_base_layer())[1] for m in model.modules() if isinstance(m, CurloraLayer))
+        guard += looked_at * (outputs * size + words * _FLOAT32 * _GUARD_COPIES)
+    return Memory(weights, 4 * _bytes(p for p in model.parameters() if p.requires_grad), kept, logits, guard)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from curlora.continual.sequence import Progress, Silent
 from curlora.convert import load_with_base, save_as_lora, save_merged
+from curlora.guard.progress import Advance
 from curlora.train.card import write_card
 from curlora.train.data import Examples, read_examples
 from curlora.train.errors import TrainError
@@ -25,7 +27,7 @@ from curlora.train.folder import Folder, claim
 from curlora.train.measure import Measured, measure
 from curlora.train.model import Base, find_base
 from curlora.train.options import TrainOptions
-from curlora.train.outcome import Budget, HeldOut, Reply, Run, TextFigures, TrainOutcome
+from curlora.train.outcome import Budget, HeldOut, Reply, Run, TrainOutcome
 from curlora.train.page import write_page
 from curlora.train.plan import TrainPlan, make_plan
 
@@ -108,10 +110,19 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
 
     options, base, examples, plan, folder = prepared
     replies = len(examples.prompts) * examples.reply_tokens * _WRITING
-    bar = progress(_TRAINING * plan.tokens + 2 * (examples.held_out.tokens + replies))
+    bar = progress(_TRAINING * plan.tokens + 2 * (examples.held_out.tokens + replies) + sum(plan.guard_work))
+    guard = _Share(bar)
+
+    def begin() -> None:
+        guard.end()
+        bar.stage("training")
+        guard.begin(plan.guard_work[1])
 
     bar.stage("loading the model")
-    training = Training(prepared, on_tokens=lambda tokens: bar.advance(_TRAINING * tokens), on_stage=bar.stage)
+    guard.begin(plan.guard_work[0])
+    training = Training(
+        prepared, on_begin=begin, on_tokens=lambda tokens: bar.advance(_TRAINING * tokens), guard=guard.stage
+    )
 
     def measured() -> Measured:
         found = measure(
@@ -124,8 +135,9 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
 
     bar.stage("held-out examples, before")
     before = measured()
-    bar.stage("calibrating")
+    bar.stage("preparing the training")
     ended = training.run()
+    guard.end()
     bar.stage("held-out examples, after")
     after = measured()
 
@@ -159,13 +171,11 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
         ),
         budget=Budget(
             stated=options.max_forgetting,
+            limits=dict(options.limits),
             lifetime=options.lifetime,
             predicted=ended.budget.predicted,
             kept=ended.budget.kept,
-            texts={
-                name: TextFigures(before=text.before, after=text.after, rise=text.rise, limit=text.limit)
-                for name, text in ended.budget.texts.items()
-            },
+            texts=ended.budget.texts,
         ),
         replies=[
             Reply(prompt=prompt.text, before=one, after=other, data=prompt.answer)
@@ -181,6 +191,30 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     folder.write({"outcome": json.loads(outcome.model_dump_json())})
     folder.remove_checkpoints()
     return outcome
+
+
+class _Share:
+    """A share of a bar's work, for which a forecast has to do: at its end the bar is where it would be by that."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar, self.left = bar, 0.0
+
+    def begin(self, work: float) -> None:
+        self.left = work
+
+    def end(self) -> None:
+        self.advance(self.left)
+
+    def advance(self, units: float) -> None:
+        units = min(units, self.left)
+        self.left -= units
+        self.bar.advance(units)
+
+    @contextlib.contextmanager
+    def stage(self, text: str, work: float | None) -> Iterator[Advance]:
+        """See :data:`curlora.guard.progress.Shown`."""
+        self.bar.stage(text)
+        yield self.advance
 
 
 def _export(to: str, out: Path, base: Base, model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -39,6 +39,9 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
     )
     sizes = f"{format_size(memory.weights)} of frozen weights, {format_size(memory.trained)} for what is trained"
     kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
+    more = f", {format_size(memory.logits)} for logits"
+    if memory.guard is not None:
+        more += f"; the guard, before training, takes {format_size(memory.guard)} beside the weights"
     rows = [
         ("base model", ", ".join([base.name, f"{plan.parameters:,} parameters", *filter(None, [base.quantize])])),
         (
@@ -54,7 +57,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
             f"{options.batch_size * options.gradient_accumulation}; a checkpoint every "
             f"{_count(plan.save_steps, 'step')}",
         ),
-        ("may be forgotten", f"{percent(options.max_forgetting)} of perplexity{lifetime}"),
+        ("may be forgotten", _stated(options.max_forgetting, options.limits, options.guard_texts) + lifetime),
         ("of which text", texts or "what the model itself writes"),
         (
             "learning rate",
@@ -65,7 +68,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
         (
             "memory",
             ("unknown: " if memory.total is None else f"about {format_size(memory.total)}: ") + sizes + kept
-            + (" (computed again)" if with_checkpointing(options) else ""),
+            + (" (computed again)" if with_checkpointing(options) else "") + more,
         ),
         ("written to", str(options.out)),
     ]  # fmt: skip
@@ -99,7 +102,7 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
     budget = outcome.budget
     name, worst = budget.worst
     rows = [
-        ("stated", percent(budget.stated) + " of perplexity"),
+        ("stated", _stated(budget.stated, budget.limits, budget.texts)),
         ("predicted", f"{percent(budget.predicted_rise, True)} ({budget.predicted:.5f} nats per token)"),
         (
             "measured",
@@ -153,6 +156,14 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
+
+
+def _stated(stated: float, limits: Mapping[str, float], texts: Iterable[str]) -> str:
+    """What may be forgotten of texts, some of which have limits of their own."""
+    parts = [f"{percent(limit)} of {name}" for name, limit in limits.items()]
+    if not limits or set(texts) - set(limits):
+        parts.insert(0, f"{percent(stated)} of perplexity")
+    return ", ".join(parts)
 
 
 def _split(split: Split, of: str = "") -> str:

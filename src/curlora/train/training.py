@@ -16,9 +16,10 @@ from trl import SFTConfig, SFTTrainer
 
 import curlora
 from curlora.continual.processes import use_cpu
+from curlora.guard.progress import Shown
 from curlora.train.errors import TrainError
 from curlora.train.folder import Folder
-from curlora.train.plan import with_checkpointing
+from curlora.train.plan import guard_row, with_checkpointing
 
 if TYPE_CHECKING:
     from curlora.train.run import Prepared
@@ -43,11 +44,18 @@ class Training:
 
     Args:
         prepared: what is to be trained.
+        on_begin: called when the first step is about to be taken.
         on_tokens: told how many tokens have been trained on.
-        on_stage: told what begins.
+        guard: hears what the guard does, see :data:`curlora.guard.progress.Shown`.
     """
 
-    def __init__(self, prepared: Prepared, on_tokens: Callable[[float], None], on_stage: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        on_begin: Callable[[], None],
+        on_tokens: Callable[[float], None],
+        guard: Shown,
+    ) -> None:
         options, base, examples, plan, folder = prepared
         if torch.cuda.device_count() > 1:
             raise TrainError(
@@ -57,9 +65,14 @@ class Training:
         self.budget = curlora.ForgettingBudget(
             options.max_forgetting,
             texts=dict(options.guard_texts) or None,
+            limits=options.limits,
             lifetime=options.lifetime,
             learning_rate=options.learning_rate,
+            tokens=options.GUARD_TOKENS,
+            max_length=guard_row(base),
+            batch_size=options.GUARD_BATCH,
             seed=options.seed,
+            progress=guard,
         )
         self.folder = folder
         self.checkpoint = folder.checkpoint(plan.steps)
@@ -86,7 +99,7 @@ class Training:
             logging_nan_inf_filter=False,  # a loss that is not a number is told as it is
             dataloader_pin_memory=torch.cuda.is_available(),
         )
-        self._listener = _Listener(folder, self.checkpoint, on_tokens, on_stage, plan.tokens / plan.steps)
+        self._listener = _Listener(folder, self.checkpoint, on_begin, on_tokens, plan.tokens / plan.steps)
         self.trainer = SFTTrainer(
             model=base.load(),
             args=arguments,
@@ -129,11 +142,11 @@ class _Listener(TrainerCallback):
         self,
         folder: Folder,
         checkpoint: Path | None,
+        on_begin: Callable[[], None],
         on_tokens: Callable[[float], None],
-        on_stage: Callable[[str], None],
         tokens_a_step: float,
     ) -> None:
-        self.folder, self.on_tokens, self.on_stage = folder, on_tokens, on_stage
+        self.folder, self.on_begin, self.on_tokens = folder, on_begin, on_tokens
         self.tokens_a_step = tokens_a_step
         self._step = 0
         self._began = time.monotonic()
@@ -145,7 +158,7 @@ class _Listener(TrainerCallback):
         return self._before + time.monotonic() - self._began
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.on_stage("training")
+        self.on_begin()
         self._began = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

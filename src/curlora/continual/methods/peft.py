@@ -19,10 +19,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
-from curlora.callbacks.kl_to_base import without_adapter
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 from curlora.continual.problems import unknown_names
+from curlora.guard.evaluating import without_adapters
 
 __all__ = ["Peft", "peft_types"]
 
@@ -163,7 +163,7 @@ class Peft(Method):
         peft_model: Any = model
 
         def logits(ids: Tensor, kept: int) -> Tensor:
-            with without_adapter(peft_model):
+            with without_adapters(peft_model):
                 return peft_model.get_base_model()(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
         return logits

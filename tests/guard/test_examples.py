@@ -1,0 +1,27 @@
+"""Batches of a task's own examples take no more memory than those of the guard's text."""
+
+from types import SimpleNamespace
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn.utils.rnn import pad_sequence
+
+from curlora.guard.examples import Examples
+from tests.models import llama
+
+
+def collate(rows):
+    ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True)
+    return {"input_ids": ids, "labels": ids}
+
+
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), tokens=st.integers(1, 100))
+def test_each_example_is_in_one_batch_and_long_ones_are_fewer(lengths, tokens):
+    rows = [{"input_ids": torch.full((length,), i + 1)} for i, length in enumerate(lengths)]
+    found = Examples(SimpleNamespace(dataset=rows, collate_fn=collate), 8, tokens, seed=0)
+    batches = [batch["input_ids"] for batch in found.batches(llama())]
+    assert sorted(int(row[0]) for ids in batches for row in ids) == list(range(1, len(rows) + 1))
+    assert all(ids.numel() <= tokens or len(ids) == 1 for ids in batches)
+    assert all(len(ids) <= 8 for ids in batches)
+    assert found.tokens == sum(ids.numel() for ids in batches)
