@@ -79,7 +79,7 @@ def test_chats_are_laid_out_as_the_template_has_it():
     header = words("w91 user", add_special_tokens=False)["input_ids"]
     ends = {number(TURN_END), number(END), NAMED_END}
     answered = 0
-    for row, drawn in zip(rows, rows.drawn, strict=True):
+    for row, drawn in zip(rows, rows.counted, strict=True):
         assert drawn.shape == row.shape
         if row[0] == number(BEGIN):
             assert drawn.tolist() == [False] + [True] * (len(row) - 1)
@@ -138,7 +138,7 @@ def test_the_mean_rise_of_its_loss_is_the_divergence():
     rows = write(base, tokens=8_000, batch_size=256)
     differences, divergence, count, plain = [], 0.0, 0, 0.0
     with torch.no_grad():
-        for row, drawn in zip(rows, rows.drawn, strict=True):
+        for row, drawn in zip(rows, rows.counted, strict=True):
             old, new = (model(row[None]).logits[0, :-1].log_softmax(-1) for model in (base, changed))
             exact = kl_div(new, old, reduction="none", log_target=True).sum(-1)
             rise = cross_entropy(new, row[1:], reduction="none") - cross_entropy(old, row[1:], reduction="none")
@@ -252,7 +252,7 @@ def test_it_is_kept(tmp_path, monkeypatch):
     no_sampling(monkeypatch)
     again = write(talkative(), cache=tmp_path / "new" / "folder", batch_size=5)
     assert same(rows, again)
-    assert same(rows.drawn, again.drawn)
+    assert same(rows.counted, again.counted)
     assert same(rows, write(curlora(talkative()), cache=tmp_path / "new" / "folder"))  # the same base
 
 

@@ -23,6 +23,7 @@ from curlora.continual.storage import write_whole
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
 from curlora.guard.own_text import own_text
+from curlora.guard.texts import Rows
 
 __all__ = ["Answers", "OwnText", "PromptList", "answer", "kept_answers"]
 
@@ -100,7 +101,7 @@ class OwnText:
             )
         except GuardError as error:
             raise RunError(f"text {self.name!r}: {error}") from error
-        begins = [int(drawn.int().argmax()) for drawn in found.drawn]
+        begins = [int(drawn.int().argmax()) for drawn in found.counted]
         return [(row[:begin], row[begin:]) for row, begin in zip(found, begins, strict=True)]
 
 
@@ -128,8 +129,15 @@ class Answers(HeldOut):
     def scored(self) -> list[tuple[Tensor, int]]:
         return [(row, len(row) - prompt) for row, prompt in zip(self.rows, self.prompt_lengths, strict=True)]
 
-    def pieces(self, length: int = 128) -> tuple[Tensor, ...]:
-        return tuple(piece for row in self.rows for piece in row.split(length) if len(piece) > 1)
+    def pieces(self, length: int = 128) -> Rows:
+        written = (torch.arange(n) >= prompt for n, prompt in zip(self.lengths, self.prompt_lengths, strict=True))
+        both = [
+            (piece, counted)
+            for row, mask in zip(self.rows, written, strict=True)
+            for piece, counted in zip(row.split(length), mask.split(length), strict=True)
+            if len(piece) > 1
+        ]
+        return Rows((piece for piece, _ in both), (counted for _, counted in both))
 
     def describe(self) -> str:
         count = sum(new for _, new in self.scored())

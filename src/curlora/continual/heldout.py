@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -78,7 +78,7 @@ class HeldOut:
                 break
         return passes
 
-    def pieces(self, length: int = 128) -> tuple[Tensor, ...]:
+    def pieces(self, length: int = 128) -> Sequence[Tensor]:
         """The text in rows of that many tokens, or of a window's if that is shorter, as calibration takes it."""
         return self.tokens.split(min(length, self.window))
 

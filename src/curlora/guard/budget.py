@@ -31,7 +31,7 @@ from curlora.guard.own_text import own_text
 from curlora.guard.processes import of_first
 from curlora.guard.progress import Shown, part_of, stage
 from curlora.guard.redraw import redraw
-from curlora.guard.texts import Texts, digest, named_texts, rows_of
+from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
@@ -178,7 +178,7 @@ class ForgettingBudget(TrainerCallback):
         self.outcome: Outcome | None = None
         self._held: GuardCallback | None = None
         self._prepared: _Prepared | None = None
-        self._rows: dict[str, list[Tensor]] = {}
+        self._rows: dict[str, Rows] = {}
         self._measured: dict[str, float] = {}
         self._rate = math.nan
         self._examples: Examples
@@ -278,8 +278,8 @@ class ForgettingBudget(TrainerCallback):
         }
 
     @property
-    def _all_rows(self) -> list[Tensor]:
-        return [row for rows in self._rows.values() for row in rows]
+    def _all_rows(self) -> Rows:
+        return Rows.joined(self._rows.values())
 
     @property
     def _tokens(self) -> int:
@@ -326,7 +326,7 @@ class ForgettingBudget(TrainerCallback):
                         "on."
                     )
                 limits[name] = min(limits[name], ledger.lifetime)
-        sizes = {name: sum(map(len, rows)) for name, rows in self._rows.items()}
+        sizes = {name: rows.tokens for name, rows in self._rows.items()}
         # What earlier trainings have cost by measurement may be predicted as more.
         budget = max(allowed_nats(sizes, limits, self.limit), guard.drift() * 1.001)
         return _Prepared(ledger, now, budget, base, limits)
@@ -384,7 +384,7 @@ class ForgettingBudget(TrainerCallback):
         return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
 
     def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
-        text, rows = self.texts[name], self._rows.get(name, [])
+        text, rows = self.texts[name], self._rows.get(name, Rows([]))
         shown = part_of(self._shown, 0 if again else sum(map(len, rows)), f"measuring {name}")
         if callable(text):
             with stage(shown, f"measuring {name}", None):

@@ -19,6 +19,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import evaluating
 from curlora.guard.processes import rank_and_count, sum_over_processes
 from curlora.guard.progress import Shown, stage
+from curlora.guard.texts import Rows
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
@@ -300,9 +301,14 @@ def _batches(
         texts = [row.tolist() for row in (*first, *items)]
     else:
         return _numbered(itertools.chain(first, items)), length
-    rows = [ids[i : i + max_length] for ids in texts for i in range(0, len(ids), max_length)]
-    useful = [(number, row) for number, row in enumerate(rows) if len(row) > 1]
-    mine = sorted(useful[rank::processes], key=lambda numbered: len(numbered[1]))  # little padding
+    counted: Sequence[Any] = data.counted if isinstance(data, Rows) else [[True] * len(ids) for ids in texts]
+    rows = [
+        (ids[i : i + max_length], mask[i : i + max_length])
+        for ids, mask in zip(texts, counted, strict=True)
+        for i in range(0, len(ids), max_length)
+    ]
+    useful = [(number, row) for number, row in enumerate(rows) if len(row[0]) > 1]
+    mine = sorted(useful[rank::processes], key=lambda numbered: len(numbered[1][0]))  # little padding
     groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     shares = [([number for number, _ in group], [row for _, row in group]) for group in groups]
     count = -(-len(useful[::processes]) // batch_size)  # the first process has the most
@@ -339,12 +345,16 @@ def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[s
         seen += rows
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Padded on the right, where a causal model's tokens do not see it; with what does not matter, being masked."""
-    length = max(map(len, rows))
+def _padded(rows: Sequence[tuple[Sequence[int], Any]]) -> dict[str, Tensor]:
+    """Rows of tokens and which of them count as a batch.
+
+    Padded on the right, where a causal model's tokens do not see it; with what does not matter, being masked.
+    """
+    length = max(len(row) for row, _ in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long, device="cpu")
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
+    for i, (row, counted) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
-    return {"input_ids": ids, "attention_mask": mask}
+        labels[i, : len(row)] = ids[i, : len(row)].masked_fill(~torch.as_tensor(counted), _IGNORED)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -25,26 +25,13 @@ from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import without_adapters
 from curlora.guard.processes import of_first, rank_and_count
 from curlora.guard.progress import Shown, stage
+from curlora.guard.texts import Rows
 from curlora.tuner.sharded import reshard, whole
 
-__all__ = ["OwnText", "own_text"]
+__all__ = ["own_text"]
 
 _VERSION = "1"
 _PLACEHOLDER = "curlora-placeholder"
-
-
-class OwnText(list[Tensor]):
-    """Rows of tokens, int64, each of shape ``(length,)``.
-
-    Args:
-        rows: the rows.
-        drawn: of each row which of its tokens the model drew, bool, of the row's shape. The others are the first of
-            the row, or what the chat template puts around a turn.
-    """
-
-    def __init__(self, rows: Sequence[Tensor], drawn: Sequence[Tensor]) -> None:
-        super().__init__(rows)
-        self.drawn = list(drawn)
 
 
 def own_text(
@@ -57,7 +44,7 @@ def own_text(
     seed: int = 0,
     cache: Path | Literal["default"] | None = "default",
     progress: Shown = True,
-) -> OwnText:
+) -> Rows:
     """Let the base model write text.
 
     Half of the tokens are of rows that it writes from its beginning-of-text token on. The other half, where the
@@ -67,8 +54,8 @@ def own_text(
     The sampling is pure, at temperature 1, and nothing is cut off (no top-k, no top-p), whatever the model's generation
     configuration says. So the mean rise of the negative log-likelihood of the drawn tokens, from the base model to
     another, is an unbiased estimate of the KL divergence from the base model to the other, in nats per token, on what
-    the base model writes. The tokens that are not drawn, which :attr:`OwnText.drawn` tells from the others, are no part
-    of that estimate.
+    the base model writes. The others, a row's first and what the chat template puts around a turn, do not count
+    (:attr:`Rows.counted <curlora.guard.texts.Rows>`).
 
     An adapter of PEFT is disabled meanwhile. The model is as it was afterwards, and so are torch's generators. The rows
     are the same for a seed, however many go through the model together, up to rounding. Where ``torch.distributed``
@@ -108,7 +95,7 @@ def own_text(
             found = _written(plain, layout, tokens, max_length, batch_size, seed, device, advance)
         if path is not None and not rank_and_count()[0]:
             _save(path, digest, found)
-    return OwnText([row for row, _ in found], [drawn for _, drawn in found])
+    return Rows((row for row, _ in found), (drawn for _, drawn in found))
 
 
 class _Layout(NamedTuple):

@@ -12,10 +12,38 @@ from torch import Tensor
 
 from curlora.guard.errors import GuardError
 
-__all__ = ["Texts", "digest", "named_texts", "rows_of"]
+__all__ = ["Rows", "Texts", "digest", "named_texts", "rows_of"]
 
 Texts = str | Path | Sequence[Any] | Callable[[], float]
 """A file's path, a list of texts, of conversations or of rows of tokens, or a measurement of the user's own."""
+
+
+class Rows(list[Tensor]):
+    """Rows of tokens, and which of them count.
+
+    What a chat template puts around a turn does not: it is the same in every conversation, so a model that is trained
+    on conversations foretells it after a few steps. Were it counted, the gain on it would hide what is lost on the
+    rest.
+
+    Args:
+        rows: int64, each of shape ``(length,)``.
+        counted: of each row which of its tokens are foretold and count, bool, of the row's shape; all if ``None``.
+    """
+
+    def __init__(self, rows: Iterable[Tensor], counted: Iterable[Tensor] | None = None) -> None:
+        super().__init__(rows)
+        self.counted = [torch.ones_like(row, dtype=torch.bool) for row in self] if counted is None else list(counted)
+
+    @classmethod
+    def joined(cls, several: Iterable[Rows]) -> Rows:
+        """Those of several texts, one after the other."""
+        parts = list(several)
+        return cls((row for part in parts for row in part), (mask for part in parts for mask in part.counted))
+
+    @property
+    def tokens(self) -> int:
+        """How many count; the first of a row, which nothing comes before, among them."""
+        return sum(int(mask.sum()) for mask in self.counted)
 
 
 def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
@@ -45,11 +73,12 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
     return named
 
 
-def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: int) -> list[Tensor]:
+def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: int) -> Rows:
     """The first ``tokens`` tokens of a text, in rows of at most ``max_length``.
 
     A file is read as one text, whose paragraphs (parted by an empty line) are texts of their own. Conversations, lists
-    of messages with ``role`` and ``content``, are laid out by the tokenizer's chat template.
+    of messages with ``role`` and ``content``, are laid out by the tokenizer's chat template; what users and assistants
+    say in them counts.
 
     Args:
         name: for errors.
@@ -59,25 +88,25 @@ def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: 
         max_length: of a row.
 
     Returns:
-        int64, each of shape ``(length,)``, two tokens or more.
+        Each of two tokens or more.
 
     Raises:
         GuardError: if nothing of it can be used, with why.
     """
     items = _paragraphs(name, Path(text)) if isinstance(text, (str, Path)) else text
     assert isinstance(items, Sequence)
-    rows: list[Tensor] = []
+    rows: list[tuple[Tensor, Tensor]] = []
     left = tokens
     for number, item in enumerate(items):
-        ids = _ids(name, number, item, tokenizer)[:left]
-        rows += [torch.tensor(ids[i : i + max_length]) for i in range(0, len(ids), max_length)]
+        ids, counted = (torch.tensor(found[:left]) for found in _tokens(name, number, item, tokenizer))
+        rows += zip(ids.split(max_length), counted.bool().split(max_length), strict=True)
         left -= len(ids)
         if left <= 0:
             break
-    rows = [row for row in rows if len(row) > 1]
-    if not rows:
+    rows = [(row, counted) for row, counted in rows if len(row) > 1]
+    if not any(bool(counted[1:].any()) for _, counted in rows):
         raise GuardError(f"texts[{name!r}] has no two tokens in a row, so there is nothing to predict: is it empty?")
-    return rows
+    return Rows((row for row, _ in rows), (counted for _, counted in rows))
 
 
 def digest(rows: Iterable[Tensor]) -> str:
@@ -103,13 +132,15 @@ def _paragraphs(name: str, path: Path) -> list[str]:
     return [part for part in content.split("\n\n") if part.strip()] or [""]
 
 
-def _ids(name: str, number: int, item: Any, tokenizer: Any) -> list[int]:
+def _tokens(name: str, number: int, item: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """The tokens of an item, and which of them count."""
     if isinstance(item, Tensor) and item.ndim == 1:
-        return [int(token) for token in item]
+        return item.tolist(), [True] * len(item)
     if tokenizer is None:
         raise GuardError("Texts need the model's tokenizer: give it to the trainer as processing_class.")
     if isinstance(item, str):
-        return list(tokenizer(item)["input_ids"])
+        ids = list(tokenizer(item)["input_ids"])
+        return ids, [True] * len(ids)
     messages = item.get("messages", item) if isinstance(item, Mapping) else item
     if isinstance(messages, Sequence) and messages and all(isinstance(one, Mapping) for one in messages):
         if not getattr(tokenizer, "chat_template", None):
@@ -117,8 +148,27 @@ def _ids(name: str, number: int, item: Any, tokenizer: Any) -> list[int]:
                 f"texts[{name!r}] has conversations, and the tokenizer has no chat template to lay them out: give "
                 "texts, or set tokenizer.chat_template."
             )
-        return list(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+        return _conversation(messages, tokenizer)
     raise GuardError(
         f"texts[{name!r}][{number}] is {type(item).__name__}: a text, a conversation (a list of messages) or a row of "
         "tokens (a tensor of one dimension) is expected."
     )
+
+
+def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """What users and assistants say counts; all does where a template or a tokenizer does not tell where that is."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    known = bool(getattr(tokenizer, "is_fast", False))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=known)
+    ids = list(encoded["input_ids"])
+    said, end = [], 0
+    for message in messages:
+        content = message.get("content")
+        content = content.strip() if isinstance(content, str) else None
+        begin = -1 if content is None else text.find(content, end)
+        if content is None or begin < 0 or not known:
+            return ids, [True] * len(ids)
+        end = begin + len(content)
+        if message.get("role") != "system":
+            said.append((begin, end))
+    return ids, [any(a < end and b > begin for begin, end in said) for a, b in encoded["offset_mapping"]]
