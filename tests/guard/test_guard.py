@@ -458,7 +458,7 @@ def test_bad_input_is_named():
     for options in ({"budget": 0.0}, {"max_perplexity_increase": -0.1}, {"damping": math.nan}):
         with pytest.raises(GuardError, match="must be a positive number"):
             Guard(model, calibration, **options)
-    with pytest.raises(GuardError, match="does not train 3 of the adapter's 4 U"):
+    with pytest.raises(GuardError, match="does not train 3 of the adapter's 4 matrices U"):
         Guard(model, calibration).attach(torch.optim.SGD(mixings(model)[:1], lr=1.0))
     for moments in calibration.layers.values():
         moments.left.zero_()
