@@ -183,7 +183,7 @@ def test_a_layer_that_is_used_twice_moves_twice(base):
 def test_long_texts_are_cut_and_nothing_is_left_out():
     model = adapted()
     text = " ".join(WORDS[:23])
-    cut = calibrate(model, text, word_tokenizer(), max_length=10, progress=False)
+    cut = calibrate(model, [text], word_tokenizer(), max_length=10, progress=False)
     assert cut.tokens == 23
     ids = torch.tensor(word_tokenizer()(text)["input_ids"])
     close(calibrate(model, ids.split(10), progress=False), cut)
