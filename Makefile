@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs bench compat dist clean
+.PHONY: demo test lint docs notebooks bench compat dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/curlora demo
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 # The site, into site/. A link that leads nowhere ends it.
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
+
+# Runs the notebooks and keeps what they put out.
+notebooks: $(INSTALLED)
+	$(BIN)/python tools/notebooks.py
 
 # About 50 minutes on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
 bench: $(INSTALLED)

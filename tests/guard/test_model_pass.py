@@ -32,7 +32,8 @@ def test_texts_are_cut_into_rows():
     model, tokenizer = curlora(llama()), word_tokenizer()
     text = " ".join(f"w{i}" for i in range(20))
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    assert perplexity(model, [text], tokenizer, max_length=7) == pytest.approx(perplexity(model, ids.split(7)), rel=1e-6)
+    found = perplexity(model, [text], tokenizer, max_length=7)
+    assert found == pytest.approx(perplexity(model, ids.split(7)), rel=1e-6)
 
 
 def test_the_model_is_left_as_it_was():
