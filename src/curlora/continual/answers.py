@@ -130,7 +130,9 @@ class Answers(HeldOut):
         return [(row, len(row) - prompt) for row, prompt in zip(self.rows, self.prompt_lengths, strict=True)]
 
     def pieces(self, length: int = 128) -> Rows:
-        written = (torch.arange(n) >= prompt for n, prompt in zip(self.lengths, self.prompt_lengths, strict=True))
+        written = (
+            torch.arange(n, device="cpu") >= prompt for n, prompt in zip(self.lengths, self.prompt_lengths, strict=True)
+        )
         both = [
             (piece, counted)
             for row, mask in zip(self.rows, written, strict=True)

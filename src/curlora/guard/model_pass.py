@@ -356,5 +356,5 @@ def _padded(rows: Sequence[tuple[Sequence[int], Any]]) -> dict[str, Tensor]:
     for i, (row, counted) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
-        labels[i, : len(row)] = ids[i, : len(row)].masked_fill(~torch.as_tensor(counted), _IGNORED)
+        labels[i, : len(row)] = ids[i, : len(row)].masked_fill(~torch.as_tensor(counted, device="cpu"), _IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

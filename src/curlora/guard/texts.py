@@ -98,7 +98,7 @@ def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: 
     rows: list[tuple[Tensor, Tensor]] = []
     left = tokens
     for number, item in enumerate(items):
-        ids, counted = (torch.tensor(found[:left]) for found in _tokens(name, number, item, tokenizer))
+        ids, counted = (torch.tensor(found[:left], device="cpu") for found in _tokens(name, number, item, tokenizer))
         rows += zip(ids.split(max_length), counted.bool().split(max_length), strict=True)
         left -= len(ids)
         if left <= 0:
