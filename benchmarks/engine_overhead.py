@@ -3,8 +3,8 @@
     python benchmarks/engine_overhead.py [--rounds 3] [--examples 96]
 
 Both train CURLoRA on the demo's first task with the demo's settings, in one process and one thread, in turn; then both
-score. Prints a JSON object: medians in seconds of CPU time, which other work on the machine hardly changes, their ratio,
-and the share of padding in the batches, grouped by length and not.
+score. Prints a JSON object: medians in seconds of CPU time, which other work on the machine hardly changes, their
+ratio, and the share of padding in the batches, grouped by length and not.
 """
 
 from __future__ import annotations

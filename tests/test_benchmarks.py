@@ -133,7 +133,9 @@ def test_studies_are_recipes(path, monkeypatch):
     assert str(path.relative_to(ROOT / "benchmarks")) in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(("script", "page"), [("learning_rate", "guard.md"), ("own_text", "research.md")])
+@pytest.mark.parametrize(
+    ("script", "page"), [("learning_rate", "guard.md"), ("own_text", "research.md"), ("five_trainings", "budget.md")]
+)
 def test_tables_that_scripts_print_are_on_the_pages(script, page, monkeypatch, capsys):
     folder = ROOT / "benchmarks" / "guard"
     monkeypatch.syspath_prepend(folder)
