@@ -133,13 +133,7 @@ class Answers(HeldOut):
         written = (
             torch.arange(n, device="cpu") >= prompt for n, prompt in zip(self.lengths, self.prompt_lengths, strict=True)
         )
-        both = [
-            (piece, counted)
-            for row, mask in zip(self.rows, written, strict=True)
-            for piece, counted in zip(row.split(length), mask.split(length), strict=True)
-            if len(piece) > 1
-        ]
-        return Rows((piece for piece, _ in both), (counted for _, counted in both))
+        return Rows(self.rows, written).cut(length)
 
     def describe(self) -> str:
         count = sum(new for _, new in self.scored())

@@ -243,21 +243,22 @@ def _run(
     listener.stage("Base model")
     base = measured_base(stream, encoded, directory)
     here = ((job, run_job(job, stream, in_orders[job.order], base, directory, listener)) for job in todo)
+    results = None
     for job, record in here if runner is None else runner(todo, base, listener):
         finished[job.folder] = record
-        _save_results(stream, encoded, directory, base, finished)  # so that a long run can be looked at meanwhile
-    return _save_results(stream, encoded, directory, base, finished)
+        results = _save_results(stream, encoded, jobs, directory, base, finished)  # a long run is looked at meanwhile
+    return results or _save_results(stream, encoded, jobs, directory, base, finished)
 
 
 def _save_results(
     stream: Stream,
     encoded: Sequence[Encoded],
+    jobs: Sequence[Job],
     directory: Path,
     base: Base,
     finished: Mapping[Path, Finished | None],
 ) -> RunResults:
     """Of what has been finished so far."""
-    jobs = jobs_of(stream, directory)
     done = {method.name: [finished[job.folder] for job in jobs if job.method is method] for method in stream.methods}
     results = RunResults(
         title=stream.title,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections import Counter
@@ -125,7 +126,7 @@ class Task:
         counts = Counter(self._answer(example) for example in self.evaluation)
         return max(counts.values()) / len(self.evaluation)
 
-    @property
+    @functools.cached_property
     def evaluation_in_train(self) -> int:
         """How many of the examples to be scored on are learned from too."""
         learned = {json.dumps(example) for example in self.train}

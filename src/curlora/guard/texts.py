@@ -40,6 +40,16 @@ class Rows(list[Tensor]):
         parts = list(several)
         return cls((row for part in parts for row in part), (mask for part in parts for mask in part.counted))
 
+    def cut(self, length: int) -> Rows:
+        """In rows of at most so many tokens; a token by itself, which foretells nothing, is left out."""
+        pieces = [
+            both
+            for row, mask in zip(self, self.counted, strict=True)
+            for both in zip(row.split(length), mask.split(length), strict=True)
+            if len(both[0]) > 1
+        ]
+        return Rows((row for row, _ in pieces), (mask for _, mask in pieces))
+
     @property
     def tokens(self) -> int:
         """How many count; the first of a row, which nothing comes before, among them."""
@@ -95,18 +105,18 @@ def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: 
     """
     items = _paragraphs(name, Path(text)) if isinstance(text, (str, Path)) else text
     assert isinstance(items, Sequence)
-    rows: list[tuple[Tensor, Tensor]] = []
+    texts: list[tuple[Tensor, Tensor]] = []
     left = tokens
     for number, item in enumerate(items):
         ids, counted = (torch.tensor(found[:left], device="cpu") for found in _tokens(name, number, item, tokenizer))
-        rows += zip(ids.split(max_length), counted.bool().split(max_length), strict=True)
+        texts.append((ids, counted.bool()))
         left -= len(ids)
         if left <= 0:
             break
-    rows = [(row, counted) for row, counted in rows if len(row) > 1]
-    if not any(bool(counted[1:].any()) for _, counted in rows):
+    rows = Rows((ids for ids, _ in texts), (counted for _, counted in texts)).cut(max_length)
+    if not any(bool(counted[1:].any()) for counted in rows.counted):
         raise GuardError(f"texts[{name!r}] has no two tokens in a row, so there is nothing to predict: is it empty?")
-    return Rows((row for row, _ in rows), (counted for _, counted in rows))
+    return rows
 
 
 def digest(rows: Iterable[Tensor]) -> str:
