@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from curlora.callbacks import EWCCallback, KLToBaseCallback, PenaltyCallback, ScaleBackCallback, replay
 from curlora.guard import perplexity
+from curlora.guard.texts import Rows
 from tests.models import classifier, llama, tokens
 
 ROWS = list(tokens(seed=5, batch=3, length=9))
@@ -87,11 +88,12 @@ def test_fp16_is_refused(tmp_path):
         Half().on_train_begin(arguments, None, None)
 
 
-def divergence(base, model, row):
+def divergence(base, model, row, counted=None):
     """In float64, term by term."""
     with torch.no_grad():
         p, q = (one(input_ids=row[None]).logits[0, :-1].double().log_softmax(-1) for one in (base, model))
-    return float((p.exp() * (p - q)).sum(-1).mean())
+    of_each = (p.exp() * (p - q)).sum(-1)
+    return float((of_each if counted is None else of_each[counted[1:]]).mean())
 
 
 @pytest.mark.parametrize("given", ["adapter", "copy"])
@@ -111,6 +113,16 @@ def test_kl_to_base_is_the_divergence_of_one_row_after_the_other(given, tmp_path
 
     for one, other in zip(got, torch.autograd.grad(penalty(), trained(model)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)  # probabilities are float32
+
+
+def test_kl_to_base_goes_by_the_tokens_that_count():
+    """What a chat template puts around a turn does not, as in a guard's text."""
+    base, model = llama(initializer_range=0.2).double(), adapted()
+    counted = [torch.arange(len(row)) >= begin for row, begin in zip(ROWS, (3, len(ROWS[1]), 1), strict=True)]
+    callback = KLToBaseCallback(Rows(ROWS, counted), 3.0)
+    for step, number in enumerate((0, 2, 0)):  # of the row between them nothing counts
+        expected = 3.0 * divergence(base, model, ROWS[number], counted[number])
+        assert float(callback.penalty(model, step).detach()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_kl_to_base_keeps_the_model_nearer(tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from curlora.callbacks.ewc import Consolidated
 from curlora.continual import load_recipe, run_recipe
+from curlora.continual.answers import Answers
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
@@ -222,3 +223,22 @@ def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_p
     penalty.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.backbone_parameters())
     assert model.training
+
+
+def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one(guarded_path):
+    adapted = curlora(llama()).train()
+    lengths, prompts = (9, 14, 6), (4, 3, 2)
+    text = Answers("own", tokens(batch=1, length=sum(lengths))[0], lengths=lengths, prompt_lengths=prompts)
+
+    def base_logits(ids, kept):
+        with adapted.disable_adapter():
+            return adapted(input_ids=ids, logits_to_keep=kept).logits
+
+    plugin = KLToBase(strength=3.0, tokens=16)
+    plugin.before_task(TaskContext(0, TaskModel(adapted), [], lambda rows: {}, 0, text, base_logits))
+    for number in range(4):
+        plugin.step = number
+        i = number % 3
+        row = Answers("row", text.rows[i], lengths=lengths[i : i + 1], prompt_lengths=prompts[i : i + 1])
+        expected = 3.0 * measure(adapted, row, base_logits).drift
+        assert float(plugin.penalty(TaskModel(adapted)).detach()) == pytest.approx(expected, rel=1e-4)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from curlora.callbacks.kl_to_base import kl_to_base
+from curlora.callbacks.kl_to_base import kl_to_base, pieces_of
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.task_model import TaskModel
 
@@ -19,12 +19,13 @@ class KLToBase(Plugin):
     """Adds ``strength * KL(base || model)`` on a piece of the recipe's ``guard`` text to the loss of every step.
 
     As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
-    the place of the new task's. It costs two more forward passes and a backward at every step; the pieces are taken in
-    turn. Full fine-tuning, and adapters that change the base model's weights, hold a second copy of it for this.
+    the place of the new task's. It costs two more forward passes and a backward at every step. The pieces are those
+    that a guard is calibrated on, taken in turn. Full fine-tuning, and adapters that change the base model's weights,
+    hold a second copy of it for this.
 
     Args:
         strength: of the penalty, nats per token, beside the mean loss of a batch.
-        tokens: of the piece at each step.
+        tokens: of the piece at each step, at most.
 
     Raises:
         ValueError: if ``strength`` is not positive or ``tokens`` less than 2.
@@ -37,7 +38,7 @@ class KLToBase(Plugin):
         if not (self.strength > 0 and math.isfinite(self.strength)) or not isinstance(tokens, int) or tokens < 2:
             raise ValueError(f"kl_to_base needs a positive strength and 2 tokens or more, got {strength=} {tokens=}")
         self.tokens = tokens
-        self.pieces: list[Tensor] = []
+        self.pieces: list[tuple[Tensor, Tensor]] = []
         self.step = 0
         self.base_logits: Callable[[Tensor, int], Tensor] | None = None
 
@@ -47,7 +48,7 @@ class KLToBase(Plugin):
     def before_task(self, context: TaskContext) -> None:
         assert context.guard_text is not None  # the recipe sees to it
         self.base_logits = context.base_logits
-        self.pieces = [piece for piece in context.guard_text.tokens.split(self.tokens) if len(piece) > 1]
+        self.pieces = pieces_of(context.guard_text.pieces(self.tokens))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.step = state.global_step  # and so the same piece where a run that was cut off goes on
@@ -55,5 +56,6 @@ class KLToBase(Plugin):
     def penalty(self, model: TaskModel) -> Tensor | None:
         if self.base_logits is None:  # nothing of the model moves
             return None
-        ids = self.pieces[self.step % len(self.pieces)].to(next(model.parameters()).device)[None]
-        return self.strength * kl_to_base(model.language_model, ids, self.base_logits)
+        device = next(model.parameters()).device
+        ids, counted = (part.to(device)[None] for part in self.pieces[self.step % len(self.pieces)])
+        return self.strength * kl_to_base(model.language_model, ids, counted, self.base_logits)
