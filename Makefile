@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs notebooks bench compat dist clean
+.PHONY: demo test lint docs notebooks pages bench compat dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/curlora demo
@@ -27,13 +27,17 @@ docs: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(BIN)/python tools/notebooks.py
 
+# The tables and figures of the documentation, from the raw results in benchmarks/.
+pages: $(INSTALLED)
+	$(BIN)/python benchmarks/pages.py
+
 # About 50 minutes on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/attach.py
 	$(BIN)/python benchmarks/speed/growth.py
 	$(BIN)/python benchmarks/speed/storage.py
-	$(BIN)/python benchmarks/speed/page.py
+	$(BIN)/python benchmarks/pages.py
 
 # The tests that meet other libraries, with their lowest, pinned and newest versions, on every Python that is found;
 # docs/compatibility.md. COMPAT holds options, such as --torch-backend cpu.

@@ -57,7 +57,7 @@ def main():
                 print(json.dumps(line), flush=True)
                 passed = passed and set(line.get("tests", {"error": 1})) <= {"passed", "skipped"}
     text = PAGE.read_text(encoding="utf-8")
-    filled = re.sub(r"(<!-- table: runs -->\n).*?(<!-- end -->)", rf"\1{table(latest())}\2", text, flags=re.DOTALL)
+    filled = re.sub(r"(<!-- versions -->\n).*?(<!-- end -->)", rf"\1{table(latest())}\2", text, flags=re.DOTALL)
     PAGE.write_text(filled, encoding="utf-8")
     if arguments.strict and not passed:
         sys.exit(1)

@@ -5,7 +5,6 @@ shown are measured. A line of JSON each in ``five_trainings.jsonl``; what is the
 
     export CURLORA_DATA_DIR=...
     python benchmarks/guard/five_trainings.py --model DIR [--no-anchors]
-    python benchmarks/guard/five_trainings.py --table
 """
 
 import argparse
@@ -137,10 +136,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="of the adapter, between trainings")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    if options.table:
-        return table()
     if options.only is not None:
         return train(options)
     folder = options.folder or Path(tempfile.mkdtemp(prefix="five-trainings-"))
@@ -151,28 +147,6 @@ def main():
         more = ["--no-anchors"] if options.no_anchors else []
         command = [sys.executable, __file__, "--model", options.model, "--seed", str(options.seed), *more]
         subprocess.run([*command, "--only", str(number), "--folder", str(folder)], check=True)
-
-
-def table():
-    """Losses of all tasks after each training, and what the texts have lost."""
-    for anchors in (True, False):
-        mine = [row for row in rows(RESULTS) if row["anchors"] == anchors]
-        if not mine:
-            continue
-        names = list(mine[0]["losses"])
-        heads = ["with anchors" if anchors else "without", *names, "own text", "allowed", "left", *TEXTS]
-        print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-        for row in mine:
-            left = "" if row["left"] is None else f"{row['left']:.2%}"
-            cells = [f"{row['losses'][name]:.3f}" for name in names]
-            lost = [
-                f"{row['rise']:+.2%}",
-                f"{row['allowed']:.2%}",
-                left,
-                *(f"{row['held out'][of]:+.2%}" for of in TEXTS),
-            ]
-            print("| " + " | ".join([row["task"], *cells, *lost]) + " |")
-        print()
 
 
 if __name__ == "__main__":

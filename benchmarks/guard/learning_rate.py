@@ -6,11 +6,9 @@ clipping. A rate is given as a multiple of the square root of the budget. Adds a
 each run; what is there already is not repeated.
 
     python benchmarks/guard/learning_rate.py --model DIR
-    python benchmarks/guard/learning_rate.py --table
 """
 
 import argparse
-import itertools
 import math
 import statistics
 import time
@@ -25,14 +23,12 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import curlora
-from curlora.guard import learning_rate
 from results import add, rows
 
 RESULTS = Path(__file__).parent / "learning_rate.jsonl"
 LAYERS = 22  # from here on they are adapted
 BATCH, TEXT, OTHER = 4, 8192, 768  # rows; tokens of the guard's text, and of other articles
 EXAMPLES = 480
-FIXED = 0.06  # the rate that was advised before
 MIDDLE = dict(task="gsm8k", steps=60, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
 REDRAWN = dict(choose="task")  # columns and rows for the task, as under a ForgettingBudget
 ALL = REDRAWN | dict(targets="all-linear")
@@ -63,10 +59,7 @@ def main():
     parser.add_argument("--model", help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--only", nargs="+", default=[], metavar="name=value", help="settings that are so")
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    if options.table:
-        return table()
     only = dict(one.split("=", 1) for one in options.only)
     lab = None
     for changed in SETTINGS:
@@ -77,49 +70,6 @@ def main():
             lab = lab or Lab(options.model, options.cache)
             run = {**setting, "multiple": multiple}
             add(RESULTS, run | lab.run(**run))
-
-
-def table():
-    """The loss on held-out answers by the rate, the least of each row in bold, and what other rates lose."""
-    multiples = sorted({row["multiple"] for row in rows(RESULTS)})
-    heads = ["", "budget", "steps", *(f"{multiple:g}" for multiple in multiples), "rule", "its loss over the least"]
-    print("| " + " | ".join([*heads, f"that of {FIXED}"]) + " |")
-    print("|---" * (len(heads) + 1) + "|")
-    lost = []
-    for setting in (MIDDLE | changed for changed in SETTINGS):
-        runs = known(setting)
-        if len(runs) < 2:
-            continue
-        best = min(row["loss"] for row in runs.values())
-        cells = [named(setting), f"{setting['budget']:g}", str(setting["steps"])]
-        for multiple in multiples:
-            row = runs.get(multiple)
-            bold = "**" if row and row["loss"] == best else ""
-            cells.append(f"{bold}{row['loss']:.3f}{bold}" if row else "")
-        rule = learning_rate(setting["budget"], setting["steps"], setting["r"])
-        lost.append([at(runs, rate) - best for rate in (rule, FIXED)])
-        cells += [f"{rule:.2g}", *(f"{value:.3f}" for value in lost[-1])]
-        print("| " + " | ".join(cells) + " |")
-    mean, most = ([fold(values) for values in zip(*lost, strict=True)] for fold in (statistics.mean, max))
-    print(f"\nOver the least of its row: the rule {mean[0]:.3f} on average, {most[0]:.3f} at most;", end=" ")
-    print(f"{FIXED} {mean[1]:.3f} and {most[1]:.3f}.")
-
-
-def named(setting):
-    task = {"gsm8k": "GSM8K", "dialogsum": "DialogSum"}[setting["task"]]
-    targets = setting["targets"].replace("_proj", "")
-    more = [", redrawn"] * (setting["choose"] == "task") + [f", clipped to {setting['clip']:g}"] * bool(setting["clip"])
-    return f"{task}, {targets}, r {setting['r']}{''.join(more)}"
-
-
-def at(runs, rate):
-    """The loss at a rate: between two that were measured on a line over its logarithm, beyond them the last's."""
-    points = sorted((math.log(row["rate"]), row["loss"]) for row in runs.values())
-    place = min(max(math.log(rate), points[0][0]), points[-1][0])
-    for (x, loss), (y, next_loss) in itertools.pairwise(points):
-        if place <= y:
-            return loss + (next_loss - loss) * (place - x) / (y - x)
-    return points[-1][1]
 
 
 def known(setting):

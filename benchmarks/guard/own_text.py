@@ -6,12 +6,9 @@ texts that are not the guard's: of the five kinds, of the base's own, and what i
 ``own_text.jsonl`` for each run; what is there already is not repeated.
 
     python benchmarks/guard/own_text.py --model DIR
-    python benchmarks/guard/own_text.py --table
 """
 
 import argparse
-import statistics
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -38,10 +35,7 @@ def main():
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--multiple", type=float, default=1.0, help="the rate, in square roots of the budget")
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
-    if options.table:
-        return table()
     lab = None
     for seed in options.seeds:
         for text in TEXTS:
@@ -117,27 +111,6 @@ class TextLab(Lab):
                 p, q = ((states[begin:-1].float() @ head.T).log_softmax(-1) for states in (old, new))
             total, count = total + kl_div(q, p, reduction="sum", log_target=True).item(), count + len(p)
         return round(total / count, 5)
-
-
-def table():
-    """Means over seeds, and in brackets the least and the most where there are several."""
-    found = defaultdict(list)
-    for row in rows(RESULTS):
-        found[row["text"]].append(row)
-    texts = [*KINDS, "answers", "own"]
-    print("| guard's text | loss, held-out answers | " + " | ".join(texts) + " | mean of the first six | worst |")
-    print("|---" * (len(texts) + 4) + "|")
-    for text, runs in ((text, found[text]) for text in TEXTS if found[text]):
-        six = [[run["texts"][name] for name in texts[:6]] for run in runs]
-        cells = [[run["loss"] for run in runs], *([run["texts"][name] for run in runs] for name in texts)]
-        cells += [[statistics.mean(one) for one in six], [max(one) for one in six]]
-        print("| " + " | ".join([TEXTS[text], *(shown(values) for values in cells)]) + " |")
-
-
-def shown(values):
-    digits = 3 if min(values) > 0.1 else 4
-    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 if __name__ == "__main__":

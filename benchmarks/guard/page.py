@@ -1,24 +1,20 @@
-"""The tables of docs/research.md and docs/guard.md and the README's curve, from the lines of JSON beside this file.
+"""The tables and the curve of the guard, from the lines of JSON beside this file."""
 
-The pages keep their words; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
-
-    python benchmarks/guard/page.py
-"""
-
-import json
+import itertools
 import math
-import re
 import statistics
 from pathlib import Path
 
 import matplotlib
+from tables import lines as read
+from tables import table
+
+from curlora.guard import learning_rate
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent.parent / "docs"
-PAGES = [DOCS / "research.md", DOCS / "guard.md"]
 MODEL = "SmolLM2-135M"
 TEXTS = ("guard", "articles", "code", "tweets")
 
@@ -59,37 +55,34 @@ DRAWS = {
     "the paper's draw": "inverse", "uniform": "uniform", "by norm": "norm", "by leverage score": "leverage",
     "**redrawn for the task**": "task", "the paper's draw, 1.8 times the budget": "inverse, 1.8 x the budget",
 }  # fmt: skip
+SETTING = ("task", "steps", "budget", "r", "targets", "clip", "choose")  # what runs at several rates share
+FIXED = 0.06  # the rate beside the rule's
+KINDS = ["articles", "code", "tweets", "reviews", "dialogues", "answers"]  # of text, which no guard was shown
+GUARDED_BY = {"own": "what the base writes", "articles": "articles", "mix": "a mix of the five kinds"}
+PREDICTORS = {
+    "own": "measured on these rows", "own, 512": "measured, the same text in rows of 512",
+    "articles": "measured, other articles in rows of 512", "guard": "**predicted by the guard**",
+    "undamped": "the same moments, not damped", "rows, each layer": "by rows, each layer by itself",
+    "rows, across layers": "by rows, all layers together",
+}  # fmt: skip
 PROJECTIONS = {"q": "query", "k": "key", "v": "value", "o": "output", "gate": "gate", "up": "up", "down": "down"}
 
 
 def tables():
     return {
-        "paired": paired(), "long": long(), "draws": draws(), "projections": projections(), "rates": rates(),
-        "plain_rates": plain_rates(),
+        "paired": paired(), "paired_short": paired_short(), "long": long(), "draws": draws(), "choice": choice(),
+        "projections": projections(), "rates": rates(), "plain_rates": plain_rates(), "rule": rule(),
+        "own_text": own_text(), "five_trainings": five_trainings(), "predictors": predictors(), "scales": scales(),
+        "across": across(), "merging": merging(),
     }  # fmt: skip
 
 
-def main():
-    made = tables()
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
-    curve(DOCS / "study.svg")
-
-
-def filled(text, tables):
-    def fill(match):
-        return f"{match[1]}\n{tables[match[2]]}\n{match[3]}"
-
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+def figures(docs):
+    curve(docs / "study.svg")
 
 
 def lines(name):
-    return [json.loads(line) for line in (HERE / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def table(header, rows):
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    return read(HERE / f"{name}.jsonl")
 
 
 def means(given, times):
@@ -115,11 +108,11 @@ def means(given, times):
     }
 
 
-FIGURES = ["parameters", "average accuracy", "mean loss", "forgetting", "guard's text", "other articles", "code",
+HEADER = ["parameters", "average accuracy", "mean loss", "forgetting", "guard's text", "other articles", "code",
            "tweets", "drift, articles"]  # fmt: skip
 
 
-def figures(found):
+def cells(found):
     error = "" if math.isnan(found["error"]) else f" ± {found['error']:.3f}"
     return [
         f"{found['parameters']:,}", f"{found['average']:.3f}{error}", f"{found['loss']:.3f}",
@@ -143,12 +136,18 @@ def drift(nats):
 
 
 def paired():
-    return table(["", *FIGURES], [[name, *figures(means(given, 1))] for name, given in PAIRED.items()])
+    return table(["", *HEADER], [[name, *cells(means(given, 1))] for name, given in PAIRED.items()])
+
+
+def paired_short():
+    wanted = ["parameters", "average accuracy", "guard's text", "other articles", "drift, articles"]
+    found = {name: dict(zip(HEADER, cells(means(given, 1)), strict=True)) for name, given in PAIRED.items()}
+    return table(["", *wanted], [[name, *(of[one] for one in wanted)] for name, of in found.items()])
 
 
 def long():
     found = {name: means(given, 3) for name, given in LONG.items()}
-    return table(["", "runs", *FIGURES], [[name, one["runs"], *figures(one)] for name, one in found.items()])
+    return table(["", "runs", *HEADER], [[name, one["runs"], *cells(one)] for name, one in found.items()])
 
 
 def draws():
@@ -206,6 +205,137 @@ def by_rate(method, prefix, cell):
     return table(["learning rate", "parameters", *(f"{rate:g}" for rate in columns)], shown)
 
 
+def rule():
+    """The loss on held-out answers by the rate, the least of each row in bold, and what other rates lose."""
+    settings = {}
+    for row in lines("learning_rate"):
+        settings.setdefault(tuple(row[name] for name in SETTING), {})[row["multiple"]] = row
+    multiples = sorted({row["multiple"] for runs in settings.values() for row in runs.values()})
+    shown, lost = [], []
+    for setting, runs in settings.items():
+        if len(runs) < 2:
+            continue
+        of = dict(zip(SETTING, setting, strict=True))
+        best = min(row["loss"] for row in runs.values())
+        rate = learning_rate(of["budget"], of["steps"], of["r"])
+        lost.append([loss_at(runs, one) - best for one in (rate, FIXED)])
+        losses = [bold(f"{runs[m]['loss']:.3f}", runs[m]["loss"] == best) if m in runs else "" for m in multiples]
+        more = [f"{rate:.2g}", *(f"{value:.3f}" for value in lost[-1])]
+        shown.append([named(of), f"{of['budget']:g}", of["steps"], *losses, *more])
+    shown.sort(key=lambda row: (", redrawn" not in row[0], row[0], float(row[1]), row[2]))
+    for name, fold in (("on average", statistics.mean), ("at most", max)):
+        shown.append(
+            [name, *[""] * (len(shown[0]) - 3), *(f"{fold(values):.3f}" for values in zip(*lost, strict=True))]
+        )
+    header = ["", "budget", "steps", *(f"{one:g}" for one in multiples), "rule", "its loss over the least"]
+    return table([*header, f"that of {FIXED}"], shown)
+
+
+def named(setting):
+    task = {"gsm8k": "GSM8K", "dialogsum": "DialogSum"}[setting["task"]]
+    targets = setting["targets"].replace("_proj", "")
+    more = [", redrawn"] * (setting["choose"] == "task") + [f", clipped to {setting['clip']:g}"] * bool(setting["clip"])
+    return f"{task}, {targets}, r {setting['r']}{''.join(more)}"
+
+
+def loss_at(runs, rate):
+    """Between two measured rates on a line over the logarithm, beyond them the last's."""
+    points = sorted((math.log(row["rate"]), row["loss"]) for row in runs.values())
+    place = min(max(math.log(rate), points[0][0]), points[-1][0])
+    for (x, loss), (y, next_loss) in itertools.pairwise(points):
+        if place <= y:
+            return loss + (next_loss - loss) * (place - x) / (y - x)
+    return points[-1][1]
+
+
+def own_text():
+    """Means over seeds, and in brackets the least and the most where there are several."""
+    shown = []
+    for text, name in GUARDED_BY.items():
+        runs = [row for row in lines("own_text") if row["text"] == text]
+        not_shown = [[run["texts"][kind] for kind in KINDS] for run in runs]
+        measured = [[run["loss"] for run in runs], *([run["texts"][kind] for run in runs] for kind in [*KINDS, "own"])]
+        measured += [[statistics.mean(one) for one in not_shown], [max(one) for one in not_shown]]
+        shown.append([name, *map(spread, measured)])
+    header = ["guard's text", "loss, held-out answers", *KINDS, "own", "mean of the first six", "worst"]
+    return table(header, shown)
+
+
+def spread(values):
+    digits = 3 if min(values) > 0.1 else 4
+    ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{ends}"
+
+
+def five_trainings():
+    """Losses of all tasks after each training, and what the texts have lost."""
+    rows = lines("five_trainings")
+    names, texts = list(rows[0]["losses"]), list(rows[0]["held out"])
+    shown = []
+    for row in sorted(rows, key=lambda row: (not row["anchors"], row["number"])):
+        lost = [row["rise"], row["allowed"], row["left"], *(row["held out"][text] for text in texts)]
+        signs = ["+", "", "", *"+" * len(texts)]
+        shown.append([
+            row["task"], "with" if row["anchors"] else "without", *(f"{row['losses'][name]:.3f}" for name in names),
+            *(f"{100 * value:{sign}.2f} %" for value, sign in zip(lost, signs, strict=True)),
+        ])  # fmt: skip
+    return table(["after", "anchors", *names, "own text", "allowed", "left", *texts], shown)
+
+
+def choice():
+    """One task, columns and rows chosen in several ways."""
+    ways = {"inverse": "the paper's draw", "ratio": "by ratio", "energy": "by energy"}
+    shown = []
+    for row in sorted(lines("one_task"), key=lambda row: (row["method"], row["choose"] != "inverse", row["choose"])):
+        name = f"LoRA, {row['lr']:g}" if row["method"] == "lora" else f"guarded, {ways[row['choose']]}"
+        more = [", other examples"] * row["choice"] + [f", penalty {row['penalty']:g}"] * bool(row["penalty"])
+        budget = row["budget"] if row["method"] == "guarded" and row["budget"] else ""
+        figures = f"{row['accuracy']:.3f}", f"{row['loss']:.3f}", f"{row['perplexity']:.2f}", f"{row['drift']:.4f}"
+        shown.append([name + "".join(more), f"{row['numbers']:,}", budget, *figures])
+    return table(["", "parameters", "budget", "accuracy", "loss", "perplexity", "drift"], shown)
+
+
+def predictors():
+    """Nats per token, of two adapters, each scaled down and up."""
+    adapters = [row["scales"] for row in lines("predictors")]
+    header = [""]
+    for name, scales in zip(("the paper's draw, ", "redrawn for the task, "), adapters, strict=True):
+        header += [f"{name * (one is scales[0])}x {one['scale']:g}" for one in scales]
+    values = {key: [one[key] for scales in adapters for one in scales] for key in PREDICTORS}
+    return table(header, [[PREDICTORS[key], *(f"{value:.2g}" for value in found)] for key, found in values.items()])
+
+
+def scales():
+    """One adapter scaled down and up: nats per token."""
+    shown = []
+    for row in lines("prediction"):
+        own, other = row["the calibration's"], row["another part"]
+        figures = [f"{value:.2g}" for value in (row["predicted"], own["drift"], other["drift"])]
+        shown.append([f"{row['scale']:g}", *figures, share(100 * other["perplexity_rise"])])
+    header = ["scale", "predicted", "measured, the calibration's text", "measured, other tales"]
+    return table([*header, "rise of perplexity, other tales"], shown)
+
+
+def across():
+    """The second order of a trained adapter, each layer by itself and all of them together: nats per token."""
+    keys = ["predicted", "undamped", "each layer", "all layers", "measured"]
+    rows = [[row["data"], row["rows"], *(f"{row[key]:.3g}" for key in keys)] for row in lines("across_layers")]
+    header = ["", "rows of text", "predicted by the guard", "not damped", "by rows, each layer by itself"]
+    return table([*header, "by rows, all layers together", "measured"], rows)
+
+
+def merging():
+    """The penalty by one Kronecker product over the penalty by one for each task."""
+    (row,) = lines("merging")
+    shown = []
+    for held, way in itertools.product((2, 3), ("summed", "nearest")):
+        found = row[f"{held} held, {way}"]
+        random = ", ".join(f"{value:.2f}" for value in found["random"])
+        shown.append([held, way, *(f"{value:.2f}" for value in found["movements"]), random])
+    header = ["tasks held", "one product, both sides", "on what the second task moved", "on what the third moved"]
+    return table([*header, "random directions of a layer: least, median, most"], shown)
+
+
 def bold(text, wanted):
     return f"**{text}**" if wanted else text
 
@@ -235,7 +365,3 @@ def curve(path):
     right.locator_params("x", nbins=5)
     right.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.savefig(path, metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()

@@ -1,33 +1,33 @@
-"""The paper's table, of the runs in this folder: what docs/paper.md shows under "Measured here".
-
-python benchmarks/paper-smollm2/table.py
-"""
+"""The tables of docs/paper.md that were measured here, from the runs beside this file."""
 
 from pathlib import Path
 
+from tables import table
+
 from curlora.continual.results import RunResults
 
-for directory in sorted(Path(__file__).parent.glob("*/results.json")):
-    results = RunResults.load(directory)
+HERE = Path(__file__).parent
+NAMES = {"mrpc": "MRPC", "sst2": "SST-2", "sentiment140": "Sentiment140"}
+
+
+def tables():
+    return {"paper": stream("paper"), "paper_honest": stream("honest")}
+
+
+def stream(protocol):
+    """What each method scores on each task after it and after those that follow, and what is lost of a text."""
+    results = RunResults.load(HERE / protocol / "results.json")
     methods = sorted(results.methods, key=lambda m: [int(part) if part.isdigit() else 0 for part in m.name.split("-")])
     seeds = [method.seeds[0] for method in methods]
-    tasks = results.tasks
-    rows = [("first WikiText-2 perplexity", "", [f"{next(iter(s.heldout.values()))[0].perplexity:.2f}" for s in seeds])]
-    for after, learned in enumerate(tasks):
+    texts = [next(iter(seed.heldout.values())) for seed in seeds]
+    rows = [["first WikiText-2 perplexity", "", *(f"{text[0].perplexity:.2f}" for text in texts)]]
+    for after, learned in enumerate(results.tasks):
         for number in [after, *range(after)]:
-            rows.append(
-                (
-                    f"{tasks[number].name} after {learned.name}",
-                    f"{tasks[number].majority_rate:.3f}",
-                    [f"{s.scores[after][number].accuracy:.3f}" for s in seeds],
-                )
-            )
-    last = [next(iter(s.heldout.values()))[-1] for s in seeds]
-    rows.append(("last WikiText-2 perplexity", "", [f"{score.perplexity:.2f}" for score in last]))
-    rows.append(("drift, nats per token", "", [f"{score.drift:.3f}" if score.drift else "0" for score in last]))
-    rows.append(("trained parameters", "", [f"{method.trainable_parameters:,}" for method in methods]))
-    print(f"| {directory.parent.name} | always the majority class | " + " | ".join(m.label for m in methods) + " |")
-    print("|---" * (len(methods) + 2) + "|")
-    for name, majority, values in rows:
-        print(f"| {name} | {majority} | " + " | ".join(values) + " |")
-    print()
+            task = results.tasks[number]
+            accuracies = (f"{seed.scores[after][number].accuracy:.3f}" for seed in seeds)
+            name = f"{NAMES[task.name]} after {NAMES[learned.name]}"
+            rows.append([name, f"{task.majority_rate:.3f}", *accuracies])
+    rows.append(["last WikiText-2 perplexity", "", *(f"{text[-1].perplexity:.2f}" for text in texts)])
+    rows.append(["drift, nats per token", "", *(f"{text[-1].drift or 0:.3f}" for text in texts)])
+    rows.append(["trained parameters", "", *(f"{method.trainable_parameters:,}" for method in methods)])
+    return table(["", "always the majority class", *(method.label for method in methods)], rows)

@@ -1,22 +1,15 @@
-"""The tables and plots of docs/benchmarks.md and docs/complexity.md, from the lines of JSON beside this file.
+"""The tables and plots of time, memory and storage, from the lines of JSON beside this file."""
 
-The pages keep their words; what stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` is written anew.
-
-    python benchmarks/speed/page.py
-"""
-
-import json
-import re
 from pathlib import Path
 
 import matplotlib
+from tables import lines as read
+from tables import table
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
-DOCS = HERE.parent.parent / "docs"
-PAGES = [DOCS / "benchmarks.md", DOCS / "complexity.md"]
 NAMES = {"curlora": "CURLoRA", "lora": "LoRA", "dora": "DoRA", "reference": "the author's form", "pissa": "PiSSA",
          "osf": "OSF"}  # fmt: skip
 COLORS = {"curlora": "#0b6e4f", "lora": "#b5541c"}
@@ -30,31 +23,13 @@ def tables():
     }  # fmt: skip
 
 
-def main():
-    made = tables()
-    for page in PAGES:
-        page.write_text(filled(page.read_text(encoding="utf-8"), made), encoding="utf-8")
-    plot_sizes(DOCS / "overhead.svg")
-    plot_growth(DOCS / "growth.svg")
-
-
-def filled(text, tables):
-    def fill(match):
-        return f"{match[1]}\n{tables[match[2]]}\n{match[3]}"
-
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
+def figures(docs):
+    plot_sizes(docs / "overhead.svg")
+    plot_growth(docs / "growth.svg")
 
 
 def lines(name):
-    path = HERE / f"{name}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def table(header, rows):
-    if not rows:
-        return "Not measured yet."
-    cells = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+    return read(HERE / f"{name}.jsonl")
 
 
 def machine():
@@ -249,7 +224,3 @@ def save(figure, path):
     plt.rcParams["svg.hashsalt"] = "curlora"  # the same file from the same figures
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,43 @@
+"""The tables and figures of the documentation, from the raw results beside this file.
+
+With ``--check`` it names the pages whose tables are of other results, and writes nothing.
+
+    python benchmarks/pages.py            # make pages
+    python benchmarks/pages.py --check
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from paper import page as paper
+from proof import page as proof
+from speed import page as speed
+from tables import filled
+
+from guard import page as guard
+
+DOCS = Path(__file__).parent.parent / "docs"
+README = DOCS.parent / "README.md"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    tables = guard.tables() | paper.tables() | proof.tables() | speed.tables()
+    changed = {}
+    for page in (README, *sorted(DOCS.glob("*.md"))):
+        text = page.read_text(encoding="utf-8")
+        if (new := filled(text, tables)) != text:
+            changed[page] = new
+    if options.check:
+        sys.exit("".join(f"{page.name} has tables of other results: make pages\n" for page in changed))
+    for page, text in changed.items():
+        page.write_text(text, encoding="utf-8")
+    for subject in (guard, proof, speed):
+        subject.figures(DOCS)
+
+
+if __name__ == "__main__":
+    main()

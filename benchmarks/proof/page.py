@@ -1,0 +1,122 @@
+"""The tables and the figure of what is learned for what is forgotten, from the runs beside this file."""
+
+import itertools
+import math
+from pathlib import Path
+
+import matplotlib
+from tables import table
+
+from curlora.continual.results import RunResults
+from curlora.continual.tradeoff import front, points
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+LEVELS = (0.005, 0.01, 0.02, 0.04)  # nats per token
+WITHIN = 0.02
+TICKS = (0.005, 0.01, 0.02, 0.04, 0.08)
+RIVALS = ("lora", "lora-all-linear")
+NAMES = {"learning_rate": "rate", "max_kl": "limit", "strength": "strength"}  # of what grids vary
+MARKERS = "osD^vPX*"
+
+
+def tables():
+    known = by_entry()
+    return {"proof": every_run(known), "proof_within": within(known), "levels": at_levels(known)}
+
+
+def figures(docs):
+    tradeoff(by_entry(), docs / "proof.svg")
+
+
+def by_entry():
+    """The points of each entry of the recipe, without the frozen model's."""
+    found = {}
+    for point in points(RunResults.load(HERE / "gsm8k" / "results.json")):
+        if point.method.method != "frozen":
+            found.setdefault(point.method.entry, []).append(point)
+    return found
+
+
+def label(known):
+    """What an entry is called, without what its grid varies."""
+    method = known[0].method
+    return method.label.split(f", {next(iter(method.grid), '')} ")[0]
+
+
+HEADER = ["", "", "parameters", "learned", "KL, guard's text", "KL, not shown: mean", "worst"]
+
+
+def every_run(entries):
+    return table(HEADER, [cells(known, point) for known in entries.values() for point in known])
+
+
+def within(entries):
+    """Of each entry what has learned most while the texts that were not shown moved by no more than ``WITHIN``."""
+    kept = {entry: [point for point in known if point.mean.mean <= WITHIN] for entry, known in entries.items()}
+    best = {entry: max(found, key=lambda point: point.learned.mean) for entry, found in kept.items() if found}
+    return table(HEADER, [cells(entries[entry], point) for entry, point in best.items()])
+
+
+def cells(known, point):
+    method = point.method
+    grid = ", ".join(f"{NAMES[name]} {value:g}" for name, value in method.grid.items())
+    figures = [shown(point.learned, 3), *(shown(kl, 4) for kl in (point.limited, point.mean, point.worst))]
+    return [label(known), grid, f"{method.trainable_parameters:,}", *figures]
+
+
+def shown(statistic, digits):
+    spread = "" if statistic.deviation is None else f" ± {statistic.deviation:.{digits}f}"
+    return f"{statistic.mean:.{digits}f}{spread}"
+
+
+def at_levels(entries):
+    """What each entry learns at a level of forgetting, and how many times what the better LoRA learns there."""
+    rows = []
+    for entry, known in entries.items():
+        values = []
+        for level in LEVELS:
+            learned = learned_at(known, level)
+            of_rival = max(filter(None, (learned_at(entries[rival], level) for rival in RIVALS)), default=None)
+            times = f" ({learned / of_rival:.1f} x)" if learned and of_rival and entry not in RIVALS else ""
+            values.append("" if learned is None else f"{learned:.3f}{times}")
+        rows.append([label(known), *values])
+    return table(["mean KL of the texts not shown", *(f"{level:g}" for level in LEVELS)], rows)
+
+
+def learned_at(known, level):
+    """Between two points of the front, linear in the logarithm of what is forgotten; beyond its ends not known."""
+    best = [(point.mean.mean, point.learned.mean) for point in front(known)]
+    for (less, low), (more, high) in itertools.pairwise(best):
+        if less <= level <= more:
+            return low + (high - low) * math.log(level / less) / math.log(more / less)
+    return None
+
+
+def tradeoff(entries, path):
+    """Learned against forgotten: the mean of the texts that were not shown, and the worst of them."""
+    matplotlib.rcParams["svg.hashsalt"] = "proof"
+    drawing, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
+    for axis, name in zip(axes, ("mean", "worst"), strict=True):
+        for number, known in enumerate(entries.values()):
+            style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
+            for point in known:
+                x, y = getattr(point, name), point.learned
+                axis.errorbar(x.mean, y.mean, y.deviation, x.deviation, linestyle="none", capsize=2, **style)
+            best = front(known, lambda point, name=name: getattr(point, name))
+            forgotten = [getattr(point, name).mean for point in best]
+            axis.plot(forgotten, [point.learned.mean for point in best], label=label(known), **style)
+        axis.set_xscale("log")
+        within = [tick for tick in TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        axis.set_xticks(within, [f"{tick:g}" for tick in within])
+        axis.minorticks_off()
+        axis.set_xlabel(f"forgotten: KL, nats per token, {name} of the texts not shown")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylim(0)  # the frozen model
+    axes[0].set_ylabel("learned: fall of the loss, nats per token")
+    axes[0].legend(frameon=False, fontsize=9)
+    drawing.savefig(path, metadata={"Date": None})
+    plt.close(drawing)

@@ -1,0 +1,25 @@
+"""Tables of raw results, and the pages that they stand on."""
+
+import json
+import re
+
+
+def lines(path):
+    """The lines of JSON of a file; none where it has not been written yet."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def table(header, rows):
+    if not rows:
+        return "Not measured yet."
+    cells = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
+
+
+def filled(text, tables):
+    """A page with new tables between ``<!-- table: NAME -->`` and ``<!-- end -->``; it keeps its words."""
+
+    def fill(match):
+        return f"{match[1]}\n{tables[match[2]]}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->)\n.*?(<!-- end -->)", fill, text, flags=re.DOTALL)
