@@ -73,7 +73,7 @@ def shown(statistic, digits):
 
 
 def at_levels(entries):
-    """What each entry learns at a level of forgetting, and how many times what the better LoRA learns there."""
+    """What each entry learns within a level of forgetting, and how many times what the better LoRA learns."""
     rows = []
     for entry, known in entries.items():
         values = []
@@ -87,12 +87,15 @@ def at_levels(entries):
 
 
 def learned_at(known, level):
-    """Between two points of the front, linear in the logarithm of what is forgotten; beyond its ends not known."""
+    """Between two points of the front linear in the logarithm of what is forgotten, beyond the last as much as there.
+
+    Before the first it is not known.
+    """
     best = [(point.mean.mean, point.learned.mean) for point in front(known)]
     for (less, low), (more, high) in itertools.pairwise(best):
         if less <= level <= more:
             return low + (high - low) * math.log(level / less) / math.log(more / less)
-    return None
+    return best[-1][1] if best[-1][0] <= level else None
 
 
 def tradeoff(entries, path):
