@@ -32,7 +32,8 @@ def main():
         if (new := filled(text, tables)) != text:
             changed[page] = new
     if options.check:
-        sys.exit("".join(f"{page.name} has tables of other results: make pages\n" for page in changed))
+        told = "".join(f"{page.name} has tables of other results: make pages\n" for page in changed)
+        sys.exit(told or None)
     for page, text in changed.items():
         page.write_text(text, encoding="utf-8")
     for subject in (guard, proof, speed):
