@@ -228,23 +228,6 @@ def test_the_quick_start_is_the_readmes():
     assert set(blocks("quickstart.md", "python")) <= set(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 
 
-def figures(text):
-    """Rows of tables by their first cell, as sets of cells."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    return [(row[0], set(row)) for row in rows if any(re.search(r"\d", cell) for cell in row)]
-
-
-@pytest.mark.parametrize(("page", "heading", "source"), [
-    ("index.md", "## What it has been seen to do", README),
-    ("when.md", "## The figures behind it", (DOCS / "research.md").read_text(encoding="utf-8")),
-])  # fmt: skip
-def test_figures_that_are_repeated_are_those_of_their_source(page, heading, source):
-    repeated = (DOCS / page).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
-    assert figures(repeated)
-    for label, row in figures(repeated):
-        assert any(label == other and row <= whole for other, whole in figures(source)), label
-
-
 def commands():
     """Lines of shell that call curlora, each with its page."""
     for page in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
