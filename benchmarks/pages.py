@@ -1,6 +1,7 @@
 """The tables and figures of the documentation, from the raw results beside this file.
 
-With ``--check`` it names the pages whose tables are of other results, and writes nothing.
+A table that no page has a place for is an error. With ``--check`` the pages are named whose tables are of other
+results, and nothing is written.
 
     python benchmarks/pages.py            # make pages
     python benchmarks/pages.py --check
@@ -26,11 +27,11 @@ def main():
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     tables = guard.tables() | paper.tables() | proof.tables() | speed.tables()
-    changed = {}
-    for page in (README, *sorted(DOCS.glob("*.md"))):
-        text = page.read_text(encoding="utf-8")
-        if (new := filled(text, tables)) != text:
-            changed[page] = new
+    texts = {page: page.read_text(encoding="utf-8") for page in (README, *sorted(DOCS.glob("*.md")))}
+    if nowhere := [name for name in tables if not any(f"<!-- table: {name} -->" in text for text in texts.values())]:
+        sys.exit(f"no page has a place for {', '.join(nowhere)}: <!-- table: {nowhere[0]} -->")
+    made = {page: filled(text, tables) for page, text in texts.items()}
+    changed = {page: text for page, text in made.items() if text != texts[page]}
     if options.check:
         told = "".join(f"{page.name} has tables of other results: make pages\n" for page in changed)
         sys.exit(told or None)

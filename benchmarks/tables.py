@@ -1,9 +1,11 @@
 """Tables of raw results, and the pages that they stand on."""
 
+import functools
 import json
 import re
 
 
+@functools.cache
 def lines(path):
     """The lines of JSON of a file; none where it has not been written yet."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

@@ -131,7 +131,7 @@ def train(options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder, or a hub id")
+    parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--no-anchors", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="of the adapter, between trainings")

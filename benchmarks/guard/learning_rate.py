@@ -56,7 +56,7 @@ MULTIPLES = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder, or a hub id")
+    parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--only", nargs="+", default=[], metavar="name=value", help="settings that are so")
     options = parser.parse_args()

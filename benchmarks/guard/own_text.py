@@ -24,14 +24,14 @@ from results import add, rows
 
 RESULTS = Path(__file__).parent / "own_text.jsonl"
 KINDS = ["articles", "code", "tweets", "reviews", "dialogues"]
-TEXTS = {"own": "what the base writes", "articles": "articles", "mix": "a mix of the five kinds"}
+TEXTS = ["own", "articles", "mix"]
 MEASURED = 768  # tokens of each text
 PROMPTS, ANSWER = 16, 48  # tokens of an answer at most
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a folder, or a hub id")
+    parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--multiple", type=float, default=1.0, help="the rate, in square roots of the budget")

@@ -24,21 +24,26 @@ MARKERS = "osD^vPX*"
 
 
 def tables():
-    everything, compared = by_entry(), by_entry(ASIDE)
-    return {"proof": every_run(everything), "proof_within": within(compared), "levels": at_levels(compared)}
+    entries = by_entry()
+    compared = compared_of(entries)
+    return {"proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared)}
 
 
 def figures(docs):
-    tradeoff(by_entry(ASIDE), docs / "proof.svg")
+    tradeoff(compared_of(by_entry()), docs / "proof.svg")
 
 
-def by_entry(*without):
+def by_entry():
     """The points of each entry of the recipe, without the frozen model's."""
     found = {}
     for point in points(RunResults.load(HERE / "gsm8k" / "results.json")):
-        if point.method.method != "frozen" and point.method.entry not in without:
+        if point.method.method != "frozen":
             found.setdefault(point.method.entry, []).append(point)
     return found
+
+
+def compared_of(entries):
+    return {entry: known for entry, known in entries.items() if entry != ASIDE}
 
 
 def label(known):

@@ -49,17 +49,15 @@ class KLToBaseCallback(PenaltyCallback):
     def penalty(self, model: nn.Module, step: int) -> Tensor:
         if self.base is None and not isinstance(model, PeftModel):
             raise ValueError("The model has no adapter that could be switched off: pass the base model too (base=...)")
-        device = next(model.parameters()).device
-        ids, counted = (part.to(device)[None] for part in self.pieces[step % len(self.pieces)])
 
         def base_logits(ids: Tensor, kept: int) -> Tensor:
             if self.base is not None:
-                base: Any = self.base.to(device)
+                base: Any = self.base.to(ids.device)
                 return base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
             with without_adapters(model):
                 return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
-        return self.strength * kl_to_base(model, ids, counted, base_logits)
+        return self.strength * kl_to_base(model, *self.pieces[step % len(self.pieces)], base_logits)
 
 
 def pieces_of(rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -68,17 +66,18 @@ def pieces_of(rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     return [both for both in zip(known, known.counted, strict=True) if bool(both[1][1:].any())]
 
 
-def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
+def kl_to_base(model: nn.Module, row: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
     """``KL(base || model)`` of the predictions of the next token, the mean in nats over the tokens that count.
 
     Args:
         model: a causal language model, in the mode that it is trained in; its base is run in evaluation mode.
-        ids: shape ``(1, length)``.
+        row: tokens, shape ``(length,)``, on any device.
         counted: which of them count, bool, of that shape; one of those behind the first at least.
-        base_logits: given ``ids`` and a number, the base model's logits at that many last positions, shape
-            ``(1, number, vocabulary)``.
+        base_logits: given ``input_ids`` of shape ``(1, length)`` and a number, the base model's logits at that many
+            last positions, shape ``(1, number, vocabulary)``.
     """
-    foretold = counted[0, 1:]
+    device = next(model.parameters()).device
+    ids, foretold = row.to(device)[None], counted[1:].to(device)
     with evaluating(model), torch.no_grad():
         base = base_logits(ids, ids.shape[1])[0, :-1][foretold].float().log_softmax(-1)
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1][foretold]

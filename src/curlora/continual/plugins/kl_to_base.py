@@ -56,6 +56,5 @@ class KLToBase(Plugin):
     def penalty(self, model: TaskModel) -> Tensor | None:
         if self.base_logits is None:  # nothing of the model moves
             return None
-        device = next(model.parameters()).device
-        ids, counted = (part.to(device)[None] for part in self.pieces[self.step % len(self.pieces)])
-        return self.strength * kl_to_base(model.language_model, ids, counted, self.base_logits)
+        piece = self.pieces[self.step % len(self.pieces)]
+        return self.strength * kl_to_base(model.language_model, *piece, self.base_logits)
