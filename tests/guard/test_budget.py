@@ -592,5 +592,5 @@ class TestBadInput:
             model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=rows,
             optimizers=(optimizer, None), callbacks=[budget()],
         )  # fmt: skip
-        with pytest.raises(GuardError, match="does not train 6 of the adapter's 6 matrices U: make it"):
+        with pytest.raises(GuardError, match="does not train 6 of the adapter's 6 matrices U: create it"):
             trainer.train()

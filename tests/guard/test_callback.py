@@ -168,7 +168,7 @@ def test_limits_that_say_nothing_are_refused(tmp_path):
         GuardCallback(unlimited, lambda: 1.0)
     with pytest.raises(GuardError, match="got -1"):
         GuardCallback(unlimited, lambda: 1.0, max_rise=-1)
-    with pytest.raises(GuardError, match="max_rise is of a measure"):
+    with pytest.raises(GuardError, match="max_rise=0.1 is the limit of a measure"):
         GuardCallback(unlimited, max_rise=0.1)
     with pytest.raises(GuardError, match="is 0.0 before training"):
         trainer_of(model, tmp_path, GuardCallback(unlimited, lambda: 0.0, max_rise=0.1)).train()

@@ -387,7 +387,7 @@ def test_two_guards_of_one_adapter_are_refused():
     first, second = Guard(model, calibration), Guard(model, calibration)
     first.attach(optimizer)
     first.attach(optimizer)  # again is no harm
-    with pytest.raises(GuardError, match="has a guard for this adapter"):
+    with pytest.raises(GuardError, match="has another guard for adapter 'default'"):
         second.attach(optimizer)
     first.detach()
     second.attach(optimizer)

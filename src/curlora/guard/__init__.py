@@ -1,4 +1,4 @@
-"""The guard: what general text uses of a model, and training that leaves it alone as far as a user asks for."""
+"""The guard: measure what general text uses of a model, and keep training from changing it beyond a stated budget."""
 
 from curlora.guard.anchors import Anchors
 from curlora.guard.budget import ForgettingBudget, Outcome

@@ -1,4 +1,4 @@
-"""What was learned earlier, held where it matters: r x r parameters for each layer and task."""
+"""A penalty that keeps earlier tasks: two ``r x r`` matrices for each layer and task."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ __all__ = ["Anchors"]
 
 
 class Anchors:
-    """A quadratic penalty on moving matrices away from where they serve earlier tasks.
+    """A quadratic penalty on moving ``U`` away from the values that earlier tasks were learned with.
 
-    For a task ``j``, with ``G`` the gradient with respect to ``U`` of the log-probability of an answer to one of its
-    examples, drawn from the model's own predictions, let ``L_j = E[G G^T]`` and ``R_j = E[G^T G]``. With ``U*`` where
-    the last task ended, the penalty is
+    For an example of task ``j``, an answer is drawn from the model's own predictions. ``G`` is the gradient of its
+    log-probability with respect to ``U``. Let ``L_j = E[G G^T]`` and ``R_j = E[G^T G]``, both of shape ``(r, r)``, and
+    let ``U*`` be ``U`` at the end of the last task. The penalty is
 
         1/2 sum over tasks and layers of tr((U - U*)^T L_j (U - U*) R_j) / tr L_j
 
-    which is, to second order and layer by layer, the divergence of the earlier tasks' predictions from what they are at
-    ``U*``, in nats for each answer (see :class:`curlora.guard.calibration.Moments`). The centre is one for all, since
-    the last task was learned under the penalty of those before it: with losses that are quadratic, and ``L (x) R`` as
-    it is, the end is the optimum of all tasks together (https://arxiv.org/abs/1712.03847). It is elastic weight
-    consolidation (https://arxiv.org/abs/1612.00796) with a Kronecker product in the place of the diagonal, which the
-    small ``U`` can afford: ``2 r^2`` values for each layer and task, and ``r^2`` for each layer.
+    To second order and layer by layer, this is the KL divergence of the earlier tasks' predictions from those at
+    ``U*``, in nats per answer (see :class:`curlora.guard.calibration.Moments`).
+
+    All tasks share the centre ``U*``, because the last task was learned under the penalty of those before it. If the
+    losses are quadratic and ``L (x) R`` is exact, the result is the optimum of all tasks together
+    (https://arxiv.org/abs/1712.03847). The method is elastic weight consolidation (https://arxiv.org/abs/1612.00796)
+    with a Kronecker product in place of the diagonal. ``U`` is small enough to afford this: ``2 r^2`` values for each
+    layer and task, and ``r^2`` for each layer.
     """
 
     def __init__(self) -> None:
@@ -37,20 +39,20 @@ class Anchors:
         self._stacks: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
-        """Tasks that are held."""
+        """Return the number of tasks."""
         return len(self._tasks)
 
     def add(self, values: Mapping[str, Tensor], gradients: Iterable[Mapping[str, Tensor]]) -> None:
-        """A task has been learned.
+        """Add a learned task, given the gradients of its examples.
 
         Args:
-            values: each ``U`` by its name, shape ``(r, r)``, as the task leaves it.
-            gradients: of each example the ``G`` by the same names.
+            values: each ``U`` at the end of the task by name, shape ``(r, r)``.
+            gradients: for each example, its ``G`` by the same names, shape ``(r, r)``.
 
         Raises:
             GuardError: if there is no example, or a gradient is not finite.
         """
-        # On the CPU: some devices have no float64.
+        # On the CPU, because some devices have no float64.
         left = {name: torch.zeros(U.shape, dtype=torch.float64, device="cpu") for name, U in values.items()}
         right = {name: torch.zeros_like(moment) for name, moment in left.items()}
         count = 0
@@ -61,24 +63,27 @@ class Anchors:
                 right[name] += G.mT @ G
             count += 1
         if not count:
-            raise GuardError("There is no example to see by what matters to the task")
+            raise GuardError("The task has no example, so its anchor cannot be computed: pass at least one.")
         self.add_moments(values, {name: (left[name] / count, right[name] / count) for name in values})
 
     def add_moments(self, values: Mapping[str, Tensor], moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """A task has been learned whose moments are known.
+        """Add a learned task, given its moments.
 
         Args:
-            values: each ``U`` by its name, shape ``(r, r)`` or ``(E, r, r)``, as the task leaves it.
+            values: each ``U`` at the end of the task by name, shape ``(r, r)``, or ``(E, r, r)`` for ``E`` experts.
             moments: ``E[G G^T]`` and ``E[G^T G]`` by the same names, float64, in the same shapes. The penalty is in
-                nats for each of what the mean is over: an answer, or a token.
+                nats per answer if the means are over answers, and in nats per token if they are over tokens.
 
         Raises:
-            GuardError: if one is not finite.
+            GuardError: if a moment is not finite.
         """
         task = {}
         for name, (left, right) in moments.items():
             if not (left.isfinite().all() and right.isfinite().all()):
-                raise GuardError(f"{name}: the gradients of the task that was learned are not finite")
+                raise GuardError(
+                    f"{name}: the gradients of the learned task are not finite. Is the model sound, and its precision "
+                    "enough? Try float32 or bfloat16."
+                )
             trace = left.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None].clamp_min(1e-300)
             task[name] = left.float(), (right / trace).float()
         self._tasks.append(task)
@@ -86,10 +91,10 @@ class Anchors:
         self._stacks = {}
 
     def penalty(self, values: Mapping[str, Tensor]) -> Tensor | None:
-        """What has been lost of the tasks that are held, in nats; ``None`` where there are none.
+        """Return the penalty in nats as a scalar tensor, or ``None`` if there are no tasks.
 
         Args:
-            values: each ``U`` by its name, as it is now.
+            values: each current ``U`` by name, shape ``(r, r)`` or ``(E, r, r)``.
         """
         if not self._tasks:
             return None
@@ -107,12 +112,13 @@ class Anchors:
         total = []
         for names, (centre, left, right) in self._stacks.items():
             moved = (torch.stack([values[name] for name in names]) - centre).to(left.dtype)  # (layers, r, r)
-            with autocast_off(moved):  # in which a loss is computed, as a rule
-                total.append(0.5 * ((left @ moved @ right) * moved).sum())  # of each task before the layers
+            with autocast_off(moved):  # the caller usually computes its loss under autocast
+                # left and right have shape (tasks, layers, r, r), so moved broadcasts over the tasks.
+                total.append(0.5 * ((left @ moved @ right) * moved).sum())
         return torch.stack([part.to(total[0].device) for part in total]).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as tensors."""
+        """Return the centre and all tasks as tensors by name."""
         state = {f"centre:{name}": value for name, value in self._centre.items()}
         for number, task in enumerate(self._tasks):
             for name, (left, right) in task.items():
@@ -120,7 +126,7 @@ class Anchors:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Replace the centre and all tasks with those of a :meth:`state_dict`."""
         self._centre = {key.removeprefix("centre:"): value for key, value in state.items() if key.startswith("centre:")}
         count = 1 + max((int(key.partition(":")[0]) for key in state if not key.startswith("centre:")), default=-1)
         self._tasks = [

@@ -1,4 +1,4 @@
-"""What general text uses of each adapted layer: the numbers the guard goes by, and their file."""
+"""The calibration: second moments of each adapted layer over general text, which the guard uses, and their file."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ _PARTS = ("indices", "fingerprint", "start", "inputs", "output", "left", "right"
 
 @dataclass(frozen=True)
 class Moments:
-    """What a text uses of one adapter in one layer: second moments over its tokens.
+    """Second moments of one layer and one adapter over the tokens of a text.
 
-    With ``y0`` the base layer's output, bias taken off, ``z`` its ``r`` gathered entries and ``factor`` (``C`` in an
-    ``nn.Linear``) what the adapter adds along, the layer's output is ``y0 + factor @ M @ z``, ``M = alpha U``.
+    ``y0`` is the base layer's output without its bias, and ``z`` are the ``r`` entries of ``y0`` that the adapter
+    reads. ``factor`` is the matrix that the adapter's update is multiplied by; in an ``nn.Linear`` it is ``C``. The
+    layer's output without its bias is ``y0 + factor @ M @ z`` with ``M = alpha U``.
 
-    ``left`` and ``right`` are of ``G``, the gradient with respect to ``M`` of the log-probability of answers to one row
-    of text, drawn from the model's own predictions: ``E[G G^T]`` and ``E[G^T G]`` for each token. The Fisher
-    information of the layer is then about ``left (x) right / trace(left)``: the square of Shampoo's preconditioner, and
-    to one step of a power iteration the nearest Kronecker product (https://arxiv.org/abs/2406.17748). Unlike K-FAC's,
-    which takes tokens one by one, it sees that a change moves all tokens of a text together.
+    For one row of text, answers are drawn from the model's own predictions. ``G`` is the gradient of their
+    log-probability with respect to ``M``. ``left`` and ``right`` are ``E[G G^T]`` and ``E[G^T G]`` per predicted token:
+    sums over rows, divided by the number of predicted tokens. The Fisher information of the layer is about
+    ``left (x) right / trace(left)``. This is the square of Shampoo's preconditioner and, up to one step of power
+    iteration, the nearest Kronecker product (https://arxiv.org/abs/2406.17748). K-FAC takes tokens one by one; this
+    approximation includes that a change of ``M`` moves all tokens of a row together.
 
     Args:
-        indices: the adapter's columns above its rows, int32, shape ``(2, r)``. Of a parameter of ``E`` experts this is
-            ``(E, 2, r)``, and all that is ``(r, r)`` is ``(E, r, r)``.
-        fingerprint: of the base weight at these indices.
-        start: ``U`` as it was, from which forgetting counts; shape ``(r, r)``.
-        inputs: ``E[z z^T]``, float64, shape ``(r, r)``, as all of the following.
+        indices: the adapter's columns (first row) and rows (second row), int32, shape ``(2, r)``. For a parameter of
+            ``E`` experts the shape is ``(E, 2, r)``, and each ``(r, r)`` below is ``(E, r, r)``.
+        fingerprint: fingerprint of the base weight at these indices.
+        start: ``U`` at calibration, from which forgetting is counted; shape ``(r, r)``.
+        inputs: ``E[z z^T]``, float64, shape ``(r, r)``.
         output: ``E ||y0||^2``.
-        left: ``E[G G^T]``; ``None`` where only the forward pass was run.
-        right: ``E[G^T G]``, likewise.
+        left: ``E[G G^T]``, float64, shape ``(r, r)``; ``None`` if only the forward pass was run.
+        right: ``E[G^T G]``, like ``left``.
     """
 
     indices: Tensor
@@ -57,7 +59,7 @@ class Moments:
     right: Tensor | None = None
 
     def of_experts(self) -> list[Moments]:
-        """Of a parameter of experts those of each; of a layer its own alone."""
+        """Return one ``Moments`` for each expert; for a layer without experts, a list of itself."""
         if self.start.ndim == 2:
             return [self]
         parts = [getattr(self, name) for name in ("indices", "start", "inputs", "left", "right")]
@@ -71,12 +73,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The moments of every layer that an adapter is in, over one text. Nothing of the text is kept.
+    """The moments of every adapted layer over one text. The text itself is not stored.
 
     Args:
-        layers: by the layers' names in the base model.
-        tokens: how many they were taken over.
-        rows: how many pieces of text these were in. What a change does to one of them is one sample.
+        layers: the moments by the layers' names in the base model.
+        tokens: the number of tokens that the moments were taken over.
+        rows: the number of rows of text that held these tokens. Each row is one sample of ``G``.
     """
 
     layers: Mapping[str, Moments]
@@ -84,7 +86,7 @@ class Calibration:
     rows: int
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as tensors."""
+        """Return all moments and counts as tensors by name."""
         state = {name: torch.tensor(getattr(self, name), device="cpu") for name in ("tokens", "rows")}
         for name, moments in self.layers.items():
             for part in _PARTS:
@@ -95,10 +97,10 @@ class Calibration:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Calibration:
-        """What :meth:`state_dict` gave.
+        """Make a calibration from a :meth:`state_dict`.
 
         Raises:
-            GuardError: if it is not whole.
+            GuardError: if a part is missing or damaged.
         """
         parts: dict[str, dict[str, Any]] = {}
         for key, tensor in state.items():
@@ -109,21 +111,21 @@ class Calibration:
             layers = {name: Moments(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())}
             calibration = cls(layers, int(state["tokens"]), int(state["rows"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise GuardError(f"the calibration is incomplete: {error}") from error
+            raise GuardError(f"the calibration is incomplete ({error}): calibrate again.") from error
         for name, moments in layers.items():
             _check_whole(name, moments)
         return calibration
 
     def save(self, path: Path | str) -> None:
-        """Write a safetensors file."""
+        """Write the calibration to a safetensors file."""
         save_file(self.state_dict(), path, {"curlora_calibration": _VERSION})
 
     @classmethod
     def load(cls, path: Path | str) -> Calibration:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Raises:
-            GuardError: if the file is none, or damaged.
+            GuardError: if the file is not a calibration, or is damaged.
         """
         try:
             with safe_open(path, framework="pt") as file:
@@ -132,56 +134,57 @@ class Calibration:
         except (OSError, SafetensorError) as error:
             raise GuardError(f"{path} cannot be read as a calibration: {error}") from error
         if about.get("curlora_calibration") != _VERSION:
-            raise GuardError(f"{path} is not a calibration, or one of another version of curlora")
+            raise GuardError(
+                f"{path} is not a calibration, or was written by another version of curlora: expected version "
+                f"{_VERSION!r}, found {about.get('curlora_calibration')!r}. Calibrate again."
+            )
         try:
             return cls.from_state_dict(tensors)
         except GuardError as error:
             raise GuardError(f"{path}: {error}") from error
 
     def check(self, model: nn.Module, adapter: str | None = None) -> dict[str, CurloraLayer]:
-        """The adapted layers of ``model``, if it is they that were calibrated.
+        """Check that the calibration belongs to ``model`` and its adapter, and return the adapted layers by name.
 
         Args:
-            model: with a CURLoRA adapter.
-            adapter: its name; the active one if ``None``.
+            model: a model with a CURLoRA adapter.
+            adapter: the adapter's name; the active one if ``None``.
 
         Raises:
-            GuardError: if it is another model, or another adapter with other columns and rows.
+            GuardError: if the calibration was made on another base model, other layers, or other columns and rows.
         """
         adapter = adapter_of(model, adapter)
         layers = layers_of(model, adapter)
         apart = sorted(set(layers) ^ set(self.layers))
         if apart:
             raise GuardError(
-                f"The calibration is of other layers than adapter {adapter!r} is in: {apart[0]!r} is in one of them "
-                f"alone ({len(apart)} such). Calibrate this model."
+                f"The calibration covers other layers than adapter {adapter!r}: {len(apart)} layers are in only one of "
+                f"the two, such as {apart[0]!r}. Calibrate this model."
             )
         for name, layer in layers.items():
             moments = self.layers[name]
             if not torch.equal(layer.basis(adapter).indices.cpu(), moments.indices):
                 raise GuardError(
-                    f"The calibration is of other columns and rows than adapter {adapter!r} has in layer {name!r}: it "
-                    "was made with another seed or rank, or by another draw. Calibrate this model."
+                    f"The calibration was made for other columns and rows than adapter {adapter!r} has in layer "
+                    f"{name!r}: the seed, the rank or the draw differs. Calibrate this model."
                 )
             if compare(moments.fingerprint, layer.basis(adapter).fingerprint) == "other":
                 raise GuardError(
                     f"The calibration was made on another base model: the weight of layer {name!r} differs. Calibrate "
-                    "this one."
+                    "this model."
                 )
         return layers
 
 
 def adapter_of(model: nn.Module, adapter: str | None) -> str:
-    """The adapter's name: as given, or the one that is active.
+    """Return the adapter's name: the given one, or the active one.
 
     Raises:
-        GuardError: if there is no such CURLoRA adapter, or several are active and none is named.
+        GuardError: if the model has no such active CURLoRA adapter, or none is named and not exactly one is active.
     """
     present = [module for module in model.modules() if isinstance(module, CurloraLayer)]
     if not present:
-        raise GuardError(
-            "The model has no CURLoRA adapter. Put one on it first: get_peft_model(model, CurloraConfig(...))."
-        )
+        raise GuardError("The model has no CURLoRA adapter. Add one first: get_peft_model(model, CurloraConfig(...)).")
     active: set[str] = set()
     for layer in present:
         names: Any = layer.active_adapters
@@ -189,16 +192,20 @@ def adapter_of(model: nn.Module, adapter: str | None) -> str:
     if adapter is None:
         if len(active) != 1:
             raise GuardError(
-                f"Of the CURLoRA adapters {sorted(active)} are active: say which one is meant, by adapter=..."
+                f"Of the CURLoRA adapters {sorted(active)} are active, and the guard needs exactly one: name it with "
+                "adapter=..."
             )
         return active.pop()
     if adapter not in active:
-        raise GuardError(f"{adapter!r} is not an active CURLoRA adapter of this model: {sorted(active)}")
+        raise GuardError(
+            f"{adapter!r} is not an active CURLoRA adapter of this model; {sorted(active)} are active. Name one of "
+            "these, or activate it with set_adapter."
+        )
     return adapter
 
 
 def layers_of(model: nn.Module, adapter: str) -> dict[str, CurloraLayer]:
-    """The layers that an adapter is in, by their names in the base model."""
+    """Return an adapter's layers by their names in the base model."""
     return {layer.name: layer for layer in adapted_layers(model, adapter).values()}
 
 
@@ -216,4 +223,7 @@ def _check_whole(name: str, moments: Moments) -> None:
         if moment is None:
             continue
         if moment.shape != shape or not torch.isfinite(moment).all():
-            raise GuardError(f"layer {name!r}: {part} is damaged: {r} x {r} finite numbers are expected")
+            raise GuardError(
+                f"layer {name!r}: {part} is damaged: expected finite values of shape {shape}, found shape "
+                f"{tuple(moment.shape)}. Calibrate again."
+            )

@@ -1,4 +1,4 @@
-"""The guard in transformers' Trainer, and in TRL's, which are made of it."""
+"""The guard as a callback for transformers' Trainer and for TRL's trainers, which are subclasses of it."""
 
 from __future__ import annotations
 
@@ -17,33 +17,39 @@ __all__ = ["GuardCallback", "act_first"]
 
 
 class GuardCallback(MeasuredLimit):
-    """Puts a guard on the Trainer's optimizer, and the predicted forgetting beside the loss.
+    """Attaches a guard to the Trainer's optimizer, and logs the predicted forgetting beside the loss.
 
-    ``drift``, in nats per token, is then in the Trainer's logs, on its progress bar and in the trackers of
-    ``report_to``.
+    The logs hold ``drift``, the predicted KL divergence in nats per token. It appears on the progress bar and in the
+    trackers of ``report_to`` as well.
 
-    With a ``measure`` the limit holds by measurement as well: after the last step, what the training changed in ``U``
-    is scaled back along itself until the measure allows it (:func:`curlora.guard.scale_to_limit`), and ``kept``
-    says how far it was. That is before the last evaluation and the last checkpoint; a checkpoint that
-    ``load_best_model_at_end`` puts in its place is measured likewise. Whatever else was trained stays as it is, and
-    counts. Checkpoints in the course of the training are within the predicted budget only. Make the callback where
-    training begins, before a checkpoint is gone on from: what training changed is counted from there, and of a further
-    training from where the last one ended.
+    With a ``measure``, the limit also holds by measurement. After the last step, the training's change of ``U`` is
+    scaled back until the measure is within the limit (:func:`curlora.guard.scale_to_limit`). ``kept`` holds the share
+    of the change that remains. This happens before the last evaluation and the last checkpoint. If
+    ``load_best_model_at_end`` then loads another checkpoint, that one is measured and scaled back as well.
+
+    Other trained parameters are not scaled back, but the measure includes their effect. Checkpoints during the training
+    are within the predicted budget only. Make the callback before training begins, and before a checkpoint is loaded to
+    resume from. The change is counted from the values of ``U`` at that moment; for a further training, from the end of
+    the last one.
 
     Args:
-        guard: of the model that is trained.
-        measure: of the model as it is at that moment, positive and the lower the better, such as
-            :func:`curlora.guard.perplexity` of a text. What it was when the guard was calibrated is what counts as 1.
-        max_rise: the most that it may rise by, relatively: 0.01 for 1 %. The guard's ``max_perplexity_increase`` if
-            ``None``.
+        guard: the guard of the trained model.
+        measure: measures the current model. The value is positive, and lower is better, such as
+            :func:`curlora.guard.perplexity` of a text. The rise is relative to the value of the calibrated model.
+        max_rise: the largest allowed relative rise of the measure: 0.01 for 1 %. If ``None``, that of the guard's
+            budget, ``exp(budget) - 1``.
 
     Raises:
-        GuardError: if there is no limit to hold, or it is not positive.
+        GuardError: if ``max_rise`` is given without a ``measure``, if a ``measure`` is given without a limit, or if the
+            limit is not positive.
     """
 
     def __init__(self, guard: Guard, measure: Callable[[], float] | None = None, max_rise: float | None = None) -> None:
         if measure is None and max_rise is not None:
-            raise GuardError("max_rise is of a measure: give that too, or a budget to the guard.")
+            raise GuardError(
+                f"max_rise={max_rise!r} is the limit of a measure, and no measure was given: pass measure=... as well, "
+                "or give the guard a budget instead."
+            )
         if measure is not None and max_rise is None and guard.budget is not None:
             max_rise = math.expm1(guard.budget)
         self.guard = guard
@@ -76,7 +82,7 @@ class GuardCallback(MeasuredLimit):
 
 
 def act_first(callback: TrainerCallback) -> None:
-    """Let a callback be called before those of trackers, which read a log as it is when they are called."""
+    """Move a callback to the front, so that trackers, which are called later, see what it adds to the logs."""
     callbacks = callbacks_around(callback)
     if callbacks is not None:
         callbacks.remove(callback)

@@ -1,4 +1,4 @@
-"""One pass over a general text that collects what each adapted layer is used for."""
+"""Calibration: one pass over general text that collects the moments of each adapted layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from curlora.tuner.sharded import whole
 
 __all__ = ["calibrate"]
 
-# Fewer tokens than this many for each rank, or fewer rows of text, and the moments are mostly noise.
+# With fewer tokens for each unit of rank, or fewer rows of text, the moments are mostly noise.
 _TOKENS_PER_RANK = 64
 _ROWS = 32
 
@@ -39,49 +39,57 @@ def calibrate(
     seed: int = 0,
     progress: Shown = True,
 ) -> Calibration:
-    """Collect the ``r x r`` moments of a CURLoRA adapter's layers over a general text.
+    """Collect the ``r x r`` moments of a CURLoRA adapter's layers over general text.
 
-    One forward and one backward pass. The answers whose gradients are taken are drawn from the model's own predictions,
-    as the Fisher information has it, by one random number for each token, which depends on ``seed`` and on the place of
-    the token alone: how rows are put into batches does not matter, but for rounding. Padding counts for nothing.
-    The model is as it was afterwards; gradients that it holds stay.
+    This runs one forward and one backward pass over the text. The backward pass needs answers; they are drawn from the
+    model's own predictions, as the Fisher information is defined. Each draw depends only on ``seed`` and on the token's
+    place in the text, so the batch size changes the result only by rounding. Padding is ignored. The model and the
+    gradients in its parameters are left unchanged.
 
-    Where ``torch.distributed`` runs, texts and rows are shared out over the processes, each of which gets the moments
-    of all of them. Batches that are given are taken to be shared out already, and to be as many in each where the model
-    is in pieces.
+    With ``torch.distributed``, texts and rows are divided among the processes, and every process gets the moments of
+    all of them. Batches are expected to be divided already. For a sharded model every process must have the same number
+    of batches.
 
     Args:
-        model: a causal language model with a CURLoRA adapter. Forgetting counts from the model as it is now: an adapter
-            that has learned something before keeps it.
-        data: texts; or rows of tokens, each of shape ``(length,)``; or batches that hold ``input_ids`` and, where there
-            is padding, ``attention_mask``, of shape ``(batch, length)``, such as a ``DataLoader`` gives. A batch's
-            ``position_ids`` are used where it has them, and counted from each row's first token where it does not. Of a
-            batch with ``labels`` only the tokens that they do not mask (-100) are counted as predicted.
-        tokenizer: of the model; for texts.
+        model: a causal language model with a CURLoRA adapter. Forgetting is counted from the current state of the
+            model, so what an adapter has learned before is kept.
+        data: texts; or rows of tokens, each of shape ``(length,)``; or batches, for example of a ``DataLoader``. A
+            batch holds ``input_ids`` of shape ``(batch, length)`` and, if there is padding, an ``attention_mask`` of
+            that shape. Its ``position_ids`` are used if present; otherwise positions are counted from each row's first
+            token. If it has ``labels``, only tokens whose label is not -100 count as predicted.
+        tokenizer: the model's tokenizer; needed for texts only.
         adapter: the adapter's name; the active one if ``None``.
-        max_length: longer texts and rows are cut into rows of so many tokens, of which none is left out. Each row is
-            one sample of what a change of the model does, so many short rows tell more than a few long ones.
-        batch_size: rows that go through the model together.
-        gradients: whether to run backward. Without, a guard knows the shift of each layer's output, and not what the
-            model would say: half the time, and no forgetting in nats.
-        seed: of the drawn answers.
-        progress: whether to show a bar; or what shows it, see :data:`curlora.guard.progress.Shown`.
+        max_length: the largest number of tokens in a row. Longer texts and rows are cut into several, and no token is
+            dropped. Each row is one sample of the gradient, so many short rows give better moments than a few long
+            ones.
+        batch_size: the number of rows in a forward pass.
+        gradients: whether to run the backward pass. Without it calibration takes half the time. The guard then knows
+            only the shift of each layer's output, and cannot predict the KL divergence in nats.
+        seed: the seed of the drawn answers.
+        progress: whether to show a progress bar, or a function that shows it, see
+            :data:`curlora.guard.progress.Shown`.
 
     Returns:
         The moments, float64 on the CPU.
 
     Raises:
-        GuardError: if the model is not a causal language model with an adapter, if the text has no two tokens in a row,
-            if a row is longer than the model's positions, or if an activation is not finite.
+        GuardError: if the model is not a causal language model with an adapter, if adapters are merged, if the text
+            has no two consecutive tokens, if a row is longer than the model's maximum length, or if an output or a
+            gradient is not finite.
     """
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
-        raise GuardError(f"Layer {merged[0]!r} has merged adapters, and no output of its base any more. Unmerge first.")
+        raise GuardError(
+            f"Layer {merged[0]!r} has merged adapters, so the output of its base cannot be observed. Unmerge first."
+        )
     blind = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
     if blind and not gradients:
-        raise GuardError(f"{blind[0]!r} is a parameter, of which gradients alone are seen: calibrate with gradients.")
+        raise GuardError(
+            f"{blind[0]!r} is a parameter, and only the gradient of a parameter can be observed: calibrate with "
+            "gradients=True."
+        )
     sums = {name: _Sums(layer, adapter) for name, layer in layers.items()}
 
     def end() -> None:
@@ -103,13 +111,13 @@ def calibrate(
 
 
 class _Sums:
-    """Of one layer, over all batches so far."""
+    """The sums of one layer's moments over all batches so far."""
 
     def __init__(self, layer: CurloraLayer, adapter: str) -> None:
         basis = layer.basis(adapter)
         self.index, self.factor, self.reader = basis.gathered, basis.factor, basis.reader
         shape, device = (*self.factor.shape[:-2], layer.r[adapter], layer.r[adapter]), self.factor.device
-        # float64, where the device has it: sums over a million tokens of which each adds its last digit.
+        # float64 where the device supports it: in float32 the rounding errors of a million tokens would add up.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.inputs, self.left, self.right = torch.zeros(3, *shape, dtype=dtype, device=device)
         self.output = torch.zeros((), dtype=dtype, device=device)
@@ -129,14 +137,17 @@ class _Sums:
             self.gradients.append(g.mT.float() @ z.float())
 
     def add_parameter_gradient(self, gradient: Tensor) -> None:
-        """Of an updated parameter, over a batch of one row."""
+        """Add the gradient of an updated parameter over a batch of one row."""
         assert self.reader is not None
         with autocast_off(gradient):
             g = self.factor.mT.float() @ gradient.float() @ self.reader.mT.float()
             self.gradients.append(g[None])
 
     def end_batch(self) -> None:
-        """A layer that is used more than once moves every time: the gradient of a row is the sum."""
+        """Add the batch's gradients to the sums.
+
+        A layer may run more than once in a forward pass; its gradient of a row is then the sum over its calls.
+        """
         if self.gradients:
             G = torch.stack(self.gradients).sum(0).to(self.left.dtype)
             self.left += (G @ G.mT).sum(0)
@@ -160,15 +171,18 @@ class _Sums:
 
 
 def _rows(values: Tensor, mask: Tensor) -> Tensor:
-    """``values`` by rows of the batch, shape ``(batch, length, width)``, zero where there is padding."""
+    """Reshape ``values`` to ``(batch, length, width)`` and set padding to zero.
+
+    If a layer receives only some tokens of a batch of one row, as an expert does, the shape is ``(1, tokens, width)``.
+    """
     width = values.shape[-1]
     if values.numel() == mask.numel() * width:
         return values.reshape(*mask.shape, width).masked_fill(~mask[..., None], 0)
-    if len(mask) == 1 and bool(mask.all()):  # a layer that some tokens go through, such as an expert
+    if len(mask) == 1 and bool(mask.all()):
         return values.reshape(1, -1, width)
     raise GuardError(
-        f"A layer puts out {tuple(values.shape)} for a batch of {tuple(mask.shape)}: which of it is of which row "
-        "cannot be told. Calibrate with batch_size=1."
+        f"A layer's output has shape {tuple(values.shape)} for a batch of shape {tuple(mask.shape)}, so its entries "
+        "cannot be assigned to rows. Calibrate with batch_size=1."
     )
 
 
@@ -176,7 +190,7 @@ def _rows(values: Tensor, mask: Tensor) -> Tensor:
 def _listening(
     sums: dict[str, _Sums], layers: dict[str, CurloraLayer], adapter: str, gradients: bool
 ) -> Iterator[Callable[[Tensor], None]]:
-    """While it lasts the layers add to ``sums``; what it gives is to be told each batch's mask."""
+    """Hook the layers so that they add to ``sums``, and yield a function to call with each batch's mask."""
     current: list[Tensor] = []
 
     def base_hook(name: str) -> Callable[..., None]:
@@ -212,12 +226,12 @@ def _listening(
                 handles.append(layer.register_forward_hook(layer_hook(name)))
             for handle in handles:
                 stack.callback(handle.remove)
-        # Nothing is listened to in a batch of which nothing counts.
+        # The hooks ignore a batch whose mask is empty.
         yield lambda mask: current.__setitem__(slice(None), [mask] if mask.any() else [])
 
 
 def _check(moments: Mapping[str, Moments], counts: Counts) -> None:
-    # Outputs first: what goes wrong in one layer forward goes wrong in all of them backward.
+    # Outputs first: a value that is not finite in one layer's output makes the gradients of all layers not finite.
     outputs = {name: of.inputs.sum() + of.output for name, of in moments.items()}
     gradients = {name: of.left.sum() for name, of in moments.items() if of.left is not None}
     for kind, sums in (("outputs", outputs), ("gradients", gradients)):
@@ -231,6 +245,7 @@ def _check(moments: Mapping[str, Moments], counts: Counts) -> None:
     if counts.tokens < _TOKENS_PER_RANK * r or counts.rows < _ROWS:
         warnings.warn(
             f"The guard's text has {counts.tokens:,} tokens in {counts.rows:,} rows, few for a rank of {r}: its "
-            f"moments are rough. Give at least {_TOKENS_PER_RANK * r:,} in {_ROWS}; until then a guard damps more.",
+            f"moments are noisy, so the guard damps more. Give at least {_TOKENS_PER_RANK * r:,} tokens in {_ROWS} "
+            "rows.",
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The coordinates that a guarded adapter is trained in: pure linear algebra on ``r x r`` matrices."""
+"""The coordinates that a guarded adapter is trained in, computed from its ``r x r`` moments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Coordinates", "coordinates"]
 
 
 class Coordinates(NamedTuple):
-    """``M = left @ V @ right``; float64, each of shape ``(r, r)`` and symmetric."""
+    """The map ``M = left @ V @ right`` and its inverse; all four are symmetric, float64, of shape ``(r, r)``."""
 
     left: Tensor
     right: Tensor
@@ -20,22 +20,22 @@ class Coordinates(NamedTuple):
 
 
 def coordinates(left: Tensor, right: Tensor, damping: float) -> Coordinates | None:
-    """Coordinates ``V`` of ``M`` in which a Kronecker-factored quadratic form is a squared length.
+    """Return coordinates ``V`` of ``M`` in which a Kronecker-factored quadratic form is a squared norm.
 
-    With ``M = L^(-1/2) V R^(-1/2)``
+    With ``M = L^(-1/2) V R^(-1/2)``,
 
         1/2 tr(M^T L M R) = 1/2 ||V||_F^2
 
-    Both sides are damped by ``damping`` times their mean eigenvalue: directions that hardly count, repeated columns or
-    rows among them, count that much at least.
+    ``damping`` times the mean eigenvalue of each of ``L`` and ``R`` is added to its diagonal. No direction then has a
+    weight below this; repeated columns or rows would have a weight of zero.
 
     Args:
-        left: ``L``, symmetric, shape ``(r, r)``.
+        left: ``L``, symmetric and positive semidefinite, shape ``(r, r)``.
         right: ``R``, likewise.
-        damping: positive.
+        damping: the share of the mean eigenvalue that is added, positive.
 
     Returns:
-        ``M = left @ V @ right``; ``None`` if a side is zero, and so nothing known.
+        The coordinates, or ``None`` if ``L`` or ``R`` is zero: the form then says nothing about the layer.
     """
     sides = []
     for moment in (left, right):
@@ -44,6 +44,6 @@ def coordinates(left: Tensor, right: Tensor, damping: float) -> Coordinates | No
             return None
         damped = moment.double() / scale + damping * torch.eye(len(moment), dtype=torch.float64, device=moment.device)
         values, vectors = torch.linalg.eigh((damped + damped.T) / 2)
-        values = values.clamp_min(damping)  # rounding may have taken some lower
+        values = values.clamp_min(damping)  # rounding may make some smaller
         sides += [(vectors * (values * scale) ** power) @ vectors.T for power in (-0.5, 0.5)]
     return Coordinates(left=sides[0], right=sides[2], left_inverse=sides[1], right_inverse=sides[3])

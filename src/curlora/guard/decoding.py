@@ -1,4 +1,4 @@
-"""Tokens of a model one after the other: what every way of generating needs, and sampling that is the model's own."""
+"""Generation: sampling from a model's unchanged distribution, and helpers for every kind of decoding."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ __all__ = ["draw", "generating", "named_ends", "padded", "sample", "uniforms"]
 
 
 def uniforms(seed: int, number: int, count: int) -> Tensor:
-    """What decides the draws of one row: ``count`` numbers in ``[0, 1)``, float64, on the CPU.
+    """Return ``count`` uniform random numbers in ``[0, 1)`` for the draws of one row, float64, on the CPU.
 
-    They depend on the seed and on the row's number alone, not on the batch that the row is in.
+    They depend only on the seed and the row's number, not on the batch that contains the row.
     """
     generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + number) % 2**63)
     return torch.rand(count, dtype=torch.float64, device="cpu", generator=generator)
 
 
 def draw(p: Tensor, uniform: Tensor) -> Tensor:
-    """Of each row of probabilities one entry, each as often as it is probable.
+    """Draw one index from each row of probabilities by inverse transform sampling.
 
     Args:
-        p: shape ``(rows, entries)``.
-        uniform: what decides, in ``[0, 1)``, shape ``(rows,)``.
+        p: probabilities, shape ``(rows, entries)``.
+        uniform: uniform random numbers in ``[0, 1)``, shape ``(rows,)``.
 
     Returns:
-        Indices, shape ``(rows,)``.
+        The drawn indices, shape ``(rows,)``.
     """
     wide = torch.float32 if p.device.type == "mps" else torch.float64
     cumulative = p.to(wide).cumsum(-1)
@@ -55,21 +55,21 @@ def sample(
     max_new_tokens: int,
     seed: int,
 ) -> list[list[int]]:
-    """Go on from prompts as the model itself would: from its distribution as it is, at temperature 1.
+    """Sample continuations of prompts from the model's unchanged distribution, at temperature 1.
 
-    Nothing of the model's generation configuration counts, and torch's generators stay as they are.
+    The model's generation configuration is ignored, and torch's random generators are not used.
 
     Args:
-        model: a causal language model that can generate, or a PEFT model of one, with whatever adapters are active.
-        prompts: tokens of each, at least one. They go through the model together.
-        numbers: of the prompts: a row's draws depend on its number and on ``seed``, not on the rows beside it.
+        model: a causal language model that can generate, or a PEFT model of one. Active adapters stay active.
+        prompts: the tokens of each prompt, at least one. All prompts form one batch.
+        numbers: the number of each prompt. A row's draws depend only on its number and on ``seed``.
         ends: tokens that end a row.
-        pad: any token.
-        max_new_tokens: where a row is cut off.
-        seed: of the draws.
+        pad: the token to pad with; any token will do.
+        max_new_tokens: the largest number of new tokens in a row.
+        seed: the seed of the draws.
 
     Returns:
-        The new tokens of each row, its end included where it came to one.
+        The new tokens of each row, including the token that ended it, if any.
 
     Raises:
         GuardError: if a prediction is not finite.
@@ -79,14 +79,14 @@ def sample(
     several = rank_and_count()[1] > 1
     with generating(base, ends, pad, max_new_tokens, do_sample=False), _generate_of(model, base) as generate:
         batch = padded(prompts, pad, next(base.parameters()).device)
-        # A model that is in pieces runs in all processes or in none, should one of them be done before another.
+        # A sharded model has to run in all processes, even if the rows of one of them end earlier.
         found = generate(**batch, logits_processor=LogitsProcessorList([drawing]), synced_gpus=several)
     new = found[:, batch["input_ids"].shape[1] :].tolist()
     return [row[: next((n + 1 for n, token in enumerate(row) if token in ends), len(row))] for row in new]
 
 
 class _Drawing(LogitsProcessor):
-    """Leaves of each row's predictions one that is drawn, so that greedy decoding takes it."""
+    """Draws one token for each row and masks the logits of all others, so that greedy decoding selects it."""
 
     def __init__(self, uniform: Tensor) -> None:
         self.uniform, self.step = uniform, 0
@@ -106,7 +106,7 @@ class _Drawing(LogitsProcessor):
 
 @contextlib.contextmanager
 def _generate_of(model: Any, base: Any) -> Iterator[Callable[..., Tensor]]:
-    """``base.generate``; under FSDP2 with the root's parameters in one piece, as it has them in a forward pass."""
+    """Yield ``base.generate``; with FSDP2, one that gathers the root's parameters first, as a forward pass does."""
     roots = (module for module in model.modules() if isinstance(module, FSDPModule))
     root: Any = next(roots, None)
     if root is None:
@@ -122,7 +122,7 @@ def _generate_of(model: Any, base: Any) -> Iterator[Callable[..., Tensor]]:
 
 
 def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str, Any]:
-    """A batch, padded on the left: an answer begins right behind its prompt."""
+    """Return a batch of prompts, padded on the left so that each answer directly follows its prompt."""
     length = max(map(len, prompts))
     input_ids = torch.full((len(prompts), length), pad, device="cpu")
     attention_mask = torch.zeros_like(input_ids)
@@ -133,15 +133,15 @@ def padded(prompts: Sequence[Sequence[int]], pad: int, device: Any) -> dict[str,
 
 
 def named_ends(model: Any) -> frozenset[int]:
-    """The tokens that end an answer by the model's generation configuration."""
+    """Return the end tokens (``eos_token_id``) of the model's generation configuration."""
     named = model.generation_config.eos_token_id
     return frozenset(named if isinstance(named, list) else [named]) - {None}
 
 
 @contextlib.contextmanager
 def generating(model: Any, ends: frozenset[int], pad: int, max_new_tokens: int, **how: Any) -> Iterator[None]:
-    """In evaluation mode, generating as ``how`` says: the model's own generation configuration is set aside."""
-    # Of PEFT's models those for a task have one of their own, and give it to the base; others leave the base its own.
+    """Put the model into evaluation mode and replace its generation configuration by one made from ``how``."""
+    # PeftModelForCausalLM has its own configuration and passes it to the base model; a plain PeftModel does not.
     base = getattr(model, "get_base_model", lambda: model)()
     holders = [one for one in (model, base) if "generation_config" in vars(one)]
     own = [one.generation_config for one in holders]

@@ -1,7 +1,7 @@
-"""What the guard refuses."""
+"""The guard's exception."""
 
 __all__ = ["GuardError"]
 
 
 class GuardError(ValueError):
-    """A calibration or a guard cannot be made, or does not belong to the model."""
+    """Raised if the guard cannot work: bad input, or a calibration or ledger that does not belong to the model."""

@@ -1,4 +1,4 @@
-"""A model for a while as it is not in training: in evaluation mode, or without its adapters."""
+"""Context managers that put a model into evaluation mode or disable its adapters, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["evaluating", "without_adapters"]
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode while it lasts; afterwards each of the model's modules is in its own mode again."""
+    """Put the model into evaluation mode, and restore the mode of each module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -27,15 +27,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model while it lasts; afterwards the same parameters are trained as before.
+    """Disable all adapters, and enable those that were active afterwards. ``requires_grad`` is restored as well.
 
-    Also without adapters that transformers has put into a model, or :func:`peft.inject_adapter_in_model`.
+    This also disables adapters that were added by transformers or by :func:`peft.inject_adapter_in_model`.
     """
     modules = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     active = [module for module in modules if not module.disable_adapters]
-    # PEFT takes it from what is disabled, and gives it to all that is active, to what a user froze as well.
+    # PEFT clears requires_grad of a disabled adapter and sets it for every active one, even where a user froze it.
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    # Learned prompts are in no layer.
+    # Prompt learning has no layers to disable.
     prompts = model.disable_adapter() if isinstance(model, PeftModel) and not modules else contextlib.nullcontext()
     try:
         for module in active:

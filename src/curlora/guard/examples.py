@@ -1,4 +1,4 @@
-"""Some of a task's own examples, as a Trainer makes batches of them."""
+"""A sample of the task's training examples, in batches as the Trainer collates them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ _IGNORED = -100
 
 
 class Examples:
-    """Some of the task's own examples, in batches as the Trainer makes them.
+    """At most ``COUNT`` of the task's training examples, in batches as the Trainer collates them.
 
     Args:
-        loader: the Trainer's.
-        batch_size: examples of a batch, at most.
-        tokens: of a batch, at most; an example that is longer is alone. Examples may be many times as long as the
-            guard's rows, and are run without gradient checkpointing: so many as of those would not fit.
-        seed: of which are chosen.
+        loader: the Trainer's data loader.
+        batch_size: the largest number of examples in a batch.
+        tokens: the largest number of tokens in a batch; a longer example forms a batch of its own. Examples may be
+            many times as long as the guard's rows, and they run without gradient checkpointing. ``batch_size`` of
+            them might not fit into memory.
+        seed: the seed of the choice.
     """
 
     def __init__(self, loader: Any, batch_size: int, tokens: int, seed: int) -> None:
@@ -38,7 +39,7 @@ class Examples:
             self.problem = "the trainer has no data loader to take examples from"
         elif isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
             if iter(self.dataset) is self.dataset:
-                self.problem = "the data can be gone through once only"
+                self.problem = "the data can be iterated only once"
             else:
                 self._chosen = [one for one, _ in zip(self.dataset, range(COUNT), strict=False)]
         else:
@@ -50,16 +51,20 @@ class Examples:
             self._batches, self.problem = self._read()
 
     def _read(self) -> tuple[list[dict[str, Tensor]], str | None]:
-        """The batches, and why they cannot be used, if so."""
+        """Return the batches, and the reason if they cannot be used, else ``None``."""
         found = [_labelled(batch) for batch in self._collated()]
         if not found:
             return [], "there are no examples"
         labelled = [batch for batch in found if batch is not None]
-        problem = "its batches have no labels that a language model could learn"
+        problem = "its batches have no labels for a language model"
         return labelled, problem if found[0] is None else None
 
     def check(self) -> None:
-        """Raise a GuardError if there is nothing to learn."""
+        """Check that a label is left to learn.
+
+        Raises:
+            GuardError: if every label is masked.
+        """
         batches = self._batches
         if self.problem is None and not any(bool((batch["labels"] != _IGNORED).any()) for batch in batches):
             raise GuardError(
@@ -69,14 +74,14 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """In all batches, padding included."""
+        """The number of tokens in all batches, including padding."""
         return sum(batch["input_ids"].numel() for batch in self._batches)
 
     def batches(self, model: nn.Module, to_device: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Batches of this process, with labels, of those keys that the model takes."""
+        """Yield this process's batches of token ids, mask, positions and labels."""
         rank, processes = rank_and_count()
         device, found = next(model.parameters()).device, self._batches
-        # As many in every process: a model that is in pieces runs in all of them.
+        # Every process runs the same number of batches, because a sharded model has to run in all of them.
         for number in range(rank, -(-len(found) // processes) * processes, processes):
             batch = found[number % len(found)]
             yield {key: value.to(device) if to_device else value for key, value in batch.items()}
@@ -99,7 +104,10 @@ class Examples:
 
 
 def _labelled(batch: Any) -> dict[str, Tensor] | None:
-    """A batch of a language model, with labels; of preferences, the answers that were chosen."""
+    """Return the parts of a batch that a language model needs, or ``None`` if it has no labels to learn.
+
+    A batch of preference pairs gives the chosen answers only.
+    """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         return None
     kept = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -108,7 +116,7 @@ def _labelled(batch: Any) -> dict[str, Tensor] | None:
         mask = batch.get("completion_mask")
         if not isinstance(mask, Tensor):
             return None
-        half = len(mask) // 2  # TRL puts those that were rejected below
+        half = len(mask) // 2  # TRL puts the rejected answers into the second half
         found = {key: value[:half] for key, value in found.items()}
         found["labels"] = found["input_ids"].masked_fill(mask[:half] == 0, _IGNORED)
     return found if found["labels"].shape == found["input_ids"].shape else None

@@ -1,4 +1,4 @@
-"""Training a CURLoRA adapter so that what is forgotten stays within a budget."""
+"""Train a CURLoRA adapter within a budget of predicted forgetting."""
 
 from __future__ import annotations
 
@@ -27,34 +27,36 @@ __all__ = ["Guard"]
 class Guard:
     """Trains an adapter in coordinates in which forgetting is a squared distance, and keeps it within a budget.
 
-    The second-order rise of the KL divergence from the calibrated model is, layer by layer, a quadratic form of what
-    ``U`` has moved since (:class:`curlora.guard.calibration.Moments`). In coordinates ``V`` in which that form is the
-    same in all directions of all layers, scaled so that the predicted divergence is ``mean(V^2)``, in nats per token:
+    To second order and layer by layer, the KL divergence from the calibrated model is a quadratic form of the change of
+    ``U`` since calibration (:class:`curlora.guard.calibration.Moments`). The guard uses coordinates ``V`` in which this
+    form is the same in all directions of all layers. They are scaled so that the predicted divergence is ``mean(V^2)``,
+    in nats per token. This has two consequences:
 
-    - any optimizer of torch works as it is, on ``V`` in the place of ``U`` (:meth:`attach`). A learning rate is then in
-      square roots of nats: Adam's first step costs ``lr^2`` nats, whatever the rank, the layers and the model, and
-      ``alpha`` makes no difference. Weight decay pulls towards the calibrated model.
-    - after every step the prediction is known for nothing (:meth:`drift`), and where it is over ``budget`` the step is
-      scaled back onto it.
+    - Any torch optimizer works unchanged, on ``V`` in place of ``U`` (:meth:`attach`). A learning rate is then in
+      square roots of nats: Adam's first step costs ``lr^2`` nats, independent of the rank, the layers, the model and
+      ``alpha``. Weight decay pulls towards the calibrated model.
+    - The prediction is known after every step without extra cost (:meth:`drift`). If it exceeds ``budget``, ``V`` is
+      scaled back to the limit.
 
-    ``U`` stays what is in the model, saved, merged and shared. A layer that the calibration's text does not use, such
-    as an expert that no token went to, is left untrained: what training it would cost is not known.
+    The model still holds, saves, merges and shares ``U``. A layer that the calibration's text does not use, such as an
+    expert that received no token, is left untrained, because the guard cannot predict the cost of training it.
 
     Args:
-        model: with the adapter; its ``U`` are found here.
-        calibration: of this model and adapter.
-        budget: the most that may be forgotten, in nats per token of the calibration's text; ``None`` for no limit.
-        max_perplexity_increase: a relative rise of perplexity, 0.01 for 1 %, as a budget of ``log(1.01)`` nats. That is
-            what the rise would be on text that the model itself might have written. What it is on a text at hand is for
-            a measurement to say, after training: :func:`curlora.guard.scale_to_limit`.
+        model: the model with the adapter, whose ``U`` the guard trains.
+        calibration: the calibration of this model and adapter.
+        budget: the largest allowed predicted forgetting, in nats per token of the calibration's text; ``None`` for no
+            limit.
+        max_perplexity_increase: the budget as a relative rise of perplexity: 0.01 for 1 %, which is ``log(1.01)`` nats.
+            It predicts the rise on text that the model itself could have written. The rise on any other text must be
+            measured after training: :func:`curlora.guard.scale_to_limit`.
         damping: see :func:`curlora.guard.coordinates.coordinates`.
         adapter: the adapter's name; the active one if ``None``.
-        anchors: of earlier tasks, by the names of the adapted layers. The gradient of their penalty, in nats per token,
-            is added to every step's.
+        anchors: the anchors of earlier tasks, by the names of the adapted layers. The gradient of their penalty, in
+            nats per token, is added to the gradient of every step.
 
     Raises:
-        GuardError: if the calibration is of another model or adapter, or was made so far from where the adapter is now
-            that it is not within the budget; if both limits are given, or one is not positive.
+        GuardError: if the calibration belongs to another model or adapter, if the adapter has moved further from its
+            calibration than the budget allows, if both limits are given, or if a limit or ``damping`` is not positive.
     """
 
     def __init__(
@@ -69,12 +71,15 @@ class Guard:
         anchors: Anchors | None = None,
     ) -> None:
         if budget is not None and max_perplexity_increase is not None:
-            raise GuardError("budget and max_perplexity_increase say the same thing: give one of them")
+            raise GuardError(
+                f"budget={budget!r} and max_perplexity_increase={max_perplexity_increase!r} set the same limit: give "
+                "one of them."
+            )
         for name, value in (
             ("budget", budget), ("max_perplexity_increase", max_perplexity_increase), ("damping", damping)
         ):  # fmt: skip
             if value is not None and not (value > 0 and math.isfinite(value)):
-                raise GuardError(f"{name} must be a positive number, got {value!r}")
+                raise GuardError(f"{name} must be a positive number, got {value!r}.")
         self.model, self.adapter = model, adapter_of(model, adapter)
         self.calibration = calibration
         self.budget = math.log1p(max_perplexity_increase) if max_perplexity_increase is not None else budget
@@ -89,14 +94,17 @@ class Guard:
                 place = _Place(layer, self.adapter, expert if moments.start.ndim == 3 else None, known, of_one.start)
                 (self._unknown if known is None else self._places).append(place)
         if not self._places:
-            raise GuardError("The calibration's text uses none of the adapted layers, so nothing can be guarded by it")
+            raise GuardError(
+                "The calibration's text uses none of the adapted layers, so the guard can predict nothing. Calibrate "
+                "with other text."
+            )
         unused = Counter(place.layer.name for place in self._unknown if place.expert is not None)
         if unused:
             name, count = next(iter(unused.items()))
             warnings.warn(
                 f"{sum(unused.values())} experts of {len(unused)} parameters see no token of the calibration's text "
-                f"({count} of {name!r}) and are left untrained: what training them would cost is not known. Calibrate "
-                "with more text to train them.",
+                f"({count} of {name!r}) and are left untrained, because the guard cannot predict the cost of training "
+                "them. Calibrate with more text to train them.",
                 stacklevel=2,
             )
         self.parameter_count = sum(place.start.numel() for place in self._places)
@@ -105,23 +113,24 @@ class Guard:
         self._hooks: list[Any] = []
         self._inside = False
         self._untrained: list[Tensor] = []
-        # Rounding of a U of half precision is large in coordinates that make much of small directions.
+        # The coordinates magnify small directions, and with them the rounding of a U in half precision.
         wide = all(U.dtype in (torch.float32, torch.float64) for U in self.parameters)
         if self.budget is not None and self.drift() > self.budget * (1.01 if wide else 2.0):
             raise GuardError(
                 f"The adapter is {self.drift():.2g} nats from where it was calibrated, further than the budget of "
-                f"{self.budget:.2g}: the first step would take it back. Calibrate it as it is now."
+                f"{self.budget:.2g} nats, so the first step would scale it back. Calibrate the adapter again, or raise "
+                "the budget."
             )
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Every ``U`` that it guards, as they are in the model now: FSDP2 puts others in their place."""
+        """The guarded ``U`` parameters of the model. FSDP2 replaces parameters, so they are looked up every time."""
         reshard(self.model)
         return list({id(place.parameter): place.parameter for place in self._places}.values())
 
     @contextlib.contextmanager
     def as_calibrated(self) -> Iterator[None]:
-        """While it lasts the model is as it was calibrated, as far as what is guarded goes."""
+        """Set every guarded ``U`` to its value at calibration, and restore it afterwards."""
         self._leave()
         now = [whole(U.detach()).clone() for U in self.parameters]
         try:
@@ -133,34 +142,34 @@ class Guard:
                 assign(self.parameters, now)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """From now on the optimizer's steps are in the guard's coordinates and within its budget.
+        """Make the optimizer's steps in the guard's coordinates and within its budget.
 
-        A closure that is given to ``step`` runs with ``U`` in the model, as any other code does. After an error within
-        a step call :meth:`detach` before the model is used or saved: it puts ``U`` back.
+        A closure passed to ``step`` runs with ``U`` in the model, as all other code does. If a step raises an error,
+        call :meth:`detach` before the model is used or saved; it restores ``U``.
 
         Raises:
-            GuardError: if it does not train all of the adapter's ``U``, or another guard holds one of them; if the
-                adapter is another one by now.
+            GuardError: if the optimizer does not train all of the adapter's ``U``, if it has another guard for one of
+                them, or if the adapter has been replaced since calibration.
         """
         self.calibration.check(self.model, self.adapter)
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's is around another
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps the optimizer
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
         guarded = [id(U) in trained for U in self.parameters]
         if not all(guarded):
             raise GuardError(
                 f"The optimizer does not train {guarded.count(False)} of the adapter's {len(guarded)} matrices U: "
-                "make it from this model's parameters, after the adapter is on it."
+                "create it from this model's parameters, after the adapter was added."
             )
         self.detach()
         others = [guard for guard in _GUARDS.get(optimizer, ()) if guard._hooks]
         held = {id(U) for guard in others for U in guard.parameters}
         if any(id(U) in held for U in self.parameters):
-            raise GuardError("The optimizer has a guard for this adapter: detach that one first.")
+            raise GuardError(f"The optimizer has another guard for adapter {self.adapter!r}: detach that one first.")
         _GUARDS[optimizer] = [*others, self]
         self._hooks = [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
 
     def detach(self) -> None:
-        """Leave the optimizer alone again."""
+        """Remove the guard from the optimizer."""
         self._leave()
         for hook in self._hooks:
             hook.remove()
@@ -168,17 +177,17 @@ class Guard:
 
     @torch.no_grad()
     def drift(self) -> float:
-        """The predicted KL divergence from the calibrated model, in nats per token.
+        """Return the predicted KL divergence from the calibrated model, in nats per token.
 
-        Where the calibration was made without gradients: half the squared shift of the layers' outputs on its text,
-        each relative to its output and summed over layers.
+        If the calibration was made without gradients, this is half the squared shift of the layers' outputs on its
+        text, relative to the squared output of each layer and summed over layers.
         """
         self._leave()
         return sum(float(stack.moved().square().sum()) for stack in self._stacks()) / self.parameter_count
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # the first of them is the optimizer
-        # By which a fused optimizer divides gradients itself: torch's GradScaler leaves it to them.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args[0] is the optimizer
+        # torch's GradScaler leaves it to a fused optimizer to divide the gradients by this.
         loss_scale = getattr(optimizer, "grad_scale", None)
         if closure is None:
             self._enter(loss_scale=loss_scale)
@@ -190,7 +199,7 @@ class Guard:
             self._enter(loss_scale=loss_scale)
             return loss
 
-        # Gradients of now are not what the optimizer goes by: the closure is about to make new ones.
+        # The optimizer will not use the present gradients: the closure computes new ones.
         self._enter(gradients=False)
         return args[:1], {**kwargs, "closure": outside}
 
@@ -200,7 +209,8 @@ class Guard:
         if self.budget is not None:
             squares = [values.square().sum() for values in held]
             total = torch.stack([square.to(squares[0].device) for square in squares]).sum() / self.parameter_count
-            # No number of it is read, so that a GPU need not stop for it. What is not finite stays in its own layer.
+            # Nothing is read back to the CPU, so a GPU does not synchronize here. If the total is not finite, nothing
+            # is scaled: values that are not finite stay in their own layer.
             scale = torch.where(total.isfinite(), (self.budget / total).sqrt().clamp(max=1.0), 1.0)
             held = [values * scale.to(values.device) for values in held]
         self._leave(held)
@@ -221,12 +231,15 @@ class Guard:
 
     @torch.no_grad()
     def _leave(self, held: Sequence[Tensor] | None = None) -> None:
-        """Also, later, where a step of the optimizer was broken off by an error, after which no hook is called."""
+        """Put ``U`` back into the model.
+
+        torch does not call the post hook of a step that raised an error, so other methods call this first.
+        """
         if self._inside:
             held = [stack.values() for stack in self._grouped] if held is None else held
             for stack, values in zip(self._grouped, held, strict=True):
                 stack.leave(values)
-            # No gradient, but weight decay may have moved them.
+            # The gradient of an unused expert is zero, but weight decay may have changed it.
             for place, value in zip(self._unknown, self._untrained, strict=True):
                 if place.expert is not None:
                     place.value.copy_(value)
@@ -234,16 +247,16 @@ class Guard:
 
     @torch.enable_grad()
     def _hold_anchors(self, anchors: Anchors, loss_scale: Tensor | None) -> None:
-        """Add the gradient of the anchors' penalty to those that the optimizer is about to use.
+        """Add the gradient of the anchors' penalty to the gradients that the optimizer is about to use.
 
         Args:
-            anchors: whose penalty.
-            loss_scale: by how much these are too large still; not at all if ``None``.
+            anchors: the anchors of earlier tasks.
+            loss_scale: the factor that these gradients are still scaled by; ``None`` if they are not scaled.
         """
         trained = {place.layer.name: place.parameter for place in self._places}
         values = {name: whole(U.detach()).clone().requires_grad_() for name, U in trained.items()}
         penalty = anchors.penalty(values)
-        assert penalty is not None  # there are tasks
+        assert penalty is not None  # anchors without tasks are false
         found = torch.autograd.grad(penalty, list(values.values()))
         for U, gradient in zip(trained.values(), found, strict=True):
             if U.grad is not None:
@@ -252,7 +265,7 @@ class Guard:
                 U.grad += laid_out_like(gradient.to(U.grad.dtype), U.grad)
 
     def _stacks(self) -> list[_Stack]:
-        """Made anew where the model has been moved: a Trainer does so after a guard was made."""
+        """Return the stacks, rebuilt if parameters have moved: a Trainer moves the model to its device later."""
         homes = [(id(U), U.device, U.dtype) for U in (place.parameter for place in self._places)]
         if homes != self._homes:
             groups = defaultdict(list)
@@ -264,7 +277,7 @@ class Guard:
 
 
 class _Place(NamedTuple):
-    """Where a layer's ``U``, or one expert's, is in the guard's coordinates; ``None`` where those are not known."""
+    """The ``U`` of a layer or of one expert, with its coordinates; these are ``None`` if the text does not use it."""
 
     layer: CurloraLayer
     adapter: str
@@ -274,22 +287,22 @@ class _Place(NamedTuple):
 
     @property
     def parameter(self) -> Tensor:
-        """What the optimizer has: of experts, all of them."""
+        """The parameter in the optimizer; with experts, that of all experts."""
         return self.layer.matrices[self.adapter].weight
 
     @property
     def value(self) -> Tensor:
-        """The matrix, shape ``(r, r)``, in the parameter's memory."""
+        """The matrix ``U``, shape ``(r, r)``, a view into the parameter."""
         return self.parameter if self.expert is None else self.parameter.detach()[self.expert]
 
     @property
     def gradient(self) -> Tensor | None:
-        """Of the matrix, in the memory of the parameter's."""
+        """The gradient of the matrix, shape ``(r, r)``, a view into the parameter's gradient."""
         gradient = self.parameter.grad
         return gradient if gradient is None or self.expert is None else gradient[self.expert]
 
     def forget_gradient(self) -> None:
-        """So that an optimizer does not move it."""
+        """Remove the gradient, so that the optimizer does not change the matrix."""
         if self.expert is None:
             self.parameter.grad = None
         elif self.parameter.grad is not None:
@@ -300,7 +313,7 @@ _GUARDS: WeakKeyDictionary[torch.optim.Optimizer, list[Guard]] = WeakKeyDictiona
 
 
 class _Stack:
-    """The ``U`` of one size, device and dtype, mapped together: ``U = start + left @ V @ right``."""
+    """All ``U`` of one size, device and dtype, mapped in one batch: ``U = start + left @ V @ right``."""
 
     def __init__(self, places: Sequence[_Place], unit: float) -> None:
         self.places = places
@@ -315,11 +328,11 @@ class _Stack:
         self.entered: tuple[Tensor, Tensor] = self.start[:0], self.start[:0]
 
     def values(self) -> Tensor:
-        """What the parameters hold, shape ``(count, r, r)``."""
+        """Return the current values of the parameters, shape ``(count, r, r)``: ``V`` within a step, else ``U``."""
         return torch.stack([whole(place.value.detach()) for place in self.places]).to(self.left.dtype)
 
     def moved(self) -> Tensor:
-        """``V`` of each ``U``, shape ``(count, r, r)``."""
+        """Return ``V`` of each ``U``, shape ``(count, r, r)``."""
         return self._coordinates_of(self.values())
 
     def _coordinates_of(self, values: Tensor) -> Tensor:
@@ -327,14 +340,14 @@ class _Stack:
             return self.left_inverse @ (values - self.start) @ self.right_inverse
 
     def enter(self) -> None:
-        """Put ``V`` in the place of ``U``."""
+        """Replace ``U`` by ``V`` in the parameters."""
         values = self.values()
-        moved = self._coordinates_of(values).to(self.places[0].parameter.dtype)  # as the parameters will hold it
+        moved = self._coordinates_of(values).to(self.places[0].parameter.dtype)  # rounded as in the parameters
         assign([place.value for place in self.places], moved.unbind())
         self.entered = values, moved.to(values.dtype)
 
     def map_gradients(self) -> None:
-        """Make gradients with respect to ``U`` those with respect to ``V``."""
+        """Replace the gradients with respect to ``U`` by those with respect to ``V``."""
         known = [(i, grad) for i, place in enumerate(self.places) if (grad := place.gradient) is not None]
         if known:
             index, gradients = zip(*known, strict=True)
@@ -348,10 +361,14 @@ class _Stack:
             assign(gradients, mapped.unbind())
 
     def leave(self, values: Tensor) -> None:
-        """Put the ``U`` of these ``V`` in the place of what there is, and its gradients in the place of theirs."""
+        """Replace ``V`` by ``U`` in the parameters, and restore the gradients with respect to ``U``.
+
+        Args:
+            values: the ``V`` to map to ``U``, shape ``(count, r, r)``.
+        """
         with autocast_off(self.left):
             back = self.start + self.left @ values @ self.right
-        # A step that moved nothing, as one that overflowed in a fused optimizer, leaves no rounding either.
+        # A step that changed nothing, such as one that a fused optimizer skipped after an overflow, restores U exactly.
         was, entered = self.entered
         back = torch.where((values == entered).all(-1).all(-1)[:, None, None], was, back)
         self.entered = was[:0], was[:0]
@@ -362,13 +379,13 @@ class _Stack:
 
 
 def _roughness(calibration: Calibration, moments: Moments) -> float:
-    """Damping for the moments of little text: where they see nothing there may be something."""
+    """Return additional damping for moments of little text, which may miss directions that matter."""
     return len(moments.inputs) / calibration.tokens if moments.left is None else 1 / calibration.rows
 
 
 def _coordinates_of(layer: CurloraLayer, adapter: str, moments: Moments, damping: float) -> Coordinates | None:
-    """Of ``U`` as the layer stores it, so that ``KL = ||V||^2 / 2``."""
-    if moments.left is None or moments.right is None:  # the shift of the output, relative to the output
+    """Return coordinates of ``U`` as the layer stores it, with ``KL = ||V||^2 / 2``; ``None`` if nothing is known."""
+    if moments.left is None or moments.right is None:  # the relative shift of the layer's output
         factor = layer.basis(adapter).factor.detach().cpu().double()
         left = factor.T @ factor / moments.output if moments.output > 0 else torch.zeros_like(moments.inputs)
         right = moments.inputs
@@ -379,6 +396,6 @@ def _coordinates_of(layer: CurloraLayer, adapter: str, moments: Moments, damping
         return None
     alpha = layer.scaling[adapter]  # M = alpha U
     place = place._replace(left=place.left / alpha, left_inverse=place.left_inverse * alpha)
-    if layer.fan_in_fan_out:  # its U is M the other way round
+    if layer.fan_in_fan_out:  # M = alpha U^T
         place = Coordinates(place.right, place.left, place.right_inverse, place.left_inverse)
     return place
