@@ -270,7 +270,7 @@ class TestLedger:
         assert unpack(path.read_bytes(), "it")[1]["version"] == 2
         assert len(Ledger.load(tmp_path / "saved").trainings) == 2
         path.write_bytes(pack(tensors, {**about, "version": 3}))
-        with pytest.raises(GuardError, match="has version 3, and this curlora reads 1 and 2: update curlora"):
+        with pytest.raises(GuardError, match="has version 3, and this curlora reads versions 1 and 2: update curlora"):
             Ledger.load(tmp_path / "saved")
 
     def test_inspect_shows_it(self, tmp_path):

@@ -1,4 +1,4 @@
-"""What an adapter's trainings were allowed to forget and what they did, kept in the adapter's folder."""
+"""The ledger: an adapter's trainings, their limits and what was forgotten, saved in the adapter's folder."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _READ = (1, 2)
 
 @dataclass(frozen=True)
 class TextOutcome:
-    """What a text has lost since before the adapter's first training.
+    """The rise of a text's perplexity since before the adapter's first training, or that of a user's own measurement.
 
     Args:
-        before: perplexity of the base model; of a measurement of the user's own, what it gave.
+        before: the perplexity of the base model, or the value of the user's measurement.
         after: the same after training.
         rise: ``after / before - 1``.
-        limit: the most that the rise was allowed to be.
-        tokens: of the text; 0 of a measurement of the user's own.
-        sha256: of its tokens; ``None`` of a measurement of the user's own.
+        limit: the largest allowed rise.
+        tokens: the number of tokens of the text; 0 for a user's measurement.
+        sha256: the SHA-256 of its tokens; ``None`` for a user's measurement.
     """
 
     before: float
@@ -50,15 +50,15 @@ class TextOutcome:
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """One training under a budget.
+    """The record of one training under a budget.
 
     Args:
-        steps: of the optimizer.
-        learning_rate: in square roots of nats.
-        allowed: nats per token, over all trainings so far, that training was kept within.
-        predicted: nats per token, over all trainings so far, at its end.
-        kept: the share of its change that the measurement at the end let stand.
-        texts: by name.
+        steps: the number of optimizer steps.
+        learning_rate: the adapter's learning rate, in square roots of nats.
+        allowed: the limit of the predicted forgetting, in nats per token over all trainings so far.
+        predicted: the predicted forgetting at the end, in nats per token over all trainings so far.
+        kept: the share of the training's change that remained after scaling back, 0 to 1.
+        texts: the measured texts by name.
     """
 
     steps: int
@@ -70,20 +70,20 @@ class TrainingRecord:
 
     @property
     def worst(self) -> float:
-        """The largest rise of a text."""
+        """The largest rise among the texts."""
         return max(text.rise for text in self.texts.values())
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The history of an adapter, with what its next training needs.
+    """The history of an adapter and the state that its next training needs.
 
     Args:
-        calibration: of the base model as it was before the first training.
-        anchors: of the tasks that were learned; names are those of the adapted layers.
-        trainings: in order.
-        lifetime: the most that any text may lose over all trainings, as a relative rise; ``None`` if that is open.
-        adapter: digest of the adapter as the last training left it, see :func:`digest_of`.
+        calibration: the calibration from before the first training.
+        anchors: the anchors of the learned tasks, by the names of the adapted layers.
+        trainings: the trainings so far, in order.
+        lifetime: the largest allowed relative rise of any text over all trainings; ``None`` for no limit.
+        adapter: the digest of the adapter after the last training, see :func:`digest_of`.
     """
 
     calibration: Calibration
@@ -94,17 +94,22 @@ class Ledger:
 
     @property
     def left(self) -> float | None:
-        """What is left of the lifetime's budget, as a relative rise."""
+        """The rest of the lifetime's budget, as a relative rise; ``None`` if there is no such budget."""
         if self.lifetime is None:
             return None
         return self.lifetime - max(0.0, self.trainings[-1].worst) if self.trainings else self.lifetime
 
     def after(self, training: TrainingRecord, adapter: str) -> Ledger:
-        """With one more training."""
+        """Return this ledger with one more training.
+
+        Args:
+            training: the record of the training.
+            adapter: the digest of the adapter after it.
+        """
         return replace(self, trainings=(*self.trainings, training), adapter=adapter)
 
     def to_bytes(self) -> bytes:
-        """A safetensors file."""
+        """Return the content of a safetensors file."""
         tensors = {f"calibration.{name}": value for name, value in self.calibration.state_dict().items()}
         tensors |= {f"anchors.{name}": value for name, value in self.anchors.state_dict().items()}
         about = {
@@ -117,15 +122,19 @@ class Ledger:
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str = "The ledger") -> Ledger:
-        """What :meth:`to_bytes` gave.
+        """Read the result of :meth:`to_bytes`.
+
+        Args:
+            content: the content of the file.
+            where: the name of the file for error messages, as the subject of a sentence.
 
         Raises:
-            GuardError: if it is damaged, or of a later version.
+            GuardError: if the content is damaged, or of an unknown version.
         """
         tensors, about = unpack(content, where)
         if about.get("version") not in _READ:
             raise GuardError(
-                f"{where} has version {about.get('version')!r}, and this curlora reads "
+                f"{where} has version {about.get('version')!r}, and this curlora reads versions "
                 f"{' and '.join(map(str, _READ))}: update curlora."
             )
         anchors = Anchors()
@@ -140,31 +149,31 @@ class Ledger:
 
     @classmethod
     def of(cls, config: CurloraConfig) -> Ledger | None:
-        """The ledger of an adapter, if it has one.
+        """Return the ledger that an adapter carries, or ``None``.
 
         Raises:
-            GuardError: if it is damaged.
+            GuardError: if the ledger is damaged or of an unknown version.
         """
         content = config.beside.get(LEDGER_NAME)
         return None if content is None else cls.from_bytes(content)
 
     @classmethod
     def load(cls, folder: Path | str) -> Ledger | None:
-        """The ledger in an adapter's folder; ``None`` where there is none.
+        """Read the ledger in an adapter's folder; return ``None`` if there is none.
 
         Raises:
-            GuardError: if it is damaged.
+            GuardError: if the ledger is damaged or of an unknown version.
         """
         path = Path(folder) / LEDGER_NAME
         return cls.from_bytes(path.read_bytes(), f"The ledger {path}") if path.exists() else None
 
     def put_beside(self, config: CurloraConfig) -> None:
-        """Let the adapter carry it: from now on it is saved with it."""
+        """Attach the ledger to the adapter's configuration, so that it is saved with the adapter."""
         config.beside[LEDGER_NAME] = self.to_bytes()
 
 
 def digest_of(layers: Mapping[str, CurloraLayer], adapter: str) -> str:
-    """SHA-256 of an adapter's ``U``, columns and rows, as float32, by the names of its layers."""
+    """Return the SHA-256 of an adapter: ``U`` as float32, columns and rows, in the order of the layers' names."""
     found = hashlib.sha256()
     for name, layer in sorted(layers.items()):
         matrix = layer.matrices[adapter]
@@ -174,17 +183,21 @@ def digest_of(layers: Mapping[str, CurloraLayer], adapter: str) -> str:
 
 
 def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
-    """Tensors and what JSON can say, in one safetensors file with a digest over all of it."""
+    """Return the content of a safetensors file of tensors and JSON values, with a digest over both."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(about, sort_keys=True)
     return save(tensors, {"about": text, "digest": _digest(tensors, text)})
 
 
 def unpack(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What :func:`pack` was given.
+    """Return the tensors and values that :func:`pack` was given.
+
+    Args:
+        content: the content of the file.
+        where: the name of the file for error messages, as the subject of a sentence.
 
     Raises:
-        GuardError: if it is damaged.
+        GuardError: if the content is damaged.
     """
     try:
         tensors = load(content)
@@ -213,7 +226,7 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _training(values: Mapping[str, Any]) -> TrainingRecord:
     texts = {}
     for name, text in values["texts"].items():
-        if "allowed" in text:  # as version 1 calls it
+        if "allowed" in text:  # the name of limit in version 1
             text = {**text, "limit": text["allowed"]}
             del text["allowed"]
         texts[name] = TextOutcome(**text)

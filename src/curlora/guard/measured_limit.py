@@ -1,4 +1,4 @@
-"""A measured limit in transformers' Trainer: held at the end of a training, by scaling back what it has changed."""
+"""A callback that keeps a measured limit: at the end of a training it scales the change of the parameters back."""
 
 from __future__ import annotations
 
@@ -20,29 +20,31 @@ __all__ = ["Kept", "MeasuredLimit", "log"]
 
 
 class Kept(NamedTuple):
-    """What was kept of a training: the share of its change, and by how much the measure has risen with it."""
+    """The share of a training's change that was kept, and the relative rise of the measure with it."""
 
     scale: float
     rise: float
 
 
 class MeasuredLimit(TrainerCallback):
-    """Lets a measure rise no more than is allowed over a training.
+    """Keeps the rise of a measure over a training within a limit.
 
-    After the last step, before the last evaluation and the last checkpoint, what the training changed is moved back
-    along the straight line to where it began, until the measure allows it (:func:`curlora.guard.scale_to_limit`). This
-    is done again after training where the parameters are not as that left them: training was stopped early, or the best
-    checkpoint was loaded. :attr:`kept` says how much was kept. A further training counts from where the last one ended,
-    and the measure counts from the beginning for good.
+    After the last step, the parameters are moved back on the straight line to their values before training, until the
+    measure is within the limit (:func:`curlora.guard.scale_to_limit`). This happens before the last evaluation and the
+    last checkpoint. It happens again after training if the parameters have changed since: training was stopped early,
+    or the best checkpoint was loaded. :attr:`kept` holds the share of the change that remains.
+
+    For a further training, the change is counted from the end of the last one. The rise of the measure is always
+    counted from before the first training.
 
     Args:
-        model: that is trained.
-        parameters: gives those that are moved back, as they are in the model at that moment.
-        measure: of the model as it is at that moment, positive and the lower the better; ``None`` to hold nothing.
-        max_rise: the most that it may rise by, relatively: 0.01 for 1 %.
+        model: the trained model.
+        parameters: returns the parameters that are moved back, as they are currently in the model.
+        measure: measures the current model. The value is positive, and lower is better. ``None`` for no limit.
+        max_rise: the largest allowed relative rise of the measure: 0.01 for 1 %.
 
     Raises:
-        GuardError: if ``max_rise`` is not positive.
+        GuardError: if there is a ``measure`` and ``max_rise`` is not positive and finite.
     """
 
     def __init__(
@@ -62,17 +64,20 @@ class MeasuredLimit(TrainerCallback):
         self.count_from(self._now())
 
     def measure_start(self) -> None:
-        """Measure what the rise is counted from.
+        """Measure the value from which the rise is counted.
 
         Raises:
-            GuardError: if that is not a positive number.
+            GuardError: if the value is not positive and finite.
         """
         self.at_start = self._measured()
         if not (self.at_start > 0 and math.isfinite(self.at_start)):
-            raise GuardError(f"The measure must be a positive number, and is {self.at_start} before training.")
+            raise GuardError(
+                f"The measure must be a positive, finite number, and is {self.at_start} before training. Check the "
+                "measure and the model."
+            )
 
     def count_from(self, before: Sequence[Tensor]) -> None:
-        """Count what training changes from these values of the parameters."""
+        """Count the training's change from these values of the parameters."""
         self._before = list(before)
 
     def on_train_begin(
@@ -92,24 +97,27 @@ class MeasuredLimit(TrainerCallback):
             log(self, args, state, control, {"kept": self.kept.scale, "rise": self.kept.rise})
 
     def finish(self) -> None:
-        """Hold the measure where that has not been done since the parameters changed."""
+        """Scale back once more if the parameters have changed since the last time."""
         if not (self._left and all(map(_same, self._now(), self._left))):
             self._hold()
         self.count_from(self._now())
         self._left = []
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
-        """Why nothing of a training was kept, for people."""
+        """Return a warning message that explains why nothing of the training was kept."""
         if not finite:
-            return "The training ended in numbers that are not finite: all that it changed was taken back."
+            return (
+                "Parameters are not finite after training, so the whole change was taken back. Lower the learning "
+                "rate, or train in bfloat16 or float32."
+            )
         if self.max_rise is not None and kept.rise > self.max_rise:
             return (
-                f"The measure has risen by {kept.rise:.3g} where {self.max_rise:.3g} is allowed, even with all that "
-                "this training changed taken back."
+                f"The measure has risen by {kept.rise:.3g} where {self.max_rise:.3g} is allowed, although the whole "
+                "change of this training was taken back: other parameters or an earlier training have raised it."
             )
         return (
-            f"No part of what was learned keeps the measure within a rise of {self.max_rise:.3g}: all that was changed "
-            "was taken back."
+            f"No part of the change keeps the rise of the measure within {self.max_rise:.3g}, so the whole change was "
+            "taken back. Allow a larger rise, or lower the learning rate."
         )
 
     def _hold(self) -> None:
@@ -139,7 +147,7 @@ def log(
     control: TrainerControl,
     logs: Mapping[str, float],
 ) -> None:
-    """Add figures to the Trainer's history, and hand them to its other callbacks: trackers and the progress bar."""
+    """Add values to the Trainer's log history, and pass them to its other callbacks: trackers and progress bar."""
     state.log_history.append({**logs, "step": state.global_step})
     for other in callbacks_around(callback) or []:
         if other is not callback:
