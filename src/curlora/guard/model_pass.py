@@ -1,4 +1,4 @@
-"""A model's pass over a general text, forward and backward, with the answers that the model itself would give."""
+"""A model's forward and backward pass over general text, with answers drawn from the model's own predictions."""
 
 from __future__ import annotations
 
@@ -29,14 +29,20 @@ __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready"]
 
 _IGNORED = -100
 _NOTHING = (
-    "The text has no two tokens in a row, so there is nothing to predict: is it empty, or does the tokenizer turn it "
-    "into nothing?"
+    "The text has no two tokens in a row, so there is nothing to predict. Is the text empty, or does the tokenizer "
+    "drop it?"
 )
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a pass went through: ``tokens`` in ``rows`` pieces of text, of which ``predicted`` have one before them."""
+    """The size of a pass.
+
+    Args:
+        predicted: the number of predicted tokens that count.
+        tokens: the number of tokens, without padding.
+        rows: the number of rows in which at least one predicted token counts.
+    """
 
     predicted: int
     tokens: int
@@ -58,22 +64,25 @@ def pass_over(
     begin: Callable[[Tensor], None],
     end: Callable[[], None],
 ) -> Counts:
-    """Run a model over texts, rows of tokens or batches, see :func:`curlora.guard.collect.calibrate`.
+    """Run a model over texts, rows of tokens or batches, as :func:`curlora.guard.collect.calibrate` takes them.
 
     Args:
         model: a causal language model.
-        layers: the adapted layers, whose outputs gradients are taken of.
-        data, tokenizer, max_length, batch_size, gradients, seed: as ``calibrate`` has them.
-        progress: how it is shown.
-        doing: what is shown then.
+        layers: the adapted layers by name; the backward pass reaches their outputs.
+        data, tokenizer, max_length, batch_size, gradients, seed: see ``calibrate``.
+        progress: whether to show a progress bar, or a function that shows it.
+        doing: the text of the progress bar.
         begin: called with each batch's mask, of shape ``(batch, length)``, before the batch is run.
         end: called after each batch.
 
+    Returns:
+        The size of the pass, summed over all processes.
+
     Raises:
-        GuardError: as ``calibrate``.
+        GuardError: if the model is not a causal language model, or the text does not fit it; see ``calibrate``.
     """
     rank, processes = rank_and_count()
-    # The gradient of a parameter is summed over a batch: of one row it is that row's.
+    # torch sums the gradient of a parameter over a batch, so a batch has to be one row to give the gradient of a row.
     one_by_one = any(isinstance(layer, ParamWrapper) for layer in layers.values())
     batches, count = _batches(data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
     if one_by_one:
@@ -105,22 +114,22 @@ def perplexity(
     batch_size: int = 8,
     progress: Shown = False,
 ) -> float:
-    """``exp`` of the mean negative log-likelihood of a token, given those before it in its row.
+    """Return the perplexity: ``exp`` of the mean negative log-likelihood of the predicted tokens that count.
 
-    Of the same rows that :func:`curlora.calibrate` makes of the same text. The model is as it was afterwards. Where
-    ``torch.distributed`` runs, texts and rows are shared out over the processes, each of which gets the perplexity
-    of all of them.
+    Each token is predicted from the tokens before it in its row. The rows are those that :func:`curlora.calibrate`
+    makes of the same text. The model is left unchanged. With ``torch.distributed``, texts and rows are divided among
+    the processes, and every process gets the perplexity of all of them.
 
     Args:
         model: a causal language model.
-        data, tokenizer, max_length, batch_size, progress: as for :func:`curlora.calibrate`.
+        data, tokenizer, max_length, batch_size, progress: see :func:`curlora.calibrate`.
 
     Returns:
-        Infinity where it is too large for a float; NaN where a prediction is.
+        The perplexity; infinity if it is too large for a float, and NaN if a prediction is NaN.
 
     Raises:
-        GuardError: if the model is not a causal language model, if the text has no two tokens in a row, or if a row is
-            longer than the model's positions.
+        GuardError: if the model is not a causal language model, if the text has no two consecutive tokens, or if a row
+            is longer than the model's maximum length.
     """
     rank, processes = rank_and_count()
     batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
@@ -129,7 +138,7 @@ def perplexity(
     with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
         for _, ids, _, answered, logits in _run(model, batches, device):
             answers = ids[:, 1:].masked_fill(~answered, _IGNORED)
-            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
+            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # row by row, because the logits are large
                 lost = cross_entropy(of_row.float(), answer, ignore_index=_IGNORED, reduction="sum")
                 loss += torch.stack([lost, (answer != _IGNORED).sum()]).cpu()
             advance(1)
@@ -149,7 +158,13 @@ def _run(
     device: torch.device,
     begin: Callable[[Tensor], None] = lambda mask: None,
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor, Tensor]]:
-    """Of each batch the numbers of its rows, ``input_ids``, which of them count, which predict one, and the logits."""
+    """Run each batch through the model.
+
+    Yields:
+        The numbers of the batch's rows; ``input_ids``, shape ``(batch, length)``; the mask of tokens, of that shape;
+        the mask of positions whose next token counts, shape ``(batch, length - 1)``; and the logits, shape
+        ``(batch, length, vocabulary)``.
+    """
     for numbers, batch in batches:
         inputs, mask = _inputs(model, batch, numbers, device)
         begin(mask)
@@ -161,10 +176,11 @@ def _run(
 
 @contextlib.contextmanager
 def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool) -> Iterator[Tensor]:
-    """In evaluation mode, with gradients that reach the lowest adapted layers and go no further.
+    """Put the model into evaluation mode, with a backward pass that ends at the lowest adapted layer.
 
-    What it gives is for :func:`backward`: a number that every adapted layer seems to depend on. (``U`` would not do:
-    FSDP2 has other parameters in the graph than those in the model.)
+    Yields:
+        A scalar tensor for :func:`backward`. In the autograd graph the output of every adapted layer depends on it.
+        ``U`` cannot take its place, because FSDP2 uses other parameters in the graph than in the model.
     """
     reached = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
 
@@ -173,7 +189,7 @@ def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool)
 
     reaching = [] if not gradients else [
         *(layer.base_layer for layer in layers.values()),
-        # Before the hooks of whoever wants the gradient of the updated parameter.
+        # Runs before the hooks that observe the gradient of the updated parameter.
         *(U for layer in layers.values() if isinstance(layer, ParamWrapper) for U in layer.curlora_U.values()),
     ]  # fmt: skip
     handles = [module.register_forward_hook(from_here, prepend=True) for module in reaching]
@@ -187,13 +203,19 @@ def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool)
 
 
 def backward(value: Tensor, reached: Tensor, gradient: Tensor | None = None) -> None:
-    """Run backward for the hooks of adapted layers' outputs alone; ``reached`` is as :func:`ready` gives it."""
-    if value.requires_grad:  # not where none of the layers was used
+    """Run the backward pass from ``value`` to the adapted layers, so that their hooks see the gradients.
+
+    Args:
+        value: the tensor to differentiate.
+        reached: the tensor that :func:`ready` yields.
+        gradient: the gradient with respect to ``value``, of its shape; 1 if ``None``.
+    """
+    if value.requires_grad:  # False if no adapted layer was used
         torch.autograd.grad(value, reached, gradient, allow_unused=True)
 
 
 class _Reaches(torch.autograd.Function):
-    """``output``, as if it depended on another tensor as well, of which there is no gradient."""
+    """The identity on ``output``, which makes it depend on a second tensor in the graph. That one gets no gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, reached: Tensor) -> Tensor:
@@ -207,30 +229,30 @@ class _Reaches(torch.autograd.Function):
 def _inputs(
     model: nn.Module, batch: Mapping[str, Any], numbers: Sequence[int], device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What the model is given, and which tokens of it count.
+    """Return the model's inputs, and the mask of tokens, bool, shape ``(batch, length)``.
 
-    Positions are counted from each row's first token, as in training and generation. Nothing counts of a batch that
-    has no numbers.
+    Positions are counted from each row's first token, as in training and generation. If a batch has no row numbers, it
+    only keeps the processes in step, and its mask is empty.
     """
     ids = batch["input_ids"].to(device)
     given = batch.get("attention_mask")
     mask = torch.ones_like(ids) if given is None else torch.as_tensor(given, device=device)
     if ids.ndim != 2 or mask.shape != ids.shape:
         raise GuardError(
-            f"input_ids and attention_mask are expected of shape (batch, length), found {tuple(ids.shape)} and "
-            f"{tuple(mask.shape)}"
+            f"input_ids and attention_mask must both have shape (batch, length), found {tuple(ids.shape)} and "
+            f"{tuple(mask.shape)}."
         )
     base = getattr(model, "get_base_model", lambda: model)()
     most = getattr(getattr(base, "config", None), "max_position_embeddings", None)
     if most is not None and ids.shape[1] > most:
         raise GuardError(
             f"A row of the text has {ids.shape[1]:,} tokens; the model has {most:,} positions. Give shorter rows, or "
-            "texts and a lower max_length."
+            "lower max_length."
         )
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"].to(device)
-        if given is None:  # examples in one row, which transformers tells apart where there is no mask
+        if given is None:  # packed examples: transformers separates them by positions only if there is no mask
             del inputs["attention_mask"]
     elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
@@ -242,24 +264,28 @@ def _logits_of(output: Any, mask: Tensor) -> Tensor:
     if not isinstance(logits, Tensor) or logits.shape[:-1] != mask.shape:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise GuardError(
-            f"A causal language model is needed, with logits of shape (batch, length, vocabulary) for "
-            f"input_ids of shape {tuple(mask.shape)}; found {found}."
+            f"A causal language model must return logits of shape (batch, length, vocabulary) for input_ids of shape "
+            f"{tuple(mask.shape)}; found {found}. Give a causal language model."
         )
     return logits
 
 
-# Positions whose probabilities are summed up together in float64: the vocabulary is large.
+# Positions whose cumulative probabilities are computed together in float64. The vocabulary is large, so all positions
+# at once would take much memory.
 _CHUNK = 128
 
 
 def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
-    """Gradient of the summed cross-entropy of drawn answers with respect to the logits; zero where there is none.
+    """Return the gradient of the summed cross-entropy of drawn answers with respect to the logits.
 
     Args:
         logits: shape ``(batch, length, vocabulary)``.
-        answered: which positions predict a token, shape ``(batch, length - 1)``.
-        numbers: of the rows in the whole text; the draws of a row depend on it.
-        seed: of the draws.
+        answered: the mask of positions whose next token counts, bool, shape ``(batch, length - 1)``.
+        numbers: the number of each row in the whole text, which determines its draws together with ``seed``.
+        seed: the seed of the draws.
+
+    Returns:
+        The gradient, of the shape of ``logits``; zero at all other positions.
     """
     gradient = torch.zeros_like(logits)
     for row, number in enumerate(numbers):
@@ -276,19 +302,19 @@ def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], se
 def _batches(
     data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
 ) -> tuple[Iterator[tuple[Sequence[int], Mapping[str, Tensor]]], int | None]:
-    """Batches with the numbers of their rows, and how many there will be.
+    """Return this process's batches with the numbers of their rows, and the number of batches if it is known.
 
-    Every process gets as many: a model that is in pieces runs in all of them or in none. What has no numbers is there
-    for that alone.
+    Every process gets the same number of batches, because a sharded model has to run in all of them. A batch without
+    row numbers is added where one is missing.
     """
     if max_length < 2 or batch_size < 1:
-        raise GuardError(f"max_length must be at least 2 and batch_size 1, got {max_length} and {batch_size}")
+        raise GuardError(f"max_length must be at least 2 and batch_size at least 1, got {max_length} and {batch_size}.")
     if isinstance(data, Mapping):
-        raise GuardError("One batch was given where several are expected: calibrate(model, [batch]).")
+        raise GuardError("One batch was given, and an iterable of batches is expected: calibrate(model, [batch]).")
     if isinstance(data, str):
         raise GuardError(
-            f"A string, {data[:40]!r}, was given where several texts are expected. Give a list of texts; of a file, "
-            "what is in it."
+            f"A string, {data[:40]!r}, was given where several texts are expected. Give a list of texts. If this is "
+            "the path of a file, read the file first."
         )
     length = len(data) if hasattr(data, "__len__") else None
     items = iter(data)
@@ -308,7 +334,7 @@ def _batches(
         for i in range(0, len(ids), max_length)
     ]
     useful = [(number, row) for number, row in enumerate(rows) if len(row[0]) > 1]
-    mine = sorted(useful[rank::processes], key=lambda numbered: len(numbered[1][0]))  # little padding
+    mine = sorted(useful[rank::processes], key=lambda numbered: len(numbered[1][0]))  # by length: less padding
     groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
     shares = [([number for number, _ in group], [row for _, row in group]) for group in groups]
     count = -(-len(useful[::processes]) // batch_size)  # the first process has the most
@@ -338,7 +364,8 @@ def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[s
     for batch in batches:
         if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
             raise GuardError(
-                f"Texts are expected, rows of tokens, or batches with a tensor input_ids; found {type(batch).__name__}"
+                "Expected texts, rows of tokens (one-dimensional tensors), or batches (mappings) with a tensor "
+                f"input_ids; found {type(batch).__name__}."
             )
         rows = len(batch["input_ids"])
         yield range(seen, seen + rows), batch
@@ -346,9 +373,9 @@ def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[s
 
 
 def _padded(rows: Sequence[tuple[Sequence[int], Any]]) -> dict[str, Tensor]:
-    """Rows of tokens and which of them count as a batch.
+    """Return a batch of rows, each given as its tokens and the mask of tokens that count.
 
-    Padded on the right, where a causal model's tokens do not see it; with what does not matter, being masked.
+    Rows are padded on the right, where no token of a causal model attends to the padding. The mask becomes ``labels``.
     """
     length = max(len(row) for row, _ in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long, device="cpu")

@@ -1,4 +1,4 @@
-"""Text that the base model writes itself: what it says, in the proportions in which it says it."""
+"""Text that the base model writes itself, sampled from its own distribution."""
 
 from __future__ import annotations
 
@@ -45,34 +45,38 @@ def own_text(
     cache: Path | Literal["default"] | None = "default",
     progress: Shown = True,
 ) -> Rows:
-    """Let the base model write text.
+    """Sample text from the base model.
 
-    Half of the tokens are of rows that it writes from its beginning-of-text token on. The other half, where the
-    tokenizer has a chat template, are of chats: the model writes the user's turn after the template's header of it (as
-    in Magpie, https://arxiv.org/abs/2406.08464), and then the assistant's answer.
+    If the tokenizer has a chat template, half of the tokens are plain text and half are chats; otherwise all are plain
+    text. The model writes plain text from its beginning-of-text token. In a chat it writes the user's turn after the
+    template's header (as in Magpie, https://arxiv.org/abs/2406.08464), and then the assistant's answer.
 
-    The sampling is pure, at temperature 1, and nothing is cut off (no top-k, no top-p), whatever the model's generation
-    configuration says. So the mean rise of the negative log-likelihood of the drawn tokens, from the base model to
-    another, is an unbiased estimate of the KL divergence from the base model to the other, in nats per token, on what
-    the base model writes. The others, a row's first and what the chat template puts around a turn, do not count
-    (:attr:`Rows.counted <curlora.guard.texts.Rows>`).
+    The text is sampled at temperature 1 from the whole distribution, without top-k or top-p, whatever the model's
+    generation configuration says. Therefore the mean rise of the negative log-likelihood of the drawn tokens, from the
+    base model to another model, is an unbiased estimate of the KL divergence ``KL(base || other)`` on such text, in
+    nats per token. Tokens that were not drawn do not count: a row's first token, and those that the chat template adds
+    around a turn (:attr:`Rows.counted <curlora.guard.texts.Rows>`).
 
-    An adapter of PEFT is disabled meanwhile. The model is as it was afterwards, and so are torch's generators. The rows
-    are the same for a seed, however many go through the model together, up to rounding. Where ``torch.distributed``
-    runs, every process has to call this, and gets the rows of the first.
+    PEFT adapters are disabled during sampling. The model and torch's random generators are left unchanged. For a given
+    seed the rows do not depend on ``batch_size``, except for rounding. With ``torch.distributed``, every process has to
+    call this function, and all get the rows of the first.
 
     Args:
         model: a causal language model of transformers, on any device, or a PEFT model of one.
-        tokenizer: its tokenizer.
-        tokens: how many there are at least; less than a row more.
-        max_length: tokens of a row at most. A row that comes to an end before is shorter.
-        batch_size: rows that go through the model together.
-        seed: of the sampling.
-        cache: a folder to keep the rows in, as a safetensors file of about 9 bytes for a token. Rows that are there
-            already, of the same model, tokenizer and options, are not sampled again. ``"default"`` is a folder in
-            ``CURLORA_CACHE_DIR`` or the user's cache directory; ``None`` is for nothing to be kept. Where a folder
-            cannot be written to, nothing is kept either.
-        progress: whether to show a bar; or what shows it, see :data:`curlora.guard.progress.Shown`.
+        tokenizer: the model's tokenizer.
+        tokens: the smallest number of tokens in all rows together. The last row may exceed it.
+        max_length: the largest number of tokens in a row. A row is shorter if the model ends it.
+        batch_size: the number of rows that are generated together.
+        seed: the seed of the sampling.
+        cache: a folder in which the rows are stored, as a safetensors file of about 9 bytes per token. Rows of the same
+            model, tokenizer and options are then read instead of sampled again. ``"default"`` is a folder in
+            ``CURLORA_CACHE_DIR`` or in the user's cache directory. With ``None``, or if the folder cannot be written
+            to, nothing is stored.
+        progress: whether to show a progress bar, or a function that shows it, see
+            :data:`curlora.guard.progress.Shown`.
+
+    Returns:
+        Rows of tokens on the CPU, with the mask of the drawn tokens.
 
     Raises:
         GuardError: if the model is an encoder-decoder or cannot generate, if adapters are merged into it, if its
@@ -85,7 +89,7 @@ def own_text(
     layout = _layout(base, tokenizer, max_length)
     device = next(base.parameters()).device
     folder = cache_directory() / "own-text" if cache == "default" else cache
-    # Without the template's words, of which one may be the date.
+    # Not the template's header, because it may contain the date.
     asked = [_VERSION, tokens, max_length, seed, layout.begin, layout.ends, layout.turn_ends]
     digest = "" if folder is None else _digest(base, tokenizer, asked)
     path = Path(folder) / f"{digest[:32]}.safetensors" if folder is not None and digest else None
@@ -99,15 +103,15 @@ def own_text(
 
 
 class _Layout(NamedTuple):
-    """How rows are begun and ended.
+    """The tokens that begin and end rows and turns.
 
     Args:
-        begin: tokens that a text begins with.
-        ends: tokens that end a text.
-        header: tokens up to a user's turn; none where there are no chats.
-        turn_ends: tokens that end a turn.
-        between: what is between the end of a user's turn, that included, and the answer.
-        pad: any token.
+        begin: the tokens that a plain text begins with.
+        ends: the tokens that end a plain text.
+        header: the tokens before a user's turn; empty if the tokenizer has no usable chat template.
+        turn_ends: the tokens that end a turn.
+        between: the tokens from the end of the user's turn, inclusive, to the answer.
+        pad: the token to pad with; any token will do.
     """
 
     begin: list[int]
@@ -131,27 +135,28 @@ def _layout(base: Any, tokenizer: Any, max_length: int) -> _Layout:
     if chat is None:
         return _Layout([first], sorted(ends), [], [], [], pad)
     header, between = chat
-    # The end of a turn ends no text: one that begins as a chat is gone on with.
+    # The end of a turn does not end a plain text, because such a text may continue as a chat.
     return _Layout([first], sorted(ends - {between[0]}), header, sorted(ends | {between[0]}), between, pad)
 
 
 def _chat(tokenizer: Any, max_length: int) -> tuple[list[int], list[int]] | None:
-    """What a template puts before a user's turn, and between its end and the answer.
+    """Return the tokens that the chat template puts before a user's turn, and those from its end to the answer.
 
-    ``None`` where the model could not end the turn by one token, or where the template leaves it no room.
+    ``None`` if there is no usable template: it fails, the model cannot end a turn with one special token, or the
+    template takes more than half of ``max_length``.
     """
     if not getattr(tokenizer, "chat_template", None):
         return None
     turn = [{"role": "user", "content": _PLACEHOLDER}]
     try:
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may raise whatever it likes
+    except Exception:  # a template may raise any exception
         return None
     header, *others = text.split(_PLACEHOLDER)
     if len(others) != 1:
         return None
     before, between = (
-        # A word's first token has the blank before it.
+        # No space at the end of the header, because a word's first token includes the space before it.
         list(tokenizer(part, add_special_tokens=False)["input_ids"])
         for part in (header.rstrip(" "), others[0].lstrip())
     )
@@ -165,18 +170,16 @@ def _check(base: Any, tokens: int, max_length: int, batch_size: int) -> None:
     config = getattr(base, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise GuardError(
-            f"{type(base).__name__} is an encoder-decoder, of which text of its own is not defined: a causal language "
-            "model is needed."
+            f"{type(base).__name__} is an encoder-decoder, which cannot write text without an input. Use a causal "
+            "language model."
         )
     if not hasattr(base, "generate") or getattr(base, "generation_config", None) is None:
-        raise GuardError(
-            f"{type(base).__name__} cannot generate text: a causal language model of transformers is needed."
-        )
+        raise GuardError(f"{type(base).__name__} cannot generate text. Use a causal language model of transformers.")
     if any(isinstance(module, BaseTunerLayer) and module.merged for module in base.modules()):
-        raise GuardError("The model has merged adapters, so the base model is not there to write text: unmerge first.")
+        raise GuardError("The model has merged adapters, so the base model cannot write text: unmerge first.")
     if tokens < 1 or max_length < 2 or batch_size < 1:
         raise GuardError(
-            f"tokens and batch_size must be at least 1 and max_length 2, got {tokens}, {batch_size} and {max_length}"
+            f"tokens and batch_size must be at least 1 and max_length 2, got {tokens}, {batch_size} and {max_length}."
         )
     most = getattr(config, "max_position_embeddings", None)
     if most is not None and most > 0 and max_length > most:
@@ -197,10 +200,10 @@ def _written(
         goal, number = left // (len(kinds) - i), 0
         while goal > 0:
             count = min(batch_size, -(-goal // max_length))
-            # A row's number decides its draws: those of texts, of users' turns and of answers are apart.
+            # A row's number determines its draws. Texts, users' turns and answers have different numbers (modulo 3).
             batch = write(model, layout, range(3 * number, 3 * (number + count), 3), max_length, seed)
             number += count
-            # Rounding may differ between processes. All go by the first's, so that they stop together.
+            # Rounding may differ between processes. All use the rows of the first, so that they stop together.
             for row, drawn in of_first(batch, device):
                 if goal > 0:
                     rows.append((row, drawn))
@@ -224,7 +227,7 @@ def _conversation(model: Any, layout: _Layout, numbers: Sequence[int], max_lengt
         model, [header] * len(numbers), numbers=[number + 1 for number in numbers], ends=ends, pad=layout.pad,
         max_new_tokens=max_length - len(header), seed=seed,
     )  # fmt: skip
-    # A turn that did not come to its end, or that leaves no room, has no answer.
+    # A turn that was cut off, or that leaves no room for an answer, gets none.
     answered = {
         number: [*header, *turn, *between[1:]]
         for number, turn in zip(numbers, turns, strict=True)
@@ -253,11 +256,11 @@ def _row(*parts: tuple[list[int], bool]) -> _Row:
     return tokens, drawn
 
 
-_ENTRIES = 16  # of each weight, to tell a model from others
+_ENTRIES = 16  # entries of each weight, at most, that identify a model
 
 
 def _digest(base: nn.Module, tokenizer: Any, asked: Any) -> str:
-    """Of all that decides the rows; empty where the weights cannot be seen, being elsewhere."""
+    """Return a digest of everything that determines the rows; empty if all weights are on the meta device."""
     config: Any = base.config
     about = {key: value for key, value in config.to_dict().items() if key not in ("_name_or_path", "use_cache")}
     words = [len(tokenizer), getattr(tokenizer, "chat_template", None)]
@@ -274,7 +277,7 @@ def _digest(base: nn.Module, tokenizer: Any, asked: Any) -> str:
 
 
 def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The base model's own parameters and their names, whatever PEFT has put around them."""
+    """Yield the base model's own parameters with their names, without the wrappers and adapters of PEFT."""
     while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
         within = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
         assert isinstance(within, nn.Module)
@@ -286,7 +289,7 @@ def _weights(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]
 
 
 def _load(path: Path, digest: str) -> list[_Row] | None:
-    """The rows that a file holds; ``None`` if it holds none that are whole."""
+    """Read rows from a file; return ``None`` if it is missing, damaged or has another digest."""
     try:
         with safe_open(path, framework="pt") as file:
             if (file.metadata() or {}).get("curlora_own_text") != digest:
@@ -299,7 +302,7 @@ def _load(path: Path, digest: str) -> list[_Row] | None:
 
 
 def _save(path: Path, digest: str, rows: list[_Row]) -> None:
-    """Keep them, where that can be done; whoever reads meanwhile finds a whole file or none."""
+    """Write rows to a file, if possible. The file is replaced at once, so no reader sees a partial one."""
     lengths = torch.tensor([len(row) for row, _ in rows], device="cpu")
     state = {
         "tokens": torch.cat([row for row, _ in rows]),
