@@ -215,7 +215,7 @@ def test_bad_input_is_named():
     model = untrained()
     with pytest.raises(GuardError, match="no batch of the task"):
         redraw(model, [], [GENERAL], progress=False)
-    with pytest.raises(GuardError, match="no loss for a batch of the task: has it labels"):
+    with pytest.raises(GuardError, match="no loss for a batch of the task: give the batches labels"):
         redraw(model, [{"input_ids": tokens()}], [GENERAL], progress=False)
     with pytest.raises(GuardError, match="not finite"):
         redraw(model, batches(), [GENERAL], loss=lambda b: model(**b).loss * torch.nan, progress=False)

@@ -1,4 +1,4 @@
-"""Which of several processes this is, and what all of them have together; one process where nothing is distributed."""
+"""Rank, broadcast and sum over the processes of ``torch.distributed``; without it, there is one process."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ __all__ = ["of_first", "rank_and_count", "sum_over_processes"]
 
 
 def rank_and_count() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are."""
+    """Return the rank of this process, from 0, and the number of processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
 
 
 def of_first(value: Any, device: torch.device | None = None) -> Any:
-    """What the first process has, in every process.
+    """Return the first process's value in every process.
 
     Args:
-        value: this process's; it only matters in the first.
-        device: that the exchange goes over; the process group's own choice if ``None``.
+        value: this process's value, any object that can be pickled; only that of the first process is used.
+        device: the device for the broadcast; the process group's default if ``None``.
     """
     if rank_and_count()[1] == 1:
         return value
@@ -32,7 +32,15 @@ def of_first(value: Any, device: torch.device | None = None) -> Any:
 
 
 def sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Of each tensor the sum over all processes, in one exchange; as they are where there is one."""
+    """Sum each tensor over all processes, in one all-reduce.
+
+    Args:
+        tensors: the tensors, each of the same shape in all processes.
+        device: the device for the all-reduce.
+
+    Returns:
+        The sums as flat float64 tensors on ``device``; with one process, ``tensors`` unchanged.
+    """
     if rank_and_count()[1] == 1:
         return tensors
     flat = torch.cat([tensor.to(device=device, dtype=torch.float64).flatten() for tensor in tensors])

@@ -1,4 +1,4 @@
-"""What the guard is doing at the moment: as a bar on the screen, or told to whoever shows it in their own way."""
+"""Progress of the guard's own work: as a bar in the terminal, or reported to a function."""
 
 from __future__ import annotations
 
@@ -11,23 +11,27 @@ from curlora.guard.processes import rank_and_count
 __all__ = ["Advance", "Shown", "part_of", "stage"]
 
 Advance = Callable[[float], None]
-"""To be told how much more has been done."""
+"""A function that is called with the amount of work done since the last call."""
 
 Shown = bool | Callable[[str, float | None], AbstractContextManager[Advance]]
-"""Whether to show bars; or what is told of each stage, when it begins and ends, its name and how much there is to do.
+"""Whether to show progress bars, or a function that shows them.
 
-That is ``None`` where nobody knows beforehand.
+The function is called with the name and the total work of each stage; the total is ``None`` if it is unknown. It
+returns a context manager that is open during the stage and yields an :data:`Advance`.
 """
 
 
 @contextlib.contextmanager
 def stage(shown: Shown, text: str, total: float | None) -> Iterator[Advance]:
-    """Something that takes a while. Of several processes the first one shows it.
+    """Show the progress of a stage, in the first process only.
 
     Args:
-        shown: how.
-        text: what it is, beginning with a small letter.
-        total: how much there is to do; ``None`` if that is not known.
+        shown: whether to show a bar, or a function that shows it.
+        text: the name of the stage, beginning with a small letter.
+        total: the total work; ``None`` if it is unknown.
+
+    Yields:
+        A function to call with the amount of work done since the last call.
     """
     if rank_and_count()[0]:
         shown = False
@@ -35,7 +39,7 @@ def stage(shown: Shown, text: str, total: float | None) -> Iterator[Advance]:
         with shown(text, total) as advance:
             yield advance
     else:
-        from rich.progress import Progress  # not at the top: whoever imports curlora would wait for it
+        from rich.progress import Progress  # here, because it would slow down the import of curlora
 
         with Progress(transient=True, disable=not shown) as bars:
             task = bars.add_task(text[:1].upper() + text[1:], total=total)
@@ -43,12 +47,14 @@ def stage(shown: Shown, text: str, total: float | None) -> Iterator[Advance]:
 
 
 def part_of(shown: Shown, work: float, name: str | None = None) -> Shown:
-    """The same, told that each stage is ``work``, whatever units it counts in itself; all of it when the stage ends.
+    """Return ``shown`` with the units of its stages scaled, so that every stage amounts to ``work``.
+
+    A stage that ends before its total, or whose total is unknown, reports the rest when it ends.
 
     Args:
-        shown: how.
-        work: of each stage, in whatever units all of them have together.
-        name: of the stages, instead of their own.
+        shown: whether to show bars, or a function that shows them.
+        work: the work of each stage, in units that all stages share.
+        name: the name to show in place of the stages' own names.
     """
     if not callable(shown):
         return shown

@@ -1,4 +1,4 @@
-"""Columns and rows for a task: those that it uses most, for what general text uses of them."""
+"""Choose columns and rows for a task: those that the task uses most, relative to general text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from curlora.tuner.weight import device_of, read
 
 __all__ = ["redraw"]
 
-# Of the mean: what general text does not use at all is not worth infinitely much.
+# Relative to the mean. It bounds the score of a column or row that general text does not use at all.
 _FLOOR = 0.01
-# Of the largest gradient of a token in a row: what is smaller is float32's rounding.
+# Relative to the largest gradient of a token in a row. Smaller gradients are rounding errors of float32.
 _ROUNDING = 1e-5
 _IGNORED = -100
 
@@ -42,48 +42,53 @@ def redraw(
     seed: int = 0,
     progress: Shown = True,
 ) -> None:
-    """Draw the columns and rows of an untrained adapter anew, for a task.
+    """Choose the columns and rows of an untrained adapter for a task, in place of those that were drawn.
 
-    With ``y0`` a layer's output and ``d`` the gradient with respect to it, an adapter reads entries of ``y0``, one for
-    each of its rows of ``W``, and acts on the loss through entries of ``W^T d``, one for each of its columns. Taken are
-    the ``r`` of each with the largest
+    Let ``y0`` be a layer's output without its bias, and ``d`` the gradient of the loss with respect to it. For each of
+    its rows of ``W``, an adapter reads an entry of ``y0``. For each of its columns, it acts on the loss through an
+    entry of ``W^T d``. This function keeps the ``r`` rows and the ``r`` columns with the largest ratios
 
         E_task[(y0)_i^2] / E_general[(y0)_i^2]        E_task[(W^T d)_j^2] / E_general[(W^T d)_j^2]
 
-    where the task's ``d`` is of its loss, and general text's of answers drawn from the model's own predictions. The
-    paper draws from the weight alone, by inverted norms. Do this before :func:`curlora.guard.calibrate`, whose moments
-    are of the columns and rows that there are; best on another part of the general text, since what this part happens
-    not to use is preferred.
+    For the task, ``d`` comes from its loss; for general text, from answers that are drawn from the model's own
+    predictions. The CURLoRA paper uses only the weight, and draws by inverted norms.
 
-    Where ``torch.distributed`` runs, general texts and rows are shared out over the processes, and batches are taken to
-    be shared out already, the task's among them; every process draws the same.
+    Call this before :func:`curlora.guard.calibrate`, because a calibration belongs to the chosen columns and rows. Use
+    another part of the general text there: the choice favors columns and rows that this part happens not to use.
+
+    With ``torch.distributed``, general texts and rows are divided among the processes. Batches, also those of the task,
+    are expected to be divided already. Every process chooses the same columns and rows.
 
     Args:
-        model: with a CURLoRA adapter whose ``U`` is zero; a causal language model. It is changed in its indices alone.
+        model: a causal language model with a CURLoRA adapter whose ``U`` is zero. Only the adapter's indices change.
         task: batches of the task; a few hundred examples are enough.
         general: general text, as :func:`curlora.guard.calibrate` takes it.
-        tokenizer: of the model; for texts.
-        loss: of one of ``task``'s batches, a mean over its rows; ``model(**batch).loss`` if ``None``. Of a model with a
-            new head this is the loss of a head that has been fitted first, or it says nothing of the task.
-        adapter: the adapter's name; the active one if ``None``. Others may be active beside it, of earlier tasks for
-            instance: gradients are then those of the model with them.
-        max_length, batch_size, seed, progress: as :func:`curlora.guard.calibrate` has them; the first two of the
-            general text.
+        tokenizer: the model's tokenizer; needed for texts only.
+        loss: returns the loss of a batch of ``task``, a mean over its rows; ``model(**batch).loss`` if ``None``. If the
+            model has a new head, fit the head first: with an untrained head the loss says nothing about the task.
+        adapter: the adapter's name; the active one if ``None``. Other adapters, of earlier tasks for example, may be
+            active as well; the gradients then include them.
+        max_length, batch_size: the rows of the general text, see :func:`curlora.guard.calibrate`.
+        seed, progress: see :func:`curlora.guard.calibrate`.
 
     Raises:
-        GuardError: if the adapter has been trained or is merged, if there is no batch of the task, if a gradient is not
-            finite, and as ``calibrate``.
+        GuardError: if the adapter has been trained or is merged, if it adapts a parameter (``target_parameters``), if
+            there is no batch of the task, if an output or a gradient is not finite, and for the reasons of
+            ``calibrate``.
     """
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)
     for name, layer in layers.items():
         if isinstance(layer, ParamWrapper):
             raise GuardError(
-                f"{name!r} is a parameter, whose experts' inputs and outputs are not seen: columns and rows cannot be "
-                "chosen for a task there. Leave target_parameters out, or keep those that were drawn."
+                f"{name!r} is a parameter, whose inputs and outputs cannot be observed, so columns and rows cannot be "
+                "chosen for a task there. Leave target_parameters out, or keep the columns and rows that were drawn."
             )
         if layer.merged or bool(layer.matrices[adapter].weight.any()):
-            raise GuardError(f"Layer {name!r} has been trained, or has a merged adapter: columns and rows come before.")
+            raise GuardError(
+                f"Layer {name!r} has been trained, or has a merged adapter: choose columns and rows before training, "
+                "with nothing merged."
+            )
     of_general = {name: _Use(layer) for name, layer in layers.items()}
     with _listening(of_general, layers):
         pass_over(
@@ -100,7 +105,7 @@ def redraw(
     ):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
-            # Of a mean over many tokens most gradients would be zero in float16.
+            # The gradients of a mean over many tokens are small, and most would be zero in float16.
             scale = _loss_scale(batch)
             for use in of_task.values():
                 use.loss_scale = scale
@@ -108,19 +113,19 @@ def redraw(
             batches += 1
             advance(1)
     if not batches:
-        raise GuardError("There is no batch of the task to see by what it uses")
+        raise GuardError("There is no batch of the task, so columns and rows cannot be chosen: pass at least one.")
     everything = [part for use in (*of_general.values(), *of_task.values()) for part in (use.outputs, use.inputs)]
     summed = iter(sum_over_processes(everything, device))
     general_sums = [(next(summed), next(summed)) for _ in layers]
     task_sums = [(next(summed), next(summed)) for _ in layers]
     choices = {}
     for (name, layer), by_general, by_task in zip(layers.items(), general_sums, task_sums, strict=True):
-        if all(bool(sums.any()) for sums in by_task):  # a layer that the task does not use keeps what it has
+        if all(bool(sums.any()) for sums in by_task):  # a layer that the task does not use keeps its columns and rows
             gathered, added = (
                 _most(task_use, general_use, layer.r[adapter], name)
                 for task_use, general_use in zip(by_task, by_general, strict=True)
             )
-            # The gathered entries are of the output, the others of the input; which are columns is the layout's.
+            # gathered indexes the output and added the input; the weight's layout decides which of them are columns.
             choices[name] = (gathered, added) if layer.fan_in_fan_out else (added, gathered)
     for name, sides in choices.items():
         layers[name].redraw(adapter, torch.stack(sides))
@@ -130,23 +135,24 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> T
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     value = getattr(model(**moved), "loss", None)
     if not isinstance(value, Tensor):
-        raise GuardError("The model gives no loss for a batch of the task: has it labels? Or pass a loss of your own.")
+        raise GuardError("The model returns no loss for a batch of the task: give the batches labels, or pass loss=...")
     return value
 
 
 def _loss_scale(batch: Any) -> float:
-    """A power of two, so that nothing else is rounded: about as many as the mean is over."""
+    """Return the number of labels that the mean is over, rounded to a power of two to scale without rounding errors."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     count = int((labels != _IGNORED).sum()) if isinstance(labels, Tensor) else 1
     return 2.0 ** round(math.log2(max(1, count)))
 
 
 class _Use:
-    """Sums of squares, by entry of a layer's output and of ``W^T d``.
+    """Sums of squares of each entry of a layer's output and of ``W^T d``.
 
     Args:
-        layer: a CurloraLayer, of which PEFT's part has no types.
-        mean_loss: whether ``d`` is of a mean over a batch, and an example's own ``d`` so many times as large.
+        layer: a ``CurloraLayer``; typed as ``Any``, because PEFT's part of it has no types.
+        mean_loss: whether the loss is a mean over the batch. An example's own ``d`` is then larger by the number of
+            examples.
     """
 
     def __init__(self, layer: Any, mean_loss: bool = False) -> None:
@@ -158,9 +164,9 @@ class _Use:
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
 
     def add(self, output: Tensor, gradient: Tensor, examples: int) -> None:
-        if not gradient.numel():  # of an expert that no token goes to
+        if not gradient.numel():  # an expert that received no token
             return
-        # Padding is not; nor what is rounding alone, such as the gradient of a query that has one key to attend to.
+        # Leaves out padding, and gradients that are rounding only, such as that of a query with one key to attend to.
         size = gradient.abs().amax(-1)
         seen = (size > _ROUNDING * size.amax(-1, keepdim=True)) | ~size.isfinite()
         seen, output, gradient = seen.flatten(), output.flatten(0, -2), gradient.flatten(0, -2)
@@ -174,19 +180,26 @@ class _Use:
 
 
 def _most(task: Tensor, general: Tensor, r: int, name: str) -> Tensor:
-    """Those with the largest ratio; by the task alone where the general text does not use the layer."""
+    """Return the indices of the ``r`` largest ratios of task to general text, sorted, shape ``(r,)``.
+
+    If the general text does not use the layer, the task alone decides.
+    """
     relative = general / general.mean() if bool(general.any()) else torch.ones_like(general)
     score = task / task.mean() / (relative + _FLOOR)
     if not bool(score.isfinite().all()):
-        raise GuardError(f"Layer {name!r} has outputs or gradients that are not finite, of the task or of the text.")
+        raise GuardError(
+            f"Layer {name!r} has outputs or gradients that are not finite, on the task or on general text. Try float32 "
+            "or bfloat16."
+        )
     return score.topk(r).indices.sort().values
 
 
 @contextlib.contextmanager
 def _listening(uses: Mapping[str, _Use], layers: Mapping[str, CurloraLayer]) -> Iterator[None]:
-    """While it lasts the layers add to ``uses``."""
-    outputs: dict[str, Tensor] = {}  # base layers', until their layers have run
-    examples = None  # of the batch that is running: some blocks give their linear layers all tokens in one dimension
+    """Hook the layers so that they add to ``uses``."""
+    outputs: dict[str, Tensor] = {}  # the outputs of base layers, until their adapted layers have run
+    # The number of examples in the batch: some blocks flatten all tokens into one dimension for their linear layers.
+    examples = None
 
     with contextlib.ExitStack() as stack:
         for name, layer in layers.items():
