@@ -1,4 +1,4 @@
-"""Keeping a promise by measurement: a step is taken back as far as it has to be."""
+"""Keep a limit by measurement: scale a change of the parameters back until a measure is within the limit."""
 
 from __future__ import annotations
 
@@ -23,38 +23,41 @@ def scale_to_limit(
     tolerance: float = 0.05,
     trials: int = 10,
 ) -> tuple[float, float]:
-    """Scale the step from ``before`` to where ``parameters`` are now back along itself, until a measurement allows it.
+    """Scale the change from ``before`` to the current ``parameters`` back, until ``measure`` is within ``limit``.
 
-    Between a point that was measured to be within the limit and one that was not, the next is where a parabola through
-    the last two and the start would have it, or a power where the last is far from the limit, and every third time
-    their middle. Whatever the curve between them, the end is a point that was measured to be within. Where
-    ``torch.distributed`` runs every process calls it, and what the first one measures decides for all. After an error
-    in ``measure`` the parameters are as they were.
+    The search keeps one scale that was measured to be within the limit, and one that was not. The next scale between
+    them is where a parabola through the start and the last two points reaches the limit, or a power law if the last
+    point is far from the limit. Every third trial bisects instead. The result is always a point that was measured to be
+    within the limit, whatever the curve.
+
+    With ``torch.distributed``, every process has to call this function. All processes use the first one's measurement:
+    values that differ in the last digit would send them different ways. If ``measure`` raises, the parameters are
+    restored.
 
     Args:
-        limit: the most that ``measure`` may give, positive.
-        measure: of the model as the parameters are at that moment. What is not a number is over the limit.
-        parameters: left at the end of the scaled step.
-        before: their values before the step.
-        tolerance: how much of the limit may be left unused, as a share of it.
-        trials: how often is measured at most, the two ends not counted.
+        limit: the largest allowed value of ``measure``, positive.
+        measure: measures the model with the current parameters. A value that is not finite counts as over the limit.
+        parameters: the parameters, which are set to the result in place.
+        before: their values before the change.
+        tolerance: the share of the limit that may remain unused.
+        trials: the largest number of measurements between the two ends, which are measured as well.
 
     Returns:
-        The scale, 1 where nothing had to be taken back and 0 where all of it had to, and what was measured there. Above
-        the limit only if it was so before the step.
+        The scale, and the value of ``measure`` at this scale. The scale is 1 if the whole change was kept, and 0 if all
+        of it was taken back. The value is above the limit only if it was so before the change.
     """
     after = [parameter.detach().clone() for parameter in parameters]
     finite = all(bool(whole(new).isfinite().all()) for new in after)
-    # FSDP2 may have put parameters into pieces since.
+    # FSDP2 may have sharded the parameters since.
     before = [
         laid_out_like(old, new).to(device=new.device, dtype=new.dtype) for old, new in zip(before, after, strict=True)
     ]
 
     def at(scale: float) -> float:
         for parameter, old, new in zip(parameters, before, after, strict=True):
-            # The ends as they are: between a number and one that is not finite there is nothing.
+            # The ends are copied, because lerp gives NaN at scale 0 if the new value is not finite.
             parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old, new, scale))
-        value: float = of_first(measure())  # by numbers that differ in their last digit processes would part
+        value: float = of_first(measure())
         return value if math.isfinite(value) else math.inf
 
     try:
@@ -88,15 +91,20 @@ def _within(
             within, best = scale, value
             if best >= (1 - tolerance) * limit:
                 break
-    if scale != within:  # the last one measured was not the best
+    if scale != within:  # the parameters are at the last scale, which was over the limit
         at(within)
     return within, best
 
 
 def _crossing(height: float, points: Sequence[tuple[float, float]]) -> float:
-    """Where a curve from the origin through the points reaches the height; NaN if nowhere.
+    """Return where a curve through the origin and the points reaches the height; NaN if it does not.
 
-    ``a s + b s^2``, with ``a`` 0 where there is one point; where the last of two is far from the height, ``c s^p``.
+    With one point the curve is ``b s^2``, and with two it is ``a s + b s^2``. If the second point is far from the
+    height, the curve is ``c s^p``.
+
+    Args:
+        height: the value to reach.
+        points: one or two pairs of a scale and the value there.
     """
     if len(points) == 1:
         ((s, value),) = points

@@ -1,4 +1,4 @@
-"""Texts that a user names, as rows of tokens: files, lists of texts, conversations, rows of tokens."""
+"""Rows of tokens from the texts that a user gives: files, lists of texts, conversations or rows of tokens."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from curlora.guard.errors import GuardError
 __all__ = ["Rows", "Texts", "digest", "named_texts", "rows_of"]
 
 Texts = str | Path | Sequence[Any] | Callable[[], float]
-"""A file's path, a list of texts, of conversations or of rows of tokens, or a measurement of the user's own."""
+"""The path of a text file; a list of texts, conversations or rows of tokens; or a function that measures the model."""
 
 
 class Rows(list[Tensor]):
-    """Rows of tokens, and which of them count.
+    """Rows of tokens with a mask of the tokens that count.
 
-    What a chat template puts around a turn does not: it is the same in every conversation, so a model that is trained
-    on conversations foretells it after a few steps. Were it counted, the gain on it would hide what is lost on the
-    rest.
+    The tokens that a chat template adds around a turn do not count. They are the same in every conversation, so a model
+    that is trained on conversations learns to predict them in a few steps. If they counted, this gain would hide the
+    loss on the other tokens.
 
     Args:
-        rows: int64, each of shape ``(length,)``.
-        counted: of each row which of its tokens are foretold and count, bool, of the row's shape; all if ``None``.
+        rows: token ids, int64, each row of shape ``(length,)``.
+        counted: for each row, the mask of the tokens that count as predicted tokens, bool, of the row's shape; all
+            tokens if ``None``.
     """
 
     def __init__(self, rows: Iterable[Tensor], counted: Iterable[Tensor] | None = None) -> None:
@@ -36,12 +37,12 @@ class Rows(list[Tensor]):
 
     @classmethod
     def joined(cls, several: Iterable[Rows]) -> Rows:
-        """Those of several texts, one after the other."""
+        """Concatenate the rows of several texts."""
         parts = list(several)
         return cls((row for part in parts for row in part), (mask for part in parts for mask in part.counted))
 
     def cut(self, length: int) -> Rows:
-        """In rows of at most so many tokens; a token by itself, which foretells nothing, is left out."""
+        """Split rows into rows of at most ``length`` tokens. Rows of one token are dropped: they predict nothing."""
         pieces = [
             both
             for row, mask in zip(self, self.counted, strict=True)
@@ -52,22 +53,22 @@ class Rows(list[Tensor]):
 
     @property
     def tokens(self) -> int:
-        """How many count; the first of a row, which nothing comes before, among them."""
+        """The number of tokens that count. It includes a row's first token, although no token predicts it."""
         return sum(int(mask.sum()) for mask in self.counted)
 
 
 def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
-    """Texts by name; of one that has none, a file is called by its own name.
+    """Return texts by name. A single text without a name gets the name of its file, or "general text".
 
     Raises:
-        GuardError: if there is none, or one is not a text that can be read.
+        GuardError: if there is no text, or one is empty, has another type, or is a string that is not a file's path.
     """
     if isinstance(texts, Mapping):
         named = dict(texts)
     else:
         named = {Path(texts).name if isinstance(texts, (str, Path)) else "general text": texts}
     if not named:
-        raise GuardError("texts is empty: name a text, or leave texts out, and the model writes one itself.")
+        raise GuardError("texts is empty: give a text, or leave texts out to let the model write one itself.")
     for name, text in named.items():
         if not isinstance(text, (str, Path, Sequence)) and not callable(text):
             raise GuardError(
@@ -79,29 +80,29 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
                 "file, or a list of texts."
             )
         if not callable(text) and not len(str(text) if isinstance(text, Path) else text):
-            raise GuardError(f"texts[{name!r}] is empty: there is nothing to go by.")
+            raise GuardError(f"texts[{name!r}] is empty: give at least one text.")
     return named
 
 
 def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: int) -> Rows:
-    """The first ``tokens`` tokens of a text, in rows of at most ``max_length``.
+    """Return the first ``tokens`` tokens of a text in rows of at most ``max_length``.
 
-    A file is read as one text, whose paragraphs (parted by an empty line) are texts of their own. Conversations, lists
-    of messages with ``role`` and ``content``, are laid out by the tokenizer's chat template; what users and assistants
-    say in them counts.
+    Each paragraph of a file (separated by an empty line) is a text of its own. Conversations are lists of messages with
+    ``role`` and ``content``; the tokenizer's chat template formats them. The content of all messages counts, except
+    that of the system; the tokens that the template adds do not.
 
     Args:
-        name: for errors.
-        text: what it is made of; no function.
-        tokenizer: of the model.
-        tokens: at most so many.
-        max_length: of a row.
+        name: the text's name for error messages.
+        text: the path of a file, or a list of texts, conversations or rows of tokens.
+        tokenizer: the model's tokenizer.
+        tokens: the largest number of tokens.
+        max_length: the largest number of tokens in a row.
 
     Returns:
-        Each of two tokens or more.
+        Rows of at least two tokens each.
 
     Raises:
-        GuardError: if nothing of it can be used, with why.
+        GuardError: if the text cannot be read, or has no predicted token that counts.
     """
     items = _paragraphs(name, Path(text)) if isinstance(text, (str, Path)) else text
     assert isinstance(items, Sequence)
@@ -115,12 +116,14 @@ def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: 
             break
     rows = Rows((ids for ids, _ in texts), (counted for _, counted in texts)).cut(max_length)
     if not any(bool(counted[1:].any()) for counted in rows.counted):
-        raise GuardError(f"texts[{name!r}] has no two tokens in a row, so there is nothing to predict: is it empty?")
+        raise GuardError(
+            f"texts[{name!r}] has no two tokens in a row that count, so there is nothing to predict. Is the text empty?"
+        )
     return rows
 
 
 def digest(rows: Iterable[Tensor]) -> str:
-    """SHA-256 of rows of tokens."""
+    """Return the SHA-256 of rows of tokens, as hexadecimal digits."""
     found = hashlib.sha256()
     for row in rows:
         found.update(len(row).to_bytes(8, "little") + row.to(torch.int64).numpy().tobytes())
@@ -130,7 +133,7 @@ def digest(rows: Iterable[Tensor]) -> str:
 def _is_file(path: str | Path) -> bool:
     try:
         return Path(path).is_file()
-    except OSError:  # a text that is too long for a path
+    except OSError:  # the string is too long for a path
         return False
 
 
@@ -138,16 +141,23 @@ def _paragraphs(name: str, path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise GuardError(f"texts[{name!r}]: {path} cannot be read as UTF-8 text ({error}).") from error
+        raise GuardError(f"texts[{name!r}]: {path} cannot be read as UTF-8 text: {error}") from error
     return [part for part in content.split("\n\n") if part.strip()] or [""]
 
 
 def _tokens(name: str, number: int, item: Any, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """The tokens of an item, and which of them count."""
+    """Return the tokens of an item of a text, and the mask of those that count.
+
+    Args:
+        name: the text's name for error messages.
+        number: the item's place in the text, from 0.
+        item: a text, a conversation or a row of tokens.
+        tokenizer: the model's tokenizer.
+    """
     if isinstance(item, Tensor) and item.ndim == 1:
         return item.tolist(), [True] * len(item)
     if tokenizer is None:
-        raise GuardError("Texts need the model's tokenizer: give it to the trainer as processing_class.")
+        raise GuardError("Texts need the model's tokenizer: pass processing_class=... to the trainer.")
     if isinstance(item, str):
         ids = list(tokenizer(item)["input_ids"])
         return ids, [True] * len(ids)
@@ -155,18 +165,22 @@ def _tokens(name: str, number: int, item: Any, tokenizer: Any) -> tuple[list[int
     if isinstance(messages, Sequence) and messages and all(isinstance(one, Mapping) for one in messages):
         if not getattr(tokenizer, "chat_template", None):
             raise GuardError(
-                f"texts[{name!r}] has conversations, and the tokenizer has no chat template to lay them out: give "
-                "texts, or set tokenizer.chat_template."
+                f"texts[{name!r}] has conversations, and the tokenizer has no chat template to format them: give texts, "
+                "or set tokenizer.chat_template."
             )
         return _conversation(messages, tokenizer)
     raise GuardError(
         f"texts[{name!r}][{number}] is {type(item).__name__}: a text, a conversation (a list of messages) or a row of "
-        "tokens (a tensor of one dimension) is expected."
+        "tokens (a one-dimensional tensor) is expected."
     )
 
 
 def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """What users and assistants say counts; all does where a template or a tokenizer does not tell where that is."""
+    """Return the tokens of a conversation, and the mask of those that count.
+
+    The content of all messages counts, except that of the system. All tokens count if the tokenizer gives no offsets,
+    or if the formatted text does not contain the content of a message.
+    """
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     known = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=known)
