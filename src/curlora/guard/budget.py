@@ -1,4 +1,4 @@
-"""Fine-tuning within a stated budget of forgetting: one callback for transformers' Trainer and for TRL's."""
+"""Fine-tuning within a forgetting budget: one callback for transformers' Trainer and for TRL's trainers."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ __all__ = ["ForgettingBudget", "Outcome"]
 
 STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
 _OWN = "own text"
-_TOO_LOW = 0.05  # of the rate that the budget asks for: what is below hardly moves the model
+_TOO_LOW = 0.05  # relative to the default rate of the budget; a lower rate hardly changes the model
 
-# What a token takes, in forward passes over one.
+# The work for a token, in forward passes over one token.
 _WITH_BACKWARD = 3
-_WRITTEN = 4  # by itself, one after the other, in many rows at once
+_WRITTEN = 4  # generated token by token, many rows at once
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a training under a budget came to.
+    """The outcome of a training under a budget.
 
     Args:
-        predicted: KL divergence from the base model on the guard's text, in nats per token, as the guard has it.
-        kept: the share of the training's change that the measurement let stand, 0 to 1.
-        learning_rate: of the adapter, in square roots of nats.
-        texts: what was measured, by name.
+        predicted: the guard's prediction of the KL divergence from the base model on its text, in nats per token.
+        kept: the share of the training's change that remained after scaling back, 0 to 1.
+        learning_rate: the adapter's learning rate, in square roots of nats.
+        texts: the measurements by the texts' names.
     """
 
     predicted: float
@@ -69,7 +69,7 @@ class Outcome:
 
 @dataclasses.dataclass
 class _Prepared:
-    """What is fixed when training begins, and what a training that is gone on with has to know."""
+    """The state that is fixed when training begins, and that a resumed training needs."""
 
     ledger: Ledger
     before: dict[str, Tensor]
@@ -91,7 +91,7 @@ class _Prepared:
 
 
 class ForgettingBudget(TrainerCallback):
-    """Keeps what a training forgets within a stated budget, with nothing else to set.
+    """Keeps the forgetting of a training within a budget. All other settings have defaults.
 
     ```python
     trainer = SFTTrainer(
@@ -100,48 +100,55 @@ class ForgettingBudget(TrainerCallback):
     trainer.train()
     ```
 
-    When training begins it finds the CURLoRA adapter; chooses its columns and rows for the task, if it has not been
-    trained yet (:func:`curlora.redraw`); calibrates it on the guard's text (:func:`curlora.calibrate`); sets the
-    learning rate, unless one was chosen; and attaches a :class:`curlora.Guard`. While training it keeps the predicted
-    forgetting within the budget. After the last step it measures each text, and scales back what training has changed
-    until each is within its limit: before the last evaluation and checkpoint, and again where
-    ``load_best_model_at_end`` has put another checkpoint in its place.
+    When training begins, the callback
 
-    The adapter then carries a ledger (:class:`curlora.guard.Ledger`), which is saved with it. The next training, of the
-    adapter as it was saved, goes on from there: forgetting counts from the base model as it was before the first
-    training, and earlier tasks are held by their anchors (:class:`curlora.guard.Anchors`), without their data.
+    - chooses the adapter's columns and rows for the task, if the adapter is untrained (:func:`curlora.redraw`),
+    - calibrates the adapter on the guard's text (:func:`curlora.calibrate`),
+    - sets the learning rate, unless one was given,
+    - and attaches a :class:`curlora.Guard`, which keeps the predicted forgetting within the budget.
 
-    A training that is gone on with (``resume_from_checkpoint``) needs the Trainer's ``output_dir`` as it was.
+    After the last step, the callback measures each text, and scales the training's change back until every text is
+    within its limit. This happens before the last evaluation and the last checkpoint, and again if
+    ``load_best_model_at_end`` loads another checkpoint.
+
+    The adapter then carries a ledger (:class:`curlora.guard.Ledger`), which is saved with it. The next training of the
+    saved adapter uses this ledger. Forgetting is still counted from the base model before the first training. The
+    earlier tasks are protected by their anchors (:class:`curlora.guard.Anchors`), without their data.
+
+    To resume a training (``resume_from_checkpoint``), keep the Trainer's ``output_dir`` unchanged.
 
     Args:
-        max_perplexity_increase: the most that a text's perplexity may rise by in this training, relative to the base
-            model's: 0.01 for 1 %. On text that the model writes itself the rise of the log-perplexity is an estimate
-            of the KL divergence from the base model.
-        texts: the guard's texts. ``None``: what the model itself writes (:func:`curlora.guard.own_text`). Or a list of
-            texts, of conversations or of rows of tokens; the path of a text file; or several by name. A function
-            without arguments is a measurement of your own, positive and the lower the better.
-        limits: of some of the texts by name, in the place of ``max_perplexity_increase``.
-        lifetime: the most that each text may lose over all trainings of the adapter. Later trainings keep to it
-            without being told.
-        learning_rate: of the adapter, in square roots of nats. If ``None``, the one of the training arguments where
-            that is not its class's default, and else :func:`curlora.guard.learning_rate`.
-        redraw: whether columns and rows are chosen for the task.
-        anchors: whether tasks are held while later ones are learned.
-        tokens: of each text, at most.
-        max_length: tokens of a row of text; perplexity is of such rows.
-        batch_size: rows of text that are run together; and examples, fewer where they are longer than such rows.
+        max_perplexity_increase: the largest allowed rise of a text's perplexity in this training, relative to the base
+            model: 0.01 for 1 %. On text that the model writes itself, the rise of the log-perplexity estimates the KL
+            divergence from the base model.
+        texts: the guard's texts: a list of texts, conversations or rows of tokens; the path of a text file; or a
+            mapping from names to several of these. A function without arguments is a measurement of your own; its value
+            is positive, and lower is better. If ``None``, the model writes the text itself
+            (:func:`curlora.guard.own_text`).
+        limits: the limits of some texts by name, in place of ``max_perplexity_increase``.
+        lifetime: the largest allowed rise of each text over all trainings of the adapter. The ledger stores it for
+            later trainings.
+        learning_rate: the adapter's learning rate, in square roots of nats. If ``None``, the rate of the training
+            arguments if it differs from their default, else :func:`curlora.guard.learning_rate`.
+        redraw: whether to choose columns and rows for the task.
+        anchors: whether to protect the tasks of earlier trainings, and to add this task to them.
+        tokens: the largest number of tokens of each text.
+        max_length: the largest number of tokens in a row of text. Perplexity is measured on such rows.
+        batch_size: the number of rows of text, or of training examples, in a forward pass. Examples that are longer
+            than rows form smaller batches.
         damping: see :class:`curlora.Guard`.
-        adapter: its name; the active one if ``None``.
-        seed: of what is drawn: the model's own text, drawn answers, the examples that are looked at.
-        progress: what is told of the guard's own work, see :data:`curlora.guard.progress.Shown`, in tokens of a forward
-            pass. ``None`` for bars where the trainer shows its own.
+        adapter: the adapter's name; the active one if ``None``.
+        seed: the seed of the model's own text, of drawn answers, and of the choice of training examples.
+        progress: how to show the progress of the guard's own work, see :data:`curlora.guard.progress.Shown`. The work
+            is counted in tokens of a forward pass. If ``None``, bars are shown if the trainer shows its own.
 
     Attributes:
-        outcome: an :class:`Outcome`, after training.
+        outcome: an :class:`Outcome` after training, ``None`` before.
 
     Raises:
-        GuardError: if a limit is not a share between 0 and 1, or a text cannot be read. When training begins: if there
-            is no adapter, if it or its base is not what the ledger is of, if the lifetime's budget is used up.
+        GuardError: if a limit is not a share between 0 and 1, or a text is missing or has the wrong type. When training
+            begins: if there is no adapter, if a text cannot be read, if the ledger belongs to another adapter or base
+            model, or if the lifetime's budget is used up.
     """
 
     def __init__(
@@ -166,10 +173,10 @@ class ForgettingBudget(TrainerCallback):
         self.texts = {_OWN: None} if texts is None else named_texts(texts)
         self.limits = {name: _share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
         if unknown := sorted(set(self.limits) - set(self.texts)):
-            raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}")
+            raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}.")
         self.lifetime = None if lifetime is None else _share("lifetime", lifetime)
         if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
-            raise GuardError(f"learning_rate must be a positive number, got {learning_rate!r}")
+            raise GuardError(f"learning_rate must be a positive number, got {learning_rate!r}.")
         self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
         self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
         self.damping, self.adapter, self.seed = damping, adapter, seed
@@ -187,9 +194,9 @@ class ForgettingBudget(TrainerCallback):
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         model = kwargs["model"]
-        if model is None:  # it will be made when training begins
+        if model is None:  # model_init creates it when training begins
             return
-        # TRL rounds the adapter of a quantized base to bfloat16, in which small steps vanish.
+        # TRL casts the adapter of a quantized base model to bfloat16, where small steps round to zero.
         for layer in layers_of(model, _check_model(model, self.adapter)).values():
             for matrix in layer.curlora_U.values():
                 for parameter in matrix.parameters():
@@ -213,7 +220,7 @@ class ForgettingBudget(TrainerCallback):
         else:
             self._prepared = self._prepare(model, adapter, examples)
             self._write(Path(args.output_dir) / STATE_NAME, state)
-        _config_of(model, adapter).beside.pop(LEDGER_NAME, None)  # of checkpoints it would be the history no more
+        _config_of(model, adapter).beside.pop(LEDGER_NAME, None)  # it does not match the checkpoints of this training
         self._attach(model, adapter, args, state, control, kwargs)
         self._examples = examples
         self._measured = {}
@@ -255,19 +262,19 @@ class ForgettingBudget(TrainerCallback):
         self._enter_in_ledger(model, guard, state)
         self._held = None
 
-    # What they are made of
+    # Helpers of the events
 
     @property
     def _holding(self) -> GuardCallback:
         if self._held is None:
             raise GuardError(
-                "The budget was added to a training that has begun already: give it to the trainer before train()."
+                "The budget was added to a training that has already begun: pass it to the trainer before train()."
             )
         return self._held
 
     def _read_texts(self, model: nn.Module, tokenizer: Any) -> None:
         texts = {name: text for name, text in self.texts.items() if not callable(text)}
-        texts = texts or {_OWN: None}  # measurements alone: there has to be a text to calibrate on
+        texts = texts or {_OWN: None}  # with measurements only, the guard still needs a text to calibrate on
         tokens, length = self.tokens, self.max_length
         shown = part_of(self._shown, _WRITTEN * tokens)
         self._rows = {
@@ -292,9 +299,9 @@ class ForgettingBudget(TrainerCallback):
             ledger.calibration.check(model, adapter)
             if ledger.adapter != digest_of(layers, adapter):
                 raise GuardError(
-                    f"The adapter is not as its ledger ({LEDGER_NAME}) has it: the ledger is another adapter's, or the "
-                    "adapter has been trained since without a budget. Load the adapter as the last training saved it, "
-                    "or delete the ledger to count from the adapter as it is."
+                    f"The adapter does not match its ledger ({LEDGER_NAME}): the ledger belongs to another adapter, or "
+                    "the adapter has been trained since without a budget. Load the adapter that the last training with "
+                    "a budget saved, or delete the ledger to count forgetting from the present adapter."
                 )
         else:
             examples.check()
@@ -315,19 +322,22 @@ class ForgettingBudget(TrainerCallback):
         limits = {}
         for name, before in base.items():
             if not (before > 0 and math.isfinite(before) and math.isfinite(spent[name])):
-                raise GuardError(f"{name!r} must be measured as a positive number, and is {before} before training.")
+                raise GuardError(
+                    f"The measure of {name!r} must be a positive, finite number. It is {before} for the base model and "
+                    f"{spent[name]} before this training. Check the text or the measurement."
+                )
             used = max(0.0, spent[name] / before - 1)
             limits[name] = used + self.limits.get(name, self.limit)
             if ledger.lifetime is not None:
                 if used >= ledger.lifetime:
                     raise GuardError(
-                        f"The lifetime's budget is used up: {name!r} has lost {used:.2%} since the adapter's first "
-                        f"training, and {ledger.lifetime:.2%} is all that it may lose. State a larger lifetime to go "
-                        "on."
+                        f"The lifetime's budget is used up: the measure of {name!r} has risen by {used:.2%} since the "
+                        f"adapter's first training, and {ledger.lifetime:.2%} is allowed. Give a larger lifetime to "
+                        "train further."
                     )
                 limits[name] = min(limits[name], ledger.lifetime)
         sizes = {name: rows.tokens for name, rows in self._rows.items()}
-        # What earlier trainings have cost by measurement may be predicted as more.
+        # The prediction for earlier trainings may be larger than what was measured after them.
         budget = max(allowed_nats(sizes, limits, self.limit), guard.drift() * 1.001)
         return _Prepared(ledger, now, budget, base, limits)
 
@@ -339,14 +349,18 @@ class ForgettingBudget(TrainerCallback):
         examples: Examples,
     ) -> None:
         if any(bool(layer.matrices[adapter].weight.any()) for layer in layers.values()):
-            return  # it has been trained with those that it has
+            return  # the trained U belongs to the present columns and rows
         if any(isinstance(layer, ParamWrapper) for layer in layers.values()):
-            _logger.info("Columns and rows of experts cannot be chosen for the task: they stay as drawn.")
+            _logger.info("Columns and rows of experts cannot be chosen for the task: those that were drawn are kept.")
             return
         if examples.problem is not None:
-            warnings.warn(f"Columns and rows are not chosen for the task: {examples.problem}.", stacklevel=3)
+            warnings.warn(
+                f"Columns and rows are not chosen for the task, because {examples.problem}. Those that were drawn are "
+                "kept.",
+                stacklevel=3,
+            )
             return
-        each = _WITH_BACKWARD * (self._tokens + examples.tokens) / 2  # of two stages
+        each = _WITH_BACKWARD * (self._tokens + examples.tokens) / 2  # redraw has two stages
         redraw(
             model, list(examples.batches(model)), self._all_rows, adapter=adapter, max_length=self.max_length,
             batch_size=self.batch_size, seed=self.seed, progress=part_of(self._shown, each),
@@ -375,10 +389,10 @@ class ForgettingBudget(TrainerCallback):
         self._held.on_train_begin(args, state, control, **kwargs)
 
     def _worst(self, model: nn.Module) -> float:
-        """The largest share of a limit that has been used."""
+        """Measure all texts, and return the largest share of its limit that a text has used."""
         assert self._prepared is not None
         base, limits = self._prepared.base, self._prepared.limits
-        # How often is measured until all limits are kept cannot be known: once is what is counted as work.
+        # The number of measurements until all limits hold is unknown, so progress counts only the first as work.
         again = bool(self._measured)
         self._measured = {name: self._measure(model, name, again) for name in self.texts}
         return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
@@ -402,8 +416,9 @@ class ForgettingBudget(TrainerCallback):
             assert chosen is not None
             if chosen < _TOO_LOW * rule:
                 warnings.warn(
-                    f"At learning_rate={chosen:g} the adapter will hardly learn: under a budget rates are in square "
-                    f"roots of nats, and about {rule:.2g} suits this one. Leave learning_rate out to have it set.",
+                    f"At learning_rate={chosen:g} the adapter will hardly learn: under a budget learning rates are in "
+                    f"square roots of nats, and about {rule:.2g} suits this budget. Leave learning_rate out to have it "
+                    "set.",
                     stacklevel=3,
                 )
             self._rate = chosen
@@ -415,9 +430,9 @@ class ForgettingBudget(TrainerCallback):
             mine = [id(parameter) in guarded for parameter in group["params"]]
             if any(mine) and not all(mine):
                 raise GuardError(
-                    f"{mine.count(False)} parameters that are not the adapter's U are trained at its rate, and the "
-                    f"rate that the budget asks for, {rate:.2g}, is not for them. Leave modules_to_save and trained "
-                    "biases out, or state learning_rate in the training arguments."
+                    f"{mine.count(False)} parameters that are not the adapter's U are in the same optimizer group, and "
+                    f"the budget's learning rate, {rate:.2g}, does not suit them. Leave modules_to_save and trained "
+                    "biases out, or set learning_rate in the training arguments."
                 )
             if any(mine):
                 scale_base_rate(optimizer, kwargs.get("lr_scheduler"), number, rate)
@@ -431,7 +446,7 @@ class ForgettingBudget(TrainerCallback):
         examples = self._examples
         if self.anchors and examples.problem is None and outcome.kept > 0:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # which are of a guard's text
+                warnings.simplefilter("ignore", UserWarning)  # they concern the guard's text, not the task
                 task = calibrate(
                     model, list(examples.batches(model, to_device=False)), adapter=guard.adapter,
                     batch_size=self.batch_size, seed=self.seed,
@@ -443,7 +458,7 @@ class ForgettingBudget(TrainerCallback):
         )
         ledger.after(training, digest_of(layers, guard.adapter)).put_beside(_config_of(model, guard.adapter))
 
-    # The state of a training, for one that is gone on with
+    # The state that a resumed training needs
 
     def _write(self, path: Path, state: TrainerState) -> None:
         if state.is_world_process_zero:
@@ -462,34 +477,37 @@ class ForgettingBudget(TrainerCallback):
         content: bytes | None = of_first(None if path is None else path.read_bytes())
         if content is None:
             raise GuardError(
-                f"The training goes on at step {state.global_step}, and what it was calibrated to is not there: "
-                f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Give the output_dir that it began with."
+                f"The training resumes at step {state.global_step}, and its calibration was not found: "
+                f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Set output_dir to the folder that the "
+                "training began with."
             )
         return _Prepared.from_bytes(content, STATE_NAME)
 
 
 def allowed_nats(sizes: Mapping[str, int], limits: Mapping[str, float], otherwise: float) -> float:
-    """The divergence, in nats per token of all texts together, that goes with limits on the perplexity of each.
+    """Return the allowed KL divergence, in nats per token of all texts together, from limits on their perplexities.
 
-    The KL on texts that are put together is the mean of theirs, and each is allowed the log of its own rise.
+    Each text is allowed the log of its own rise. The divergence on all texts together is their mean, weighted by
+    tokens.
 
     Args:
-        sizes: tokens of each text.
-        limits: of some of them, as relative rises.
-        otherwise: that of the others.
+        sizes: the number of tokens of each text.
+        limits: the limits of some of the texts, as relative rises of perplexity.
+        otherwise: the limit of the other texts.
     """
     allowed = sum(size * math.log1p(limits.get(name, otherwise)) for name, size in sizes.items())
     return allowed / sum(sizes.values())
 
 
 def work_of(tokens: int, examples: int, *, written: bool, continued: bool) -> tuple[float, float]:
-    """What a budget does before training and after it, in tokens of a forward pass, as its ``progress`` is told.
+    """Return the work of a budget before training and after it, in tokens of a forward pass, as ``progress`` counts it.
 
     Args:
-        tokens: of the guard's texts.
-        examples: tokens of the task's examples that are looked at, of :data:`curlora.guard.examples.COUNT` at most.
+        tokens: the number of tokens of the guard's texts.
+        examples: the number of tokens of the training examples that are used, at most
+            :data:`curlora.guard.examples.COUNT` examples.
         written: whether the model has to write the text.
-        continued: whether the adapter has a ledger already.
+        continued: whether the adapter already has a ledger.
     """
     before = _WRITTEN * tokens * written + tokens * (1 + continued)
     if not continued:  # columns and rows, and the calibration
@@ -498,29 +516,33 @@ def work_of(tokens: int, examples: int, *, written: bool, continued: bool) -> tu
 
 
 class _Held(GuardCallback):
-    """The measure is 1 and the largest share of a limit that is used."""
+    """A callback whose measure is 1 plus the largest used share of a limit, so that its rise is that share."""
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         if not finite:
             return super().why_nothing(kept, finite)
         if kept.rise > 1:
             return (
-                f"A text has lost {kept.rise:.3g} times what it may lose, even with all that this training changed in "
-                "U taken back: were other parameters trained beside it?"
+                f"The measure of a text has risen by {kept.rise:.3g} times its limit, although the whole change of U "
+                "in this training was taken back. Were other parameters trained as well?"
             )
         return (
-            "No part of what was learned keeps every text within its limit: all that was changed in U was taken back. "
-            "State a larger limit, or a lower learning rate."
+            "No part of the change of U keeps every text within its limit, so the whole change was taken back. Give a "
+            "larger limit, or a lower learning rate."
         )
 
 
 def _check_model(model: nn.Module, adapter: str | None) -> str:
-    """The adapter's name."""
+    """Check that the model can have a budget, and return the adapter's name.
+
+    Raises:
+        GuardError: if the model is an encoder-decoder, or has no such CURLoRA adapter.
+    """
     base: Any = getattr(model, "get_base_model", lambda: model)()
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise GuardError(
-            f"{type(base).__name__} is an encoder with a decoder, and a budget is of causal language models: what it "
-            "forgets cannot be measured."
+            f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
+            "model."
         )
     return adapter_of(model, adapter)
 
@@ -531,19 +553,19 @@ def _config_of(model: nn.Module, adapter: str) -> CurloraConfig:
 
 
 def _share(name: str, value: Any) -> float:
-    """A limit, as a share.
+    """Return a limit as a share, given as a number or as per cent such as ``"1%"``.
 
     Raises:
-        GuardError: if it is none.
+        GuardError: if it is not between 0 and 1.
     """
     if isinstance(value, str) and value.strip().endswith("%"):
-        with contextlib.suppress(ValueError):  # it is refused below
+        with contextlib.suppress(ValueError):  # raised as a GuardError below
             value = float(value.strip()[:-1]) / 100
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
         raise GuardError(f'{name} must be a positive share, such as 0.01 or "1%" for 1 %, got {value!r}.')
     if value >= 1:
         raise GuardError(
-            f"{name}={value:g} would let perplexity rise by {value:.0%}, which keeps nothing. For {value:g} % give "
+            f"{name}={value:g} would let perplexity rise by {value:.0%}, which limits nothing. For {value:g} % give "
             f"{value / 100:g}."
         )
     return float(value)
@@ -555,7 +577,7 @@ def _add_anchor(anchors: Anchors, task: Calibration, layers: Mapping[str, Curlor
         of = task.layers[name]
         assert of.left is not None
         assert of.right is not None
-        left, right = (of.right, of.left) if layer.fan_in_fan_out else (of.left, of.right)  # U is M the other way round
+        left, right = (of.right, of.left) if layer.fan_in_fan_out else (of.left, of.right)  # M = alpha U^T there
         alpha = layer.scaling[adapter]
         moments[name] = alpha**2 * left, alpha**2 * right
     anchors.add_moments({name: whole(U.detach()).cpu() for name, U in _weights(layers, adapter).items()}, moments)

@@ -165,8 +165,8 @@ def _tokens(name: str, number: int, item: Any, tokenizer: Any) -> tuple[list[int
     if isinstance(messages, Sequence) and messages and all(isinstance(one, Mapping) for one in messages):
         if not getattr(tokenizer, "chat_template", None):
             raise GuardError(
-                f"texts[{name!r}] has conversations, and the tokenizer has no chat template to format them: give texts, "
-                "or set tokenizer.chat_template."
+                f"texts[{name!r}] has conversations, and the tokenizer has no chat template to format them: give "
+                "texts, or set tokenizer.chat_template."
             )
         return _conversation(messages, tokenizer)
     raise GuardError(
