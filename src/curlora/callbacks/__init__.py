@@ -1,4 +1,4 @@
-"""What keeps a model from forgetting, for any Trainer of transformers: a recipe's plug-ins without a recipe."""
+"""Callbacks against forgetting for any Trainer of transformers: the plug-ins of recipes, without a recipe."""
 
 from curlora.callbacks.ewc import EWCCallback
 from curlora.callbacks.kl_to_base import KLToBaseCallback

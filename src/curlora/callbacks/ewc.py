@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: what mattered to earlier tasks is held where it was."""
+"""Elastic weight consolidation: a penalty on changing the parameters that earlier tasks depend on."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class EWCCallback(PenaltyCallback):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3).
 
     While a later task is learned, ``strength / 2 * sum_j sum_i F_j[i] (theta[i] - theta_j[i])**2`` is added to the
-    loss, with ``F_j`` the diagonal of the Fisher information on task ``j``, and ``theta_j`` what was trained then.
-    After each training :meth:`remember` takes it; one callback serves all of them.
+    loss. ``F_j`` is the diagonal of the Fisher information on task ``j``, and ``theta_j`` are the trained parameters
+    at the end of this task. Call :meth:`remember` after each training, and use one callback for all of them.
 
     Args:
         strength: the paper's lambda.
-        examples: of each task that the Fisher information is taken from.
-        seed: of the answers that are drawn for it.
+        examples: the largest number of examples of each task that the Fisher information is computed on.
+        seed: the seed of the answers that are drawn for it.
 
     Raises:
         ValueError: if ``strength`` or ``examples`` is not positive.
@@ -39,7 +39,7 @@ class EWCCallback(PenaltyCallback):
     def __init__(self, strength: float, examples: int = 200, seed: int = 0) -> None:
         super().__init__()
         if not (strength > 0 and math.isfinite(strength)) or examples < 1:
-            raise ValueError(f"strength must be positive and examples 1 or more, got {strength} and {examples}")
+            raise ValueError(f"strength must be positive and examples 1 or more, got {strength} and {examples}.")
         self.strength, self.examples = strength, examples
         self.generator = torch.Generator().manual_seed(seed)
         self.held = Consolidated()
@@ -49,12 +49,13 @@ class EWCCallback(PenaltyCallback):
         return None if penalty is None else self.strength * penalty
 
     def remember(self, model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> None:
-        """A task has been learned.
+        """Add a learned task to the penalty.
 
         Args:
-            model: as the task has left it; a causal language model or a classifier of transformers.
-            batches: of the task's examples with ``labels``, such as ``trainer.get_train_dataloader()`` gives. Answers
-                are drawn from the model's own predictions wherever a label stands; the labels themselves do not matter.
+            model: the model at the end of the task; a causal language model or a classifier of transformers.
+            batches: batches of the task's examples with ``labels``, for example ``trainer.get_train_dataloader()``.
+                Answers are drawn from the model's own predictions wherever a label is not -100. The values of the
+                labels are not used.
 
         Raises:
             ValueError: if there is no example, or a batch has no labels.
@@ -67,59 +68,68 @@ class EWCCallback(PenaltyCallback):
             self.held.merge(name, fisher[name], parameter.detach().float().clone())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is held, to be kept with the model."""
+        """Return the penalty's tensors by name, to be saved with the model."""
         return self.held.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Replace the penalty's tensors with those of a :meth:`state_dict`."""
         self.held.load_state_dict(state)
 
 
 class Consolidated:
-    """A quadratic penalty for all tasks together: two numbers for each parameter, however many tasks."""
+    """A quadratic penalty for all tasks together, with two values for each parameter, however many tasks there are."""
 
     def __init__(self) -> None:
         self.curvature: dict[str, Tensor] = {}
         self.centre: dict[str, Tensor] = {}
 
     def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
-        """Add ``fisher * (theta - value)**2`` to what is held, up to a constant."""
-        # What was read from a file may still be elsewhere: a run that is gone on with may begin here.
+        """Add ``1/2 fisher * (theta - value)**2`` to the penalty, up to a constant.
+
+        Args:
+            name: the parameter's name.
+            fisher: its diagonal of the Fisher information, of its shape.
+            value: its value at the end of the task, of its shape.
+        """
+        # Tensors that were read from a file may be on another device, if a resumed run begins here.
         old = self.curvature.get(name, torch.zeros_like(fisher)).to(fisher.device)
         centre = self.centre.get(name, value).to(fisher.device)
         total = old + fisher
-        # Where nothing has mattered yet, the centre is of no account.
+        # Where the curvature is zero, the centre has no effect on the penalty.
         self.centre[name] = torch.where(total > 0, (old * centre + fisher * value) / total.clamp(min=1e-38), value)
         self.curvature[name] = total
 
     def penalty(self, trained: Mapping[str, Tensor]) -> Tensor | None:
-        """``1/2 sum of curvature (theta - centre)**2``; ``None`` where nothing is held.
+        """Return ``1/2 sum of curvature (theta - centre)**2``, or ``None`` if there is no task yet.
 
         Args:
-            trained: the parameters by name, as they are now.
+            trained: the current values of the trained parameters by name.
 
         Raises:
-            ValueError: if these are not the parameters that are held.
+            ValueError: if other parameters are trained than in the earlier tasks.
         """
         if not self.curvature:
             return None
         if self.curvature.keys() != trained.keys():
             differs = sorted(self.curvature.keys() ^ trained.keys())
-            raise ValueError(f"other parameters are trained than those that are held: {differs[:3]} are not in both")
-        for held in (self.curvature, self.centre):  # once, after they were read from a file
+            raise ValueError(
+                f"Other parameters are trained than in the earlier tasks: {differs[:3]} are in only one of the two. "
+                "Train the same parameters, or make a new callback."
+            )
+        for held in (self.curvature, self.centre):  # moves them only once, after they were read from a file
             held.update({name: held[name].to(parameter.device) for name, parameter in trained.items()})
         terms = [(self.curvature[name] * (p - self.centre[name]) ** 2).sum() for name, p in trained.items()]
         return 0.5 * torch.stack(terms).sum()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All of it as tensors."""
+        """Return all tensors by name."""
         return {
             **{f"curvature.{name}": value for name, value in self.curvature.items()},
             **{f"centre.{name}": value for name, value in self.centre.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Replace all tensors with those of a :meth:`state_dict`."""
         for part, held in (("curvature.", self.curvature), ("centre.", self.centre)):
             held.clear()
             held.update({key.removeprefix(part): value for key, value in state.items() if key.startswith(part)})
@@ -128,13 +138,14 @@ class Consolidated:
 def fisher_diagonal(
     trained: Mapping[str, Tensor], answered: Iterable[Sequence[Tensor]], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The diagonal of the Fisher information: the mean of ``(d log p(y) / d theta)**2`` over examples.
+    """Return the diagonal of the Fisher information: the mean of ``(d log p(y) / d theta)**2`` over examples.
 
     Args:
-        trained, answered, generator: as :func:`drawn_gradients` has them; of one example each.
+        trained, generator: see :func:`drawn_gradients`.
+        answered: see :func:`drawn_gradients`; each batch is one example.
 
     Returns:
-        By name of parameter, in its shape, float32.
+        The diagonal by the parameters' names, float32, of the parameters' shapes.
 
     Raises:
         ValueError: if there is no example.
@@ -146,25 +157,27 @@ def fisher_diagonal(
             total[name] += gradient.float() ** 2
         count += 1
     if not count:
-        raise ValueError("There is no example to see by what matters to the task")
+        raise ValueError("There is no example to compute the Fisher information on: pass at least one batch.")
     return {name: value / count for name, value in total.items()}
 
 
 def drawn_gradients(
     trained: Mapping[str, Tensor], answered: Iterable[Sequence[Tensor]], generator: torch.Generator
 ) -> Iterator[dict[str, Tensor]]:
-    """Of each batch, the gradient of the negative log-probability of drawn answers.
+    """Yield for each batch the gradient of the negative log-probability of drawn answers.
 
-    The answers are drawn from the model's own predictions, as the Fisher information has it, not taken from the labels
-    (the "empirical Fisher", https://arxiv.org/abs/1905.12558). Gradients that parameters hold are left alone.
+    The answers are drawn from the model's own predictions, as the Fisher information is defined. Answers from the
+    labels would give the "empirical Fisher" (https://arxiv.org/abs/1905.12558). The ``grad`` of the parameters is left
+    unchanged.
 
     Args:
-        trained: parameters by name.
-        answered: of each batch the logits wherever something is answered, in parts of shape ``(n, classes)``.
-        generator: of the draws.
+        trained: the parameters by name.
+        answered: for each batch, the logits at all answers, in parts of shape ``(n, classes)``.
+        generator: the random generator of the draws, on the CPU.
 
     Yields:
-        By name of parameter, in its shape; zero where the answers do not depend on it.
+        The gradients by the parameters' names, of the parameters' shapes; zero if the answers do not depend on a
+        parameter.
     """
     for parts in answered:
         losses = []
@@ -179,10 +192,13 @@ def drawn_gradients(
 
 
 def _rows(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Each example as a batch of its own."""
+    """Yield each example as a batch of its own."""
     for batch in batches:
         if not isinstance(batch.get("labels"), Tensor):
-            raise ValueError("EWC needs batches with labels, to know where the model answers")
+            raise ValueError(
+                f"EWC needs batches with labels, which mark where the model answers; found the keys {sorted(batch)}. "
+                "Add labels to the batches."
+            )
         count = len(batch["labels"])
         for row in range(count):
             yield {
@@ -192,11 +208,11 @@ def _rows(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _answered(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
-    """Logits wherever a label stands, shape ``(n, classes)``."""
+    """Return the logits wherever a label is not -100, shape ``(n, classes)``."""
     device = next(model.parameters()).device
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in row.items()}
     labels = moved.pop("labels")
     logits: Tensor = model(**moved).logits
     if logits.ndim == 2:
         return logits[labels != _IGNORED]
-    return logits[:, :-1][labels[:, 1:] != _IGNORED]  # a causal model tells the next token
+    return logits[:, :-1][labels[:, 1:] != _IGNORED]  # a causal model predicts the next token

@@ -1,4 +1,4 @@
-"""A penalty on moving away from the base model on a general text."""
+"""A penalty on the KL divergence from the base model on general text."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ __all__ = ["KLToBaseCallback", "kl_to_base", "pieces_of"]
 
 
 class KLToBaseCallback(PenaltyCallback):
-    """Adds ``strength * KL(base || model)`` on a row of general text to every step; the rows are taken in turn.
+    """Adds ``strength * KL(base || model)`` on a row of general text to the loss of every step.
 
-    As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
-    the place of the new task's. It costs two more forward passes and a backward at every step.
+    The steps use the rows in turn. This is learning without forgetting (Li and Hoiem 2016,
+    https://arxiv.org/abs/1606.09282) on general text in place of the new task's inputs. Every step runs two more
+    forward passes and one more backward pass.
 
     Args:
-        rows: tokens of general text, each of shape ``(length,)``; a hundred or two a row are enough. Of
-            :class:`curlora.guard.texts.Rows`, such as :func:`curlora.guard.own_text` gives, the tokens that count do.
-        strength: of the penalty, nats per token, beside the loss.
-        base: the base model; ``None`` where the model with its adapter switched off is it. Full fine-tuning, and
-            adapters that change the base model's weights, as PiSSA does, need a second copy.
+        rows: rows of general text, int64 tokens, each of shape ``(length,)``; 100 to 200 tokens in a row are enough.
+            The penalty is the mean over the tokens that count (:class:`curlora.guard.texts.Rows`, which
+            :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
+        strength: the factor of the KL divergence, which is in nats per token.
+        base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
+            fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
 
     Raises:
-        ValueError: if ``strength`` is not positive, or there is no row of two tokens.
+        ValueError: if ``strength`` is not positive, or there is no row with a predicted token that counts.
     """
 
     logged_as: ClassVar[str] = "kl_to_base"
@@ -39,16 +41,19 @@ class KLToBaseCallback(PenaltyCallback):
     def __init__(self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None) -> None:
         super().__init__()
         if not (strength > 0 and math.isfinite(strength)):
-            raise ValueError(f"strength must be positive, got {strength}")
+            raise ValueError(f"strength must be positive, got {strength}.")
         self.pieces = pieces_of(rows)
         if not self.pieces:
-            raise ValueError("There is no row of two tokens or more, and so nothing to predict")
+            raise ValueError(
+                f"There is no row of two tokens or more among the {len(rows)} rows, so there is nothing to predict. "
+                "Give longer rows."
+            )
         self.strength = strength
         self.base = None if base is None else base.eval().requires_grad_(False)
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:
         if self.base is None and not isinstance(model, PeftModel):
-            raise ValueError("The model has no adapter that could be switched off: pass the base model too (base=...)")
+            raise ValueError("The model has no adapter that can be disabled: pass the base model too (base=...).")
 
         def base_logits(ids: Tensor, kept: int) -> Tensor:
             if self.base is not None:
@@ -61,20 +66,26 @@ class KLToBaseCallback(PenaltyCallback):
 
 
 def pieces_of(rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Rows of tokens, each with which of them count; those alone of which one is foretold and counts."""
+    """Return pairs of a row of tokens and the mask of tokens that count.
+
+    Rows in which no predicted token counts are left out.
+    """
     known = rows if isinstance(rows, Rows) else Rows(rows)
     return [both for both in zip(known, known.counted, strict=True) if bool(both[1][1:].any())]
 
 
 def kl_to_base(model: nn.Module, row: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """``KL(base || model)`` of the predictions of the next token, the mean in nats over the tokens that count.
+    """Return ``KL(base || model)`` of the next-token predictions: the mean over the tokens that count, in nats.
 
     Args:
-        model: a causal language model, in the mode that it is trained in; its base is run in evaluation mode.
+        model: a causal language model. It runs in its current mode, and is in evaluation mode during ``base_logits``.
         row: tokens, shape ``(length,)``, on any device.
-        counted: which of them count, bool, of that shape; one of those behind the first at least.
-        base_logits: given ``input_ids`` of shape ``(1, length)`` and a number, the base model's logits at that many
-            last positions, shape ``(1, number, vocabulary)``.
+        counted: the mask of tokens that count, bool, shape ``(length,)``. A token after the first must count.
+        base_logits: called with ``input_ids`` of shape ``(1, length)`` and a number. Returns the base model's logits at
+            that many last positions, shape ``(1, number, vocabulary)``.
+
+    Returns:
+        The divergence, a scalar tensor with a gradient.
     """
     device = next(model.parameters()).device
     ids, foretold = row.to(device)[None], counted[1:].to(device)

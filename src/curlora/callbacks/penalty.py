@@ -1,4 +1,4 @@
-"""A penalty on a model's parameters, beside the loss of any Trainer."""
+"""The base class of penalties that are added to the loss of any Trainer."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["PenaltyCallback"]
 
 
 class PenaltyCallback(TrainerCallback):
-    """Adds the gradient of a penalty to that of the loss, once for each optimizer step.
+    """Adds the gradient of a penalty to the gradient of the loss, once for each optimizer step.
 
-    It is there before the first batch of a step is run, so gradient accumulation does not count it more than once, and
-    clipping goes by the sum of both. The loss that is logged stays the Trainer's own; the penalty stands beside it, by
-    the name of :attr:`logged_as`. With several processes each adds the same, and their mean is that. Not for models
-    in pieces (FSDP, DeepSpeed).
+    The gradient is added before the first batch of a step. Gradient accumulation therefore adds it only once, and
+    gradient clipping uses the sum of both. The logged loss does not include the penalty, which is logged under the name
+    :attr:`logged_as`. With several processes, all add the same gradient, so their mean is this gradient. Sharded models
+    (FSDP, DeepSpeed) are not supported.
     """
 
     logged_as: ClassVar[str] = "penalty"
@@ -29,11 +29,11 @@ class PenaltyCallback(TrainerCallback):
         """The penalty of the last step."""
 
     def penalty(self, model: nn.Module, step: int) -> Tensor | None:
-        """What is added to the loss of a step; ``None`` if nothing.
+        """Return the penalty of a step as a scalar tensor; ``None`` for no penalty.
 
         Args:
-            model: as it is trained.
-            step: its number, from 0; the same where a training goes on from a checkpoint.
+            model: the trained model.
+            step: the number of the step, from 0. A resumed training continues the numbers.
         """
         raise NotImplementedError
 
@@ -42,8 +42,8 @@ class PenaltyCallback(TrainerCallback):
     ) -> None:
         if args.fp16:
             raise ValueError(
-                f"{type(self).__name__} adds to gradients, which fp16 training scales by a factor that it does not "
-                "know. Train with bf16=True, or in float32."
+                f"{type(self).__name__} adds to gradients, which fp16 training scales by a factor unknown to this "
+                "callback. Train with bf16=True, or in float32."
             )
         act_first(self)
 
@@ -55,7 +55,7 @@ class PenaltyCallback(TrainerCallback):
         if penalty is None:
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # Not backward(): of several processes' gradients DDP would take this for the end of a batch.
+        # Not backward(): with several processes, DDP would take it for the end of a batch and reduce the gradients.
         gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:

@@ -1,4 +1,4 @@
-"""Replay: a few examples of earlier tasks are trained on again."""
+"""Replay: training on a few examples of earlier tasks again."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ __all__ = ["chosen", "replay"]
 
 
 def replay(dataset: Any, *earlier: Any, examples: int, seed: int = 0) -> Any:
-    """A task's data set with some examples of each earlier one.
+    """Return a task's data set together with some examples of each earlier task.
 
-    Experience replay with a fixed share per task (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486).
+    This is experience replay with a fixed number of examples per task (Chaudhry et al. 2019,
+    https://arxiv.org/abs/1902.10486).
 
     Args:
-        dataset: of the task at hand.
-        earlier: of the tasks before it; what is kept of each does not depend on the others.
-        examples: of each earlier task, chosen at random; all where it has fewer.
-        seed: of the choice.
+        dataset: the data set of the present task.
+        earlier: the data sets of the earlier tasks. The choice for each does not depend on the others.
+        examples: the number of examples of each earlier task, chosen at random. Smaller tasks are used whole.
+        seed: the seed of the choice.
 
     Returns:
-        One of ``datasets`` if all of them are, with the columns that they share; else one of torch.
+        A ``datasets.Dataset`` if all data sets are of this type, else a ``torch.utils.data.ConcatDataset``.
 
     Raises:
         ValueError: if ``examples`` is not positive.
     """
     if examples < 1:
-        raise ValueError(f"examples must be 1 or more, got {examples}")
+        raise ValueError(f"examples must be 1 or more, got {examples}.")
     numbers = [chosen(len(one), examples, seed + task) for task, one in enumerate(earlier)]
     if all(isinstance(one, Dataset) for one in (dataset, *earlier)):
         kept = [one.select(which) for one, which in zip(earlier, numbers, strict=True)]
@@ -38,5 +39,5 @@ def replay(dataset: Any, *earlier: Any, examples: int, seed: int = 0) -> Any:
 
 
 def chosen(count: int, examples: int, seed: int) -> list[int]:
-    """So many of the numbers below ``count``, at random; all if there are fewer."""
+    """Return ``examples`` of the numbers below ``count`` in random order; all of them if there are fewer."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:examples].tolist()

@@ -1,4 +1,4 @@
-"""After a training what it changed is scaled back until a measure has risen no more than is allowed."""
+"""A callback that scales a training's change back until the rise of a measure is within a limit."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ __all__ = ["ScaleBackCallback"]
 
 
 class ScaleBackCallback(MeasuredLimit):
-    """Moves what a training changed back along the straight line to where it began, until a limit is kept.
+    """Moves parameters back on the straight line to their values before training, until a measure is within a limit.
 
-    For any model and any way of training it: the simplest way to keep to a budget, by measuring at the end. After the
-    last step, before the last evaluation and checkpoint; and again where the best checkpoint was loaded since.
-    ``kept`` says how much of the change was kept, and the rise that was measured. It holds a copy of the parameters,
-    and from the last step to the end of training a second one.
+    This works for any model and any kind of training. It is the simplest way to keep a budget, because it only measures
+    at the end: after the last step, before the last evaluation and checkpoint, and again if the best checkpoint was
+    loaded. ``kept`` holds the share of the change that remains, and the measured rise. The callback stores a copy of
+    the parameters, and a second one from the last step to the end of training.
 
-    Make it before training begins, also where a checkpoint is gone on from: the change is counted from there, and of a
-    further training from where the last one ended. The measure counts from there for good.
+    Make the callback before training begins, and before a checkpoint is loaded to resume from. The change is counted
+    from the parameters at that moment; for a further training, from the end of the last one. The rise of the measure is
+    always counted from that moment.
 
     Args:
-        model: that is trained.
-        measure: of the model as it is at that moment, positive and the lower the better, such as
+        model: the trained model.
+        measure: measures the current model. The value is positive, and lower is better, such as
             ``lambda: curlora.guard.perplexity(model, texts, tokenizer)``.
-        max_rise: the most that it may rise by, relatively: 0.01 for 1 %.
-        parameters: that are moved back; all that the model trains if ``None``. Leave out a new head: scaled back it
-            would answer nothing.
+        max_rise: the largest allowed relative rise of the measure: 0.01 for 1 %.
+        parameters: the parameters to move back; all trained parameters of the model if ``None``. Leave out a new head:
+            scaled back to its initial values, it would predict nothing.
 
     Raises:
-        ValueError: if ``max_rise`` or the measure is not positive, or nothing is trained.
+        ValueError: if ``max_rise`` or the measure is not positive, or the model has no trained parameters.
     """
 
     def __init__(
@@ -43,6 +44,6 @@ class ScaleBackCallback(MeasuredLimit):
     ) -> None:
         moved = list(parameters if parameters is not None else (p for p in model.parameters() if p.requires_grad))
         if not moved:
-            raise ValueError("The model trains nothing: make this callback when its adapter is on it.")
+            raise ValueError("The model has no trained parameters: add its adapter before you make this callback.")
         super().__init__(model, lambda: moved, measure, max_rise)
         self.measure_start()
