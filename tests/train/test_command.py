@@ -342,13 +342,14 @@ def test_the_bar_moves_with_what_the_guard_does(data, chat_model, tmp_path, monk
 
     done = run("one")
     guards = [
-        "the model writes 2,048 tokens", "what the text uses", "what the task uses", "calibrating 14 layers",
+        "the model writes 2,048 tokens", "scoring columns and rows on general text",
+        "scoring columns and rows on the task", "calibrating 14 layers",
         "measuring own text",
     ]  # fmt: skip
     names = list(done)
     at = names.index(guards[0])
     assert names[at : at + len(guards) + 1] == [*guards, "training"]
-    assert names[-3:] == ["an anchor of the task", "held-out examples, after", "writing"]
+    assert names[-3:] == ["computing the task's anchor", "held-out examples, after", "writing"]
     assert all(len(units) > 2 for text, units in bars[-1].stages if text in guards)
     assert done["the model writes 2,048 tokens"] > 0.2 * bars[-1].total
     done = run("two")  # the text is there already, and what was to be done for it is passed over

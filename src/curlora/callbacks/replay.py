@@ -24,7 +24,8 @@ def replay(dataset: Any, *earlier: Any, examples: int, seed: int = 0) -> Any:
         seed: the seed of the choice.
 
     Returns:
-        A ``datasets.Dataset`` if all data sets are of this type, else a ``torch.utils.data.ConcatDataset``.
+        A ``datasets.Dataset`` if all data sets are of this type. It has the columns of all of them, with ``None`` for
+        missing values. Otherwise a ``torch.utils.data.ConcatDataset``.
 
     Raises:
         ValueError: if ``examples`` is not positive.

@@ -450,7 +450,7 @@ class ForgettingBudget(TrainerCallback):
                 task = calibrate(
                     model, list(examples.batches(model, to_device=False)), adapter=guard.adapter,
                     batch_size=self.batch_size, seed=self.seed,
-                    progress=part_of(self._shown, _WITH_BACKWARD * examples.tokens, "an anchor of the task"),
+                    progress=part_of(self._shown, _WITH_BACKWARD * examples.tokens, "computing the task's anchor"),
                 )  # fmt: skip
             _add_anchor(ledger.anchors, task, layers, guard.adapter)
         training = TrainingRecord(

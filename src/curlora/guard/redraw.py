@@ -93,7 +93,8 @@ def redraw(
     with _listening(of_general, layers):
         pass_over(
             model, layers, general, tokenizer, max_length=max_length, batch_size=batch_size, gradients=True,
-            seed=seed, progress=progress, doing="what the text uses", begin=lambda mask: None, end=lambda: None,
+            seed=seed, progress=progress, doing="scoring columns and rows on general text", begin=lambda mask: None,
+            end=lambda: None,
         )  # fmt: skip
     of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
     device = next(model.parameters()).device
@@ -101,7 +102,7 @@ def redraw(
     with (
         ready(model, layers, gradients=True) as reached,
         _listening(of_task, layers),
-        stage(progress, "what the task uses", count) as advance,
+        stage(progress, "scoring columns and rows on the task", count) as advance,
     ):
         for batch in task:
             value = _loss(model, batch, device) if loss is None else loss(batch)
