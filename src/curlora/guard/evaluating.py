@@ -27,7 +27,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Disable all adapters, and enable those that were active afterwards. ``requires_grad`` is restored as well.
+    """Disable all adapters; afterwards enable those that were active before, and restore ``requires_grad``.
 
     This also disables adapters that were added by transformers or by :func:`peft.inject_adapter_in_model`.
     """

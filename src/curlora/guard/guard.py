@@ -256,7 +256,7 @@ class Guard:
         trained = {place.layer.name: place.parameter for place in self._places}
         values = {name: whole(U.detach()).clone().requires_grad_() for name, U in trained.items()}
         penalty = anchors.penalty(values)
-        assert penalty is not None  # anchors without tasks are false
+        assert penalty is not None  # empty anchors are falsy
         found = torch.autograd.grad(penalty, list(values.values()))
         for U, gradient in zip(trained.values(), found, strict=True):
             if U.grad is not None:

@@ -82,7 +82,7 @@ def pass_over(
         GuardError: if the model is not a causal language model, or the text does not fit it; see ``calibrate``.
     """
     rank, processes = rank_and_count()
-    # torch sums the gradient of a parameter over a batch, so a batch has to be one row to give the gradient of a row.
+    # torch sums the gradient of a parameter over a batch, so the gradient of each row needs batches of one row.
     one_by_one = any(isinstance(layer, ParamWrapper) for layer in layers.values())
     batches, count = _batches(data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
     if one_by_one:
