@@ -1,4 +1,4 @@
-"""What keeps a model from forgetting, in a Trainer that knows nothing of recipes."""
+"""The callbacks against forgetting, in a Trainer without a recipe."""
 
 import math
 
@@ -51,7 +51,7 @@ def trainer(model, folder, callbacks, dataset=None, **arguments):
 
 
 class Half(PenaltyCallback):
-    """Half of the sum of squares, whose gradient is the parameters."""
+    """Half of the sum of squares; its gradient is the parameters themselves."""
 
     def penalty(self, model, step):
         return 0.5 * sum(p.square().sum() for p in trained(model))
@@ -116,11 +116,11 @@ def test_kl_to_base_is_the_divergence_of_one_row_after_the_other(given, tmp_path
 
 
 def test_kl_to_base_goes_by_the_tokens_that_count():
-    """What a chat template puts around a turn does not, as in a guard's text."""
+    """The tokens that a chat template adds around a turn do not count, as in a guard's text."""
     base, model = llama(initializer_range=0.2).double(), adapted()
     counted = [torch.arange(len(row)) >= begin for row, begin in zip(ROWS, (3, len(ROWS[1]), 1), strict=True)]
     callback = KLToBaseCallback(Rows(ROWS, counted), 3.0)
-    for step, number in enumerate((0, 2, 0)):  # of the row between them nothing counts
+    for step, number in enumerate((0, 2, 0)):  # in row 1 no token counts
         expected = 3.0 * divergence(base, model, ROWS[number], counted[number])
         assert float(callback.penalty(model, step).detach()) == pytest.approx(expected, rel=1e-5)
 
@@ -146,7 +146,7 @@ def test_kl_to_base_without_a_base():
 
 @pytest.mark.parametrize("kind", ["language model", "classifier"])
 def test_ewcs_curvature_is_the_fisher_information(kind):
-    """Of few classes the expectation over answers can be taken exactly, in float64."""
+    """With few classes the expectation over answers is exact, in float64."""
     if kind == "classifier":
         model = classifier().double().requires_grad_(False)
         model.score.requires_grad_(True)
@@ -216,7 +216,7 @@ def test_scale_back_keeps_the_limit_on_the_way_that_training_took(tmp_path):
     saved = PeftModel.from_pretrained(llama(initializer_range=0.2).double(), tmp_path / "checkpoint-6")
     again = [p for name, p in saved.named_parameters() if "lora_" in name]
     assert all(torch.equal(one, other) for one, other in zip(again, trained(model), strict=True))
-    # Trained further, the limit is still from where it began.
+    # In a further training, the limit still counts from before the first one.
     trainer(model, tmp_path, [callback], max_steps=6).train()
     assert measure() / start - 1 <= 0.002
 
@@ -235,7 +235,7 @@ def test_scale_back_measures_once_where_nothing_is_scaled_back(tmp_path):
 
 
 def test_scale_back_measures_what_is_loaded_as_the_best(tmp_path):
-    """Of that, and not of what training ended with, ``kept`` tells."""
+    """``kept`` belongs to the loaded checkpoint, not to the last step."""
     model = adapted()
     callback = ScaleBackCallback(model, lambda: perplexity(model, ROWS), max_rise=0.002)
     before = [p.detach().clone() for p in trained(model)]

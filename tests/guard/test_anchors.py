@@ -1,4 +1,4 @@
-"""Anchors on a linear problem with a known optimum, and against the divergence they stand for."""
+"""Anchors on a linear problem with a known optimum."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ def linear(seed, W, columns, rows, examples=40):
     """A task: inputs and targets of ``y = (W + C U R) x`` plus noise of variance 1."""
     rng = torch.Generator().manual_seed(seed)
     m, n = W.shape
-    # Inputs of each task lie otherwise, or there would be nothing to protect.
+    # The tasks' inputs have different distributions; otherwise there would be nothing to protect.
     spread = torch.rand(n, generator=rng, dtype=torch.float64) ** 2
     x = torch.randn(examples, n, generator=rng, dtype=torch.float64) * spread
     U = torch.randn(len(rows), len(rows), generator=rng, dtype=torch.float64)
@@ -41,7 +41,7 @@ def test_tasks_one_after_the_other_end_at_the_optimum_of_all():
     anchors = Anchors()
     U = normal_equations(tasks[:1], W, columns, rows)
     for number, (x, y) in enumerate(tasks):
-        if number:  # learn the task, without the data of those before
+        if number:  # learn the task without the data of the earlier ones
             z, rest = x @ R.T, y - x @ W.T
             U = torch.nn.Parameter(U.clone())
             optimizer = torch.optim.LBFGS([U], line_search_fn="strong_wolfe", max_iter=500, tolerance_grad=1e-12)
@@ -54,8 +54,8 @@ def test_tasks_one_after_the_other_end_at_the_optimum_of_all():
 
             optimizer.step(closure)
             U = U.detach()
-        # The answers' distribution is normal around the prediction: the gradient of one is C^T e z^T, and these e have
-        # the covariance of all.
+        # Answers are normal around the prediction, so the gradient of an answer is C^T e z^T with e ~ N(0, 1). The rows
+        # of draws have the same covariance as e.
         draws = torch.eye(m, dtype=torch.float64) * m**0.5
         anchors.add({"U": U}, ({"U": (e @ C)[:, None] * z} for z in x @ R.T for e in draws))
 

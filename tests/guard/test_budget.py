@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def base():
-    """A model that is sure of something, so that there is something to forget."""
+    """A model with confident predictions, so that it can forget something."""
     model = llama()
     with torch.no_grad():
         model.lm_head.weight.mul_(10)
@@ -45,7 +45,7 @@ def base():
 
 @torch.no_grad()
 def written(seed, rows=24, length=16):
-    """What the model itself writes."""
+    """Text that the model itself writes."""
     model, generator = base(), torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 100, (rows, 1), generator=generator)
     for _ in range(length - 1):
@@ -124,7 +124,7 @@ def test_nothing_else_to_set(tmp_path):
 
 
 def test_what_is_measured_is_held(tmp_path):
-    """At a rate that would go far over it: on disk as in memory, and it is what a user would measure."""
+    """At a rate that exceeds the limit by far. The saved adapter is the one in memory; a user measures the same."""
     wide, model = fresh(), fresh()
     callback = budget(0.02, learning_rate=0.5)
     train(wide, tmp_path / "wide", budget(0.9, learning_rate=0.5))
@@ -152,14 +152,14 @@ def test_the_best_checkpoint_is_held_too(tmp_path):
     assert measured(model) <= 0.005
     assert callback.outcome.texts["words"].rise == pytest.approx(measured(model), abs=1e-6)
     ratios = [(U.norm() / V.norm()).item() for U, V in zip(matrices(model), matrices(best), strict=True)]
-    assert ratios == pytest.approx([callback.outcome.kept] * len(ratios), rel=1e-4)  # it along a straight line
+    assert ratios == pytest.approx([callback.outcome.kept] * len(ratios), rel=1e-4)  # scaled back on a straight line
 
 
 def test_gone_on_with_to_the_bit(tmp_path):
     model, callback = fresh(), budget(0.01, learning_rate=0.3)
     arguments = dict(save_strategy="steps", save_steps=4)
     train(model, tmp_path, callback, **arguments)
-    for where in (tmp_path / "checkpoint-8", tmp_path):  # of a checkpoint that was cut off it is in the folder above
+    for where in (tmp_path / "checkpoint-8", tmp_path):  # the fallback is the folder above
         again, second = fresh(), budget(0.01, learning_rate=0.3)
         train(again, tmp_path, second, resume=str(tmp_path / "checkpoint-8"), **arguments)
         assert same(again, matrices(model))
@@ -174,7 +174,7 @@ def test_every_text_has_its_limit_and_a_measurement_of_ones_own(tmp_path):
     asked = []
 
     def size():
-        """Positive, and 1 where nothing has been learned."""
+        """Positive, and 1 for an untrained adapter."""
         asked.append(1 + sum(float(U.square().sum()) for U in matrices(model)))
         return asked[-1]
 
@@ -185,7 +185,7 @@ def test_every_text_has_its_limit_and_a_measurement_of_ones_own(tmp_path):
     texts = callback.outcome.texts
     assert {name: text.limit for name, text in texts.items()} == {"a": 0.5, "b": 0.01, "size": 0.2}
     assert all(text.rise <= text.limit for text in texts.values())
-    assert max(text.rise / text.limit for text in texts.values()) > 0.9  # one of them is what binds
+    assert max(text.rise / text.limit for text in texts.values()) > 0.9  # one of the limits binds
     assert measured(model, OTHER) == pytest.approx(texts["b"].rise, abs=1e-6)
     assert texts["size"].before == 1
     assert texts["size"].after == size()
@@ -251,7 +251,7 @@ class TestLedger:
         go_on("copy")
 
     def test_one_of_the_first_version_is_read(self, tmp_path):
-        """It called a text's limit ``allowed``, and is written as the second when training goes on."""
+        """Version 1 has ``allowed`` for a text's limit. The next training writes version 2."""
         model, callback = fresh(), budget(0.02, learning_rate=0.3)
         train(model, tmp_path / "one", callback)
         model.save_pretrained(tmp_path / "saved")
@@ -315,7 +315,7 @@ class TestLedger:
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 def test_an_anchor_is_the_divergence_of_the_task(fan_in_fan_out, tmp_path):
-    """Of what the task's own answers are, to second order: along random directions."""
+    """The penalty against the divergence of the task's own answers, to second order along random directions."""
     from curlora.guard.budget import _add_anchor
     from tests.models import gpt2
 
@@ -344,7 +344,7 @@ def test_an_anchor_is_the_divergence_of_the_task(fan_in_fan_out, tmp_path):
             U.copy_(start + step)
         truth = (before.exp() * (before - log_p())).sum(-1).mean().item()
         ratios.append(anchors.penalty({target[0].name: U}).item() / truth)
-    # One Kronecker product in the place of the Fisher matrix: right on average, and of the right size for each.
+    # One Kronecker product approximates the Fisher matrix: about right on average, and in magnitude for each direction.
     assert 0.5 < sum(ratios) / len(ratios) < 2
     assert all(0.2 < ratio < 5 for ratio in ratios)
 
@@ -382,7 +382,7 @@ class TestRate:
             callback = budget(learning_rate=0.04) if name == "set" else budget()
             trainer = train(fresh(), tmp_path, callback, lr_scheduler_type=schedule, warmup_steps=3, **more, **rate)
             rates[name] = [log["learning_rate"] for log in trainer.state.log_history if "loss" in log]
-        relative = 1e-3 if "min" not in schedule else 0.1  # its lowest rate is a share of the one that it began with
+        relative = 1e-3 if "min" not in schedule else 0.1  # its lowest rate is a share of the initial one
         assert rates["set"] == pytest.approx(rates["chosen"], rel=relative, abs=2e-3)
 
     def test_other_parameters_are_not_trained_at_it(self, tmp_path):
@@ -405,7 +405,7 @@ def test_trackers_see_it(tmp_path, monkeypatch):
 
 
 def test_U_of_half_precision_is_trained_in_single(tmp_path):
-    """As TRL leaves the adapter of a quantized base."""
+    """TRL casts the adapter of a quantized base model to half precision."""
     model = fresh()
     for layer in layers(model):
         U = layer.curlora_U["default"].weight
@@ -470,7 +470,7 @@ class TestTRL:
         assert any(U.any() for U in matrices(trainer.model))
 
     def test_a_quantized_base(self, tmp_path, monkeypatch):
-        """TRL rounds the adapter of one to bfloat16; it is trained in float32 all the same."""
+        """TRL casts its adapter to bfloat16; the callback trains it in float32."""
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
         base().save_pretrained(tmp_path / "base")
         quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)

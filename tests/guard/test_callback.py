@@ -25,7 +25,7 @@ def fresh():
 
 @torch.no_grad()
 def lost(model):
-    """``exp`` of the divergence from the model without its adapter: 1 where nothing has been learned."""
+    """``exp`` of the divergence from the model without its adapter: 1 if the adapter is untrained."""
     now = model(input_ids=TEXT).logits.log_softmax(-1)
     with model.disable_adapter():
         base = model(input_ids=TEXT).logits.log_softmax(-1)
@@ -54,7 +54,7 @@ def test_the_trainer_stays_within_the_budget_and_logs_the_drift(tmp_path):
     assert 0 < max(drifts) <= 1e-3 * (1 + 1e-3)
     assert guard.drift() == pytest.approx(drifts[-1])
 
-    # Afterwards the optimizer is its own again.
+    # After training, the optimizer works without the guard.
     optimizer = trainer.optimizer.optimizer
     for group in optimizer.param_groups:
         group.update(lr=1.0, weight_decay=0.0)
@@ -62,7 +62,7 @@ def test_the_trainer_stays_within_the_budget_and_logs_the_drift(tmp_path):
     before = [U.detach().clone() for U in mixings]
     for U in mixings:
         U.grad = torch.ones_like(U)
-    optimizer.step()  # Adam's first step: its learning rate, whatever the gradient
+    optimizer.step()  # Adam's first step is the learning rate, whatever the gradient
     for U, was in zip(mixings, before, strict=True):
         torch.testing.assert_close(U.detach(), was - 1)
 
@@ -73,7 +73,7 @@ def guarded(model, measure=None, budget=1.0, **options):
 
 
 def test_a_measure_is_held_by_measuring(tmp_path):
-    """Where the ball alone would let it rise far more than is allowed."""
+    """The predicted budget alone would let the measure rise far above the limit."""
     model, _ = fresh()
     trainer_of(model, tmp_path, GuardCallback(guarded(model).guard)).train()
     assert lost(model) > 1.008
@@ -95,14 +95,14 @@ def test_what_was_learned_before_counts_and_is_not_taken_back(tmp_path):
     first = guarded(model, max_rise=0.004)
     trainer_of(model, tmp_path, first).train()
     learned = [U.detach().clone() for U in mixings]
-    # A limit that the first training has used up already.
+    # A limit that the first training has already used up.
     second = GuardCallback(first.guard, first.measure, max_rise=0.002)
     with pytest.warns(UserWarning, match="although the whole change of this training was taken back"):
         trainer_of(model, tmp_path, second, seed=1).train()
     assert second.kept == (0.0, first.kept.rise)
     for U, value in zip(mixings, learned, strict=True):
         torch.testing.assert_close(U.detach(), value)
-    # And one that leaves room.
+    # A limit that leaves room.
     third = GuardCallback(first.guard, first.measure, max_rise=0.006)
     trainer_of(model, tmp_path, third, seed=1).train()
     assert 1.004 < lost(model) <= 1.006

@@ -80,13 +80,13 @@ def test_gradients_are_those_of_answers_the_model_itself_would_give(base):
     for (name, side), expected in exact.items():
         each = torch.stack([getattr(draw.layers[name], side) for draw in draws])
         error = each.mean(0) - expected
-        # 16 numbers a side, of which none should be five standard errors off.
+        # No entry of the 4 x 4 moment should be off by five standard errors.
         assert (error.abs() <= 5 * each.std(0) / len(draws) ** 0.5).all(), (name, side)
         assert error.norm() < 0.25 * expected.norm(), (name, side)
 
 
 def inputs_require_gradients(model):
-    """As for checkpointing, or to train a quantized model."""
+    """As gradient checkpointing and the training of quantized models need it."""
     model.enable_input_require_grads()
 
 
@@ -105,7 +105,7 @@ def test_what_else_has_gradients_does_not_matter(change):
 
 
 def test_a_process_that_has_a_batch_less_runs_one_that_counts_for_nothing(monkeypatch):
-    """Of three rows, one at a time, the second of two processes has one."""
+    """Two processes share three rows, one row a batch; the second process has one row."""
     rows = tokens(batch=3, length=9)
     expected = calibrate(adapted(), [batch(rows[1:2])], progress=False)
     model, passes = adapted(), []
@@ -133,7 +133,7 @@ def test_how_the_text_is_put_into_batches_does_not_matter():
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("base", MAPS)
 def test_padding_counts_for_nothing(base, side):
-    """Nor does it count as a position: GPT-2's are absolute."""
+    """It takes no position either, which matters for GPT-2's absolute positions."""
     model = adapted(base)
     ids = tokens(batch=1, length=6)
     alone = calibrate(model, [batch(ids)], progress=False)
@@ -145,7 +145,7 @@ def test_padding_counts_for_nothing(base, side):
     assert padded.tokens == alone.tokens == 6
     for name in alone.layers:
         torch.testing.assert_close(padded.layers[name].inputs, alone.layers[name].inputs, rtol=1e-4, atol=1e-7)
-    if side == "right":  # on the left the same numbers are drawn for other positions
+    if side == "right":  # with padding on the left, the draws belong to other positions
         close(padded, alone, rtol=1e-4)
 
 
@@ -165,7 +165,7 @@ def test_positions_that_are_given_are_used():
 
 @pytest.mark.parametrize("base", MAPS)
 def test_a_layer_that_is_used_twice_moves_twice(base):
-    """``L = E[G G^T]`` where ``G``, the gradient of a row, is the sum over both uses."""
+    """In ``L = E[G G^T]``, the gradient ``G`` of a row is the sum over both uses."""
     model = adapted(base)
     blocks = model.get_base_model().model.layers if base == "llama" else model.get_base_model().transformer.h
     blocks[1] = blocks[0]

@@ -29,7 +29,7 @@ def test_the_squared_length_of_v_is_the_damped_quadratic_form(r, rank, seed, sca
 
 
 def test_repeated_columns_cost_what_the_damping_says():
-    """Two equal columns make ``A`` singular: their difference moves nothing, and the coordinates stay finite."""
+    """Two equal columns make ``A`` singular; the coordinates stay finite."""
     A = torch.tensor([[1.0, 1.0], [1.0, 1.0]], dtype=torch.float64)
     place = coordinates(A, torch.eye(2, dtype=torch.float64), damping=1e-3)
     difference = torch.tensor([1.0, -1.0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A model without its adapters is its base, and afterwards it is as it was."""
+"""A model with disabled adapters is its base model, and is restored afterwards."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Training in float16: a GradScaler's steps, those that overflow among them, on the CPU as it is on a GPU."""
+"""Training in float16 with a GradScaler, including steps that overflow; it runs on the CPU like on a GPU."""
 
 import math
 
@@ -14,7 +14,7 @@ from curlora.guard.anchors import Anchors
 from tests.models import curlora, layers, llama, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
-# A fused optimizer divides gradients by the scale itself, and passes over a step that overflows itself.
+# A fused optimizer itself divides the gradients by the scale, and itself skips a step that overflows.
 both_kinds = pytest.mark.parametrize("fused", [False, True])
 
 BUDGET, SCALE = 1e-2, 2.0**16
@@ -48,7 +48,7 @@ def put_gradients(guard, step, scale):
 
 
 def scale_of(scaler):
-    """What a loss is multiplied by; a scaler wants to have done so before a step."""
+    """The loss scale. A scaler must have scaled a tensor before its first step."""
     return scaler.scale(torch.ones(())).item()
 
 
@@ -63,10 +63,10 @@ def same(guard, others):
 @both_kinds
 @pytest.mark.parametrize("unscaled_by_hand", [False, True])
 def test_a_step_is_that_of_the_gradients_without_the_scale(fused, unscaled_by_hand, calibration):
-    """To the bit: a power of two rounds nothing."""
+    """Bitwise equal, because a factor of a power of two does not round."""
     _, guard, optimizer = guarded(calibration, fused)
     _, plain, other = guarded(calibration, fused)
-    scaler = GradScaler("cpu", init_scale=SCALE, growth_interval=2)  # the scale changes on the way
+    scaler = GradScaler("cpu", init_scale=SCALE, growth_interval=2)  # the scale grows during the test
     for step in range(6):
         put_gradients(guard, step, scale_of(scaler))
         put_gradients(plain, step, 1.0)
@@ -84,7 +84,7 @@ def test_a_step_is_that_of_the_gradients_without_the_scale(fused, unscaled_by_ha
 @pytest.mark.parametrize("unscaled_by_hand", [False, True])
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_step_that_overflows_moves_nothing(fused, unscaled_by_hand, bad, calibration):
-    """Neither the parameters nor what is predicted; and the next step is as if it had not been."""
+    """Parameters and prediction are unchanged, and so is the next step."""
     _, guard, optimizer = guarded(calibration, fused)
     _, plain, other = guarded(calibration, fused)
     scaler = GradScaler("cpu", init_scale=SCALE)
@@ -168,13 +168,13 @@ def test_a_loop_learns_within_the_budget(fused, calibration):
             skipped += 1
             assert same(guard, before)
         assert guard.drift() <= BUDGET * (1 + 1e-4)
-    assert 10 < skipped < 35  # the scale is far too large to begin with
+    assert 10 < skipped < 35  # the initial scale is far too large
     assert losses[-1] < losses[0] - 0.1
     assert guard.drift() > 0.9 * BUDGET
 
 
 def test_columns_and_rows_are_chosen_as_in_float32():
-    """Where gradients of a mean over many tokens are so small that float16 has none of them."""
+    """The gradients of a mean over many tokens are so small that they underflow in float16."""
     text, rows, chosen = list(tokens(batch=32, length=16)), tokens(seed=3, batch=64, length=40), []
     for half in (False, True):
         base = llama(initializer_range=0.2)

@@ -1,4 +1,4 @@
-"""Training in the guard's coordinates, against the formulas and against what the model then says."""
+"""Training in the guard's coordinates, against the formulas and against measured divergences."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.models import BASES, curlora, tokens
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
 
 MAPS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
-# A random model's attention hardly looks at queries: the layers that it does use.
+# The layers that matter: queries hardly change the predictions of a random model.
 USED = ["v_proj", "o_proj", "down_proj"]
 
 
@@ -78,7 +78,7 @@ def test_drift_is_the_damped_quadratic_form_of_u(base):
 
 @pytest.mark.parametrize("base", MAPS)
 def test_without_gradients_drift_is_the_shift_of_the_output(base):
-    """Of the lowest layer, whose inputs stay what they are: ``1/2 E||shift||^2 / E||y0||^2``."""
+    """``1/2 E||shift||^2 / E||y0||^2`` of the lowest layer, whose inputs do not change."""
     options = {"layers_to_transform": [0], "layers_pattern": "layers" if base == "llama" else "h"}
     model = fresh(base, **options)
     guard = Guard(model, calibrated(model, gradients=False), damping=1e-9)
@@ -97,13 +97,13 @@ def test_without_gradients_drift_is_the_shift_of_the_output(base):
         bias = layer.get_base_layer().bias
         size = (y0 - (0 if bias is None else bias)).square().sum()
         expected += float((y - y0).square().sum() / size) / 2
-    # What is left of the damping, r / tokens, is a few per cent here.
+    # The remaining damping, r / tokens, is a few per cent here.
     assert guard.drift() == pytest.approx(expected, rel=0.15)
 
 
 @pytest.mark.parametrize("base", MAPS)
 def test_the_prediction_is_what_the_model_says(base):
-    """Measured KL against predicted, in small steps of one layer at a time: what is left is the Kronecker product."""
+    """Measured against predicted KL, for small steps of one layer: only the Kronecker product is approximate."""
     targets = {"llama": USED, "gpt2": ["c_attn", "c_proj"]}[base]
     model = fresh(base, target_modules=targets).double()
     guard = Guard(model, calibrated(model, batch=64), damping=1e-3)
@@ -118,14 +118,14 @@ def test_the_prediction_is_what_the_model_says(base):
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 def test_little_text_is_damped_for_what_it_does_not_show(rows):
-    """Where training goes, on other text: without more damping for few rows 10 times what is predicted, and more."""
+    """On other text, without more damping for few rows, the KL of random steps is over 10 times the prediction."""
     model = fresh(r=16, target_modules=USED).double()
     ratios = []
     for seed in range(4):
         data = [{"input_ids": tokens(seed=10 + seed, batch=rows, length=20)}]
         guard = Guard(model, calibrate(model, data, progress=False, seed=seed))
         guard._enter()
-        for U in mixings(model):  # all directions alike in the guard's coordinates
+        for U in mixings(model):  # equally likely directions in the guard's coordinates
             U.data.normal_(generator=torch.Generator().manual_seed(seed))
         guard._leave()
         scale = (1e-6 / guard.drift()) ** 0.5
@@ -139,7 +139,7 @@ def test_little_text_is_damped_for_what_it_does_not_show(rows):
 
 @pytest.mark.parametrize("base", MAPS)
 def test_a_plain_step_goes_along_the_damped_natural_gradient(base):
-    """With SGD ``dU = -lr * 2/N * L^-1 G R^-1``, from the moments as they are, by solving and not by square roots."""
+    """With SGD ``dU = -lr * 2/N * L^-1 G R^-1``, computed here by solving instead of by square roots."""
     model = fresh(base, alpha=1.7)
     calibration = calibrated(model)
     guard = Guard(model, calibration, damping=0.2)
@@ -194,7 +194,7 @@ def test_the_budget_is_never_left(make):
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         assert guard.drift() <= 2e-4 * (1 + 1e-4)
-    assert guard.drift() > 1e-4  # it is used
+    assert guard.drift() > 1e-4  # the budget is used
 
 
 def test_a_rise_of_perplexity_is_a_budget_in_nats():
@@ -225,7 +225,7 @@ def test_forgetting_counts_from_what_the_adapter_was_when_it_was_calibrated():
     train(model, guard, lr=1.0)
     assert 0 < guard.drift() <= 1e-9 * (1 + 1e-2)
     for U, before in zip(mixings(model), learned, strict=True):
-        # What it had learned is still there.
+        # The learned values are still there.
         assert 0 < (U - before).norm() < 0.2 * before.norm()
 
 
@@ -289,7 +289,7 @@ def test_a_calibration_of_another_moment_does_not_undo_what_was_learned():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_far_step_of_half_precision_is_taken_back(dtype):
-    """Its square is more than the type holds."""
+    """The square of the step overflows the dtype."""
     model = fresh(r=16, target_modules="all-linear")
     calibration = calibrated(model)
     model.to(dtype)
@@ -302,7 +302,7 @@ def test_a_far_step_of_half_precision_is_taken_back(dtype):
 
 
 def test_a_step_inside_of_autocast_is_the_same_step():
-    """As in loops that put all of a step under it: rounded to bfloat16, ``U`` would forget what a step changed."""
+    """Some loops run the whole step under autocast. In bfloat16, rounding of ``U`` would undo small steps."""
     ends = []
     for autocast in (False, True):
         model = fresh()
@@ -334,7 +334,7 @@ def test_gradients_are_those_of_u_again_after_a_step():
 
 
 def test_a_step_that_was_broken_off_is_made_good_by_detach():
-    model = fresh().double()  # so that nothing but rounding there and back is forgiven
+    model = fresh().double()  # in float64, so that the tolerance only covers the rounding of the two maps
     guard = Guard(model, calibrated(model))
     train(model, guard, steps=2)
     guard.detach()
@@ -367,7 +367,7 @@ def test_one_layer_that_is_not_finite_leaves_the_others():
 
 
 def test_a_model_that_is_moved_after_the_guard_was_made():
-    """Its dtype here; a device is followed in the same way."""
+    """Tested with the dtype; a change of the device is handled in the same way."""
     model = fresh()
     calibration = calibrated(model)
     guard = Guard(model, calibration, budget=1e-3)
@@ -386,7 +386,7 @@ def test_two_guards_of_one_adapter_are_refused():
     optimizer = torch.optim.SGD(mixings(model), lr=1.0)
     first, second = Guard(model, calibration), Guard(model, calibration)
     first.attach(optimizer)
-    first.attach(optimizer)  # again is no harm
+    first.attach(optimizer)  # attaching twice is allowed
     with pytest.raises(GuardError, match="has another guard for adapter 'default'"):
         second.attach(optimizer)
     first.detach()
@@ -394,7 +394,7 @@ def test_two_guards_of_one_adapter_are_refused():
 
 
 def test_training_that_was_cut_off_goes_on_the_same():
-    """Nothing is kept but ``U`` and the optimizer's own state."""
+    """Only ``U`` and the optimizer's state are saved."""
     whole, cut = fresh(), fresh()
     calibration = calibrated(whole)
     ids = tokens(seed=2, batch=4, length=6)

@@ -1,4 +1,4 @@
-"""The rule for the learning rate: what it says where it was fitted, and what it refuses."""
+"""The rule for the learning rate: its values where it was fitted, and its errors."""
 
 import math
 

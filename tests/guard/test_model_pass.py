@@ -1,4 +1,4 @@
-"""Perplexity of a text, by the rows that a calibration makes of it."""
+"""Perplexity of a text, on the same rows as a calibration."""
 
 import math
 

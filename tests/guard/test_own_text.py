@@ -1,4 +1,4 @@
-"""What the base model writes: drawn from its distribution as it is, and kept."""
+"""Text that the base model writes: sampled from its unchanged distribution, and cached."""
 
 import math
 import multiprocessing
@@ -14,13 +14,13 @@ from curlora.guard import GuardError, own_text
 from curlora.guard.decoding import draw
 from tests.models import WORDS, curlora, gpt2, llama, word_tokenizer
 
-# None of them begins another word.
+# None of these words is the beginning of another word.
 BEGIN, TURN, TURN_END, END = "w90", "w91", "w92", "w93"
 TEMPLATE = (
     "{% for message in messages %}w91 {{ message['role'] }} {{ message['content'] }} w92 {% endfor %}"
     "{% if add_generation_prompt %}w91 w94 {% endif %}"
 )
-NAMED_END = 2  # by the tiny model's generation configuration
+NAMED_END = 2  # the end token of the tiny model's generation configuration
 
 
 def tokenizer(template=TEMPLATE):
@@ -35,7 +35,7 @@ def number(word):
 
 
 def talkative(seed=0, scale=10):
-    """With larger weights, so that its predictions are far from even."""
+    """A model with larger weights, so that its predictions are far from uniform."""
     model = llama(seed)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -69,7 +69,7 @@ def test_texts_end_at_their_end_and_nowhere_else():
     assert short, "some should come to an end"
     assert all(found in ([], [len(row) - 1]) for found, row in zip(ends, rows, strict=True))
     assert {int(row[-1]) for row in short} == {number(END), NAMED_END}
-    # The end of a turn ends no text.
+    # The end of a turn does not end a plain text.
     assert any((row[:-1] == number(TURN_END)).any() for row in rows)
 
 
@@ -107,10 +107,10 @@ def test_chats_are_laid_out_as_the_template_has_it():
     [
         None,
         "{{ raise_exception('no') }}",
-        "w91 {{ messages[0]['role'] }} w92",  # without what the user says
-        "w91 {% for m in messages %}{{ m['content'] }} w20 {% endfor %}",  # whose end is a word like any other
-        "{% for m in messages %}{{ m['content'] }} w92 {% endfor %}",  # nothing to begin a turn with
-        "w91 w91 w91 w91 w91 w91 w91 w91 {% for m in messages %}{{ m['content'] }} w92 {% endfor %}",  # half a row
+        "w91 {{ messages[0]['role'] }} w92",  # the user's message is missing
+        "w91 {% for m in messages %}{{ m['content'] }} w20 {% endfor %}",  # the end of a turn is an ordinary word
+        "{% for m in messages %}{{ m['content'] }} w92 {% endfor %}",  # no header before a turn
+        "w91 w91 w91 w91 w91 w91 w91 w91 {% for m in messages %}{{ m['content'] }} w92 {% endfor %}",  # half a row long
     ],
 )
 def test_a_template_in_which_a_turn_cannot_be_written_is_left_out(template):
@@ -293,7 +293,7 @@ def test_a_damaged_file_is_written_anew(damage, tmp_path, monkeypatch):
         write(talkative(), cache=tmp_path, seed=1)
         (other,) = set(tmp_path.iterdir()) - {path}
         path.write_bytes(other.read_bytes())
-    elif damage == "folder":  # which cannot be replaced by a file: nothing is kept
+    elif damage == "folder":  # a file cannot replace a folder, so nothing is cached
         path.unlink()
         path.mkdir()
     else:
@@ -356,6 +356,6 @@ def test_options_out_of_range_are_refused(option):
 
 
 def test_learned_positions_are_counted_from_a_rows_first_token():
-    """Chats of different lengths are answered together, padded."""
+    """Chats of different lengths are padded and answered in one batch."""
     rows = write(gpt2(), max_length=24, tokens=600)
     assert same(rows, write(gpt2(), max_length=24, tokens=600, batch_size=1))

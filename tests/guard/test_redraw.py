@@ -34,8 +34,8 @@ GENERAL = {"input_ids": tokens(seed=1, batch=4, length=8)}
 
 
 def squares(base, losses):
-    """Of each adapted layer ``sum (y0)_i^2`` and ``sum (W^T d)_j^2`` over all tokens with a gradient, float64."""
-    # By this kernel what has no effect has a gradient of zero, and not of rounding alone.
+    """``sum (y0)_i^2`` and ``sum (W^T d)_j^2`` of each adapted layer over all tokens with a gradient, float64."""
+    # With the eager kernel, a query without effect has a gradient of exactly zero, without rounding.
     model = (llama(attn_implementation="eager") if base == "llama" else BASES[base]()).requires_grad_(True)
     seen, sums = {}, {}
     for name, module in model.named_modules():
@@ -88,7 +88,7 @@ def test_a_loss_of_ones_own_is_used():
 
 
 def test_how_the_task_is_put_into_batches_does_not_matter():
-    """A short last batch has the larger gradients of a mean over fewer, and counts no more for it."""
+    """The mean over a short last batch has larger gradients; they do not weigh more."""
     ids = tokens(seed=3, batch=33, length=9)
 
     def of(size):
@@ -96,11 +96,11 @@ def test_how_the_task_is_put_into_batches_does_not_matter():
 
     one_by_one = chosen(untrained(), of(1))
     assert chosen(untrained(), of(16)) == one_by_one
-    assert chosen(untrained(), of(16)[:2]) != chosen(untrained(), of(16)[2:])  # else it could not be seen
+    assert chosen(untrained(), of(16)[:2]) != chosen(untrained(), of(16)[2:])  # otherwise the test could not fail
 
 
 def test_nor_where_the_model_is_sure_of_some_rows():
-    """Their gradients are thousands of times as small as those of others, and count as much."""
+    """Their gradients are thousands of times smaller than others, and are still included."""
     ids = tokens(seed=3, batch=16, length=9)
 
     def chosen_of(size):
@@ -115,7 +115,7 @@ def test_nor_where_the_model_is_sure_of_some_rows():
 
 
 def test_a_layer_that_a_batch_does_not_use_is_passed_over():
-    """As an expert that no token goes to."""
+    """Like an expert that receives no token."""
     model = untrained()
     mlp = model.get_base_model().model.layers[0].mlp
     mlp.forward = lambda x: x + mlp.down_proj(mlp.up_proj(x)[:0]).sum()
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_infinite_is_told():
 
 
 def test_what_is_rounding_alone_does_not_count():
-    """The query of a row's first token has one key to attend to, and no gradient: but for rounding, by some kernels."""
+    """The query of a row's first token has only one key, so its gradient is zero; some kernels give rounding errors."""
     by_one, by_other = (
         chosen(untrained(on=llama(attn_implementation=kernel), target_modules=["q_proj"]), batches())
         for kernel in ("sdpa", "eager")
@@ -145,14 +145,14 @@ def test_what_is_rounding_alone_does_not_count():
 def test_a_layer_that_the_task_does_not_use_keeps_what_it_has():
     model = untrained()
     block = model.get_base_model().model.layers[0]
-    block.mlp.forward = lambda x: x  # goes round the MLP
+    block.mlp.forward = lambda x: x  # skips the MLP
     before = block.mlp.down_proj.basis("default").indices.clone()
     redraw(model, batches(), [GENERAL], progress=False)
     assert torch.equal(block.mlp.down_proj.basis("default").indices, before)
 
 
 def test_beside_a_trained_adapter_gradients_are_of_the_model_with_it():
-    """Put into the weights it changes every layer's input the same; ``y0`` and ``W`` stay the base layer's own."""
+    """Merged, it changes the input of every layer in the same way; ``y0`` and ``W`` remain those of the base layer."""
     targets = MAPS["llama"]
     model = untrained(target_modules=targets)
     generator = torch.Generator().manual_seed(4)
@@ -238,7 +238,7 @@ def test_inputs_that_require_gradients_do_not_matter():
     chosen = []
     for required in (False, True):
         model = untrained()
-        if required:  # as for checkpointing, or to train a quantized model
+        if required:  # as gradient checkpointing and quantized models need it
             model.enable_input_require_grads()
         redraw(model, batches(), [GENERAL], progress=False)
         chosen.append(torch.stack([layer.basis("default").indices for layer in layers_of(model)]))

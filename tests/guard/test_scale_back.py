@@ -1,4 +1,4 @@
-"""Taking a step back until a measurement allows it."""
+"""Scaling a step back until a measure is within its limit."""
 
 import math
 
@@ -11,7 +11,7 @@ from curlora.guard import scale_to_limit
 
 
 def step(curve, limit, **options):
-    """Along a line from 0 to 10, measured by ``curve`` of the share of the way."""
+    """Scale a step from 0 to 10 back; the measure is ``curve`` of the share of the step."""
     parameter = torch.tensor([10.0])
     seen = []
 
@@ -20,8 +20,8 @@ def step(curve, limit, **options):
         return curve(float(parameter) / 10)
 
     scale, found = scale_to_limit(limit, measure, [parameter], [torch.zeros(1)], **options)
-    assert float(parameter) / 10 == pytest.approx(scale)  # it is left where it says
-    assert found == curve(float(parameter) / 10)  # of a curve that jumps, the scale is not exact enough
+    assert float(parameter) / 10 == pytest.approx(scale)  # the parameter is at the returned scale
+    assert found == curve(float(parameter) / 10)  # not curve(scale), because rounding matters where a curve jumps
     return scale, found, len(seen)
 
 
@@ -90,7 +90,7 @@ def test_an_error_while_measuring_loses_nothing():
     answers = iter([9.0, 0.0])
 
     def measure():
-        return next(answers)  # then there is nothing more
+        return next(answers)  # raises after two
 
     with pytest.raises(StopIteration):
         scale_to_limit(1.0, measure, [U], [torch.zeros(2, 2)])

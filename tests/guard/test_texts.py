@@ -1,4 +1,4 @@
-"""Which tokens of a text count: what people and models say, and not what a template puts around it."""
+"""The tokens of a text that count: the content of messages, not what the chat template adds around it."""
 
 import math
 
@@ -62,7 +62,7 @@ def test_texts_and_rows_count_as_a_whole():
 def test_perplexity_is_of_what_counts(batch_size):
     model, ids = adapted(llama()), tokens(batch=6, length=9)
     counted = torch.rand(6, 9, generator=torch.Generator().manual_seed(0)) < 0.5
-    counted[2] = False  # a row of which nothing does
+    counted[2] = False  # a row in which no token counts
     with torch.no_grad():
         logits = model(input_ids=ids).logits[:, :-1].double()
     losses = cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(6, 8)
