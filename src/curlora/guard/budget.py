@@ -132,7 +132,7 @@ class ForgettingBudget(TrainerCallback):
             arguments if it differs from their default, else :func:`curlora.guard.learning_rate`.
         redraw: whether to choose columns and rows for the task.
         anchors: whether to protect the tasks of earlier trainings, and to add this task to them.
-        tokens: the largest number of tokens of each text.
+        tokens: the largest number of tokens of each text. The model's own text may exceed it by less than a row.
         max_length: the largest number of tokens in a row of text. Perplexity is measured on such rows.
         batch_size: the number of rows of text, or of training examples, in a forward pass. Examples that are longer
             than rows form smaller batches.
