@@ -127,7 +127,7 @@ def test_prompts_of_a_file(tmp_path):
         (dict(learning_rate=0.0), "--learning-rate must be a positive number"),
         (dict(lifetime=0.005), "--lifetime 0.005 is less than --max-forgetting 0.01"),
         (dict(lifetime=0.01, guard_texts={"a": "a.txt"}, limits={"a": 0.02}), "--lifetime 0.01 is less than --limit a"),
-        (dict(limits={"a": 0.02}), "--limit a=...: no --guard-text has this name; none is given. Name the text: --guard-text"),
+        (dict(limits={"a": 0.02}), "--limit a=...: no --guard-text has this name; none is given. Name"),
         (dict(limits={"c": 0.1}, guard_texts={"a": "a.txt", "b": "b.txt"}), "has this name; the names are a, b. Name"),
         (dict(continue_from="adapter", rank=8), "--rank and --target-modules apply to a new adapter only"),
     ],
