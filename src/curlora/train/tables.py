@@ -68,7 +68,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
         (
             "memory",
             ("unknown: " if memory.total is None else f"about {format_size(memory.total)}: ") + sizes + kept
-            + (" (computed again)" if with_checkpointing(options) else "") + more,
+            + (" (with gradient checkpointing)" if with_checkpointing(options) else "") + more,
         ),
         ("written to", str(options.out)),
     ]  # fmt: skip
