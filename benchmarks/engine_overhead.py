@@ -1,10 +1,11 @@
-"""What a run costs beyond model arithmetic: the engine beside a bare loop over the same batches.
+"""Measure the engine's overhead: a continual run beside a bare loop over the same batches.
 
     python benchmarks/engine_overhead.py [--rounds 3] [--examples 96]
 
-Both train CURLoRA on the demo's first task with the demo's settings, in one process and one thread, in turn; then both
-score. Prints a JSON object: medians in seconds of CPU time, which other work on the machine hardly changes, their
-ratio, and the share of padding in the batches, grouped by length and not.
+Both train CURLoRA on the demo's first task with the demo's settings, alternately, in one process and one thread. Then
+both score. Prints a JSON object with the medians in seconds of CPU time, which other work on the machine hardly
+changes, and with their ratio. It also holds the share of padding in batches grouped by length, and in batches that are
+not.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def side_by_side(engine: Callable[[], None], bare: Callable[[], None], rounds: i
 
 
 def padding(lengths: list[int], batch_size: int) -> float:
-    """Share of padding among the tokens of all batches."""
+    """Return the share of padding among the tokens of all batches."""
     padded = sum(len(chunk) * max(chunk) for chunk in chunks(lengths, batch_size))
     return 1 - sum(lengths) / padded
 

@@ -1,18 +1,19 @@
-"""What an adapter costs on a GPU, over the frozen model and beside PEFT's LoRA. Seven minutes on one card.
+"""Measure an adapter's cost on a GPU, relative to the frozen model and to PEFT's LoRA. Takes seven minutes on one GPU.
 
-First each kernel is held to float64; if one is wrong, nothing is measured. Then, what matters most first: steps and
-their peak memory, steps of a compiled model, one token with a cache, batches of 64 adapters, ranks, numbers of tokens,
-the bandwidth of each kernel, attaching and calibrating, a guarded step, quantized bases. Models have the shapes of
-Llama-3.2-3B and Mistral-7B, few of their layers, random bfloat16 weights (nothing is downloaded), and adapters on all
-linear layers. Methods share the frozen weights and take turns, and gradients flow to the embeddings in each.
+First each kernel is compared with float64; if one is wrong, nothing is measured. The stages follow, the most important
+first: steps and their peak memory, steps of a compiled model, one token with a cache, batches of 64 adapters, ranks,
+numbers of tokens, the bandwidth of each kernel, attaching and calibrating, a guarded step, quantized base models. The
+models have the shapes of Llama-3.2-3B and Mistral-7B with few layers, random bfloat16 weights (nothing is downloaded),
+and adapters on all linear layers. The methods share the frozen weights and run alternately. With each method gradients
+flow back to the embeddings.
 
-A line of JSON is written as soon as there is a result, and the tables are printed at the end, which may be any time:
-after ``--seconds``, at SIGTERM, at Ctrl+C.
+Each result is written at once as a line of JSON. The tables are printed at the end: after the last stage, after
+``--seconds``, at SIGTERM or at Ctrl+C.
 
-    bash benchmarks/gpu.sh                           # where there is no network, with what it says to bring along
-    python benchmarks/gpu.py --only check step       # some of it
-    python benchmarks/gpu.py --tables gpu.jsonl      # the tables of lines that are there
-    python benchmarks/gpu.py --tiny                  # on the CPU, kernels in Triton's interpreter, to see that it runs
+    bash benchmarks/gpu.sh                           # without a network; the script lists the files that it needs
+    python benchmarks/gpu.py --only check step       # some stages only
+    python benchmarks/gpu.py --tables gpu.jsonl      # print the tables of earlier results
+    python benchmarks/gpu.py --tiny                  # a test on the CPU, with the kernels in Triton's interpreter
 """
 
 import argparse
@@ -28,7 +29,7 @@ from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# In the place of this script's folder, whose kernels/ would be taken for another package of that name.
+# These folders replace this script's own folder, whose kernels/ would hide another package of the same name.
 sys.path[:1] = [str(HERE / "speed"), str(HERE / "kernels")]
 TINY = "--tiny" in sys.argv
 if TINY:
@@ -60,7 +61,7 @@ SHAPES = {
 }  # fmt: skip
 SMALL = dict(hidden_size=96, intermediate_size=128, num_attention_heads=3, num_key_value_heads=1, head_dim=32)
 LLAMA, MISTRAL = SHAPES
-# Which adapter, and what computes it.
+# The adapter of each method, and the backend that computes it.
 METHODS = {
     "floor": ("floor", "torch"), "torch": ("curlora", "torch"), "triton": ("curlora", "triton"),
     "lora": ("lora", "torch"),
@@ -86,7 +87,7 @@ def variants(frozen, r, methods=METHODS):
 
 
 def by(method, call):
-    """The call, computed as the method is."""
+    """Return the call, run with the method's backend."""
 
     def run():
         with kernels.use(METHODS[method][1]):
@@ -96,7 +97,7 @@ def by(method, call):
 
 
 def compared(calls, rounds):
-    """Seconds of the floor, of the others over it, and of CURLoRA's overhead how much of LoRA's it is."""
+    """Return the floor's seconds, the other methods' overhead over it, and CURLoRA's overhead relative to LoRA's."""
     seconds = measure.in_turn(calls, rounds, warmup=tiny(0, 3))
     over = {name: time for name, time in measure.over_floor(seconds).items() if name != "floor"}
     result = {"floor": statistics.median(seconds["floor"]), "over": over}
@@ -114,7 +115,7 @@ def rounded(value):
 
 
 def peak(call):
-    """Bytes that a call holds at most, over what is held before it."""
+    """Return the peak memory of a call, in bytes above the memory allocated before it."""
     call()
     if DEVICE == "cpu":
         return None
@@ -126,7 +127,7 @@ def peak(call):
     return torch.cuda.max_memory_allocated() - before
 
 
-# What is measured, in order. Each is a generator of rows.
+# The stages, in order. Each is a generator of rows.
 
 
 def machine():
@@ -184,7 +185,7 @@ def step():
 
 
 def compiled(name=LLAMA):
-    torch._dynamo.config.recompile_limit = 64  # four models share their code
+    torch._dynamo.config.recompile_limit = 64  # four models share the compiled function's cache
     frozen = base(name, 2)
     for checkpointing in tiny((False,), (False, True)):
         yield from steps(name, 2, 16, tiny(8, 2048), checkpointing, compiled=True, models=variants(frozen, 16))
@@ -196,7 +197,7 @@ def compiled_larger():
 
 
 def profile():
-    """Where the time of a step goes on the GPU: kernels by their time, of each method."""
+    """Profile a step on the GPU: for each method, the kernels with the most time."""
     if DEVICE == "cpu":
         return
     for method, model in variants(base(LLAMA, 2), 16).items():
@@ -216,7 +217,7 @@ def profile():
 
 
 def decode(layers=8, context=512):
-    """One token with a cache, a batch of one. ``merged`` is the adapter in the weights."""
+    """Measure one token with a cache, at batch size 1. ``merged`` is the adapter merged into the weights."""
     for name in SHAPES:
         frozen = base(name, layers)
         models = variants(frozen, 16)
@@ -243,7 +244,7 @@ def one_token(model, x, cache):
 
 
 def adapters(layers=4, count=64):
-    """A batch in which each row has an adapter of its own, beside one for all rows."""
+    """Measure a batch with a different adapter for each row, beside one adapter for all rows."""
     count = tiny(3, count)
     frozen = base(LLAMA, layers)
     configs = {
@@ -297,7 +298,7 @@ def bandwidth():
 
 
 def attach():
-    """A whole model of 3 B: an adapter on every linear layer, a calibration, and steps with and without a guard."""
+    """Measure attaching, a calibration, and steps with and without a guard, on all layers of a model of 3 B."""
     model = base(LLAMA, 28, causal=True)
     measure.synchronize()
     began = time.perf_counter()
@@ -389,15 +390,15 @@ def main():
     names = [stage.__name__ for stage in STAGES]
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STAGE", help=", ".join(names))
     parser.add_argument("--without", nargs="+", choices=names, default=[], metavar="STAGE")
-    parser.add_argument("--seconds", type=float, default=390, help="after which nothing new is begun")
+    parser.add_argument("--seconds", type=float, default=390, help="time limit; no new measurement starts after it")
     parser.add_argument("--out", type=Path, default=HERE / "gpu.jsonl")
-    parser.add_argument("--tables", type=Path, metavar="FILE", help="print the tables of these lines, measure nothing")
+    parser.add_argument("--tables", type=Path, metavar="FILE", help="print tables of these results; measure nothing")
     parser.add_argument("--tiny", action="store_true", help="small shapes, on the CPU")
     options = parser.parse_args()
     if options.tables:
         return print(tables([json.loads(line) for line in options.tables.read_text().splitlines()]))
     if DEVICE == "cuda" and not torch.cuda.is_available():
-        sys.exit("No GPU here. --tiny runs small shapes on the CPU.")
+        sys.exit("No GPU is available. Use --tiny to run small shapes on the CPU.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     rows, began = [], time.perf_counter()
 
@@ -417,7 +418,7 @@ def main():
 
 
 def measured(stage, add, end):
-    """The rows of a stage until the time is over. After one that fails the next is begun, unless a kernel is wrong."""
+    """Add the rows of a stage until the time limit. A failed stage is recorded; a wrong kernel ends the program."""
     results = stage()
     try:
         while True:
@@ -443,7 +444,7 @@ def measured(stage, add, end):
 
 
 def tables(rows):
-    """Markdown, of what rows there are."""
+    """Return Markdown tables of the rows."""
     parts = [of(rows) for of in (machine_line, step_table, decode_table, adapters_table, bandwidth_table, rest_lines)]
     return "\n\n".join(part for part in parts if part)
 

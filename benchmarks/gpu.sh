@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# benchmarks/gpu.py on a machine with an NVIDIA GPU that has Python 3.12, PyTorch, Triton, transformers, accelerate and
-# safetensors, and no network. What else it takes are wheels, in wheels/ at the top of the repository:
+# Run benchmarks/gpu.py on a machine without a network that has an NVIDIA GPU, Python 3.12, PyTorch, Triton, transformers,
+# accelerate and safetensors. Put these wheels into wheels/ at the top of the repository:
 #
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
 #     --dest wheels peft==0.21.2 bitsandbytes==0.50.2 torchao==0.18.0 termcolor==3.3.0
-#   pip wheel --no-deps --wheel-dir wheels hqq==0.2.8        # of which there is a source archive alone, in pure Python
+#   pip wheel --no-deps --wheel-dir wheels hqq==0.2.8        # PyPI has only a source archive, in pure Python
 #
-# peft (0.8 MiB) has to be there. The others are for quantized bases, which are left out without them: bitsandbytes
-# 41 MiB, torchao 3.2 MiB, hqq and termcolor 0.1 MiB. With the repository's 2.3 MiB that is 48 MiB. Of what curlora depends
-# on, `import curlora` takes rich beside these; pydantic, datasets, gguf and platformdirs are not imported.
+# peft (0.8 MiB) is required. The others are for quantized base models, which are left out without them: bitsandbytes
+# 41 MiB, torchao 3.2 MiB, hqq and termcolor 0.1 MiB. With the repository's 2.3 MiB the total is 48 MiB. Of curlora's
+# other dependencies only rich is needed; pydantic, datasets, gguf and platformdirs are not imported.
 #
-#   bash benchmarks/gpu.sh                                   # all of it, in SECONDS_LIMIT seconds (420)
+#   bash benchmarks/gpu.sh                                   # all stages, in SECONDS_LIMIT seconds (420)
 #   bash benchmarks/gpu.sh --only check bandwidth            # options of gpu.py
 #
-# Lines, tables and log go to $OUT, or to the present folder.
+# Results, tables and log are written to $OUT, or to the current folder.
 set -u -o pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 out=${OUT:-$PWD}
@@ -23,7 +23,7 @@ limit=${SECONDS_LIMIT:-420}
 for_quantized=70
 site=$(mktemp -d)
 
-install() { # into a folder, of wheels/ what the rest of the arguments name
+install() { # install the named wheels of wheels/ into a folder
   local folder=$1 name wheel
   shift
   for name in "$@"; do
@@ -35,7 +35,7 @@ install() { # into a folder, of wheels/ what the rest of the arguments name
   done
 }
 
-run() { # gpu.py for so many seconds, with the rest of the arguments
+run() { # run gpu.py with a time limit in seconds and the other arguments
   local seconds=$1
   shift
   timeout --signal=TERM --kill-after=15 "$seconds" "$python" "$root/benchmarks/gpu.py" \
@@ -43,7 +43,7 @@ run() { # gpu.py for so many seconds, with the rest of the arguments
 }
 
 install "$site" peft
-# curlora asks importlib.metadata for its version, and is not installed but read from src/.
+# curlora is imported from src/ without being installed, but asks importlib.metadata for its version.
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")
 mkdir -p "$site/curlora-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: curlora\nVersion: %s\n' "$version" >"$site/curlora-$version.dist-info/METADATA"

@@ -1,7 +1,7 @@
-"""The tables and figures of the documentation, from the raw results beside this file.
+"""Write the tables and figures of the documentation from the raw results in this folder.
 
-A table that no page has a place for is an error. With ``--check`` the pages are named whose tables are of other
-results, and nothing is written.
+A table without a place on any page is an error. With ``--check`` nothing is written: the pages are named whose tables
+are out of date.
 
     python benchmarks/pages.py            # make pages
     python benchmarks/pages.py --check
@@ -29,11 +29,11 @@ def main():
     tables = guard.tables() | paper.tables() | proof.tables() | speed.tables()
     texts = {page: page.read_text(encoding="utf-8") for page in (README, *sorted(DOCS.glob("*.md")))}
     if nowhere := [name for name in tables if not any(f"<!-- table: {name} -->" in text for text in texts.values())]:
-        sys.exit(f"no page has a place for {', '.join(nowhere)}: <!-- table: {nowhere[0]} -->")
+        sys.exit(f"No page has a place for {', '.join(nowhere)}: add <!-- table: {nowhere[0]} --> and <!-- end -->.")
     made = {page: filled(text, tables) for page, text in texts.items()}
     changed = {page: text for page, text in made.items() if text != texts[page]}
     if options.check:
-        told = "".join(f"{page.name} has tables of other results: make pages\n" for page in changed)
+        told = "".join(f"{page.name} has outdated tables: run make pages.\n" for page in changed)
         sys.exit(told or None)
     for page, text in changed.items():
         page.write_text(text, encoding="utf-8")

@@ -1,10 +1,11 @@
-"""Quantized bases beside plain ones: what is learned, and the memory that it takes.
+"""Compare quantized base models with float32: accuracy on SST-2, and memory.
 
-    export CURLORA_DATA_DIR=...    # the layout of its folders is in docs/paper.md
-    python benchmarks/quantized.py --model DIR                  # all of it; a line of JSON for each run
+    export CURLORA_DATA_DIR=...    # docs/paper.md describes the folders in it
+    python benchmarks/quantized.py --model DIR                  # all runs; each writes a line of JSON
     python benchmarks/quantized.py --model DIR --only nf4 lora  # one base and method
 
-Each run is a process of its own, so that its peak memory is its own. SST-2, one epoch, a head on the last token.
+Each run is a separate process, so that its peak memory is measured separately. It trains for one epoch, with a
+classification head on the last token.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main():
     parser.add_argument("--examples", type=int, default=800)
     parser.add_argument("--scored", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--length", type=int, default=64, help="tokens of an example at most")
+    parser.add_argument("--length", type=int, default=64, help="longest example, in tokens")
     arguments = parser.parse_args()
     if arguments.only:
         line = json.dumps(run(arguments, *arguments.only))
@@ -58,7 +59,7 @@ def main():
 
 
 def nbytes(weight):
-    """What a weight takes; a quantized one may be made of several tensors."""
+    """Return a weight's size in bytes. A quantized weight may consist of several tensors."""
     if not is_traceable_wrapper_subclass(weight):
         return weight.nbytes
     return sum(getattr(weight, name).nbytes for name in weight.__tensor_flatten__()[0])
@@ -127,7 +128,7 @@ def by_transformers(base):
 
 
 def by_hand(base, model):
-    """What transformers does not load, or not on a CPU."""
+    """Quantize a model in formats that transformers cannot load, or cannot load on a CPU."""
     if base == "torchao-int4":
         torchao.quantize_(model, torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64)))
     if base == "hqq":

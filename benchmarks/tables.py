@@ -1,4 +1,4 @@
-"""Tables of raw results, and the pages that they stand on."""
+"""Make tables of raw results, and insert them into pages."""
 
 import functools
 import json
@@ -7,7 +7,7 @@ import re
 
 @functools.cache
 def lines(path):
-    """The lines of JSON of a file; none where it has not been written yet."""
+    """Return the lines of a JSON Lines file; an empty list if it does not exist yet."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
@@ -19,7 +19,7 @@ def table(header, rows):
 
 
 def filled(text, tables):
-    """A page with new tables between ``<!-- table: NAME -->`` and ``<!-- end -->``; it keeps its words."""
+    """Return a page's text with new tables between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
 
     def fill(match):
         return f"{match[1]}\n{tables[match[2]]}\n{match[3]}"

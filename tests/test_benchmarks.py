@@ -86,7 +86,7 @@ def test_gpu_script_says_that_there_is_no_gpu():
     code += f"runpy.run_path({str(GPU)!r}, run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0
-    assert "No GPU here" in done.stderr
+    assert "No GPU is available" in done.stderr
 
 
 def test_an_overhead_is_of_the_same_round(monkeypatch):
@@ -123,8 +123,8 @@ def test_tables_of_the_pages_are_of_the_raw_results():
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("**0.381**", "**0.281**", "guard.md has tables of other results"),
-        ("<!-- table: rates -->", "", "no page has a place for rates"),
+        ("**0.381**", "**0.281**", "guard.md has outdated tables"),
+        ("<!-- table: rates -->", "", "No page has a place for rates"),
     ],
 )
 def test_a_page_with_other_figures_is_named(tmp_path, old, new, told):

@@ -1,9 +1,9 @@
-"""Why a prediction is too low: what layers do together is more than what each does by itself.
+"""Measure why a prediction can be too low: the joint effect of all layers exceeds the sum of their separate effects.
 
-Trains within a wide budget on chats of four facts or on four examples of GSM8K, again and again, or on many examples,
-once. Then on the guard's own rows, in nats per token: the guard's prediction, damped and not; the second order of each
-layer by itself and of all layers together, by the gradients of each row with answers drawn from the model; and the
-divergence as measured. Adds a line to ``across_layers.jsonl`` for each.
+Trains within a wide budget: on chats of four facts or on four examples of GSM8K, repeatedly, or on many examples once.
+Then compares, on the guard's own rows and in nats per token: the guard's prediction, with and without damping; the
+second-order term of each layer alone and of all layers together, from each row's gradients with targets sampled from
+the model; and the measured KL divergence. Adds a line to ``across_layers.jsonl`` for each training.
 
     export CURLORA_DATA_DIR=...
     python benchmarks/guard/across_layers.py --model DIR
@@ -47,7 +47,7 @@ ASKED = [
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="of the guard's text")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192], help="tokens of the guard's text")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for tokens in options.tokens:
@@ -87,7 +87,7 @@ def measured(name, kind, tokens):
     model.eval()
     layers = layers_of(model, "default")
     Us = [layer.matrices["default"].weight for layer in layers.values()]
-    learned = [U.detach() / budget.outcome.kept for U in Us]  # before it was scaled back
+    learned = [U.detach() / budget.outcome.kept for U in Us]  # undo the scaling back
     calibration = curlora.guard.Ledger.of(model.peft_config["default"]).calibration
     text = own_text(model, tokenizer, tokens=tokens, max_length=128)
 
@@ -122,7 +122,7 @@ def measured(name, kind, tokens):
 
 
 def logits(model, row, counted):
-    """Log-probabilities where a token that counts is foretold."""
+    """Return the log-probabilities at the positions that predict a token that counts."""
     return model(input_ids=row[None], use_cache=False).logits[0, :-1][counted[1:]].float().log_softmax(-1)
 
 

@@ -1,15 +1,15 @@
-"""Two tasks of chats from ``CURLORA_DATA_DIR``, short enough for a CPU (the loss is on the answer alone), and texts."""
+"""Two chat tasks from ``CURLORA_DATA_DIR``, short enough for a CPU, with the loss on the answers only; and texts."""
 
 import json
 import os
 import random
 from pathlib import Path
 
-LENGTH = 96  # tokens of a prompt and its answer
-ANSWER = 24  # of these are the answer's at least
+LENGTH = 96  # most tokens of a prompt and its answer
+ANSWER = 24  # tokens left for the answer at least
 HELD_OUT = 64
 
-# Without a system's turn of its own the template puts one in, of as many tokens as a question has.
+# Without a system turn the template inserts its own, which is as long as a question.
 SYSTEM = {"role": "system", "content": ""}
 
 
@@ -19,25 +19,25 @@ def read(name):
 
 
 def laid_out(tokenizer, prompt):
-    """A user's turn, up to where the answer begins."""
+    """Return the tokens of a user's turn, up to the start of the answer."""
     turns = [SYSTEM, {"role": "user", "content": prompt}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def examples(tokenizer, task):
-    """Each a row of tokens and how many of them are the prompt, in random order; those held out first."""
+    """Return pairs of a row of tokens and the length of its prompt, in random order. The first are held out."""
     found = {"gsm8k": gsm8k, "dialogsum": dialogsum}[task](tokenizer)
     return random.Random(0).sample(found, len(found))
 
 
 def gsm8k(tokenizer):
-    """The shorter half of the questions, with the beginnings of their answers."""
+    """Return the shorter half of the questions, with truncated answers."""
     for_all = [(laid_out(tokenizer, row["question"]), row["answer"]) for row in read("gsm8k_train")]
     return [answered(tokenizer, prompt, answer) for prompt, answer in for_all if len(prompt) <= LENGTH - ANSWER]
 
 
 def dialogsum(tokenizer):
-    """What a dialogue is about, from the lines that it begins with."""
+    """Return examples that summarize a dialogue from its first lines."""
     found = []
     for row in read("dialogsum_dev_test"):
         summary, lines = row.get("summary") or row["summary1"], row["dialogue"].splitlines()
@@ -55,12 +55,12 @@ def answered(tokenizer, prompt, answer):
 
 
 def articles(tokenizer):
-    """WikiText-2's test split, as tokens."""
+    """Return the tokens of WikiText-2's test split."""
     return tokenizer((root() / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8"))["input_ids"]
 
 
 def lines(path, encoding="utf-8"):
-    """The rows of a table below its heading."""
+    """Return the rows of a tab-separated file, without its heading."""
     return [line.split("\t") for line in path.read_text(encoding=encoding).splitlines()[1:]]
 
 

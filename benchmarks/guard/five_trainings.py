@@ -1,7 +1,7 @@
-"""Five trainings of one adapter, each in a process of its own, within one lifetime's budget.
+"""Train one adapter five times within one lifetime budget, each time in a separate process.
 
-After each, the loss of held-out answers of all five tasks and the rise of perplexity of texts that no training was
-shown are measured. A line of JSON each in ``five_trainings.jsonl``; what is there already is not repeated.
+After each training, measures the loss on held-out answers of all five tasks, and the rise of perplexity on texts that
+no training has seen. Each training is a line of ``five_trainings.jsonl``. Finished trainings are not repeated.
 
     export CURLORA_DATA_DIR=...
     python benchmarks/guard/five_trainings.py --model DIR [--no-anchors]
@@ -29,7 +29,7 @@ TEXTS = {
 
 
 def tasks():
-    """Questions and answers by task, those to train on before those to score."""
+    """Return questions and answers by task. The training examples come first, the held-out ones last."""
     reviews, pairs = lines(root() / "sst2" / "dev.tsv"), lines(root() / "mrpc" / "dev.tsv", "utf-8-sig")
     asked = {
         "gsm8k": [(row["question"], row["answer"]) for row in read("gsm8k_train")],
@@ -63,7 +63,7 @@ def encoded(tokenizer, examples):
 
 @torch.no_grad()
 def loss(model, examples):
-    """Nats per token of the answers."""
+    """Return the loss in nats per token of the answers."""
     total = count = 0
     for row in examples:
         labels = torch.tensor(row["labels"])[1:]
@@ -74,7 +74,7 @@ def loss(model, examples):
 
 
 def train(options):
-    """The training of number ``options.only``, in this process."""
+    """Run the training with number ``options.only`` in this process."""
     from peft import PeftModel, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--no-anchors", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="of the adapter, between trainings")
+    parser.add_argument("--folder", type=Path, help="folder of the adapter between trainings")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only is not None:

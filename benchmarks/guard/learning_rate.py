@@ -1,9 +1,10 @@
-"""The learning rate of a guarded training, from its budget, its steps and the rank.
+"""Find how the best learning rate of a guarded training depends on its budget, its steps and the rank.
 
-SmolLM2-135M with its upper eight layers adapted; the outputs of those below are computed once. GSM8K and DialogSum in
-the chat template, batches of four rows of at most 96 tokens, AdamW, a tenth of the steps warm-up and then a cosine, no
-clipping. A rate is given as a multiple of the square root of the budget. Adds a line to ``learning_rate.jsonl`` for
-each run; what is there already is not repeated.
+The upper eight layers of SmolLM2-135M are adapted; the outputs of the lower layers are computed once. The data are
+GSM8K and DialogSum in the chat template, in batches of four rows of at most 96 tokens. The optimizer is AdamW, with
+warm-up over a tenth of the steps, then a cosine schedule, and clipping only where a setting says so. A rate is given as
+a multiple of the square root of the budget. Each run adds a line to ``learning_rate.jsonl``. Finished runs are not
+repeated.
 
     python benchmarks/guard/learning_rate.py --model DIR
 """
@@ -26,11 +27,11 @@ import curlora
 from results import add, rows
 
 RESULTS = Path(__file__).parent / "learning_rate.jsonl"
-LAYERS = 22  # from here on they are adapted
-BATCH, TEXT, OTHER = 4, 8192, 768  # rows; tokens of the guard's text, and of other articles
+LAYERS = 22  # the first adapted layer
+BATCH, TEXT, OTHER = 4, 8192, 768  # rows of a batch; tokens of the guard's text; tokens of other articles
 EXAMPLES = 480
 MIDDLE = dict(task="gsm8k", steps=60, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
-REDRAWN = dict(choose="task")  # columns and rows for the task, as under a ForgettingBudget
+REDRAWN = dict(choose="task")  # columns and rows are chosen for the task, as under a ForgettingBudget
 ALL = REDRAWN | dict(targets="all-linear")
 SETTINGS = [
     REDRAWN | dict(steps=20),
@@ -58,7 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
-    parser.add_argument("--only", nargs="+", default=[], metavar="name=value", help="settings that are so")
+    parser.add_argument("--only", nargs="+", default=[], metavar="name=value", help="run only these settings")
     options = parser.parse_args()
     only = dict(one.split("=", 1) for one in options.only)
     lab = None
@@ -73,12 +74,15 @@ def main():
 
 
 def known(setting):
-    """The runs of a setting, by their multiples."""
+    """Return the finished runs of a setting, by their multiples."""
     return {row["multiple"]: row for row in rows(RESULTS) if setting.items() <= row.items()}
 
 
 def next_multiple(runs):
-    """The two in the middle, then the neighbour of the best, until it has both; ``None`` when it has."""
+    """Return the next multiple to run: the two in the middle first, then the neighbours of the best one.
+
+    Returns ``None`` when the best multiple has both neighbours.
+    """
     for multiple in (1.0, 3.0):
         if multiple not in runs:
             return multiple
@@ -90,9 +94,9 @@ def next_multiple(runs):
 
 
 class Lab:
-    """The model above its lower layers, with whatever adapter is asked for."""
+    """The upper layers of the model, with an adapter for each setting."""
 
-    text, seed = "guard", 0  # the guard's text among the data; of the adapter and the order of examples
+    text, seed = "guard", 0  # the guard's text in the data; the seed of the adapter and of the order of examples
 
     def __init__(self, name, cache):
         self.name, self.cache = name, cache
@@ -117,7 +121,7 @@ class Lab:
         return kept(self.whole(), LAYERS, data, path)
 
     def whole(self):
-        """Weights of linear layers in bfloat16, what is between them in float32."""
+        """Return the model with its linear layers in bfloat16 and everything else in float32."""
         model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32).eval().requires_grad_(False)
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), requires_grad=False)
         for module in model.modules():
@@ -160,7 +164,7 @@ class Lab:
         optimizer = torch.optim.AdamW(self.U, lr=rate, weight_decay=0.0)
         guard.attach(optimizer)
         schedule = get_cosine_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
-        norms = []  # of the gradients of U, as a Trainer would clip them
+        norms = []  # of the gradient of all U, which is what a Trainer clips
         for batch in self.batches(task, steps):
             loss = self.loss(task, batch)
             optimizer.zero_grad()
@@ -174,7 +178,7 @@ class Lab:
                 "parameters": sum(U.numel() for U in self.U), "seconds": round(time.time() - began)}  # fmt: skip
 
     def batches(self, task, steps):
-        """As often through all examples as it takes, in random order."""
+        """Yield a batch for each step: all examples in random order, repeatedly."""
         generator, waiting = torch.Generator().manual_seed(self.seed), []
         count = len(self.data[task]["rows"])
         for _ in range(steps):
@@ -183,7 +187,7 @@ class Lab:
             yield [waiting.pop(0) for _ in range(BATCH)]
 
     def loss(self, task, batch, reduction="mean"):
-        """Of the answers' tokens; what goes through the head is these alone."""
+        """Return the loss on the tokens of the answers. Only these go through the head."""
         part = self.data[task]
         length = max(len(part["rows"][i]) for i in batch)
         ids, mask = torch.zeros(2, len(batch), length, dtype=torch.long)
@@ -209,7 +213,7 @@ class Lab:
 
     @torch.no_grad()
     def kl(self):
-        """From the base, on articles that the guard has not seen; nats per token."""
+        """Return the KL divergence from the base model on articles that the guard has not seen, in nats per token."""
         total = count = 0.0
         for before, after in zip(self.before, self.states("articles"), strict=True):
             old, new = (self.head(states).log_softmax(-1) for states in (before, after))

@@ -1,4 +1,4 @@
-"""What frozen lower layers put out, computed once, so that a study trains and scores the layers above them alone."""
+"""Compute the outputs of the frozen lower layers once, so that a study runs only the layers above them."""
 
 import torch
 from torch import nn
@@ -6,7 +6,7 @@ from torch import nn
 
 @torch.no_grad()
 def states_below(model, below, sequences):
-    """The hidden states that go into layer ``below``."""
+    """Return the hidden states that enter layer ``below``, for each sequence."""
     layers, norm = model.model.layers, model.model.norm
     model.model.layers, model.model.norm = nn.ModuleList(list(layers)[:below]), nn.Identity()
     states = [None] * len(sequences)
@@ -24,10 +24,7 @@ def states_below(model, below, sequences):
 
 
 def kept(model, below, data, path):
-    """``data`` in which the rows of every part are numbers of states, with a table of the ``states``; saved.
-
-    A token's number is its place in the table.
-    """
+    """Replace each token of ``data`` by the index of its state, add the table of ``states``, and save the data."""
     states = states_below(model, below, [row for part in data.values() for row in part["rows"]])
     begin = 0
     for part in data.values():

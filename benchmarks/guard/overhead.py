@@ -1,6 +1,6 @@
-"""What the guard costs beyond plain CURLoRA: time of a step and memory, and how long a calibration takes.
+"""Measure what the guard adds to plain CURLoRA: the time of a step, memory, and the calibration.
 
-Two adapters on one model take steps in turn, one of them guarded; medians of the ratio.
+Two adapters on one model take steps alternately, and one of them is guarded. Prints the median ratio of their times.
 
     python benchmarks/guard/overhead.py --model DIR
 """

@@ -1,9 +1,9 @@
-"""How well text that the base model writes itself stands in for real text.
+"""Measure how well text that the base model itself writes replaces real text as the guard's text.
 
-GSM8K as in ``learning_rate.py``, sixty steps within a hundredth of a nat, with the guard's text being what the base
-model writes, articles of WikiText-2, or a mix of five kinds of real text. Measured is the divergence from the base on
-texts that are not the guard's: of the five kinds, of the base's own, and what it answers to prompts. Adds a line to
-``own_text.jsonl`` for each run; what is there already is not repeated.
+Trains on GSM8K as in ``learning_rate.py``, for sixty steps with a budget of 0.01 nats per token. The guard's text is
+text that the base model writes, articles of WikiText-2, or a mix of five kinds of real text. Measures the KL divergence
+from the base model on texts that the guard has not seen: the five kinds, the base model's own text, and its answers to
+prompts. Each run adds a line to ``own_text.jsonl``. Finished runs are not repeated.
 
     python benchmarks/guard/own_text.py --model DIR
 """
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "own_text.jsonl"
 KINDS = ["articles", "code", "tweets", "reviews", "dialogues"]
 TEXTS = ["own", "articles", "mix"]
 MEASURED = 768  # tokens of each text
-PROMPTS, ANSWER = 16, 48  # tokens of an answer at most
+PROMPTS, ANSWER = 16, 48  # number of prompts; most tokens of an answer
 
 
 def main():
@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--cache", type=Path, default=Path("study_cache"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--multiple", type=float, default=1.0, help="the rate, in square roots of the budget")
+    parser.add_argument("--multiple", type=float, default=1.0, help="learning rate, in square roots of the budget")
     options = parser.parse_args()
     lab = None
     for seed in options.seeds:
@@ -46,7 +46,7 @@ def main():
 
 
 class TextLab(Lab):
-    """With texts to guard and texts to measure beside the task."""
+    """A :class:`Lab` with texts for the guard and texts to measure on."""
 
     def prepared(self):
         data, path = super().prepared(), self.cache / f"texts-{LAYERS}.pt"
@@ -62,7 +62,7 @@ class TextLab(Lab):
         return {**data, **more, "states": torch.cat([data["states"], more["states"]])}
 
     def texts(self, model, tokenizer):
-        """Of each kind those that guard and, from another place, those that are measured."""
+        """Return the guard's texts, and the texts to measure on, which are from other places of the same sources."""
         cut = lambda tokens: [tokens[i : i + LENGTH] for i in range(0, len(tokens), LENGTH)]  # noqa: E731
         parts, mix, each = {}, [], TEXT // len(KINDS) // LENGTH
         for kind, tokens in self.real(tokenizer).items():
@@ -71,7 +71,7 @@ class TextLab(Lab):
             mix += pieces[MEASURED // LENGTH :]
         parts["guard mix"] = {"rows": mix}
         own = curlora.guard.own_text(model, tokenizer, tokens=TEXT + MEASURED, max_length=LENGTH, cache=self.cache)
-        other = len(own) * LENGTH // MEASURED  # one of so many rows is not the guard's
+        other = len(own) * LENGTH // MEASURED  # one of so many rows is measured on, and not the guard's
         parts["guard own"] = {"rows": [row.tolist() for i, row in enumerate(own) if i % other]}
         parts["measured own"] = {"rows": [row.tolist() for row in own[::other]]}
         topics = list(dict.fromkeys(row["topic"] for row in read("dialogsum_dev_test") if "topic" in row))
@@ -99,9 +99,9 @@ class TextLab(Lab):
 
     @torch.no_grad()
     def drift(self, name):
-        """From the base; nats per token."""
+        """Return the KL divergence from the base model on a text, in nats per token."""
         part, total, count = self.data[name], 0.0, 0
-        head = self.head.weight.float()  # logits in bfloat16 would be a divergence of their own
+        head = self.head.weight.float()  # rounding logits to bfloat16 would add to the divergence
         after = self.states(name)
         with self.model.disable_adapter():
             before = self.states(name)

@@ -1,4 +1,4 @@
-"""The tables and the curve of the guard, from the lines of JSON beside this file."""
+"""Make the guard's tables and curve from the JSON Lines files in this folder."""
 
 import itertools
 import math
@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 MODEL = "SmolLM2-135M"
 TEXTS = ("guard", "articles", "code", "tweets")
 
-# What a run has where its line says nothing else.
+# Defaults of a run's settings, for keys that its line leaves out.
 STUDY = {"lr": 0.03, "r": 16, "rise": 0.01, "slack": 1.0, "choose": "inverse", "penalty": 0.0, "ewc": 0.0, "probe": 0,
          "times": 1, "targets": "q_proj k_proj v_proj"}  # fmt: skip
 FORWARD, REVERSE = "mrpc sst2 s140", "s140 sst2 mrpc"
-# Orders and seeds that methods are compared on: over the usual stream, and over one of three times as many examples.
+# The orders and seeds for comparisons of methods: on the usual stream, and on one with three times as many examples.
 PAIRS = {
     1: [(FORWARD, 0), (FORWARD, 1), (FORWARD, 2), (REVERSE, 0)],
     3: [(FORWARD, 0), (FORWARD, 1), (REVERSE, 0)],
@@ -55,9 +55,9 @@ DRAWS = {
     "the paper's draw": "inverse", "uniform": "uniform", "by norm": "norm", "by leverage score": "leverage",
     "**redrawn for the task**": "task", "the paper's draw, 1.8 times the budget": "inverse, 1.8 x the budget",
 }  # fmt: skip
-SETTING = ("task", "steps", "budget", "r", "targets", "clip", "choose")  # what runs at several rates share
-FIXED = 0.06  # the rate beside the rule's
-KINDS = ["articles", "code", "tweets", "reviews", "dialogues", "answers"]  # of text, which no guard was shown
+SETTING = ("task", "steps", "budget", "r", "targets", "clip", "choose")  # the keys that runs at several rates share
+FIXED = 0.06  # a fixed rate, to compare with the rule's
+KINDS = ["articles", "code", "tweets", "reviews", "dialogues", "answers"]  # kinds of text that no guard has seen
 GUARDED_BY = {"own": "what the base writes", "articles": "articles", "mix": "a mix of the five kinds"}
 PREDICTORS = {
     "own": "measured on these rows", "own, 512": "measured, the same text in rows of 512",
@@ -86,7 +86,7 @@ def lines(name):
 
 
 def means(given, times):
-    """Over the orders and seeds of PAIRS: means, and the standard error of the average accuracy."""
+    """Return means over the orders and seeds of ``PAIRS``, and the standard error of the average accuracy."""
     wanted = {**STUDY, **given, "times": times}
     if given["method"] == "frozen":
         wanted.pop("lr")
@@ -180,12 +180,12 @@ def projections():
 
 
 def rates():
-    """Loss, the least of each row in bold, and in brackets the drift as predicted."""
+    """Return a table of the loss, with the lowest of each row in bold, and in brackets the predicted drift."""
     return by_rate("guarded", "", lambda row, least: bold(f"{row['loss']:.3f}", least) + f" ({row['drift']:.3f})")
 
 
 def plain_rates():
-    """Loss, and in brackets the drift as measured on articles."""
+    """Return a table of the loss, and in brackets the drift measured on articles."""
     return by_rate(
         "curlora", "plain, ", lambda row, _: f"{row['loss']:.3f} ({row['drift']:.{4 if row['drift'] < 1e-3 else 3}f})"
     )
@@ -206,7 +206,10 @@ def by_rate(method, prefix, cell):
 
 
 def rule():
-    """The loss on held-out answers by the rate, the least of each row in bold, and what other rates lose."""
+    """Return a table of the loss on held-out answers by rate, and of the excess loss of the rule and of a fixed rate.
+
+    The lowest loss of each row is in bold.
+    """
     settings = {}
     for row in lines("learning_rate"):
         settings.setdefault(tuple(row[name] for name in SETTING), {})[row["multiple"]] = row
@@ -239,7 +242,7 @@ def named(setting):
 
 
 def loss_at(runs, rate):
-    """Between two measured rates on a line over the logarithm, beyond them the last's."""
+    """Return the loss at a rate, interpolated linearly over the logarithm of the rate, and constant beyond the ends."""
     points = sorted((math.log(row["rate"]), row["loss"]) for row in runs.values())
     place = min(max(math.log(rate), points[0][0]), points[-1][0])
     for (x, loss), (y, next_loss) in itertools.pairwise(points):
@@ -249,7 +252,7 @@ def loss_at(runs, rate):
 
 
 def own_text():
-    """Means over seeds, and in brackets the least and the most where there are several."""
+    """Return a table of means over seeds, with minimum and maximum in brackets if there are several seeds."""
     shown = []
     for text, name in GUARDED_BY.items():
         runs = [row for row in lines("own_text") if row["text"] == text]
@@ -268,7 +271,7 @@ def spread(values):
 
 
 def five_trainings():
-    """Losses of all tasks after each training, and what the texts have lost."""
+    """Return a table of the losses of all tasks after each training, and of the rise of perplexity on the texts."""
     rows = lines("five_trainings")
     names, texts = list(rows[0]["losses"]), list(rows[0]["held out"])
     shown = []
@@ -283,7 +286,7 @@ def five_trainings():
 
 
 def choice():
-    """One task, columns and rows chosen in several ways."""
+    """Return a table of one task with several ways to choose columns and rows."""
     ways = {"inverse": "the paper's draw", "ratio": "by ratio", "energy": "by energy"}
     shown = []
     for row in sorted(lines("one_task"), key=lambda row: (row["method"], row["choose"] != "inverse", row["choose"])):
@@ -296,7 +299,7 @@ def choice():
 
 
 def predictors():
-    """Nats per token, of two adapters, each scaled down and up."""
+    """Return a table of measured and predicted drift of two adapters, scaled down and up, in nats per token."""
     adapters = [row["scales"] for row in lines("predictors")]
     header = [""]
     for name, scales in zip(("the paper's draw, ", "redrawn for the task, "), adapters, strict=True):
@@ -306,7 +309,7 @@ def predictors():
 
 
 def scales():
-    """One adapter scaled down and up: nats per token."""
+    """Return a table of predicted and measured drift of one adapter, scaled down and up, in nats per token."""
     shown = []
     for row in lines("prediction"):
         own, other = row["the calibration's"], row["another part"]
@@ -317,7 +320,7 @@ def scales():
 
 
 def across():
-    """The second order of a trained adapter, each layer by itself and all of them together: nats per token."""
+    """Return a table of a trained adapter's second-order drift: each layer alone, and all together (nats per token)."""
     keys = ["predicted", "undamped", "each layer", "all layers", "measured"]
     rows = [[row["data"], row["rows"], *(f"{row[key]:.3g}" for key in keys)] for row in lines("across_layers")]
     header = ["", "rows of text", "predicted by the guard", "not damped", "by rows, each layer by itself"]
@@ -325,7 +328,7 @@ def across():
 
 
 def merging():
-    """The penalty by one Kronecker product over the penalty by one for each task."""
+    """Return a table of the penalty with one Kronecker product, divided by the penalty with one product per task."""
     (row,) = lines("merging")
     shown = []
     for held, way in itertools.product((2, 3), ("summed", "nearest")):
@@ -341,7 +344,7 @@ def bold(text, wanted):
 
 
 def curve(path):
-    """Accuracy against the rise of perplexity, and against forgetting; a line for each method."""
+    """Plot accuracy against the rise of perplexity, and against forgetting, with a line for each method."""
     methods = {}
     for name, given in PAIRED.items():
         label = {"frozen": "heads only", "osf": "OSF", "curlora": "CURLoRA"}.get(given["method"]) or (

@@ -1,7 +1,7 @@
-"""Predicted against measured forgetting, over the whole range: a trained adapter, scaled down and up.
+"""Compare predicted with measured forgetting over a wide range, by scaling a trained adapter down and up.
 
-For each scale of ``U``, the drift that a guard predicts from its calibration, and the KL divergence from the base model
-that is measured, on the calibration's own text and on another part of the source.
+For each scale of ``U``, prints the drift that a guard predicts from its calibration, and the measured KL divergence
+from the base model, on the calibration's text and on another part of its source.
 
     python benchmarks/guard/prediction.py --model DIR --adapter RUN/guarded/seed-0/adapter --text FILE
 """
@@ -22,10 +22,10 @@ SCALES = (0.1, 0.3, 1.0, 2.0, 3.0, 5.0, 10.0)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
-    parser.add_argument("--adapter", required=True, help="of CURLoRA, trained")
-    parser.add_argument("--text", required=True, help="a file")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each part")
-    parser.add_argument("--skip", type=int, default=20000, help="tokens from the start to the calibration's part")
+    parser.add_argument("--adapter", required=True, help="folder of a trained CURLoRA adapter")
+    parser.add_argument("--text", required=True, help="a text file")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of each part")
+    parser.add_argument("--skip", type=int, default=20000, help="tokens before the calibration's part")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     with open(options.text, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Results as lines of JSON, one for each run, so that what is there already need not be run again."""
+"""Read and add results, a line of JSON for each run, so that finished runs need not be repeated."""
 
 import json
 

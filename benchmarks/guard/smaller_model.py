@@ -1,7 +1,7 @@
-"""A smaller language model to try things on: a few layers of a large one, trained on until they work together.
+"""Make a smaller language model for experiments: a few layers of a larger one, trained further.
 
-The first and the last layers stay, those between are left out (https://arxiv.org/abs/2403.03853), and what is left is
-trained for some minutes on articles of WikiText-2 that the recipes beside it neither guard nor score.
+The first and the last layers are kept and those between are removed (https://arxiv.org/abs/2403.03853). The smaller
+model is then trained for some minutes on articles of WikiText-2 that the recipes in this folder do not use.
 
     python benchmarks/guard/smaller_model.py --model DIR --out SMALLER
 """
@@ -20,8 +20,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder, or a hub id")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--first", type=int, default=6, help="layers that stay at the beginning")
-    parser.add_argument("--last", type=int, default=4, help="layers that stay at the end")
+    parser.add_argument("--first", type=int, default=6, help="number of layers to keep at the beginning")
+    parser.add_argument("--last", type=int, default=4, help="number of layers to keep at the end")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rate", type=float, default=3e-4)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The kernels of ``curlora::backward`` beside PyTorch's operators and a copy.
+"""Compare the kernels of ``curlora::backward`` with PyTorch's operators and with a copy.
 
 python benchmarks/kernels/backward.py --tokens 2048 --ranks 16     # on a GPU
 """
@@ -21,7 +21,7 @@ def row(tokens, m, r, dtype, device):
 
     def by(choice):
         def call(one):
-            # As a gradient another of the inputs serves as well; it is as large and no longer in the cache.
+            # The output serves as the gradient: it has the same size, and is no longer in the cache.
             result, leaves = graphs[choice, id(one)]
             torch.autograd.grad(result, leaves, one["output"].detach(), retain_graph=True)
 

@@ -1,7 +1,8 @@
-"""Each kernel held to its formula in float64, on a GPU or in the interpreter: how far it is off, and how far it may be.
+"""Compare each kernel with its formula in float64, on a GPU or in Triton's interpreter.
 
-An entry of a result may be off by a few roundings to its dtype of what it is added up from, signs left out. Sums are
-float32, and so are gradients of ``U``: a hundredth of a thousandth is far more than rounding makes of them.
+The allowed error of an entry is a few roundings to its dtype, relative to the sum of the absolute values of its terms.
+Sums and gradients of ``U`` are float32. For float32 results the allowed relative error is 1e-5, which is far more than
+rounding causes.
 """
 
 import torch
@@ -10,7 +11,7 @@ from curlora import kernels
 from curlora.functional import gather_update, gather_update_by_row
 
 HALF, FLOAT = "half", "float32"
-# dtype, rank, tokens by row, columns: what models have, and what is ragged.
+# dtype, rank, (rows, tokens per row), columns: sizes of real models, and sizes that do not divide a kernel's blocks.
 SETTINGS = [
     (torch.bfloat16, 16, (1, 2048), 4096),
     (torch.bfloat16, 16, (64, 1), 4096),
@@ -25,11 +26,11 @@ TINY = [(dtype, r, (3, 5), 40) for dtype, r, _, _ in SETTINGS]
 
 
 class WrongError(Exception):
-    """A kernel computes something else than its formula."""
+    """A kernel's result differs from its formula by more than is allowed."""
 
 
 def rows(device, settings):
-    """A row for each setting: of each result the largest error, as a share of what is allowed."""
+    """Yield a row for each setting, with the largest error of each result as a share of the allowed error."""
     for dtype, r, lead, m in settings:
         found = errors(dtype, r, lead, m, device)
         row = {"dtype": str(dtype)[6:], "r": r, "tokens": lead[0] * lead[1], "m": m, "of_allowed": found}
@@ -47,7 +48,7 @@ def errors(dtype, r, lead, m, device, seed=0):
 
     index = torch.randint(0, m, (r,), generator=rng).to(device)
     index[r // 2] = index[0]
-    # Rows of the batch last but one in memory, as of a model that has them there.
+    # The batch is not contiguous: its rows are the second dimension in memory, as in some models.
     output, grad = (normal(lead[1], lead[0], m).transpose(0, 1) for _ in range(2))
     U, factor, offset = normal(r, r, dtype=torch.float32) / r**0.5, normal(m, r) / r**0.5, normal(r)
     by_row = normal(lead[0], r, r, dtype=torch.float32) / r**0.5
@@ -82,7 +83,7 @@ def kernel(output, U, factor, index, offset, grad):
 
 
 def formula(output, U, factor, index, offset, grad=None, unsigned=False):
-    """In float64; ``unsigned`` with every sign left out, so that nothing cancels."""
+    """Return the results in float64. With ``unsigned`` all terms are absolute values, so nothing cancels."""
     output, U, factor, offset = ((t.double().abs() if unsigned else t.double()) for t in (output, U, factor, offset))
     z = output[..., index] + offset if unsigned else output[..., index] - offset
     result = output + (z @ U.mT) @ factor.T
@@ -98,7 +99,7 @@ def formula(output, U, factor, index, offset, grad=None, unsigned=False):
 
 
 def poison(*like):
-    """Leave memory behind, for what is allocated next, in which all that is not written to is NaN."""
+    """Fill memory with NaN and free it, so that entries which the next kernel does not write are NaN."""
     for tensor in like:
         for _ in range(4):
             torch.full(tensor.shape, float("nan"), dtype=tensor.dtype, device=tensor.device)

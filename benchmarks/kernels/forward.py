@@ -1,4 +1,4 @@
-"""The kernel of ``curlora::forward`` beside PyTorch's operators and a copy.
+"""Compare the kernel of ``curlora::forward`` with PyTorch's operators and with a copy.
 
 python benchmarks/kernels/forward.py --tokens 2048 --ranks 16     # on a GPU
 """

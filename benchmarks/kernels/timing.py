@@ -1,4 +1,4 @@
-"""Times of a kernel beside PyTorch's operators and beside a copy of the same bytes, on a GPU or in the interpreter."""
+"""Time a kernel, PyTorch's operators and a copy of the same bytes, on a GPU or in Triton's interpreter."""
 
 import contextlib
 import functools
@@ -9,12 +9,12 @@ import time
 
 import torch
 
-HELD = 256 << 20  # bytes of inputs that calls go round, more than any cache holds
+HELD = 256 << 20  # bytes of all inputs, through which the calls cycle: more than any cache holds
 
 
 @functools.cache
 def stream():
-    """Where all of it runs: a graph's calls, and what autograd remembers of the stream it ran on, have to agree."""
+    """Return the one stream for all calls: a CUDA graph must be captured on the stream that autograd recorded."""
     return torch.cuda.Stream()
 
 
@@ -23,7 +23,7 @@ def aside(device):
 
 
 def problem(tokens, m, r, dtype, device, rows=None):
-    """Inputs of one call, as a layer has them: ``U`` in float32, a bias, a factor in the layer's dtype."""
+    """Return the inputs of one call as a layer has them: ``U`` in float32, the others in the layer's dtype."""
     U = torch.randn(*(() if rows is None else (rows,)), r, r, device=device) / r**0.5
     return {
         "output": torch.randn(tokens, m, dtype=dtype, device=device),
@@ -35,14 +35,14 @@ def problem(tokens, m, r, dtype, device, rows=None):
 
 
 def problems(tokens, m, r, dtype, device, rows=None):
-    """So many that a call finds none of its inputs in the cache."""
+    """Return so many inputs that no call finds its inputs in the cache."""
     one = tokens * m * dtype.itemsize
     count = max(2, min(64, HELD // max(one, 1) + 1)) if device == "cuda" else 2
     return [problem(tokens, m, r, dtype, device, rows) for _ in range(count)]
 
 
 def microseconds(call, inputs, device, rounds=7):
-    """Of one call, in the median, without what it takes to launch it: on a GPU by replaying a graph of many."""
+    """Return the median time of one call. On a GPU a CUDA graph of many calls is replayed, to exclude the launches."""
     if device != "cuda":
         times = []
         for one in inputs:
@@ -71,7 +71,7 @@ def microseconds(call, inputs, device, rounds=7):
 
 
 def to_launch(call, inputs, device, calls=50):
-    """Microseconds of Python and PyTorch for one call, where nothing waits for the GPU."""
+    """Return the CPU time of launching one call, in microseconds, without waiting for the GPU."""
     for one in inputs[:2]:
         call(one)
     if device == "cuda":
@@ -86,9 +86,9 @@ def to_launch(call, inputs, device, calls=50):
 
 
 def compared(calls, inputs, device):
-    """Microseconds of each call, of a copy, and what share of the copy's bandwidth the kernel reaches.
+    """Return the microseconds of each call and of a copy, and the kernel's share of the copy's bandwidth.
 
-    A kernel reads the layer's output (or its gradient) once and writes as much, which is what a copy does.
+    Like a copy, a kernel reads the layer's output (or its gradient) once and writes as many bytes.
     """
     target = torch.empty_like(inputs[0]["output"])
     times = {name: microseconds(call, inputs, device) for name, call in calls.items()}
@@ -102,7 +102,7 @@ def compared(calls, inputs, device):
 
 
 def main(row, description):
-    """From the command line: one line of JSON for each size."""
+    """Run from the command line, and print a line of JSON for each size."""
     import argparse
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

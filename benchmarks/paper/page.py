@@ -1,4 +1,4 @@
-"""The tables of docs/paper.md that were measured here, from the runs beside this file."""
+"""Make the tables of docs/paper.md from the runs in this folder."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def tables():
 
 
 def stream(protocol):
-    """What each method scores on each task after it and after those that follow, and what is lost of a text."""
+    """Return a table of accuracies after each task, and of the perplexity and drift of a text."""
     results = RunResults.load(HERE / protocol / "results.json")
     methods = sorted(results.methods, key=lambda m: [int(part) if part.isdigit() else 0 for part in m.name.split("-")])
     seeds = [method.seeds[0] for method in methods]

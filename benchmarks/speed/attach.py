@@ -1,6 +1,6 @@
-"""What it takes to attach an adapter, to load one, and to hold many.
+"""Measure attaching an adapter, loading one, and holding many.
 
-python benchmarks/speed/attach.py           # all three, a line for each result in attach.jsonl
+python benchmarks/speed/attach.py           # all three; each result is a line of attach.jsonl
 python benchmarks/speed/attach.py --only many
 """
 
@@ -22,9 +22,9 @@ from curlora.tuner.weight import read
 from models import ALL, QKV, held, smollm2
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-# Of a model of 7 B numbers (Mistral-7B): outputs, inputs.
+# Layers of a model with 7 B parameters (Mistral-7B): outputs, inputs.
 SHAPES = {"key": (1024, 4096), "query": (4096, 4096), "gate": (14336, 4096), "down": (4096, 14336)}
-# A singular value decomposition of the larger ones takes minutes.
+# A singular value decomposition of the larger layers takes minutes.
 DECOMPOSED = ("key",)
 
 
@@ -42,7 +42,10 @@ def main():
 
 
 def attach(r=16, rounds=5):
-    """Layer by layer, bfloat16. A pass: the weight read once, in pieces, into a sum of squares in float64."""
+    """Measure attaching to one bfloat16 layer at a time.
+
+    The unit is a pass: reading the weight once, in pieces, into a sum of squares in float64.
+    """
     configs = {
         "curlora": lambda: curlora.CurloraConfig(r=r, target_modules=["layer"]),
         "lora": lambda: LoraConfig(r=r, target_modules=["layer"]),
@@ -62,7 +65,7 @@ def attach(r=16, rounds=5):
                 decomposes = method in ("pissa", "osf")
                 if decomposes and (name not in DECOMPOSED or number):
                     continue
-                # PiSSA and OSF change the weight, and refuse half precision or compute in it; theirs is float32.
+                # PiSSA and OSF change the weight, and either refuse half precision or compute in it. They get float32.
                 model = Alone(weight.float() if decomposes else weight)
                 before = reset_peak()
                 began = time.perf_counter()
@@ -87,7 +90,7 @@ class Alone(nn.Module):
 
 
 def load(r=16, rounds=7, present=(1, 30)):
-    """An adapter from disk onto a model that has some already; beside it, reading the columns that it needs."""
+    """Measure loading an adapter onto a model that already has some, and reading only the columns that it needs."""
     base = smollm2()
     with tempfile.TemporaryDirectory() as folder:
         models = {}
@@ -128,9 +131,9 @@ def columns(layer):
 
 
 def many(r=16, rounds=7, batch=32, length=32):
-    """Adapters that were drawn alike, on one model: memory, switching, and a batch whose rows have one each.
+    """Measure many adapters with the same draw on one model: memory, switching, and a different adapter for each row.
 
-    A thousand of LoRA's would take 5 GB, and PEFT an hour to add them.
+    A thousand LoRA adapters would take 5 GB of memory, and an hour to add.
     """
     for method, count in (("curlora", 100), ("lora", 100), ("curlora", 1000)):
         yield holding(method, count, r, rounds, batch, length)
@@ -176,12 +179,12 @@ def holding(method, count, r, rounds, batch, length):
 
 
 def size(model):
-    """Bytes of what it holds, each piece of memory once."""
+    """Return the bytes of a model's tensors. Shared memory counts once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held(model)}.values())
 
 
 def reset_peak():
-    """Resident memory now; the peak starts from here (Linux)."""
+    """Reset the peak of resident memory, and return the current value in bytes (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
     return peak("VmRSS")
 

@@ -1,6 +1,6 @@
-"""How the cost of an adapter grows with rank, width, depth and tokens: measured beside what the formulas say.
+"""Measure how an adapter's cost grows with rank, width, depth and tokens, beside the formulas of docs/complexity.md.
 
-The formulas are in docs/complexity.md. A line of ``growth.jsonl`` for each point; one thing varies at a time.
+Each point is a line of ``growth.jsonl``. One quantity varies at a time.
 
     python benchmarks/speed/growth.py
 """
@@ -58,7 +58,7 @@ def row(rounds, rank, width, depth, tokens):
 
 
 def by_formula(model, tokens):
-    """Of docs/complexity.md, summed over the adapted layers."""
+    """Return the costs by the formulas of docs/complexity.md, summed over the adapted layers."""
     layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
     flops = kept = file = 0
     for layer in layers:

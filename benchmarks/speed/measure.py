@@ -1,4 +1,4 @@
-"""Times of several things in one process, in turn, so that whatever slows the machine slows them alike."""
+"""Time several functions alternately in one process, so that a slower machine slows all of them equally."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 
 
 def in_turn(functions: dict[str, Callable[[], object]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each function in each round. The order changes from round to round."""
+    """Return the seconds of each function in each round. The order is random and differs between rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
     for number in range(-warmup, rounds):
@@ -35,7 +35,7 @@ def synchronize() -> None:
 
 
 def over_floor(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Median over the rounds of what each method takes longer than the floor in the same round."""
+    """Return each method's overhead in seconds: the median over rounds of its time less the floor's in that round."""
     return {
         name: statistics.median(a - b for a, b in zip(times, seconds["floor"], strict=True))
         for name, times in seconds.items()
@@ -43,9 +43,10 @@ def over_floor(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def beside_floor(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, object]:
-    """Seconds of the floor, and over it of the others, among which are ``curlora`` and ``lora``.
+    """Return the floor's seconds and the other functions' overhead over it.
 
-    ``of_lora`` is :func:`interval` of CURLoRA's overhead over LoRA's.
+    The functions include ``curlora`` and ``lora``. ``of_lora`` is the :func:`interval` of CURLoRA's overhead divided by
+    LoRA's.
     """
     seconds = in_turn(functions, rounds)
     return {
@@ -56,7 +57,7 @@ def beside_floor(functions: dict[str, Callable[[], object]], rounds: int) -> dic
 
 
 def interval(seconds: dict[str, list[float]], method: str, rival: str, draws: int = 1000) -> tuple[float, float]:
-    """Of the ratio of two overheads: the middle nine tenths of it over bootstrap draws of rounds."""
+    """Return the 90 % bootstrap interval, over rounds, of the ratio of two overheads."""
     rng = random.Random(0)
     rounds = len(seconds["floor"])
     ratios = []

@@ -1,4 +1,4 @@
-"""Models of SmolLM2-135M's shapes with random weights, one for each method, over the same frozen weights."""
+"""Models with SmolLM2-135M's shapes and random weights: one for each method, all sharing the frozen weights."""
 
 import copy
 
@@ -17,15 +17,15 @@ TARGETS = {"query, key, value": QKV, "all linear layers": ALL}
 
 
 def smollm2(layers: int = 30, **changes: int) -> LlamaModel:
-    """Without the table of the vocabulary: steps begin with embeddings and end with the last states."""
+    """Return the model without its embedding table: inputs are embeddings, outputs are the last hidden states."""
     shape = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3) | changes
     return LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=layers, **shape)).requires_grad_(False)
 
 
 class DenseCUR(nn.Module):
-    """The method as its author's code computes it: ``x Wᵀ + x (C U R)ᵀ``, with ``C U R`` built anew in every step.
+    """CURLoRA as in its author's code: ``x Wᵀ + x (C U R)ᵀ``, which computes ``C U R`` again in every step.
 
-    A re-implementation after the formula, for comparison.
+    This is a re-implementation of the formula, for comparison.
     """
 
     def __init__(self, base: nn.Linear, r: int, name: str) -> None:
@@ -49,7 +49,7 @@ def dense(model: nn.Module, r: int, targets: list[str]) -> nn.Module:
 
 
 def held(model: nn.Module) -> list[Tensor]:
-    """All that a model holds: parameters, buffers, and the columns and rows of adapters, which are neither."""
+    """Return all tensors of a model: parameters, buffers, and the adapters' columns and rows, which are neither."""
     layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
     bases = [layer.basis(name) for layer in layers for name in layer.curlora_U]
     drawn = [tensor for basis in bases for tensor in basis.tensors]
@@ -57,14 +57,14 @@ def held(model: nn.Module) -> list[Tensor]:
 
 
 def adapted(base: nn.Module, method: str, r: int, targets: list[str]) -> nn.Module:
-    """A model of its own for the method, whose frozen weights are the very tensors of ``base``."""
+    """Return a new model for the method. It shares the frozen weights with ``base``."""
     shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     model = copy.deepcopy(base, shared)
     if method == "floor":
         return model
     if method == "reference":
         return dense(model, r, targets)
-    # Where a layer's smaller side is below the rank, its own is the most there is; the same for every method.
+    # If a layer's smaller side is below the rank, the layer gets that side as its rank, with every method.
     sides = {
         name.rpartition(".")[2]: min(module.weight.shape)
         for name, module in base.named_modules() if isinstance(module, nn.Linear)

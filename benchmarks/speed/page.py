@@ -1,4 +1,4 @@
-"""The tables and plots of time, memory and storage, from the lines of JSON beside this file."""
+"""Make the tables and plots of time, memory and storage from the JSON Lines files in this folder."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def headline():
 
 
 def small():
-    """The settings of three methods alone: DoRA and the author's form leave memory behind that LoRA then has sooner."""
+    """Return the settings with three methods: with more, LoRA reuses memory that DoRA or the author's form freed."""
     return sorted(
         (row for row in lines("step") if "reference" not in row["kept"] and not row["compiled"]),
         key=lambda row: (row["targets"], row["batch"] * row["length"], row["r"], -row["threads"]),
@@ -102,7 +102,7 @@ def attach():
                     f"{seconds[method]:.3f} s", f"{seconds[method] / seconds['one pass']:.1f}",
                     f"{row['peak_bytes'][method] / MIB:,.0f} MiB", f"{row['weight_bytes'] / MIB:,.0f} MiB",
                 ])  # fmt: skip
-    # A block of the model has two of each (key and value, query and output, gate and up), but one that leads down.
+    # A block of the model has two layers of each shape (key and value, query and output, gate and up), but one "down".
     counts = [1 if row["layer"] == "down" else 2 for row in measured]
 
     def of_block(values):
@@ -160,7 +160,7 @@ def storage():
 
 
 def growth():
-    """One thing varies at a time; what is counted stands beside its formula."""
+    """Return the table of costs while one quantity varies, with the formula's value beside each count."""
     rows = []
     for row in lines("growth"):
         over, inference, formula = row["step"]["over"], row["inference"]["over"], row["formula"]
@@ -214,13 +214,13 @@ def plot_sizes(path):
 
 
 def ticks(axis, values):
-    """At the values that were measured, and nothing else around the axis."""
+    """Set ticks at the measured values only, and remove the other decoration of the axis."""
     axis.set_xticks(values, list(map(str, values)))
     axis.minorticks_off()
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def save(figure, path):
-    plt.rcParams["svg.hashsalt"] = "curlora"  # the same file from the same figures
+    plt.rcParams["svg.hashsalt"] = "curlora"  # makes the file reproducible
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

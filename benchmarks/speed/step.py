@@ -1,11 +1,11 @@
-"""What a training step, and a pass of inference, costs over the frozen model: time, FLOPs, bytes kept for backward.
+"""Measure what an adapter adds to a training step and to inference: time, FLOPs, and bytes kept for backward.
 
-The floor is the frozen model, nothing trained; gradients flow to the embeddings in every method, so that what is over
-the floor is the adapter alone. Each line of ``step.jsonl`` is one setting, all of its methods side by side in a process
-of their own.
+The floor is the frozen model without trainable parameters. With every method gradients flow back to the embeddings, so
+the difference from the floor is the adapter's cost alone. Each line of ``step.jsonl`` is one setting. All its methods
+run alternately in one process, and each setting has its own process.
 
     python benchmarks/speed/step.py             # every setting
-    python benchmarks/speed/step.py --quick     # the first, few rounds
+    python benchmarks/speed/step.py --quick     # the first setting, with few rounds
 """
 
 import argparse
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).with_suffix(".jsonl")
 ALL, QKV = "all linear layers", "query, key, value"
 EVERY = ["floor", "curlora", "lora", "dora", "reference"]
 FEW = ["floor", "curlora", "lora"]
-# targets, rank, batch, tokens of each, layers of the model, methods, rounds; and whether it is compiled
+# targets, rank, rows of a batch, tokens per row, layers of the model, methods, rounds; and whether it is compiled
 BESIDE_ALL = [(ALL, 16, 4, 128, 4, EVERY, 40), (QKV, 16, 4, 128, 4, EVERY, 40)]
 SIZES = [
     *((ALL, 16, batch, length, 4, FEW, rounds) for batch, length, rounds in (
@@ -48,14 +48,14 @@ def main():
     threads = torch.get_num_threads()  # as many as there are cores
     for setting in BESIDE_ALL + SIZES + COMPILED:
         alone(arguments.out, threads, setting)
-    for setting in ON_ONE:  # where times vary less
+    for setting in ON_ONE:  # times on one thread vary less
         alone(arguments.out, 1, setting)
 
 
 def alone(out, threads, setting):
-    """Each setting in a process of its own: in one, how quickly memory is had would depend on what went before."""
+    """Run a setting in its own process: in a shared one, the time of allocations depends on earlier settings."""
     if setting[-1] is True and not shutil.which("g++"):
-        return print(f"left out, for want of a C++ compiler: {setting}", file=sys.stderr)
+        return print(f"left out, because g++ is not installed: {setting}", file=sys.stderr)
     process = multiprocessing.get_context("spawn").Process(target=write, args=(out, threads, setting))
     process.start()
     process.join()
@@ -75,7 +75,7 @@ def row(targets, r, batch, length, layers, methods, rounds, compiled=False):
     x = torch.randn(batch, length, base.config.hidden_size)
     result = {"targets": targets, "r": r, "batch": batch, "length": length, "layers": layers, "rounds": rounds,
               "compiled": compiled}  # fmt: skip
-    counts = over_floor(models, x)  # of what is not compiled
+    counts = over_floor(models, x)  # counted before compilation
     if compiled:
         for model in models.values():
             model.compile()
@@ -94,7 +94,7 @@ def timed(models, x, rounds):
 
 
 def over_floor(models, x):
-    """What is counted, of each method but the floor, over it."""
+    """Return the counts of each method less those of the floor."""
     counts = {name: counted(model, x) for name, model in models.items()}
     return {
         what: {name: count[i] - counts["floor"][i] for name, count in counts.items() if name != "floor"}
@@ -116,7 +116,7 @@ def infer(model, x):
 
 
 def counted(model, x):
-    """Bytes kept for backward, outside of what the model holds anyway, and FLOPs: exact, the same on every machine."""
+    """Return the bytes kept for backward, without the model's own tensors, and the FLOPs. Both are exact counts."""
     own = {t.untyped_storage().data_ptr() for t in held(model)}
     kept = {}
 

@@ -1,4 +1,4 @@
-"""Sizes on disk of adapters for common models, CURLoRA's beside LoRA's. Built on the meta device: no weight is needed.
+"""Compare the file sizes of CURLoRA and LoRA adapters for common models. The models are on the meta device.
 
 python benchmarks/speed/storage.py
 """
@@ -17,7 +17,7 @@ import curlora
 from models import ALL, QKV
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
-# Shapes as their makers publish them in config.json.
+# The models' shapes, from their published config.json.
 LLAMA = dict(model_type="llama", vocab_size=128256, hidden_act="silu")
 MODELS = {
     "SmolLM2-135M": LLAMA | dict(
@@ -62,7 +62,7 @@ def main():
 
 
 def size_on_disk(model):
-    """Of a file with the names, shapes and dtypes that PEFT saves."""
+    """Return the bytes of a file with the names, shapes and dtypes that PEFT saves."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "adapter_model.safetensors"

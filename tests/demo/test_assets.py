@@ -92,7 +92,7 @@ def test_files_of_a_source_archive_are_taken_out(tmp_path):
 
 def test_too_little_space_is_seen_before_downloading(package, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 500_000))
-    with pytest.raises(AssetError, match="needs about 1 MB in .*cache, where 0 MB are free.*CURLORA_CACHE_DIR"):
+    with pytest.raises(AssetError, match="needs about 1 MB in .*cache, but only 0 MB are free.*CURLORA_CACHE_DIR"):
         fetch(package, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 

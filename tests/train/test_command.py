@@ -106,8 +106,8 @@ def test_the_plan_and_the_table_are_printed(whole):
         r"trained on 40 examples of .*chat <b>\.jsonl: 400 tokens, 160 in answers; laid out by the model's chat templ",
         r"held out 20 examples: 200 tokens, 80 in answers; split off .*chat <b>.jsonl by seed 0",
         r"steps 50: 10 epochs in batches of 8; a checkpoint every 5 steps",
-        r"may be forgotten 5\.00 % of perplexity",
-        r"of which text a novel",
+        r"forgetting limit 5\.00 % of perplexity",
+        r"measured on a novel",
         rf"learning rate about {record(out)['outcome']['run']['learning_rate']:.2g}, set from the budget",
         r"perplexity of a novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %",
         r"stated 5\.00 % of perplexity",
@@ -172,7 +172,7 @@ def test_other_options_or_data_are_refused(whole, data, chat_model, guard_file, 
     assert (done.exit_code, "seed is 1 and was 0" in done.stderr) == (1, True)
     other = write_lines(tmp_path / "other.jsonl", conversations(seed=1))
     done = command(other, *SMALL, guard_text=f"a novel={guard_file}", **common)
-    assert (done.exit_code, "is of another training: data is" in done.stderr) == (1, True)
+    assert (done.exit_code, "belongs to another training: data is" in done.stderr) == (1, True)
 
 
 def test_killed_it_goes_on_to_the_same_end(whole, data, chat_model, guard_file, tmp_path):
@@ -278,7 +278,7 @@ def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeyp
     out = tmp_path / "out"
     done = command(data, model=chat_model, out=out, epochs=1, rank=4, report_to="tensorboard")
     assert done.exit_code == 0, done.output
-    assert "what the model itself writes" in done.stdout
+    assert "text that the model itself writes" in done.stdout
     (text,) = record(out)["outcome"]["budget"]["texts"].values()
     assert text["rise"] <= text["limit"] == 0.01
     assert list((out / "logs").glob("events.*"))  # trackers' files stay when checkpoints go
@@ -292,7 +292,7 @@ def test_each_text_keeps_a_limit_of_its_own(data, chat_model, guard_file, tmp_pa
     done = command(data, *given, **tells)
     assert done.exit_code == 0, done.output
     printed = " ".join(done.stdout.split())
-    assert "may be forgotten 5.00 % of perplexity, 0.20 % of other" in printed
+    assert "forgetting limit 5.00 % of perplexity, 0.20 % of other" in printed
     assert "stated 5.00 % of perplexity, 0.20 % of other" in printed
     assert re.search(r"perplexity of novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %", printed)
     assert re.search(r"perplexity of other [\d.]+ [\d.]+ [+-]\d\.\d+ % 0\.20 %", printed)
@@ -388,7 +388,7 @@ def test_a_dry_run_writes_nothing_and_loads_no_weight(data, chat_model, tmp_path
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loaded)
     done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out")
     assert done.exit_code == 0, done.output
-    assert "what the model itself writes" in done.stdout
+    assert "text that the model itself writes" in done.stdout
     assert re.fullmatch(r"Warning: The rank was lowered from 32 to the smaller side .*\n", done.stderr)
     assert not (tmp_path / "out").exists()
 
@@ -418,12 +418,12 @@ BAD = {
     "budget": ([], {"model": "{chat}", "max_forgetting": "1"}, "For 1 % write 1%."),
     "budget of nothing": ([], {"model": "{chat}", "max_forgetting": "0"}, "leaves nothing to learn with"),
     "guard text": ([], {"model": "{chat}", "guard_text": "code=gone.txt"}, "--guard-text gone.txt: there is no such"),
-    "limit of no text": ([], {"model": "{chat}", "limit": "code=1%"}, "--limit code=...: no text has this name"),
-    "limit without a name": ([], {"model": "{chat}", "limit": "1%"}, "--limit '1%' does not say of which text"),
+    "limit of no text": ([], {"model": "{chat}", "limit": "code=1%"}, "--limit code=...: no --guard-text has this"),
+    "limit without a name": ([], {"model": "{chat}", "limit": "1%"}, "--limit '1%' does not name a text"),
     "guard text of a word": ([], {"model": "{chat}", "guard_text": "{word}"}, "has no two tokens in a row"),
-    "guard text of nothing": ([], {"model": "{chat}", "guard_text": "{nothing}"}, "is empty: give a text of some thou"),
+    "guard text of nothing": ([], {"model": "{chat}", "guard_text": "{nothing}"}, "is empty: give a text of a few"),
     "encoder-decoder": ([], {"model": "{t5}"}, "is an encoder-decoder (t5)"),
-    "no language model": ([], {"model": "{vit}"}, "is of type vit, which transformers knows no language model of"),
+    "no language model": ([], {"model": "{vit}"}, "is of type vit, for which transformers has no causal"),
     "no template": ([], {"model": "{plain}"}, "the model's tokenizer has no chat template"),
     "rank": ([], {"model": "{chat}", "rank": "0"}, "r must be a positive integer, got 0"),
     "targets": ([], {"model": "{chat}", "target_modules": "wq,wk"}, "The adapter cannot be put on"),

@@ -169,14 +169,14 @@ def test_a_bad_row_is_named_with_its_line(bad, chat_model, tmp_path):
     ("name", "content", "message"),
     [
         ("gone.jsonl", None, "there is no such file"),
-        ("gone.txt", None, "there is no such file, and no data set of the hub can have this id"),
+        ("gone.txt", None, "there is no such file, and this is not a valid id of a data set on the hub"),
         ("a.txt", "text", ".txt is not among the file types that are read"),
         ("a.jsonl", "", "the file is empty"),
         ("a.jsonl", '{"messages": [', "line 1 is not JSON"),
         ("a.jsonl", '{"text": "w1"}\n', "no layout of conversations is recognised among the columns text"),
         ("a.csv", "prompt,completion\nw1,w2,w3\n", "line 2 has 3 fields, where the heading has 2"),
         ("a.jsonl", '{"prompt": "w1", "completion": null}\n', "row 0 (line 1) has no completion"),
-        ("a.jsonl", '{"prompt": "w1", "completion": "w2"}\n', "has one example, so that none can be held out"),
+        ("a.jsonl", '{"prompt": "w1", "completion": "w2"}\n', "has only one example, so none can be held out"),
     ],
 )
 def test_files_that_are_refused(name, content, message, chat_model, tmp_path):
@@ -189,7 +189,7 @@ def test_files_that_are_refused(name, content, message, chat_model, tmp_path):
 
 
 def test_messages_need_a_template(plain_model, chat_file):
-    with pytest.raises(TrainError, match=r"holds messages, and the model's tokenizer has no chat template"):
+    with pytest.raises(TrainError, match=r"holds messages, but the model's tokenizer has no chat template"):
         examples(chat_file, plain_model)
 
 

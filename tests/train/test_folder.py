@@ -18,7 +18,7 @@ def test_a_folder_is_of_one_training(tmp_path):
     other = Folder(folder.path, {"rank": 16, "data": "ab"})
     assert other.record() is None  # nothing has been done yet
     folder.write({"outcome": {}})
-    with pytest.raises(TrainError, match="is of another training: rank is 16 and was 8. Choose another folder"):
+    with pytest.raises(TrainError, match="belongs to another training: rank is 16 and was 8. Choose another folder"):
         other.record()
     with pytest.raises(TrainError, match="seed is 1 and was None"):
         Folder(folder.path, {"rank": 8, "data": "ab", "seed": 1}).record()

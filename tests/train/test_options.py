@@ -34,11 +34,11 @@ def test_a_budget_is_the_same_in_per_cent_and_as_a_share(hundredths):
         ("0", "leaves nothing to learn with"),
         ("0%", "leaves nothing to learn with"),
         ("-1%", "leaves nothing to learn with"),
-        ("inf", "is no budget: write 1% or 0.01"),
-        ("one", "is no budget"),
-        ("", "is no budget"),
-        ("1%%", "is no budget"),
-        ("1,5%", "is no budget"),
+        ("inf", "is not a budget: write 1% or 0.01"),
+        ("one", "is not a budget"),
+        ("", "is not a budget"),
+        ("1%%", "is not a budget"),
+        ("1,5%", "is not a budget"),
     ],
 )
 def test_a_budget_that_nobody_can_mean(given, message):
@@ -81,13 +81,13 @@ def test_limits_of_texts():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["1%"], "--limit '1%' does not say of which text: write NAME=1%"),
-        (["=1%"], "does not say of which text"),
-        (["code"], "does not say of which text"),
+        (["1%"], "--limit '1%' does not name a text: write NAME=1%"),
+        (["=1%"], "does not name a text"),
+        (["code"], "does not name a text"),
         (["code=1"], "--limit code '1' is 100 % or more of the perplexity. For 1 % write 1%."),
         (["code=0%"], "--limit code '0%' leaves nothing to learn with"),
         (["code=-1%"], "leaves nothing to learn with"),
-        (["code="], "--limit code '' is no budget"),
+        (["code="], "--limit code '' is not a budget"),
         (["code=1%", "code=2%"], "'code' has two limits"),
     ],
 )
@@ -123,13 +123,13 @@ def test_prompts_of_a_file(tmp_path):
         (dict(model=None), "Which model is trained"),
         (dict(epochs=0), "--epochs must be at least 1, got 0"),
         (dict(batch_size=-1), "--batch-size must be at least 1"),
-        (dict(max_length=1), "a prompt and an answer"),
+        (dict(max_length=1), "--max-length must be at least 2, a token of the prompt and one of the answer, got 1"),
         (dict(learning_rate=0.0), "--learning-rate must be a positive number"),
         (dict(lifetime=0.005), "--lifetime 0.005 is less than --max-forgetting 0.01"),
         (dict(lifetime=0.01, guard_texts={"a": "a.txt"}, limits={"a": 0.02}), "--lifetime 0.01 is less than --limit a"),
-        (dict(limits={"a": 0.02}), "--limit a=...: no text has this name, none is given. Name the text: --guard-text"),
-        (dict(limits={"c": 0.1}, guard_texts={"a": "a.txt", "b": "b.txt"}), "has this name, known are a, b. Name"),
-        (dict(continue_from="adapter", rank=8), "--rank and --target-modules are of a new adapter"),
+        (dict(limits={"a": 0.02}), "--limit a=...: no --guard-text has this name; none is given. Name"),
+        (dict(limits={"c": 0.1}, guard_texts={"a": "a.txt", "b": "b.txt"}), "has this name; the names are a, b. Name"),
+        (dict(continue_from="adapter", rank=8), "--rank and --target-modules apply to a new adapter only"),
     ],
 )
 def test_options_that_cannot_be(options, message):

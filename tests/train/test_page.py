@@ -53,7 +53,7 @@ def test_nothing_of_users_is_markup(tmp_path):
     page = render(outcome())
     assert "<script" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 10
-    assert "It was not kept." in page
+    assert "The budget was not kept." in page
     assert "49" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
 
     write_card(outcome(), tmp_path / "README.md")
@@ -75,5 +75,5 @@ def test_nothing_of_users_is_markup(tmp_path):
 def test_what_was_kept_is_not_said_to_be_lost():
     kept = outcome().budget.model_copy(update={"texts": {"code": outcome().budget.texts["code"]}})
     page = render(outcome(budget=kept.model_dump()))
-    assert "It was not kept." not in page
+    assert "The budget was not kept." not in page
     assert "+0.50 % on code" in page

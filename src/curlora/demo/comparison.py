@@ -1,4 +1,4 @@
-"""What each of the demo's methods has learned, and what it has forgotten of each text."""
+"""The demo's table of what each method learned, and what it forgot on each text."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ __all__ = ["comparison_table"]
 
 
 def comparison_table(results: RunResults) -> RenderableType:
-    """A row for each method: the loss on the task, and of each text the rise of perplexity and the KL divergence.
+    """Return a table with a row for each method.
+
+    A row holds the loss on the task in nats per token. For each held-out text it holds the relative rise of perplexity
+    and, below it, the KL divergence from the base model in nats per token.
 
     Args:
-        results: of a run with one task that generates.
+        results: the results of a run with one generation task.
     """
     columns = [Column(Text(name), justify="right") for name in ("loss on\nthe task", *results.heldout)]
-    title = "Learned, in nats per token, and forgotten: rise of perplexity, KL from the base model in nats per token"
+    title = "Loss on the task (nats per token); rise of perplexity, and KL from the base model (nats per token)"
     table = Table("method", *columns, title=title)
     for method in results.methods:
         seed = method.seeds[0]

@@ -1,4 +1,4 @@
-"""What the model replies before and after: the demo's methods side by side."""
+"""The model's replies before and after training, with the demo's methods side by side."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ PROMPTS = (
 
 
 def replies(results: RunResults, directory: Path, model: str, max_new_tokens: int = 40) -> dict[str, list[str]]:
-    """The greedy replies to :data:`PROMPTS`.
+    """Generate greedy replies to :data:`PROMPTS` with the base model and with each method's adapter.
 
     Args:
-        results: of the run.
-        directory: that holds its adapters.
-        model: folder of the base model.
-        max_new_tokens: where a reply is cut off.
+        results: the results of the run.
+        directory: the run's folder, which holds the adapters.
+        model: the base model's folder.
+        max_new_tokens: maximum length of a reply, in tokens.
 
     Returns:
-        By the methods' labels, in the order of the prompts; first those of the model as it is.
+        The replies by the methods' labels, in the order of the prompts. The first entry, ``"before"``, is the base
+        model's.
     """
     tokenizer = AutoTokenizer.from_pretrained(model)
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -61,7 +62,7 @@ def replies(results: RunResults, directory: Path, model: str, max_new_tokens: in
 
 
 def replies_table(found: dict[str, list[str]]) -> RenderableType:
-    """The replies for the screen, a row for each prompt."""
+    """Return a table of the replies with a row for each prompt."""
     columns = [Column(Text(label)) for label in found]
     table = Table("prompt", *columns, title="Replies, before and after", show_lines=True)
     for number, prompt in enumerate(PROMPTS):

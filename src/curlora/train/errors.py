@@ -1,7 +1,7 @@
-"""What stops ``curlora train``, for people."""
+"""The error of ``curlora train``."""
 
 __all__ = ["TrainError"]
 
 
 class TrainError(ValueError):
-    """An option, the data, the model or the output folder is not right; says what was found and what to do."""
+    """An option, the data, the model or the output folder cannot be used. Says what was found and what to do."""

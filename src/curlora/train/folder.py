@@ -1,4 +1,4 @@
-"""The folder of a training: whose it is, one at a time, and what a training that was cut off goes on from."""
+"""The output folder of a training: its owner, its lock, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ _SECONDS = "seconds"
 
 
 class Folder:
-    """Where a training writes.
+    """The folder that a training writes to.
 
-    ``training.json`` says from the beginning whose the folder is, and is complete when everything else is there.
+    ``training.json`` names the training that the folder belongs to from the start. It receives the outcome last, when
+    all other files are complete.
 
     Args:
         path: the folder.
-        identity: options, and digests of data, that decide which adapter comes out.
+        identity: the options, and the digests of the data, that determine the trained adapter.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
@@ -38,27 +39,28 @@ class Folder:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints, which is gone when all is done."""
+        """The folder of checkpoints, which is removed when the training is finished."""
         return self.path / "checkpoints"
 
     def record(self) -> dict[str, Any] | None:
-        """What ``training.json`` holds; ``None`` where nothing has been trained, or by this training begun.
+        """Return the content of ``training.json``; ``None`` if no training has left anything in the folder.
 
         Raises:
-            TrainError: if the folder is of another training, or of something else.
+            TrainError: if the folder belongs to another training, or holds other files.
         """
         try:
             found: dict[str, Any] = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
             before = found["identity"]
         except NotADirectoryError:
-            raise TrainError(f"--out {self.path} is a file: choose another name for the folder.") from None
+            raise TrainError(f"--out {self.path} is a file, not a folder: choose another name.") from None
         except FileNotFoundError:
             if self.path.exists() and any(path.name != _LOCK for path in self.path.iterdir()):
                 raise TrainError(f"--out {self.path} holds files, but no training: choose another folder.") from None
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(
-                f"{self.path / _RECORD} cannot be read, so whose {self.path} is cannot be told: choose another folder."
+                f"{self.path / _RECORD} cannot be read, so it is unknown which training {self.path} belongs to. Choose "
+                "another folder."
             ) from error
         changed = [
             f"{name} is {self.identity.get(name)!r} and was {before.get(name)!r}"
@@ -66,11 +68,11 @@ class Folder:
             if before.get(name) != self.identity.get(name)
         ]
         if changed and "outcome" not in found and not any(self.checkpoints.glob(f"{_CHECKPOINT}*")):
-            return None  # nothing has been done by the other training
+            return None  # the other training has left nothing that could be lost
         if changed:
             raise TrainError(
-                f"--out {self.path} is of another training: {', '.join(changed)}. Choose another folder, or give the "
-                "options and data that it was begun with."
+                f"--out {self.path} belongs to another training: {', '.join(changed)}. Choose another folder, or give "
+                "the options and data that the training was started with."
             )
         return found
 
@@ -80,13 +82,13 @@ class Folder:
         write_whole(self.path / _RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def checkpoint(self, steps: int) -> Path | None:
-        """The newest complete checkpoint before the end; what was cut off while it was written is removed.
+        """Return the newest complete checkpoint before the last step, and remove all other checkpoints.
 
-        The one at the end holds what the budget's measurement has let stand, and not how much that was: what follows
-        the one before is done again.
+        The checkpoint of the last step is not used: it holds the update after the budget's measurement scaled it back,
+        but not by which factor. Training resumes from the checkpoint before it and repeats the last steps.
 
         Args:
-            steps: of the whole training.
+            steps: number of steps of the whole training.
         """
         shutil.rmtree(self.checkpoints / f"{_CHECKPOINT}{steps}", ignore_errors=True)
         found = newest(self.checkpoints, _CHECKPOINT)
@@ -96,27 +98,28 @@ class Folder:
         return found
 
     def mark_checkpoint(self, step: int, seconds: float) -> None:
-        """Say that a checkpoint has all its files, and how long training has taken until then."""
+        """Mark a checkpoint as complete, and store the seconds that training has taken up to it."""
         folder = self.checkpoints / f"{_CHECKPOINT}{step}"
         (folder / _SECONDS).write_text(str(seconds), encoding="utf-8")
         mark_complete(folder)
 
     @staticmethod
     def seconds(checkpoint: Path | None) -> float:
-        """How long training had taken at a checkpoint."""
+        """Return the seconds that training had taken up to a checkpoint; 0 without one."""
         return 0.0 if checkpoint is None else float((checkpoint / _SECONDS).read_text(encoding="utf-8"))
 
     def remove_checkpoints(self) -> None:
-        """They are of no more use."""
+        """Remove all checkpoints."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def claim(folder: Folder) -> Iterator[None]:
-    """One training at a time in a folder, which is made if it is not there.
+    """Create the folder if needed, and lock it so that one training at a time writes to it.
 
     Raises:
-        TrainError: if another one is at work in it, or it cannot be made; on a full disk, also later.
+        TrainError: if another training holds the lock, if the folder cannot be written to, or if the disk becomes full
+            while the lock is held.
     """
     path = folder.path
     lock = filelock.FileLock(path / _LOCK)
@@ -135,10 +138,10 @@ def claim(folder: Folder) -> Iterator[None]:
         if not is_disk_full(error):
             raise
         raise TrainError(
-            f"The disk that holds {path} is full. Nothing that was finished is lost: free some space, and the same "
-            "command goes on."
+            f"The disk that holds {path} is full. Nothing that was finished is lost: free some space, and run the same "
+            "command again to resume."
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        with contextlib.suppress(OSError):  # Windows does not delete an open file
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

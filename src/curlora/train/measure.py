@@ -1,4 +1,4 @@
-"""What is measured before and after: the loss on held-out examples, and replies to prompts."""
+"""Measurements before and after training: the loss on held-out examples, and replies to prompts."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["Measured", "measure"]
 
 @dataclass(frozen=True)
 class Measured:
-    """A model at one moment.
+    """The measurements of a model at one time.
 
     Args:
-        loss: on held-out examples, in nats per token of their answers.
-        replies: to each prompt.
+        loss: the mean loss on held-out examples, in nats per token of their answers.
+        replies: one reply for each prompt.
     """
 
     loss: float
@@ -43,25 +43,27 @@ def measure(
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> Measured:
-    """Score held-out examples, and reply to prompts greedily. The model is in its own mode again afterwards.
+    """Compute the loss on held-out examples, and generate greedy replies to prompts.
+
+    The model runs in evaluation mode. Its own mode is restored afterwards.
 
     Args:
-        model: a causal language model of transformers, with whatever adapters are in it.
-        tokenizer: its tokenizer.
-        held_out: what is scored; each of its trained tokens counts the same.
-        prompts: to reply to.
-        stop: tokens that end a reply, beside the model's own.
-        reply_tokens: where a reply is cut off.
-        batch_size: examples that are scored together.
-        autocast: the precision that is computed in.
-        on_tokens: told how many tokens have been gone through.
+        model: a causal language model of transformers, with or without adapters.
+        tokenizer: the model's tokenizer.
+        held_out: the examples to score. The loss is the mean over all their answer tokens.
+        prompts: the prompts to reply to.
+        stop: tokens that end a reply, in addition to the model's own.
+        reply_tokens: maximum length of a reply, in tokens.
+        batch_size: number of examples that are scored together.
+        autocast: returns the context manager that sets the precision.
+        on_tokens: called after each batch with the number of tokens that were scored.
     """
     total = count = 0.0
     with evaluating(model), torch.no_grad(), autocast():
         for ids, mask, labels in _batches(held_out.rows, batch_size, tokenizer.pad_token_id):
             logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
             answers = labels[:, 1:].to(logits.device)
-            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # one by one: the vocabulary is large
+            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # row by row, to save memory
                 trained = answer != IGNORED
                 total += float(cross_entropy(of_row[trained].float(), answer[trained], reduction="sum").double())
                 count += float(trained.sum())
@@ -71,7 +73,7 @@ def measure(
 
 
 def _batches(rows: Sequence[Row], size: int, pad: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Tokens, which of them count, and labels, each of shape ``(batch, length)``; rows of like length together."""
+    """Yield tokens, attention mask and labels, each of shape ``(batch, length)``, with rows sorted by length."""
     ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
     for begin in range(0, len(ordered), size):
         chosen = ordered[begin : begin + size]

@@ -1,4 +1,4 @@
-"""The base model of a training: looked at without its weights first, and loaded once everything else is known."""
+"""The base model of a training. It is inspected without its weights first, and loaded after all other checks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ __all__ = ["Base", "find_base"]
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that has not been loaded.
+    """A base model whose weights have not been loaded.
 
     Args:
-        name: folder or hub id.
-        config: of transformers.
-        tokenizer: can pad.
-        adapter: the configuration of the adapter that is trained, a new one or that of ``continue_from``.
-        continue_from: the adapter to go on from.
+        name: the model's folder or hub id.
+        config: the model's configuration in transformers.
+        tokenizer: the model's tokenizer, which has a padding token.
+        adapter: the configuration of the adapter to train: that of ``continue_from``, or a new one.
+        continue_from: the adapter whose training is continued, if any.
         quantize: ``"4bit"``, ``"8bit"`` or ``None``.
         bf16: whether training computes in bfloat16.
     """
@@ -51,17 +51,17 @@ class Base:
 
     @property
     def positions(self) -> int | None:
-        """How many tokens the model can take; ``None`` if it does not say."""
+        """The longest input of the model, in tokens; ``None`` if its configuration does not state it."""
         found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return found
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the frozen weights."""
+        """The dtype of the frozen weights."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
     def empty(self) -> tuple[Any, Any]:
-        """The model without weights, on the meta device: alone, and another with the adapter on it.
+        """Return two models on the meta device, without weights: the base model, and the base model with the adapter.
 
         Raises:
             TrainError: if the adapter does not fit the model.
@@ -75,10 +75,10 @@ class Base:
             raise TrainError(f"The adapter cannot be put on {self.name}: {error}") from error
 
     def load(self) -> Any:
-        """The model with its weights; with the adapter that is continued, if one is.
+        """Load the model with its weights, and with the adapter of ``continue_from`` if there is one.
 
         Raises:
-            TrainError: if it cannot be loaded.
+            TrainError: if the model or the adapter cannot be loaded.
         """
         quantized = {"quantization_config": self._quantization()} if self.quantize else {}
         try:
@@ -101,35 +101,36 @@ class Base:
 
 
 def find_base(options: TrainOptions) -> Base:
-    """Look at the model that the options name, without its weights.
+    """Find the model that the options name, and read its configuration and tokenizer, but not its weights.
 
     Raises:
-        TrainError: if it is not there, or no causal language model; if the adapter to go on from is none of CURLoRA's;
-            if bitsandbytes is wanted and missing.
+        TrainError: if the model is not found or is not a causal language model, if ``continue_from`` is not a CURLoRA
+            adapter, or if ``quantize`` is set and bitsandbytes is not installed.
     """
     if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainError("--quantize needs bitsandbytes, which is not installed: pip install bitsandbytes")
     adapter = _adapter(options)
     name = options.model or adapter.base_model_name_or_path
     if not name:
-        raise TrainError(f"{options.continue_from} does not say what its base model is: give --model.")
+        raise TrainError(f"{options.continue_from} does not name its base model: give it with --model.")
     if problem := no_such_folder(name):
         raise TrainError(f"--model {name}: {problem}.")
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        raise TrainError(f"--model {name}: its configuration or tokenizer cannot be had: {_first(error)}") from error
+        raise TrainError(f"--model {name}: its configuration or tokenizer cannot be read: {_first(error)}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise TrainError(
-            f"--model {name} is an encoder-decoder ({config.model_type}), whose forgetting cannot be measured by what "
-            "it writes: take a causal language model."
+            f"--model {name} is an encoder-decoder ({config.model_type}). curlora train measures forgetting on causal "
+            "language models only: choose one of these."
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise TrainError(
-            f"--model {name} is of type {config.model_type}, which transformers knows no language model of."
+            f"--model {name} is of type {config.model_type}, for which transformers has no causal language model: "
+            "choose another model."
         )
-    if tokenizer.pad_token is None:  # any will do: padding is masked
+    if tokenizer.pad_token is None:  # any token will do, since padding is masked
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
     bf16 = options.bf16
     if bf16 is None:
@@ -158,5 +159,5 @@ def _adapter(options: TrainOptions) -> CurloraConfig:
 
 
 def _first(error: Exception) -> str:
-    """The first sentence of what a library says at length."""
+    """Return the first line of a library's error message."""
     return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a user states about a training, with every default."""
+"""The options of a training, with their defaults and checks."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ class TrainOptions:
 
     Args:
         data: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file, or the id of a data set on the hub.
-        out: the folder to write.
-        model: the base model's folder or hub id; what ``continue_from`` names if ``None``.
-        max_forgetting: by how much the perplexity of the guard's texts may rise, relatively: 0.01 for 1 %.
-        continue_from: a saved CURLoRA adapter to go on from; a new adapter is trained if ``None``.
-        guard_texts: files by name, none of which may be forgotten; the model's own writing if there are none.
-        limits: of some of these texts, in the place of ``max_forgetting``.
-        lifetime: what all trainings of this adapter together may cost, as ``max_forgetting``.
-        split, subset: of a data set on the hub.
-        columns: of prompts and of completions, where they are called otherwise.
-        turns: which of the assistant's messages are trained, ``"all"`` or the ``"last"`` of each conversation.
-        evaluation: a file of examples that are scored and not trained on; a share of ``data`` if ``None``.
-        quantize: ``"4bit"`` or ``"8bit"``, by bitsandbytes.
-        export: ``"lora"`` or ``"merged"``, written beside the adapter.
-        epochs, batch_size, gradient_accumulation: of training; a step takes the product of the last two.
-        max_length: tokens of an example; what is behind them is cut off.
-        rank, target_modules: of a new adapter, see :class:`curlora.CurloraConfig`.
-        learning_rate: set by the budget if ``None``.
-        seed: of the held-out share, of the order of examples, and of the adapter's columns and rows.
-        prompts: to show replies to; those of the first held-out examples if there are none.
+        out: the output folder.
+        model: the base model's folder or hub id. ``None``: the base model that ``continue_from`` names.
+        max_forgetting: the largest relative rise of perplexity on each guard text: 0.01 for 1 %.
+        continue_from: a saved CURLoRA adapter whose training is continued. ``None``: train a new adapter.
+        guard_texts: names and text files on which forgetting is limited. Empty: text that the model itself writes.
+        limits: limits of single guard texts by name, which replace ``max_forgetting``.
+        lifetime: the largest relative rise of perplexity over all trainings of this adapter together.
+        split, subset: the split and the subset of a data set on the hub.
+        columns: the columns of prompts and completions, if they have other names than these.
+        turns: which messages of the assistant are trained: ``"all"``, or the ``"last"`` of each conversation.
+        evaluation: a file of held-out examples. ``None``: hold out a share of ``data``.
+        quantize: ``"4bit"`` or ``"8bit"``: quantize the base model with bitsandbytes during training.
+        export: ``"lora"`` or ``"merged"``: also export the adapter into the output folder.
+        epochs: number of passes over the training examples.
+        batch_size: examples per forward pass.
+        gradient_accumulation: batches per optimizer step.
+        max_length: longest example, in tokens. Longer examples are truncated.
+        rank, target_modules: options of a new adapter, see :class:`curlora.CurloraConfig`.
+        learning_rate: ``None``: set from the budget.
+        seed: seed of the held-out share, the order of examples, and the choice of the adapter's columns and rows.
+        prompts: prompts whose replies are shown. Empty: those of the first held-out examples.
         report_to: trackers of transformers' Trainer, such as ``tensorboard``.
-        bf16: compute in bfloat16; where a GPU has it if ``None``.
-        gradient_checkpointing: as of transformers' Trainer; on an accelerator if ``None``.
+        bf16: compute in bfloat16. ``None``: on a GPU that supports it.
+        gradient_checkpointing: as in transformers' Trainer. ``None``: on an accelerator.
 
     Raises:
-        TrainError: on an option that cannot be.
+        TrainError: if an option is out of range, or contradicts another one.
     """
 
     data: str
@@ -85,11 +87,11 @@ class TrainOptions:
 
     RANK = 32
     TARGET_MODULES = "all-linear"
-    # Held out where no file is given: a share of the data, within these numbers of examples.
+    # Without a file of held-out examples, this share of the data is held out, between these numbers of examples.
     HELD_OUT_SHARE = 0.05
     HELD_OUT_LEAST = 20
     HELD_OUT_MOST = 200
-    # Of each of the guard's texts, in rows of so many, so many together.
+    # The tokens taken of each guard text, the tokens of a row, and the rows of a batch.
     GUARD_TOKENS = 8192
     GUARD_ROW = 128
     GUARD_BATCH = 8
@@ -101,20 +103,20 @@ class TrainOptions:
             raise TrainError("Which model is trained? Give --model, a folder or a hub id.")
         if self.continue_from is not None and (self.rank is not None or self.target_modules is not None):
             raise TrainError(
-                "--rank and --target-modules are of a new adapter, and --continue-from takes those that the adapter "
-                "has: leave them out."
+                "--rank and --target-modules apply to a new adapter only. With --continue-from the adapter's own are "
+                "used: leave both options out."
             )
         for name in ("epochs", "batch_size", "gradient_accumulation", "max_length"):
             if getattr(self, name) < 1:
                 raise TrainError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
         if self.max_length < 2:
-            raise TrainError("--max-length must be at least 2: a prompt and an answer.")
+            raise TrainError("--max-length must be at least 2, a token of the prompt and one of the answer, got 1.")
         if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
             raise TrainError(f"--learning-rate must be a positive number, got {self.learning_rate}.")
         if unknown := sorted(set(self.limits) - set(self.guard_texts)):
-            known = f"known are {', '.join(sorted(self.guard_texts))}" if self.guard_texts else "none is given"
+            known = f"the names are {', '.join(sorted(self.guard_texts))}" if self.guard_texts else "none is given"
             raise TrainError(
-                f"--limit {unknown[0]}=...: no text has this name, {known}. Name the text: --guard-text "
+                f"--limit {unknown[0]}=...: no --guard-text has this name; {known}. Name the text: --guard-text "
                 f"{unknown[0]}=PATH."
             )
         stated = {f"--limit {name}": limit for name, limit in self.limits.items()}
@@ -123,12 +125,12 @@ class TrainOptions:
         option, most = max(stated.items(), key=lambda pair: pair[1])
         if self.lifetime is not None and self.lifetime < most:
             raise TrainError(
-                f"--lifetime {self.lifetime:.3g} is less than {option} {most:.3g}, which is of this training alone: "
-                "raise the one or lower the other."
+                f"--lifetime {self.lifetime:.3g} is less than {option} {most:.3g}, but it covers this training and all "
+                f"others of the adapter: raise --lifetime, or lower {option}."
             )
 
     def identity(self) -> dict[str, Any]:
-        """What decides which adapter comes out, but for what the files hold, as JSON has it."""
+        """Return the options that determine the trained adapter, as JSON values, without the contents of files."""
         return {
             "model": self.model,
             "max_forgetting": self.max_forgetting,
@@ -152,13 +154,13 @@ class TrainOptions:
 
 
 def parse_share(given: str, option: str = "--max-forgetting") -> float:
-    """A budget as people write it: ``1%``, ``1 %`` or ``0.01``.
+    """Parse a budget, written as ``1%``, ``1 %`` or ``0.01``.
 
     >>> parse_share("1.5%"), parse_share("0.015")
     (0.015, 0.015)
 
     Raises:
-        TrainError: on what is no number, not positive, or 1 and more, of which nobody can tell what is meant.
+        TrainError: if the value is not a number, is not positive, or is 1 or more: ``1`` could mean 1 % or 100 %.
     """
     found = re.fullmatch(r"\s*([+-]?[0-9.,eE+-]+)\s*(%?)\s*", given)
     try:
@@ -166,7 +168,7 @@ def parse_share(given: str, option: str = "--max-forgetting") -> float:
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise TrainError(f"{option} {given!r} is no budget: write 1% or 0.01.")
+        raise TrainError(f"{option} {given!r} is not a budget: write 1% or 0.01.")
     if not value > 0:
         raise TrainError(f"{option} {given!r} leaves nothing to learn with: give a positive budget, such as 1%.")
     if value >= 1:
@@ -178,10 +180,10 @@ def parse_share(given: str, option: str = "--max-forgetting") -> float:
 
 
 def parse_texts(given: Sequence[str]) -> dict[str, Path]:
-    """Files by name, of ``NAME=PATH`` or ``PATH``, each checked to hold text.
+    """Parse values such as ``NAME=PATH`` or ``PATH`` into paths by name, and check that each file holds text.
 
     Raises:
-        TrainError: if a file is missing, is empty or is no text, or two have one name.
+        TrainError: if a file is missing, empty or not text, or if two texts have the same name.
     """
     texts: dict[str, Path] = {}
     for one in given:
@@ -191,37 +193,37 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
         if not name:
             raise TrainError(f"--guard-text {one!r} has no name before the equals sign: write NAME=PATH or PATH.")
         if name in texts:
-            raise TrainError(f"--guard-text: two texts are called {name!r}: name one of them otherwise, NAME=PATH.")
+            raise TrainError(f"--guard-text: two texts are called {name!r}. Rename one of them with NAME=PATH.")
         _check_text(path)
         texts[name] = path
     return texts
 
 
 def parse_limits(given: Sequence[str]) -> dict[str, float]:
-    """Budgets of texts by name, of ``NAME=1%``.
+    """Parse values such as ``NAME=1%`` into limits by the name of the text.
 
     >>> parse_limits(["code=0.5%"])
     {'code': 0.005}
 
     Raises:
-        TrainError: if there is no name, or two of one name, or what is stated is no budget.
+        TrainError: if a value has no name, if a name occurs twice, or if a limit is not a valid budget.
     """
     limits: dict[str, float] = {}
     for one in given:
         name, equals, share = one.rpartition("=")
         if not equals or not name:
-            raise TrainError(f"--limit {one!r} does not say of which text: write NAME=1%, by the name of --guard-text.")
+            raise TrainError(f"--limit {one!r} does not name a text: write NAME=1%, with the name of a --guard-text.")
         if name in limits:
-            raise TrainError(f"--limit: {name!r} has two limits: leave one of them out.")
+            raise TrainError(f"--limit: {name!r} has two limits. Remove one of them.")
         limits[name] = parse_share(share, f"--limit {name}")
     return limits
 
 
 def parse_columns(given: str | None) -> tuple[str, str] | None:
-    """The columns of prompts and completions, of ``PROMPT,COMPLETION``.
+    """Parse ``PROMPT,COMPLETION`` into the names of the two columns.
 
     Raises:
-        TrainError: if there are not two.
+        TrainError: if the value does not name exactly two columns.
     """
     if given is None:
         return None
@@ -232,17 +234,17 @@ def parse_columns(given: str | None) -> tuple[str, str] | None:
 
 
 def parse_targets(given: str | None) -> str | list[str] | None:
-    """Layers by name, of ``a,b``; a regular expression or ``all-linear`` as it is."""
+    """Parse ``a,b`` into a list of names. A regular expression and ``all-linear`` are returned unchanged."""
     if given is None or given == "all-linear" or not re.fullmatch(r"[\w.,\s-]+", given):
         return given
     return [name.strip() for name in given.split(",") if name.strip()]
 
 
 def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
-    """Prompts of the command line, and those of a file, one a line.
+    """Return the prompts of the command line, followed by those of a file with one prompt per line.
 
     Raises:
-        TrainError: if the file cannot be read or holds none.
+        TrainError: if the file cannot be read or holds no prompt.
     """
     if path is None:
         return list(given)
@@ -252,7 +254,7 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
         raise TrainError(f"--prompts {path} cannot be read as text: {error}.") from error
     found = [line for line in lines if line.strip()]
     if not found:
-        raise TrainError(f"--prompts {path} holds no prompt; one a line is expected.")
+        raise TrainError(f"--prompts {path} holds no prompt: write one prompt per line.")
     return [*given, *found]
 
 
@@ -264,7 +266,7 @@ def _check_text(path: Path) -> None:
     except (OSError, UnicodeDecodeError) as error:
         raise TrainError(f"--guard-text {path} cannot be read as text in UTF-8: {error}.") from error
     if not text.strip():
-        raise TrainError(f"--guard-text {path} is empty: give a text of some thousand words.")
+        raise TrainError(f"--guard-text {path} is empty: give a text of a few thousand words.")
 
 
 def _listed(value: str | Sequence[str] | None) -> str | list[str] | None:

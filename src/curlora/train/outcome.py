@@ -1,4 +1,4 @@
-"""The figures of a training, as ``training.json`` has them."""
+"""The results of a training, as ``training.json`` stores them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Budget", "HeldOut", "Reply", "Run", "TrainOutcome"]
 
 
 class _Part(BaseModel):
-    # A perplexity may be infinite.
+    # A perplexity may be infinite, which JSON has no number for.
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings", extra="ignore")
 
 
 class HeldOut(_Part):
-    """Examples that were not trained on: how many, the tokens of their answers, and the loss in nats per token."""
+    """Held-out examples: their number, the number of tokens in their answers, and the loss in nats per token."""
 
     source: str
     examples: int
@@ -27,11 +27,11 @@ class HeldOut(_Part):
 
 
 class Budget(_Part):
-    """What may be forgotten and what was.
+    """The forgetting budget, and the forgetting that was predicted and measured.
 
-    ``stated``, the ``limits`` of texts that have one of their own, and ``lifetime`` are relative rises of perplexity,
-    ``predicted`` is in nats per token, and ``kept`` is the share of the training's change that was kept to stay within
-    the limits.
+    ``stated``, ``limits`` (the texts with a limit of their own) and ``lifetime`` are relative rises of perplexity.
+    ``predicted`` is in nats per token. ``kept`` is the share of the training's update that was kept to stay within the
+    limits.
     """
 
     stated: float
@@ -43,22 +43,22 @@ class Budget(_Part):
 
     @property
     def predicted_rise(self) -> float:
-        """The rise of perplexity that goes with ``predicted``, if all of it is lost."""
+        """The relative rise of perplexity if the loss on the text rises by ``predicted`` nats per token."""
         return math.expm1(self.predicted)
 
     @property
     def worst(self) -> tuple[str, TextOutcome]:
-        """The text that is nearest to its limit, or furthest beyond it."""
+        """The name and outcome of the text that is closest to its limit, or furthest above it."""
         return max(self.texts.items(), key=lambda pair: pair[1].rise - pair[1].limit)
 
     @property
     def within(self) -> bool:
-        """Whether every text keeps its limit."""
+        """Whether every text is within its limit."""
         return all(text.rise <= text.limit for text in self.texts.values())
 
 
 class Reply(_Part):
-    """To a prompt, before and after; ``data`` is what the data has there, if anything."""
+    """The replies to a prompt before and after training; ``data`` is the answer in the data, if there is one."""
 
     prompt: str
     before: str
@@ -67,7 +67,7 @@ class Reply(_Part):
 
 
 class Run(_Part):
-    """How it was trained; ``log`` is what transformers' Trainer logged."""
+    """Facts about the training run; ``log`` is what transformers' Trainer logged."""
 
     steps: int
     examples: int
@@ -80,7 +80,7 @@ class Run(_Part):
 
 
 class TrainOutcome(_Part):
-    """All figures of a finished training."""
+    """All results of a finished training."""
 
     curlora: str
     created: str

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows a training: figures, loss and replies, no network needed."""
+"""A self-contained HTML page that shows a training: figures, loss curve and replies. It loads nothing else."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["render", "write_page"]
 
 
 def write_page(outcome: TrainOutcome, path: Path) -> None:
-    """Write the page; the file appears whole or not at all."""
+    """Write the page atomically: the file appears complete or not at all."""
     write_whole(path, render(outcome))
 
 
 def render(outcome: TrainOutcome) -> str:
-    """The page as a string."""
+    """Return the page as a string."""
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         resources.files("curlora.train").joinpath("page.html.j2").read_text(encoding="utf-8")
     )
@@ -41,7 +41,7 @@ def render(outcome: TrainOutcome) -> str:
 def _plots(outcome: TrainOutcome) -> list[Markup]:
     plots = []
     for key, title, label in (
-        ("loss", "Loss of training", "nats per token"),
+        ("loss", "Training loss", "nats per token"),
         ("drift", "Predicted forgetting", "nats per token"),
     ):
         points = [(entry["step"], entry[key]) for entry in outcome.run.log if key in entry and "step" in entry]
@@ -54,4 +54,4 @@ def _curve(points: Sequence[tuple[float, float]], label: str, axis: Axes) -> Non
     axis.plot(*zip(*points, strict=True), color="#0072b2", linewidth=1.6)
     axis.set_xlabel("step")
     axis.set_ylabel(label)
-    axis.set_ylim(bottom=0)  # what hardly changes is not to look as if it did
+    axis.set_ylim(bottom=0)  # so that a small change does not look large

@@ -1,4 +1,4 @@
-"""What a training would do and need, found out without the base model's weights."""
+"""The plan of a training: its steps, learning rate and memory, computed without the base model's weights."""
 
 from __future__ import annotations
 
@@ -26,24 +26,25 @@ from curlora.tuner.layer import CurloraLayer
 __all__ = ["Memory", "TrainPlan", "guard_row", "make_plan", "with_checkpointing"]
 
 _FLOAT32 = 4
-# Of its logits a piece of so many tokens and words; TRL folds it in place on a GPU and in torch's words on the CPU.
+# TRL computes the loss on pieces of the logits, of at most so many tokens and vocabulary entries. On a GPU it works in
+# place. On the CPU the torch operations make copies of a piece.
 _PIECE = (4096, 32768)
 _COPIES = {"cpu": 8, "cuda": 1}
-_GUARD_COPIES = 4  # of the guard's logits: themselves, their gradient, and what the softmax makes
-_BITS = {"4bit": 4.5, "8bit": 8.0}  # of a weight, with the scales of its blocks
+_GUARD_COPIES = 4  # of the guard's logits: the logits, their gradient, and the intermediate results of the softmax
+_BITS = {"4bit": 4.5, "8bit": 8.0}  # bits per weight, with the scales of its blocks
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak.
+    """Peak memory, in bytes.
 
     Args:
-        weights: that are frozen, with the columns that CURLoRA holds.
-        trained: weights that are trained, their gradients, and AdamW's two moments.
-        kept: what the forward pass of a step keeps for the backward pass; ``None`` where there is no formula for the
-            model.
-        logits: of a step, of which TRL computes a piece at a time, with what the loss makes of them.
-        guard: what a pass of the guard before training takes beside the weights, likewise.
+        weights: the frozen weights, and the columns that CURLoRA holds.
+        trained: the trainable parameters, their gradients, and AdamW's two moments.
+        kept: activations that the forward pass of a step keeps for the backward pass. ``None``: there is no formula for
+            the model.
+        logits: the piece of the logits that TRL computes at a time, with the intermediate results of the loss.
+        guard: what a pass of the guard before training needs in addition to the weights. ``None`` as for ``kept``.
     """
 
     weights: int
@@ -54,7 +55,7 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """Of a training step or of the guard, whichever takes more, where every part of it is known."""
+        """The peak of a training step or of the guard's pass, whichever is larger; ``None`` if a part is unknown."""
         if self.kept is None or self.guard is None:
             return None
         return self.weights + max(self.trained + self.kept + self.logits, self.guard)
@@ -62,19 +63,19 @@ class Memory:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """A training foretold.
+    """What a training will do and need.
 
     Args:
-        steps: optimizer steps.
-        logging_steps, save_steps: the loss is logged, and a checkpoint written, every so many.
-        tokens: trained on over all epochs, prompts among them.
-        parameters: of the base model.
-        trained: parameters that are trained.
-        layers: that have an adapter.
-        rank: the highest of them.
-        learning_rate: that the budget asks for, about.
-        guard_work: what the guard does before training and after it, in tokens of a forward pass.
-        memory: of the largest step.
+        steps: number of optimizer steps.
+        logging_steps, save_steps: steps from one log entry, or one checkpoint, to the next.
+        tokens: tokens processed over all epochs, prompts included.
+        parameters: number of parameters of the base model.
+        trained: number of trainable parameters.
+        layers: number of layers with an adapter.
+        rank: the highest rank of these layers.
+        learning_rate: the approximate learning rate that the budget calls for.
+        guard_work: the guard's work before training and after it, in tokens of a forward pass.
+        memory: peak memory, estimated for the largest step.
     """
 
     steps: int
@@ -91,10 +92,10 @@ class TrainPlan:
 
 
 def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPlan:
-    """Put the adapter on the model without its weights, and count what training takes.
+    """Attach the adapter to the model on the meta device, and compute the plan.
 
     Raises:
-        TrainError: if the adapter does not fit the model, or a text of the guard has nothing to predict.
+        TrainError: if the adapter does not fit the model, or if a guard text has no token to predict.
     """
     sizes = _guard_tokens(options, base)
     nats = allowed_nats(sizes, options.limits, options.max_forgetting)
@@ -109,8 +110,8 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
     return TrainPlan(
         steps=steps,
         logging_steps=logging,
-        # Being killed costs a tenth of the training at most. A loss that is logged is the mean since the last one, so
-        # that going on from between two would give another.
+        # An interruption loses at most about a tenth of the training. Checkpoints fall on logging steps, because a
+        # logged loss is the mean since the last entry: resuming between two entries would change it.
         save_steps=logging * max(1, steps // 10 // logging),
         tokens=examples.train.tokens * options.epochs,
         parameters=sum(p.numel() for p in plain.parameters()),
@@ -126,7 +127,7 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
 
 
 def guard_row(base: Base) -> int:
-    """Tokens of a row of the guard's text."""
+    """Return the length of a row of the guard texts, in tokens."""
     return min(TrainOptions.GUARD_ROW, base.positions or TrainOptions.GUARD_ROW)
 
 
@@ -144,7 +145,7 @@ def _guard_tokens(options: TrainOptions, base: Base) -> dict[str, int]:
 
 
 def with_checkpointing(options: TrainOptions) -> bool:
-    """Whether activations are computed again for the backward pass: on an accelerator, if nothing else is said."""
+    """Return whether to use gradient checkpointing; on an accelerator it is the default."""
     return not use_cpu() if options.gradient_checkpointing is None else options.gradient_checkpointing
 
 
@@ -170,7 +171,7 @@ def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, train: Sp
         guard = kept_for_backward(model, plain, 1, looked_at, {"bf16": base.bf16}, device)
     except UnknownError:
         kept = guard = None
-    if guard is not None:  # the outputs of all adapted layers, until their gradients are there
+    if guard is not None:  # it keeps the outputs of all adapted layers until it has their gradients
         size = 2 if base.bf16 else _FLOAT32
         outputs = sum(in_out_features(m.get_base_layer())[1] for m in model.modules() if isinstance(m, CurloraLayer))
         guard += looked_at * (outputs * size + words * _FLOAT32 * _GUARD_COPIES)

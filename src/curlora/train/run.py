@@ -1,4 +1,4 @@
-"""One training from options to outcome: data, plan, training, outcome, page."""
+"""Run a training from its options to its outcome: data, plan, training, model card and page."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from curlora.train.plan import TrainPlan, make_plan
 
 __all__ = ["Prepared", "finished", "prepare", "train"]
 
-# Of the work that the progress bar shows, in tokens of a forward pass.
-_TRAINING = 3  # a backward pass takes twice as long
-_WRITING = 8  # one token after another
+# Work per token, for the progress bar. The unit is a token of a forward pass.
+_TRAINING = 3  # a backward pass takes twice as long as a forward pass
+_WRITING = 8  # generation computes one token at a time
 
 
 class Prepared(NamedTuple):
-    """Everything that is known before a weight is loaded."""
+    """Everything that is prepared before the weights are loaded."""
 
     options: TrainOptions
     base: Base
@@ -49,17 +49,18 @@ class Prepared(NamedTuple):
 
 
 def prepare(options: TrainOptions) -> Prepared:
-    """Look at the model, read the data, check the folder and make the plan; nothing is written or loaded.
+    """Inspect the model, read the data, check the folder and make the plan. No weights are loaded, no file is written.
 
     Raises:
-        TrainError: on whatever cannot be trained.
+        TrainError: if TRL is missing, if there are several processes, or if an option, the model, the data or the
+            output folder cannot be used.
     """
     if importlib.util.find_spec("trl") is None:
         raise TrainError("curlora train needs TRL, which is not installed: pip install 'curlora[train]'")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
-            "curlora train runs in one process. For several GPUs give curlora.ForgettingBudget to TRL's SFTTrainer in "
-            "a script of your own, and start it with accelerate launch."
+            "curlora train runs in one process. For several GPUs, pass curlora.ForgettingBudget to TRL's SFTTrainer in "
+            "your own script, and start the script with accelerate launch."
         )
     base = find_base(options)
     examples = read_examples(options, base)
@@ -69,30 +70,34 @@ def prepare(options: TrainOptions) -> Prepared:
 
 
 def finished(prepared: Prepared) -> TrainOutcome | None:
-    """The figures of the training in the output folder, if it is done."""
+    """Return the outcome of the training in the output folder; ``None`` if it is not finished.
+
+    Raises:
+        TrainError: if the folder belongs to another training, or another version of curlora wrote its outcome.
+    """
     record = prepared.folder.record() or {}
     try:
         return TrainOutcome.model_validate(record["outcome"]) if "outcome" in record else None
     except ValidationError as error:
         raise TrainError(
-            f"--out {prepared.options.out} is finished, but its training.json is not as this version of curlora writes "
-            "it: choose another folder."
+            f"--out {prepared.options.out} holds a finished training, but this version of curlora cannot read its "
+            "training.json: choose another folder."
         ) from error
 
 
 def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: Silent()) -> TrainOutcome:
-    """Train, or go on where the folder holds part of it, and leave everything in the folder.
+    """Train, and write all results to the output folder. An interrupted training is resumed, a finished one returned.
 
     Args:
-        prepared: as :func:`prepare` gives it.
-        progress: given the whole amount of work, gives what hears about it; nobody if not given.
+        prepared: the result of :func:`prepare`.
+        progress: called with the total work; returns the object that is told of the progress. Silent by default.
 
     Raises:
-        TrainError: if another training is at work in the folder, the disk is full, or memory does not suffice.
+        TrainError: if another training uses the folder, the disk is full, or the device runs out of memory.
     """
     folder = prepared.folder
     with claim(folder):
-        if (done := finished(prepared)) is not None:  # by another process, while this one looked at its data
+        if (done := finished(prepared)) is not None:  # another process may have finished it meanwhile
             return done
         if folder.record() is None:
             folder.write({})
@@ -106,7 +111,7 @@ def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: 
 
 
 def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOutcome:
-    from curlora.train.training import Training  # TRL is imported no sooner than it is needed
+    from curlora.train.training import Training  # importing TRL takes seconds
 
     options, base, examples, plan, folder = prepared
     replies = len(examples.prompts) * examples.reply_tokens * _WRITING
@@ -194,7 +199,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
 
 
 class _Share:
-    """A share of a bar's work, for which a forecast has to do: at its end the bar is where it would be by that."""
+    """A part of the progress bar whose work is only estimated. :meth:`end` moves the bar to the end of the part."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar, self.left = bar, 0.0
@@ -218,13 +223,13 @@ class _Share:
 
 
 def _export(to: str, out: Path, base: Base, model: Any) -> None:
-    """Into a folder that appears whole or not at all."""
+    """Export the adapter into a folder that appears complete or not at all."""
     final, partial = out / to, out / f"{to}.partial"
     for path in (final, partial):
         shutil.rmtree(path, ignore_errors=True)
     if to == "lora":
         save_as_lora(partial, model)
-    else:  # into the weights as they are stored, not as they were quantized for training
+    else:  # merge into the stored weights, not into those quantized for training
         save_merged(partial, load_with_base(str(out), base.name))
     partial.rename(final)
 

@@ -1,4 +1,4 @@
-"""A training on the screen: what it would do, and what came of it."""
+"""Tables for the terminal: the plan of a training and its outcome."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ __all__ = ["budget_rows", "loss_row", "outcome_tables", "percent", "plan_tables"
 
 
 def percent(share: float, signed: bool = False) -> str:
-    """``0.0123`` as ``1.23 %``."""
+    """Format a share in per cent: ``0.0123`` becomes ``1.23 %``."""
     if not math.isfinite(share):
         return str(share)
     return f"{100 * share:{'+' if signed else ''}.{3 if abs(share) < 0.0005 else 2}f} %"
 
 
 def plan_tables(prepared: Prepared) -> list[RenderableType]:
-    """What to print before training."""
+    """Return the tables to print before training."""
     options, base, examples, plan, _ = prepared
     train, held_out, memory = examples.train, examples.held_out, plan.memory
     texts = ", ".join(f"{name} ({path})" for name, path in options.guard_texts.items())
@@ -57,18 +57,18 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
             f"{options.batch_size * options.gradient_accumulation}; a checkpoint every "
             f"{_count(plan.save_steps, 'step')}",
         ),
-        ("may be forgotten", _stated(options.max_forgetting, options.limits, options.guard_texts) + lifetime),
-        ("of which text", texts or "what the model itself writes"),
+        ("forgetting limit", _stated(options.max_forgetting, options.limits, options.guard_texts) + lifetime),
+        ("measured on", texts or "text that the model itself writes"),
         (
             "learning rate",
             f"about {plan.learning_rate:.2g}, set from the budget"
             if options.learning_rate is None
-            else f"{options.learning_rate:g}, where the budget asks for about {plan.learning_rate:.2g}",
+            else f"{options.learning_rate:g}, while the budget calls for about {plan.learning_rate:.2g}",
         ),
         (
             "memory",
             ("unknown: " if memory.total is None else f"about {format_size(memory.total)}: ") + sizes + kept
-            + (" (computed again)" if with_checkpointing(options) else "") + more,
+            + (" (with gradient checkpointing)" if with_checkpointing(options) else "") + more,
         ),
         ("written to", str(options.out)),
     ]  # fmt: skip
@@ -76,7 +76,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
 
 
 def loss_row(outcome: TrainOutcome) -> tuple[str, str, str, str]:
-    """Held-out examples: their name, the loss before and after, and its change, in nats per token of their answers."""
+    """Return the row of the held-out examples: label, loss before, loss after, change (nats per token of answers)."""
     held_out = outcome.held_out
     change = held_out.loss_after - held_out.loss_before
     name = f"loss on {_count(held_out.examples, 'held-out example')} ({held_out.tokens:,} tokens of answers)"
@@ -84,7 +84,7 @@ def loss_row(outcome: TrainOutcome) -> tuple[str, str, str, str]:
 
 
 def text_rows(outcome: TrainOutcome) -> list[tuple[str, str, str, str, str]]:
-    """Of each text that is not to be forgotten: name, perplexity before and after, its rise and what is allowed."""
+    """Return a row for each guard text: label, perplexity before, perplexity after, relative rise, limit."""
     return [
         (
             f"perplexity of {name}",
@@ -98,7 +98,7 @@ def text_rows(outcome: TrainOutcome) -> list[tuple[str, str, str, str, str]]:
 
 
 def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
-    """The budget: stated, predicted, measured, and what was done to keep it."""
+    """Return label and value of each figure of the budget: stated, predicted, measured, and the share kept."""
     budget = outcome.budget
     name, worst = budget.worst
     rows = [
@@ -118,7 +118,7 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
 
 
 def outcome_tables(outcome: TrainOutcome) -> list[RenderableType]:
-    """What to print after training."""
+    """Return the tables to print after training."""
     figures = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     figures.add_column("", overflow="fold")
     for column in ("before", "after", "change", "allowed"):
@@ -129,7 +129,9 @@ def outcome_tables(outcome: TrainOutcome) -> list[RenderableType]:
 
     parts: list[RenderableType] = [Text(""), figures]
     if outcome.continue_from is not None:
-        parts.append(Text("Perplexity before: of the base model, before the adapter's first training.", style="dim"))
+        parts.append(
+            Text("The perplexity before is that of the base model, before the adapter's first training.", style="dim")
+        )
     parts += [Text("\nForgetting", style="bold"), _facts(budget_rows(outcome))]
     if not outcome.budget.within:
         parts.append(Text("The budget was NOT kept.", style="bold red"))
@@ -159,7 +161,7 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _stated(stated: float, limits: Mapping[str, float], texts: Iterable[str]) -> str:
-    """What may be forgotten of texts, some of which have limits of their own."""
+    """Format the budget, with the limits of single texts."""
     parts = [f"{percent(limit)} of {name}" for name, limit in limits.items()]
     if not limits or set(texts) - set(limits):
         parts.insert(0, f"{percent(stated)} of perplexity")

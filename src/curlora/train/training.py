@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a budget of forgetting, from the last checkpoint where there is one."""
+"""TRL's SFTTrainer with a forgetting budget, resumed from the last checkpoint if there is one."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Ended", "Training"]
 
-# What else is logged counts from where the process began.
+# Other logged values start anew when a training resumes in another process.
 _LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "drift")
 
 
 class Ended(NamedTuple):
-    """A training that is done: its budget's :class:`curlora.guard.Outcome`, and what transformers' Trainer logged."""
+    """A finished training: steps, seconds, the budget's :class:`curlora.guard.Outcome`, and the Trainer's log."""
 
     steps: int
     seconds: float
@@ -40,13 +40,16 @@ class Ended(NamedTuple):
 
 
 class Training:
-    """The model, loaded, with its trainer.
+    """The loaded model and its trainer.
 
     Args:
-        prepared: what is to be trained.
-        on_begin: called when the first step is about to be taken.
-        on_tokens: told how many tokens have been trained on.
-        guard: hears what the guard does, see :data:`curlora.guard.progress.Shown`.
+        prepared: the prepared training.
+        on_begin: called before the first step.
+        on_tokens: called after each step with the average number of tokens of a step.
+        guard: shows the guard's progress, see :data:`curlora.guard.progress.Shown`.
+
+    Raises:
+        TrainError: if several GPUs are visible, or if the model cannot be loaded.
     """
 
     def __init__(
@@ -59,8 +62,8 @@ class Training:
         options, base, examples, plan, folder = prepared
         if torch.cuda.device_count() > 1:
             raise TrainError(
-                "curlora train runs on one GPU, and several are visible: set CUDA_VISIBLE_DEVICES=0, or give "
-                "curlora.ForgettingBudget to TRL's SFTTrainer in a script of your own."
+                f"curlora train runs on one GPU, but {torch.cuda.device_count()} are visible: set "
+                "CUDA_VISIBLE_DEVICES=0, or pass curlora.ForgettingBudget to TRL's SFTTrainer in your own script."
             )
         self.budget = curlora.ForgettingBudget(
             options.max_forgetting,
@@ -81,14 +84,14 @@ class Training:
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_size,
             gradient_accumulation_steps=options.gradient_accumulation,
-            # Rows are tokens already, and short enough: of a conversation TRL's own preparation trains all turns, or
-            # none but those that a template marks.
+            # The rows are tokenized and truncated already. TRL's own preparation would train all turns of a
+            # conversation, or only those that the template marks.
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,
             logging_steps=plan.logging_steps,
             save_strategy="steps",
             save_steps=plan.save_steps,
-            save_total_limit=2,  # so that one is complete while the next is written
+            save_total_limit=2,  # one is complete while the next is written
             seed=options.seed,
             data_seed=options.seed,
             bf16=base.bf16,
@@ -96,7 +99,7 @@ class Training:
             gradient_checkpointing=with_checkpointing(options),
             report_to=list(options.report_to) or "none",
             disable_tqdm=True,
-            logging_nan_inf_filter=False,  # a loss that is not a number is told as it is
+            logging_nan_inf_filter=False,  # log a NaN loss as NaN
             dataloader_pin_memory=torch.cuda.is_available(),
         )
         self._listener = _Listener(folder, self.checkpoint, on_begin, on_tokens, plan.tokens / plan.steps)
@@ -111,19 +114,19 @@ class Training:
         self.trainer.remove_callback(PrinterCallback)
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
-                callback.logging_dir = str(folder.path / "logs")  # not beside the checkpoints, which do not stay
+                callback.logging_dir = str(folder.path / "logs")  # the checkpoints' folder is removed
 
     @property
     def model(self) -> Any:
-        """With the adapter."""
+        """The model with its adapter."""
         return self.trainer.model
 
     def autocast(self) -> Any:
-        """The precision that is trained in."""
+        """Return the context manager that sets the precision of training."""
         return self.trainer.accelerator.autocast()
 
     def run(self) -> Ended:
-        """Train to the end."""
+        """Train to the last step."""
         self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         state = self.trainer.state
         log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in state.log_history]
@@ -131,12 +134,12 @@ class Training:
         return Ended(state.global_step, self._listener.seconds, self.budget.outcome, log)
 
     def save(self, path: Path) -> None:
-        """Save the adapter, with its ledger."""
+        """Save the adapter and its ledger."""
         self.model.save_pretrained(str(path))
 
 
 class _Listener(TrainerCallback):
-    """Tells how far training is, and marks checkpoints that are complete."""
+    """Report the progress of training, and mark complete checkpoints."""
 
     def __init__(
         self,
@@ -154,7 +157,7 @@ class _Listener(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """That training has taken, in other processes too."""
+        """The seconds of training so far, those of earlier processes included."""
         return self._before + time.monotonic() - self._began
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
