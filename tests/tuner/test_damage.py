@@ -194,8 +194,8 @@ def test_where_the_base_is_may_be_changed(saved):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "adapter_config.json .* is no JSON"),
-        ("[]", "adapter_config.json .* is no JSON"),
+        ("{", "adapter_config.json .* is not a JSON object"),
+        ("[]", "adapter_config.json .* is not a JSON object"),
         ('{"r": 2}', "has no peft_type"),
         ('{"peft_type": "CURLPRA"}', "peft_type 'CURLPRA', which this PEFT does not know"),
         ('{"peft_type": ["CURLORA"]}', "which this PEFT does not know"),
