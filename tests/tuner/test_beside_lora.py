@@ -75,7 +75,7 @@ def test_a_hybrid_is_known_by_its_blocks():
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
 def test_convolutions_are_refused_with_a_sentence(kind):
     model = nn.Sequential(kind(4, 4, 3))
-    with pytest.raises(TypeError, match=r"'0' is a Conv.d, which is not supported: its kernel is no matrix"):
+    with pytest.raises(TypeError, match=r"'0' is a Conv.d, which is not supported: its kernel is not a matrix"):
         get_peft_model(model, CurloraConfig(r=2, target_modules=["0"]))
 
 
@@ -362,7 +362,7 @@ def test_hotswapping_refuses_an_adapter_of_another_base(tmp_path):
 
 
 def test_a_pickle_is_refused_while_saving(tmp_path):
-    with pytest.raises(ValueError, match="not saved as a pickle"):
+    with pytest.raises(ValueError, match="cannot be saved as a pickle"):
         curlora(llama()).save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.glob("*.bin"))
 

@@ -65,7 +65,7 @@ def test_a_pickle_is_never_opened(hub, tmp_path):
 
     torch.save({"x": Bomb()}, hub / "adapter_model.bin")
     base = llama()
-    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, which CURLoRA adapters never are"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, and CURLoRA adapters are never loaded from"):
         PeftModel.from_pretrained(base, "me/adapter", cache_dir=tmp_path, local_files_only=True)
     assert not layers(base)
     assert not (tmp_path / "exploded").exists()
