@@ -214,7 +214,7 @@ def test_choices(choice, launches):
 
 
 def test_a_choice_that_there_is_not():
-    with pytest.raises(ValueError, match="'cuda'; it has to be one of 'auto', 'torch', 'triton'"), kernels.use("cuda"):
+    with pytest.raises(ValueError, match="'cuda'; it must be one of 'auto', 'torch', 'triton'"), kernels.use("cuda"):
         pass
 
 
@@ -224,7 +224,7 @@ def test_the_environment_chooses(value, monkeypatch):
     if value == "torch":
         assert runpy.run_path(kernels.__file__)["_choice"] == "torch"
     else:
-        with pytest.raises(ValueError, match="variable CURLORA_KERNELS is 'cuda'; it has to be one of"):
+        with pytest.raises(ValueError, match="variable CURLORA_KERNELS is 'cuda'; it must be one of"):
             runpy.run_path(kernels.__file__)
 
 
