@@ -155,7 +155,7 @@ def test_rank_outside_the_matrix_is_refused(r):
 def test_too_few_nonzero_columns_is_refused():
     weight = torch.zeros(5, 6)
     weight[:, :2] = 1
-    with pytest.raises(ValueError, match="columns: cannot draw 3 different ones: only 2 of 6"):
+    with pytest.raises(ValueError, match="columns: cannot draw 3 different positions: only 2 of 6"):
         select(squared_norms(weight), 3)
 
 

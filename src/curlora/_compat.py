@@ -1,7 +1,7 @@
-"""Uses of other libraries' private names, and changes to their objects. Each states what happens without the name.
+"""All uses of other libraries' private names, and all changes to other libraries' objects.
 
-Check this file when PEFT, transformers or bitsandbytes is updated. ``tests/test_compat.py`` runs each function with the
-private name present and absent.
+Each function says what happens if a future version no longer has the name. Check this file when PEFT, transformers or
+bitsandbytes is updated. ``tests/test_compat.py`` runs each function with the private name and without it.
 """
 
 from __future__ import annotations
@@ -155,13 +155,13 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
 
 
 def execution_device(layer: nn.Module) -> torch.device:
-    """Return the device on which an offloaded layer runs, as Accelerate's hook has it; the CPU without that hook."""
+    """Return the device on which Accelerate's hook runs an offloaded layer; the CPU without that hook."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return torch.device("cpu" if device is None else device)
 
 
 def attention_implementation(config: Any) -> str:
-    """Return how a transformers model computes attention, such as ``"eager"`` or ``"sdpa"``.
+    """Return a transformers model's attention implementation, such as ``"eager"`` or ``"sdpa"``.
 
     Without transformers' private attribute, return ``"sdpa"``.
     """
@@ -178,7 +178,7 @@ def brought_bias(layer: nn.Module) -> Tensor | None:
 
 
 def shallow_twin(module: nn.Module) -> Any:
-    """Return a copy of a module that shares its parameters and buffers. Replacing one in the copy keeps the original.
+    """Return a copy of a module with the same parameters and buffers, in which they can be replaced.
 
     Without torch's internal tables, return a deep copy, which takes the memory of the weights a second time.
     """
@@ -214,9 +214,9 @@ def tie_as_lora_does(model_class: Any) -> None:
 def unpacked_4bit(weight: Any) -> Any:
     """Return a 4-bit weight that bitsandbytes has repacked for inference in its original packing; any other unchanged.
 
-    On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights at the first forward pass in inference. It rounds the
-    scales to bfloat16 and records the packing only in ``quant_state``. Dequantizing the repacked weight gives wrong
-    values without an error.
+    On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights for forward passes in inference. It rounds the scales to
+    bfloat16 and records the packing only in ``quant_state``. Dequantizing a repacked weight returns other values,
+    without an error.
 
     Raises:
         ValueError: if the weight is repacked and this bitsandbytes has no function to unpack it.

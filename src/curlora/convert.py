@@ -68,7 +68,7 @@ def convert_to_lora(
         name.removeprefix(_PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, CurloraLayer)
     }
     if not layers:
-        raise AdapterError("The model has no CURLoRA layer, so there is nothing to convert. Load a CURLoRA adapter.")
+        raise AdapterError("The model has no CURLoRA layer, so there is nothing to convert: load a CURLoRA adapter.")
     names = _adapters(layers, adapter_names)
     configs = [config for name in names if (config := getattr(model, "peft_config", {}).get(name)) is not None]
     _check_convertible(layers, configs)
@@ -251,9 +251,9 @@ def _check_convertible(layers: dict[str, CurloraLayer], configs: Sequence[PeftCo
 
 
 def _trained_beside(configs: Sequence[PeftConfig]) -> dict[str, Any]:
-    """Return the options by which the first such adapter trained more than ``U``; empty if every one trained only it.
+    """Return the options with which an adapter trained more than ``U``, which the LoRA adapter takes over.
 
-    What they name is saved with the LoRA adapter.
+    If several adapters did so, the options are those of the first. If none did, there are no options.
     """
     for config in configs:
         options = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}

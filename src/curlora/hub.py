@@ -1,4 +1,4 @@
-"""Check of a model's name: is it a folder, or can it be a repository of the Hugging Face hub?"""
+"""Check whether a model's name is a folder, or can be a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement:
     available = int((p > 0).sum())
     if r > available:
         raise ValueError(
-            f"cannot draw {r} different ones: only {available} of {len(p)} are non-zero. Choose a smaller r, or "
+            f"cannot draw {r} different positions: only {available} of {len(p)} are non-zero. Choose a smaller r, or "
             "replacement=True"
         )
     uniform = torch.rand(len(p), dtype=torch.float64, device="cpu", generator=generator)

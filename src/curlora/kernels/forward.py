@@ -1,6 +1,6 @@
 """The kernel ``curlora::forward``: ``output + (z scaled_Uᵀ) factorᵀ`` with ``z = output[..., index] - offset``.
 
-It is one launch. A program handles a tile of tokens and a part of the columns. It gathers ``z``, multiplies it by
+It runs in one launch. A program handles a tile of tokens and a part of the columns. It gathers ``z``, multiplies it by
 ``scaled_U``, and adds the product with the factor while it copies its part of the output. Programs of the same tokens
 gather the same ``z``, ``r`` entries per token, and the first of them stores it. The result is a new tensor, so no
 program changes values that another one gathers.

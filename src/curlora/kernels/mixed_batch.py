@@ -1,6 +1,6 @@
 """The kernel ``curlora::mixed_batch``: ``curlora::forward`` with a separate ``scaled_U`` for each row of a batch.
 
-It is one launch. A program handles a tile of tokens of one row, and a part of the columns. The kernel is for inference
+It runs in one launch. A program handles a tile of tokens of one row, and a part of the columns. The kernel is for inference
 only, so ``z`` is not stored.
 """
 

@@ -64,7 +64,7 @@ def chunk(R: int) -> int:
 
 
 def stages(size: int, most: int) -> int:
-    """Return the number of pipeline stages: as many tiles of ``size`` bytes as fit in 64 KiB, from 2 to ``most``.
+    """Return the number of pipeline stages: one more than tiles of ``size`` bytes fit in 64 KiB, from 2 to ``most``.
 
     The rest of the shared memory is left for other blocks.
     """
@@ -75,8 +75,8 @@ def numerics(dtype: torch.dtype, dtype_U: torch.dtype) -> dict[str, object]:
     """Return a kernel's constants: the dtype of sums, and the precision of products of float32 blocks.
 
     In a float32 layer the products follow PyTorch's setting: full precision unless TF32 is allowed. In a half-precision
-    layer ``U`` is float32, while the other factor was rounded to half precision. There ``U`` is multiplied by three
-    TF32 products on the tensor cores, which keep all but its last two bits.
+    layer ``U`` is float32, while the other factor was rounded to half precision. There the product
+    with ``U`` is split into three TF32 products on the tensor cores, which keep all but its last two bits.
     """
     allowed = "tf32" if _tf32_allowed() else "ieee"
     split = dtype in (torch.float16, torch.bfloat16) and dtype_U == torch.float32

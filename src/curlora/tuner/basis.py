@@ -74,7 +74,7 @@ class Basis:
         return Basis(indices, fingerprint, factor, gathered, reader[0] if reader else None, self.key)
 
     def to(self, device: torch.device) -> Basis:
-        """Return this basis on ``device``. Each copy is kept, since a hook may run a layer on another device."""
+        """Return this basis on ``device``. Copies are cached: a hook may run a layer on another device every time."""
         if self.factor.device == device:
             return self
         if device not in self._moved:

@@ -139,7 +139,8 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         U = self.matrices[adapter_name]
         if torch.compiler.is_compiling() and U.basis is not None:
             return U.basis
-        if not U.is_current and not getattr(self, "_is_replica", False):  # nn.DataParallel replicates per forward pass
+        # nn.DataParallel makes replicas for a forward pass. Their buffers are copies, but the basis is still theirs.
+        if not U.is_current and not getattr(self, "_is_replica", False):
             self.refresh(adapter_name)
         assert U.basis is not None
         return U.basis if device is None else U.basis.to(device)

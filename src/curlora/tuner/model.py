@@ -133,7 +133,10 @@ class CurloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Only set the module. PEFT's method would also move it, but adapters are created on the right device."""
+        """Set the module without moving it, unlike PEFT's method.
+
+        Adapters are created on the base layer's device, and a base layer that is put back may be quantized.
+        """
         setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: CurloraConfig, model_config: dict[str, Any]) -> CurloraConfig:
