@@ -1,7 +1,7 @@
 """The kernel ``curlora::mixed_batch``: ``curlora::forward`` with a separate ``scaled_U`` for each row of a batch.
 
-It runs in one launch. A program handles a tile of tokens of one row, and a part of the columns. The kernel is for inference
-only, so ``z`` is not stored.
+It runs in one launch. A program handles a tile of tokens of one row, and a part of the columns. The kernel is for
+inference only, so ``z`` is not stored.
 """
 
 from __future__ import annotations
