@@ -1,4 +1,4 @@
-"""Draws against the paper's formulas and against statistics that can fail."""
+"""Draws against the paper's formulas and against statistical tests that can fail."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def test_draws_follow_the_inverted_distribution(replacement):
     chi_squared = float(((counts - trials * p) ** 2 / (trials * p)).sum())
     assert chi_squared < 23.5
     uniform = torch.full((5,), 0.2, dtype=torch.float64)
-    assert float(((counts - trials * uniform) ** 2 / (trials * uniform)).sum()) > 1000  # the test can tell
+    assert float(((counts - trials * uniform) ** 2 / (trials * uniform)).sum()) > 1000  # the test can reject
 
 
 def test_pairs_without_replacement_are_successive_draws():

@@ -1,4 +1,4 @@
-"""What users of LoRA do, done with both methods: where LoRA gives the right values, so does CURLoRA."""
+"""Common uses of LoRA, with both methods: where LoRA returns the right values, CURLoRA must as well."""
 
 import copy
 import warnings
@@ -39,7 +39,7 @@ both = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 
 
 def random(config, **options):
-    """A configuration that starts at random, so that the adapter does something."""
+    """A configuration with a random start, so that the adapter changes the outputs."""
     started = {"init_weights": False} if config is CurloraConfig else {"init_lora_weights": False}
     return config(**{"r": 4, **started, **options})
 
@@ -439,7 +439,7 @@ def test_tied_adapters_are_one(tmp_path):
     assert torch.equal(loaded(tokens()).logits, before)
 
 
-# Dropout, and layers of one's own
+# Dropout, and custom layers
 
 
 def test_dropout_zeroes_entries_of_R_x_in_training_alone():
