@@ -1,6 +1,6 @@
-// The device type "pretended", which uses the CPU's memory and computes every operator on the CPU. It refuses to mix its
-// tensors with the CPU's, as a GPU does. It counts the operators that it runs and how often it is waited for. It is added
-// as PyTorch recommends: https://pytorch.org/docs/stable/accelerator/index.html
+// The device type "pretended", which uses the CPU's memory and computes every operator on the CPU. It refuses to mix
+// its tensors with the CPU's, as a GPU does. It counts the operators that it runs and how often it is waited for. It is
+// added as PyTorch recommends: https://pytorch.org/docs/stable/accelerator/index.html
 
 #include <torch/extension.h>
 
