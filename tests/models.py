@@ -25,7 +25,7 @@ def llama(seed=0, **kwargs):
     config = LlamaConfig(**_LLAMA, num_key_value_heads=2, attention_bias=True, **kwargs)
     model = LlamaForCausalLM(config).eval()
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers starts them at zero, which would hide errors
+        if name.endswith("bias"):  # transformers initializes them with zeros, which would hide errors
             torch.nn.init.normal_(parameter, std=0.1)
     return model
 
@@ -43,7 +43,7 @@ def gpt2(seed=0):
 
 
 def classifier(kind=LlamaForSequenceClassification, seed=0):
-    """With a fresh head of three labels."""
+    """Return a small classifier with a new head for three labels."""
     torch.manual_seed(seed)
     return kind(LlamaConfig(**_LLAMA, num_labels=3, pad_token_id=0)).eval()
 
@@ -56,7 +56,7 @@ def tokens(seed=0, batch=2, length=7):
 
 
 def curlora(base, seed=7, adapter_name="default", **config):
-    """``base`` with an adapter whose ``U`` is not zero."""
+    """Return ``base`` with an adapter whose ``U`` is not zero."""
     model = get_peft_model(base, CurloraConfig(**{"r": 4, **config}), adapter_name=adapter_name).eval()
     randomize(model, adapter_name, seed)
     return model
@@ -76,7 +76,7 @@ def layers(model):
 
 
 def word_tokenizer():
-    """One token per word of ``WORDS``."""
+    """Return a tokenizer with one token for each word of ``WORDS``."""
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -84,7 +84,7 @@ def word_tokenizer():
 
 
 def save_base(folder):
-    """A small model and a tokenizer that ends texts, in the place of the hub's."""
+    """Save a small model with a tokenizer that has an end-of-text token, in place of one from the hub."""
     llama(initializer_range=0.2).save_pretrained(folder)
     tokenizer = word_tokenizer()
     tokenizer.eos_token = WORDS[-1]
@@ -92,7 +92,7 @@ def save_base(folder):
 
 
 def word_examples(seed, train=30, evaluation=21):
-    """A task that can be learned: which of two words a sentence of two to seven words ends in."""
+    """Return a learnable task: which of two words ends a sentence of two to seven words."""
     rng = torch.Generator().manual_seed(seed)
     signs = [WORDS[seed], WORDS[seed + 1]]
 

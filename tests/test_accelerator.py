@@ -1,4 +1,4 @@
-"""What the library does on an accelerator, on a machine that has none: by a device that only says that it is one."""
+"""The library on an accelerator, on a machine without one: a device that only pretends to be one."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Beside what is written for it: whole runs, which take what there is for the machine's accelerator.
+# Besides the checks for this device: whole runs, which use the device as the machine's accelerator.
 RUNS = [
     "tests/continual/test_resume.py::test_cut_off_at_one_write_after_another",
     "tests/continual/plugins/test_guard.py",
@@ -21,7 +21,7 @@ def test_on_an_accelerator():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.accelerator.device", "-p", "no:cacheprovider"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment["ACCELERATE_TORCH_DEVICE"] = "pretended"
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # where ninja is
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"  # ninja is there
     done = subprocess.run(
         [*command, "tests/accelerator/checks.py", *RUNS],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200,

@@ -1,4 +1,4 @@
-"""Each thing that leans on what another library does not promise: with it, and where it is gone."""
+"""Each function that uses another library's private name, with the name and without it."""
 
 import json
 import sys
@@ -38,7 +38,7 @@ def test_the_method_is_registered_once():
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_how_a_model_computes_attention(kind):
     assert _compat.attention_implementation(LlamaConfig(attn_implementation=kind)) == kind
-    assert _compat.attention_implementation(types.SimpleNamespace()) == "sdpa"  # without transformers' name for it
+    assert _compat.attention_implementation(types.SimpleNamespace()) == "sdpa"  # without transformers' private name
 
 
 class Quantized(nn.Module):
@@ -63,7 +63,7 @@ def test_features_that_nobody_knows(there, monkeypatch):
 
 
 class Packed:
-    """Of a 4-bit weight what is looked at."""
+    """A 4-bit weight with only the attributes that are read."""
 
     compress_statistics = True
     data = torch.zeros(2, dtype=torch.uint8)
@@ -230,7 +230,7 @@ def test_tying(there, monkeypatch):
     take_away(monkeypatch, there, peft.tuners.lora.LoraModel, *names)
     taker = type("Taker", (), {})
     _compat.tie_as_lora_does(taker)
-    for name in names:  # without, the one of every tuner, which warns
+    for name in names:  # without the name, the method of every tuner remains, which warns
         warns = getattr(taker, name) is getattr(peft.tuners.tuners_utils.BaseTuner, name)
         assert warns == (not there)
 
@@ -244,7 +244,7 @@ def test_the_callbacks_around_one():
     handler = CallbackHandler([DefaultFlowCallback(), asks], None, None, None, None)
     handler.on_train_begin(None, None, types.SimpleNamespace())
     assert asks.around is handler.callbacks
-    assert _compat.callbacks_around(asks) is None  # called by something else
+    assert _compat.callbacks_around(asks) is None  # not called by the Trainer
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

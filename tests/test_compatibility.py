@@ -1,4 +1,4 @@
-"""docs/compatibility.md says what pyproject.toml asks for, what was run, and which format adapters are saved in."""
+"""docs/compatibility.md has pyproject.toml's lowest versions, the measured runs, and the present format of adapters."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters as LoRA and merged: the same function, through PEFT and transformers as they are."""
+"""Adapters as LoRA and merged compute the same function, in unmodified PEFT and transformers."""
 
 import json
 
@@ -138,7 +138,7 @@ def test_a_model_that_was_injected_into(tmp_path):
 
 @both
 def test_pefts_own_conversion(base, tmp_path):
-    """By singular values, so a little less exact."""
+    """PEFT uses a singular value decomposition, which is a little less exact."""
     model = adapted(BASES[base]())
     assert model.supports_lora_conversion()
     peft.save_as_lora(tmp_path, model, rank=4)

@@ -1,4 +1,4 @@
-"""The kernels in Triton's interpreter, and through its compiler, on a machine that has no GPU."""
+"""The kernels in Triton's interpreter and in its compiler, on a machine without a GPU."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def test_in_the_interpreter(parts):
 
 
 def test_compiled_for_gpus_that_are_not_there():
-    """To machine code: Triton's interpreter takes what its compiler refuses, and tells nothing of what comes of it."""
+    """Compiled to machine code: the interpreter accepts code that the compiler refuses, and shows no resources."""
     lines = run("-m", "tests.kernels.compiled", "80", "90", "--quick", TRITON_INTERPRET="0").splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     names = {
@@ -43,4 +43,4 @@ def test_compiled_for_gpus_that_are_not_there():
         assert row["shared"] <= SMALLEST
         assert row["stack"] <= 16, "registers are spilled to memory"
         if row["kernel"].endswith("._kernel"):
-            assert row["widest"] == 16, "Triton does not see how tiles are aligned, and accesses entry after entry"
+            assert row["widest"] == 16, "Triton does not see how tiles are aligned, and accesses single entries"

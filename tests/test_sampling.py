@@ -1,4 +1,4 @@
-"""Draws against the paper's formulas and against statistics that can fail."""
+"""Draws against the paper's formulas and against statistical tests that can fail."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def test_draws_follow_the_inverted_distribution(replacement):
     chi_squared = float(((counts - trials * p) ** 2 / (trials * p)).sum())
     assert chi_squared < 23.5
     uniform = torch.full((5,), 0.2, dtype=torch.float64)
-    assert float(((counts - trials * uniform) ** 2 / (trials * uniform)).sum()) > 1000  # the test can tell
+    assert float(((counts - trials * uniform) ** 2 / (trials * uniform)).sum()) > 1000  # the test can reject
 
 
 def test_pairs_without_replacement_are_successive_draws():
@@ -155,7 +155,7 @@ def test_rank_outside_the_matrix_is_refused(r):
 def test_too_few_nonzero_columns_is_refused():
     weight = torch.zeros(5, 6)
     weight[:, :2] = 1
-    with pytest.raises(ValueError, match="columns: cannot draw 3 different ones: only 2 of 6"):
+    with pytest.raises(ValueError, match="columns: cannot draw 3 different positions: only 2 of 6"):
         select(squared_norms(weight), 3)
 
 

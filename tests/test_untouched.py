@@ -1,4 +1,4 @@
-"""Nothing that anyone else can see is changed: outputs and gradients that others keep, hook, or use once more."""
+"""No tensor that other code can see is changed: outputs and gradients that it keeps, hooks or uses again."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ INDEX = torch.tensor([3, 1])
 
 
 def adapted(x, U):
-    """A frozen linear layer with a CUR update."""
+    """Apply a frozen linear layer with a CUR update."""
     return gather_update(x @ WEIGHT.T, U, WEIGHT[:, :R].contiguous(), INDEX)
 
 
@@ -35,7 +35,7 @@ def inputs(shape=(TOKENS, M)):
     return x, torch.randn(R, R, generator=rng, dtype=torch.float64, requires_grad=True)
 
 
-# Each takes the layer and returns whatever is looked at besides the gradients of its inputs.
+# Each function takes the layer and returns the tensors to compare besides the gradients of the inputs.
 def residual(layer, x, U):
     h = x * 1
     (h + layer(h, U)).sin().sum().backward()
@@ -69,7 +69,7 @@ def kept_detached(layer, x, U):
 
 
 def kept_by_the_node(layer, x, U):
-    """A hook on a node is given the gradient after the node has used it."""
+    """A hook on a node gets the gradient after the node has used it."""
     kept = []
     y = layer(x * 1, U)
     y.grad_fn.register_hook(lambda inputs, outputs: kept.append(outputs[0].clone()))
@@ -133,14 +133,14 @@ def checkpointed_reentrant(layer, x, U):
 
 
 def batched(layer, x, U):
-    """As ``torch.autograd.functional.jacobian(vectorize=True)`` does."""
+    """``torch.autograd.functional.jacobian(vectorize=True)`` computes gradients in this way."""
     y = layer(x * 1, U)
     directions = torch.eye(y.numel(), dtype=y.dtype)[:3].view(3, *y.shape)
     return torch.autograd.grad(y.sin(), [x, U], directions, is_grads_batched=True)
 
 
 def from_numpy(layer, x, U):
-    """A gradient in memory that torch does not count the references to."""
+    """A gradient in memory whose references torch does not count."""
     y = layer(x * 1, U)
     array = np.ones(y.shape)
     y.register_hook(lambda gradient: torch.from_numpy(array))
@@ -225,7 +225,7 @@ def test_an_output_that_a_hook_keeps_is_left_alone(base, mode):
 
 
 class Reverses(torch.autograd.Function):
-    """Its result is a view of its input, with another gradient."""
+    """A function whose result is a view of its input, with the negative gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -306,7 +306,7 @@ class KeepsItsOutput(torch.autograd.Function):
 
 
 def test_an_output_that_backward_needs_is_left_alone():
-    """As of a base layer whose own backward reads its output."""
+    """The backward of such a base layer reads its output."""
     gradients = []
     for form in (gather_update, by_autograd):
         x, U = inputs()
@@ -317,7 +317,7 @@ def test_an_output_that_backward_needs_is_left_alone():
 
 
 def of_a_step(form=lambda step: step()):
-    """The gradient of a layer's ``U``."""
+    """Return the gradient of a layer's ``U`` after one step."""
     torch.manual_seed(0)
     model, layer, x, _ = layer_and_formula(nn.Linear(8, 6))
     form(lambda: checkpoint(model, x, use_reentrant=False).sin().sum()).backward()
@@ -330,7 +330,7 @@ def keeping_what_is_saved(step):
 
 
 def selectively(step):
-    """Products are cached by one pass for the other."""
+    """The forward pass caches products for the recomputation."""
     return checkpoint(step, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS))
 
 

@@ -1,7 +1,7 @@
-"""Everything that leans on what other libraries do not promise, each with what happens where it is gone.
+"""All uses of other libraries' private names, and all changes to other libraries' objects.
 
-A name is here because it is private, or because something is changed that belongs to another library. Whoever updates
-PEFT, transformers or bitsandbytes reads this file; ``tests/test_compat.py`` has each with the name and without.
+Each function says what happens if a future version no longer has the name. Check this file when PEFT, transformers or
+bitsandbytes is updated. ``tests/test_compat.py`` runs each function with the private name and without it.
 """
 
 from __future__ import annotations
@@ -45,12 +45,18 @@ __all__ = [
 
 
 def add_peft_type(name: str) -> None:
-    """Give PEFT's closed ``PeftType`` enum one more member, which :func:`peft.utils.register_peft_method` asks for.
+    """Add a member to PEFT's closed ``PeftType`` enum. :func:`peft.utils.register_peft_method` requires one.
 
-    Without the enum's own tables, nothing can be registered, and importing curlora fails with Python's words.
+    Without the enum's internal tables the method cannot be registered, and importing curlora fails with Python's error.
+
+    Raises:
+        ImportError: if PEFT already has a method of this name.
     """
     if name in PeftType.__members__:
-        raise ImportError(f"this PEFT already has a method called {name}; curlora cannot be registered beside it")
+        raise ImportError(
+            f"The installed PEFT already has a method called {name}, so curlora cannot register its own. Use PEFT's "
+            "method, or install a version of PEFT without it."
+        )
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
@@ -61,10 +67,10 @@ def add_peft_type(name: str) -> None:
 
 
 def explain_unreadable_configurations() -> None:
-    """Let PEFT say in a sentence what is wrong with an ``adapter_config.json`` before it knows whose it is.
+    """Make PEFT explain what is wrong with an ``adapter_config.json`` whose method it cannot read.
 
-    It looks there for the method's name; where there is none, Python's words would be all that is said, and stay it
-    without this function of PEFT's.
+    PEFT reads the method's name from this file first. If the name is missing, PEFT only raises Python's ``KeyError``.
+    Without ``PeftConfig._get_peft_type`` this stays so.
     """
     read: Any = getattr(PeftConfig, "_get_peft_type", None)
     if read is None:
@@ -77,16 +83,17 @@ def explain_unreadable_configurations() -> None:
             found = read.__func__(cls, model_id, **kwargs)
         except KeyError as error:
             raise ValueError(
-                f"The configuration of the adapter in {model_id} has no peft_type: it is damaged."
+                f"The configuration of the adapter in {model_id} has no peft_type: it is damaged. Copy or download it "
+                "again."
             ) from error
         except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
             raise ValueError(
-                f"The adapter_config.json in {model_id} is no JSON object ({error}): copy or download it again."
+                f"The adapter_config.json in {model_id} is not a JSON object ({error}): copy or download it again."
             ) from error
         if found not in list(PeftType):
             raise ValueError(
                 f"The configuration of the adapter in {model_id} has peft_type {found!r}, which this PEFT does not "
-                "know: it is damaged, or of a method that has to be imported first."
+                "know. Either the file is damaged, or the method's package must be imported first."
             )
         return found
 
@@ -94,10 +101,11 @@ def explain_unreadable_configurations() -> None:
 
 
 def check_whoever_reads(config_class: Any) -> None:
-    """Let ``PeftConfig.from_pretrained`` read a CURLoRA adapter as ``config_class.from_pretrained`` does.
+    """Make ``PeftConfig.from_pretrained`` read a CURLoRA adapter as ``config_class.from_pretrained`` does.
 
-    transformers' ``load_adapter`` calls the former, which only makes a ``config_class`` of the options: the digests
-    would not be looked at. Where it is no classmethod any more, they are not.
+    transformers' ``load_adapter`` calls ``PeftConfig.from_pretrained``, which only builds a ``config_class`` from the
+    options and would not check the digests. If it is no longer a classmethod, nothing is changed and the digests are
+    not checked there.
     """
     read: Any = getattr(PeftConfig.from_pretrained, "__func__", None)
     if read is None:
@@ -112,8 +120,8 @@ def check_whoever_reads(config_class: Any) -> None:
             if issubclass(cls, config_class):
                 raise
             raise ValueError(
-                f"The adapter_config.json in {args[0] if args else kwargs} cannot be used ({error!r}): it is damaged, "
-                "or of a method that has to be imported first."
+                f"The adapter_config.json in {args[0] if args else kwargs} cannot be used ({error!r}). Either the file "
+                "is damaged, or the method's package must be imported first."
             ) from error
         if isinstance(config, config_class) and not issubclass(cls, config_class):
             return config_class.from_pretrained(*args, **kwargs)
@@ -123,9 +131,12 @@ def check_whoever_reads(config_class: Any) -> None:
 
 
 def in_out_features(layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer. PEFT knows those of each quantization library.
+    """Return ``(in_features, out_features)`` of a linear layer, of any quantization library that PEFT knows.
 
-    Without it: by the attributes that most such layers have.
+    Without PEFT's function the numbers are read from the attributes that most such layers have.
+
+    Raises:
+        TypeError: if the layer has no such attributes.
     """
     found = _attribute("peft.tuners.tuners_utils", "_get_in_out_features")
     inputs, outputs = found(layer) if found is not None else (None, None)
@@ -136,23 +147,29 @@ def in_out_features(layer: nn.Module) -> tuple[int, int]:
         if inputs is None and hasattr(layer, first) and hasattr(layer, second):
             inputs, outputs = getattr(layer, first), getattr(layer, second)
     if inputs is None or outputs is None:
-        raise TypeError(f"a {type(layer).__name__} does not say how many inputs and outputs it has")
+        raise TypeError(
+            f"a {type(layer).__name__} does not say how many inputs and outputs it has: it has none of the attributes "
+            "in_features/out_features, num_embeddings/embedding_dim, infeatures/outfeatures or nx/nf"
+        )
     return int(inputs), int(outputs)
 
 
 def execution_device(layer: nn.Module) -> torch.device:
-    """Where a layer runs whose weights a hook of Accelerate's brings. Without that hook: on the CPU."""
+    """Return the device on which Accelerate's hook runs an offloaded layer; the CPU without that hook."""
     device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
     return torch.device("cpu" if device is None else device)
 
 
 def attention_implementation(config: Any) -> str:
-    """How a model of transformers computes attention: ``"eager"``, ``"sdpa"`` and so on. Without its name, the last."""
+    """Return a transformers model's attention implementation, such as ``"eager"`` or ``"sdpa"``.
+
+    Without transformers' private attribute, return ``"sdpa"``.
+    """
     return getattr(config, "_attn_implementation", None) or "sdpa"
 
 
 def brought_bias(layer: nn.Module) -> Tensor | None:
-    """A bias that a hook of Accelerate's keeps elsewhere, without bringing the weight; ``None`` without that hook."""
+    """Return a bias that Accelerate has offloaded, without loading the weight; ``None`` without Accelerate's hook."""
     kept: Any = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     if kept is None:
         return None
@@ -161,9 +178,9 @@ def brought_bias(layer: nn.Module) -> Tensor | None:
 
 
 def shallow_twin(module: nn.Module) -> Any:
-    """The same parameters and buffers in a module of its own, in which others may be put in their place.
+    """Return a copy of a module with the same parameters and buffers, in which they can be replaced.
 
-    Without torch's own tables: a deep copy, which takes the memory of the weights once more.
+    Without torch's internal tables, return a deep copy, which takes the memory of the weights a second time.
     """
     if not (hasattr(module, "_parameters") and hasattr(module, "_buffers")):
         return copy.deepcopy(module)
@@ -173,7 +190,7 @@ def shallow_twin(module: nn.Module) -> Any:
 
 
 def copy_into(tensors: list[Tensor], values: list[Tensor]) -> None:
-    """Copy each value into its tensor: many small ones in one call. Without that call, one by one."""
+    """Copy each value into its tensor, in one call of ``torch._foreach_copy_``. Without it, copy one by one."""
     foreach = getattr(torch, "_foreach_copy_", None)
     if foreach is not None:
         foreach(tensors, values)
@@ -183,9 +200,10 @@ def copy_into(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 
 def tie_as_lora_does(model_class: Any) -> None:
-    """Give the tuner what PEFT has for LoRA to tie the adapters of weights that are shared (``ensure_weight_tying``).
+    """Give the tuner LoRA's methods that tie the adapters of shared weights (``ensure_weight_tying``).
 
-    What it does to the configuration does not depend on the method. Without it PEFT warns that nothing is tied.
+    These methods change only the configuration, in the same way for every PEFT method. Without them PEFT warns that
+    nothing is tied.
     """
     for name in ("_add_modules_to_save_to_tie", "_add_targets_to_tie"):
         method = getattr(LoraModel, name, None)
@@ -194,12 +212,14 @@ def tie_as_lora_does(model_class: Any) -> None:
 
 
 def unpacked_4bit(weight: Any) -> Any:
-    """A weight that bitsandbytes has packed anew for its passes of inference, as it was before; any other as it is.
+    """Return a 4-bit weight that bitsandbytes has repacked for inference in its original packing; any other unchanged.
 
-    It does so with 4-bit weights on processors with AVX512-BF16, rounds the scales to bfloat16, and notes it in the
-    state alone: whoever dequantizes the weight then is not told and gets other values.
+    On CPUs with AVX512-BF16 bitsandbytes repacks 4-bit weights for forward passes in inference. It rounds the scales to
+    bfloat16 and records the packing only in ``quant_state``. Dequantizing a repacked weight returns other values,
+    without an error.
 
-    Without bitsandbytes' inverse: an error, since the values cannot be had.
+    Raises:
+        ValueError: if the weight is repacked and this bitsandbytes has no function to unpack it.
     """
     state: Any = getattr(weight, "quant_state", None)
     if not getattr(state, "packing_format_for_cpu", False):
@@ -207,11 +227,11 @@ def unpacked_4bit(weight: Any) -> Any:
     inverse = _attribute("bitsandbytes.functional", "_convert_weight_packed_for_cpu_inverse")
     if inverse is None:
         raise ValueError(
-            "bitsandbytes has packed the 4-bit weight for inference, and this version of it cannot unpack it. Load the "
-            "model anew and add the adapter before it is used."
+            "bitsandbytes has packed the 4-bit weight for inference, and this version of bitsandbytes cannot unpack "
+            "it. Load the model anew and add the adapter before the model is used."
         )
     state = copy.copy(state)
-    state.original_nested = False  # or the scales would be quantized, and rounded once more
+    state.original_nested = False  # otherwise the scales would be quantized, and so rounded a second time
     data, state = inverse(weight.data, state)
     state.absmax = state.absmax.T.reshape(-1).float()
     return type(weight)(
@@ -221,15 +241,15 @@ def unpacked_4bit(weight: Any) -> Any:
     )  # fmt: skip
 
 
-# Blocks whose fused kernels read these modules' weights and never call them.
+# Modules of Mamba blocks. The fused kernels read their weights and never call the modules.
 _READ_AND_NOT_CALLED = ("out_proj", "conv1d")
 
 
 def refuse_what_reads_the_weight(config: PeftConfig, model: nn.Module, parent: nn.Module, target_name: str) -> None:
-    """Raise ``ValueError`` for a module of a Mamba block that its fused kernels never call, as PEFT does for LoRA.
+    """Raise ``ValueError`` for a module of a Mamba block that the block's fused kernels never call.
 
-    PEFT goes by the model's type, for methods that it knows; the block's own name tells hybrid models too.
-    Without PEFT's check: by the block's name alone.
+    PEFT checks this by the model's type, for the methods that it knows. The block's class name is checked as well,
+    which covers hybrid models. Without PEFT's check only the class name is used.
     """
     check = _attribute("peft.tuners.tuners_utils", "_check_lora_target_modules_mamba")
     refused = "mamba" in type(parent).__name__.lower() and target_name in _READ_AND_NOT_CALLED
@@ -249,10 +269,11 @@ def refuse_what_reads_the_weight(config: PeftConfig, model: nn.Module, parent: n
 
 
 def convert_expert_names(config: Any, model: nn.Module) -> None:
-    """Name experts' parameters where their modules of old are named, as PEFT does for LoRA on the same architectures.
+    """Replace former module names of experts by the names of their parameters, as PEFT does for LoRA.
 
-    transformers 5 keeps experts as parameters of three dimensions, so that ``gate_proj``, ``w1`` and the like are no
-    modules any more, and ``"all-linear"`` does not see them. The rank stays the one that is asked for.
+    transformers 5 keeps experts as three-dimensional parameters. ``gate_proj``, ``w1`` and the like are no longer
+    modules there, and ``"all-linear"`` does not reach them. The conversion leaves the rank unchanged.
+
     Without PEFT's conversion nothing is renamed, and :class:`curlora.CurloraModel` warns of experts that are left out.
     """
     convert = _attribute("peft.utils.transformers_weight_conversion", "_convert_peft_config_moe")
@@ -267,9 +288,10 @@ def convert_expert_names(config: Any, model: nn.Module) -> None:
 
 
 def support_mixed_models(config_class: type, model_class: Any, layer_class: type) -> None:
-    """Let :class:`peft.PeftMixedModel` hold CURLoRA adapters beside those of other methods.
+    """Let :class:`peft.PeftMixedModel` hold CURLoRA adapters together with adapters of other methods.
 
-    Its lists of methods are closed. Without them it refuses CURLoRA, in its own words.
+    Its lists of methods are closed, so CURLoRA is added to them. Without these lists PEFT refuses CURLoRA with its own
+    error.
     """
     mixed: Any = _module("peft.tuners.mixed.model")
     names = ("COMPATIBLE_TUNER_TYPES", "PREFIXES", "Layers", "Configs", "MixedModel")
@@ -295,12 +317,12 @@ def support_mixed_models(config_class: type, model_class: Any, layer_class: type
 
 
 def support_hotswapping(config_class: type, swap: Callable[..., None]) -> None:
-    """Let :func:`peft.utils.hotswap.hotswap_adapter` swap CURLoRA adapters, of which it knows LoRA's tensors alone.
+    """Let :func:`peft.utils.hotswap.hotswap_adapter`, which knows only LoRA's tensors, swap CURLoRA adapters.
 
-    Without its parts it refuses CURLoRA, in its own words.
+    Without the private names used here PEFT refuses CURLoRA with its own error.
 
     Args:
-        config_class: of the adapters.
+        config_class: configuration class of the adapters.
         swap: called as ``swap(model, state_dict, adapter_name, config)``.
     """
     hotswap: Any = _module("peft.utils.hotswap")
@@ -328,8 +350,8 @@ def support_hotswapping(config_class: type, swap: Callable[..., None]) -> None:
         configs = [config, *getattr(model, "peft_config", {}).values()]
         if any(isinstance(one, config_class) for one in configs):
             raise ValueError(
-                "CURLoRA adapters need no preparing: they are swapped for ones of the same rank, in place. Compile the "
-                "model and call hotswap_adapter."
+                "CURLoRA adapters need no preparing: hotswap_adapter swaps adapters of the same rank in place. Compile "
+                "the model and call hotswap_adapter."
             )
         prepare(model, *args, config=config, **kwargs)
 
@@ -343,14 +365,14 @@ def _module(name: str) -> Any:
 
 
 def _attribute(module: str, name: str) -> Any:
-    """What a library has under a private name; ``None`` if it is not there."""
+    """Return a module's attribute; ``None`` if the module or the attribute does not exist."""
     return getattr(_module(module), name, None)
 
 
 def transformed_by_torch_func() -> bool:
-    """Whether a transform of ``torch.func`` is under way, for which a registered operator needs rules of its own.
+    """Return whether a ``torch.func`` transform is active. Registered operators would need extra rules under one.
 
-    Without torch's own word, everything is computed as if one always were: by PyTorch's operators.
+    Without torch's private function, return ``True``, so that PyTorch's own operators are always used.
     """
     try:
         return bool(torch._C._are_functorch_transforms_active())
@@ -359,10 +381,10 @@ def transformed_by_torch_func() -> bool:
 
 
 def callbacks_around(callback: TrainerCallback) -> list[TrainerCallback] | None:
-    """A Trainer's list of callbacks, asked for by one of them while it is called.
+    """Return the Trainer's list of callbacks while one of them, ``callback``, is being called.
 
-    transformers hands a callback no way to the others, and those of trackers stand before any of a user's. Where the
-    caller's variables are not as they were, ``None``: the callback then stays where it is.
+    transformers gives a callback no access to the others, and puts the callbacks of trackers before the user's. So the
+    list is read from the caller's frame. If no frame has it, return ``None``; the callback then keeps its place.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -374,10 +396,16 @@ def callbacks_around(callback: TrainerCallback) -> list[TrainerCallback] | None:
 
 
 def scale_base_rate(optimizer: torch.optim.Optimizer, scheduler: Any, group: int, rate: float) -> None:
-    """Give a group of an optimizer's parameters another base rate, after its scheduler was made.
+    """Change the base learning rate of one parameter group of an optimizer that already has a scheduler.
 
-    A scheduler multiplies its base rates, and remembers the last result under a private name, which is read for logs
-    alone. Where that is gone, the first log shows the rate of before.
+    A scheduler multiplies its base rates and stores the last result under a private name, which is used only for logs.
+    Without that name the first log shows the previous rate.
+
+    Args:
+        optimizer: its current rate and ``initial_lr`` are changed.
+        scheduler: a scheduler of torch, or Accelerate's wrapper of one.
+        group: index of the parameter group.
+        rate: the new base rate.
     """
     parameters, scheduler = optimizer.param_groups[group], getattr(scheduler, "scheduler", scheduler)
     base = parameters.get("initial_lr", parameters["lr"])

@@ -1,4 +1,4 @@
-"""Where what is downloaded or computed once is kept from run to run."""
+"""The directory that keeps downloads and computed results for later runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["cache_directory"]
 
 
 def cache_directory() -> Path:
-    """``CURLORA_CACHE_DIR``, or the user's cache directory."""
+    """Return ``$CURLORA_CACHE_DIR`` if it is set, else curlora's folder in the user's cache directory."""
     chosen = os.environ.get("CURLORA_CACHE_DIR")
     if chosen:
         return Path(chosen)
-    import platformdirs  # not at the top: whoever imports curlora would wait for it
+    import platformdirs  # not at the top, where it would slow down every import of curlora
 
     return Path(platformdirs.user_cache_dir("curlora"))

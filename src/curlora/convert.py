@@ -1,4 +1,4 @@
-"""Adapters for what does not know CURLoRA: exactly as LoRA, or merged into the base model."""
+"""Export of CURLoRA adapters to other tools: as an exact LoRA adapter, or merged into the base model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["AdapterError", "adapter_config", "convert_to_lora", "load_with_base", "save_as_lora", "save_merged"]
 
-_PREFIX = "base_model.model."  # of a PeftModel's names, and so of those in an adapter's file
+_PREFIX = "base_model.model."  # prefix of the names in a PeftModel, and of those in an adapter's file
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
@@ -35,41 +35,40 @@ _AUTO_CLASSES = {
 
 
 class AdapterError(ValueError):
-    """A saved adapter, or a model with one, is not what is needed; says what it is and what to do."""
+    """A saved adapter, or a model with an adapter, cannot be used. The message says why and what to do."""
 
 
 @torch.no_grad()
 def convert_to_lora(
     model: nn.Module, adapter_names: str | Sequence[str] | None = None
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """One or several CURLoRA adapters as one LoRA adapter, exactly.
+    """Convert one or several CURLoRA adapters to one LoRA adapter, exactly.
 
-    A change ``alpha C U R`` of a weight has rank ``r`` and its factors at hand: ``lora_B = alpha C U`` and
-    ``lora_A = R``, no decomposition needed. :func:`peft.convert_to_lora` gives the same change by a singular value
-    decomposition of each dense ``m x n`` update. Several adapters that are active together add up: their factors are
-    put side by side.
+    The update ``alpha C U R`` of a weight is already a product of two factors of rank ``r``: ``lora_B = alpha C U`` and
+    ``lora_A = R``. No decomposition is needed, while :func:`peft.convert_to_lora` takes a singular value decomposition
+    of each dense update of shape ``(m, n)``. The updates of several adapters add up: their factors are concatenated.
 
-    All layers get one rank, the largest, filled up with zeros where theirs is lower, and ``lora_alpha`` is the rank, so
-    that the scaling is 1: whatever serves LoRA reads it, those that know no rank by layer among it.
+    All layers get the same rank, the largest one. Factors of a lower rank are padded with zeros. ``lora_alpha`` equals
+    the rank, so that the scaling is 1. So the adapter can also be served by tools that do not support a rank per layer.
 
     Args:
-        model: with the adapters, such as :func:`peft.get_peft_model` gives.
-        adapter_names: the adapters; the active ones if ``None``.
+        model: a model with CURLoRA adapters, such as :func:`peft.get_peft_model` returns.
+        adapter_names: the adapters to convert; the active ones if ``None``.
 
     Returns:
-        The configuration, and by the names that PEFT saves them under ``lora_A``, shape ``(r, in_features)``,
-        ``lora_B``, shape ``(out_features, r)``, at least float32, and what is trained beside: ``modules_to_save`` and
-        the embeddings of tokens.
+        The LoRA configuration and the state dict, under the names that PEFT saves. It has ``lora_A``, shape
+        ``(r, in_features)``, and ``lora_B``, shape ``(out_features, r)``, at least float32. It also has what was
+        trained besides ``U``: ``modules_to_save`` and the embeddings of tokens.
 
     Raises:
-        AdapterError: if the model has no CURLoRA layer, or no such adapter; if one is merged into the weights; if it
-            trained biases, which no LoRA can hold for it; or if one of several trained more than its ``U``.
+        AdapterError: if the model has no CURLoRA layer or no such adapter, if an adapter is merged into the weights, if
+            an adapter trained biases, or if several adapters are given and one trained more than its ``U``.
     """
     layers = {
         name.removeprefix(_PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, CurloraLayer)
     }
     if not layers:
-        raise AdapterError("The model has no CURLoRA layer, so there is nothing to convert")
+        raise AdapterError("The model has no CURLoRA layer, so there is nothing to convert: load a CURLoRA adapter.")
     names = _adapters(layers, adapter_names)
     configs = [config for name in names if (config := getattr(model, "peft_config", {}).get(name)) is not None]
     _check_convertible(layers, configs)
@@ -80,14 +79,14 @@ def convert_to_lora(
         if not parts:
             continue
         left, right = torch.cat([part[0] for part in parts], dim=-1), torch.cat([part[1] for part in parts], dim=-2)
-        # A Conv1D holds its weight, and so the update, the other way round.
+        # A Conv1D stores its weight, and so the update, transposed.
         factors[name] = (left.mT, right.mT) if _inputs_first(layer) else (right, left)
     rank = max(A.shape[-2] for A, _ in factors.values())
     state = {}
     for name, (A, B) in factors.items():
         missing = rank - A.shape[-2]
         A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
-        if A.ndim == 3:  # of experts, which LoRA has one after another in A, and in turn in B
+        if A.ndim == 3:  # LoRA stores the experts one after another in A, and interleaved in B
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         state[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
         state[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
@@ -114,34 +113,34 @@ def convert_to_lora(
 def save_as_lora(
     path: str | os.PathLike[str], model: nn.Module, adapter_names: str | Sequence[str] | None = None
 ) -> None:
-    """Save what :func:`convert_to_lora` gives as an ordinary LoRA adapter.
+    """Convert adapters with :func:`convert_to_lora` and save the result as an ordinary LoRA adapter.
 
     Args:
-        path: a folder; made if it is not there.
+        path: a folder; created if it does not exist.
         model, adapter_names: as for :func:`convert_to_lora`.
 
     Raises:
-        AdapterError: as :func:`convert_to_lora`; nothing is written then.
+        AdapterError: as :func:`convert_to_lora`. Nothing is written then.
     """
     config, state = convert_to_lora(model, adapter_names)
     Path(path).mkdir(parents=True, exist_ok=True)
-    # Two layers may share a weight, and so a factor; a file holds each tensor once.
+    # Layers that share a weight also share a factor. safetensors refuses shared memory, so every tensor is cloned.
     save_file({key: value.clone() for key, value in state.items()}, Path(path) / SAFETENSORS_WEIGHTS_NAME)
     config.save_pretrained(str(path))
 
 
 def save_merged(path: str | os.PathLike[str], model: PeftModel) -> None:
-    """Add the active adapters to the base weights and save the model, with its tokenizer if it is at hand.
+    """Merge the active adapters into the base weights and save the model, with its tokenizer if there is one.
 
-    In the weights' own dtype, so that half precision rounds the update. The model is of no more use as one with
-    adapters.
+    The update is added in the weights' dtype, so half precision rounds it. Do not use ``model`` afterwards: its
+    adapters are gone.
 
     Args:
-        path: a folder; made if it is not there.
-        model: as :func:`load_with_base` gives it.
+        path: a folder; created if it does not exist.
+        model: a model as :func:`load_with_base` returns it.
 
     Raises:
-        AdapterError: if a merged weight would not be finite; nothing is written then.
+        AdapterError: if a merged weight would not be finite. Nothing is written then.
     """
     source = model.get_base_model().config.name_or_path
     try:
@@ -149,56 +148,61 @@ def save_merged(path: str | os.PathLike[str], model: PeftModel) -> None:
     except ValueError as error:
         raise AdapterError(str(error)) from error
     merged.save_pretrained(path)
-    with contextlib.suppress(OSError, ValueError):  # a model may well come without one
+    with contextlib.suppress(OSError, ValueError):  # a model may come without a tokenizer
         transformers.AutoTokenizer.from_pretrained(source).save_pretrained(path)
 
 
 def load_with_base(adapter: str, base: str | None = None) -> PeftModel:
-    """A saved CURLoRA adapter on its base model, in the dtype that the base is stored in.
+    """Load a saved CURLoRA adapter on its base model, in the dtype in which the base model is stored.
 
     Args:
-        adapter: a folder, or a hub id.
-        base: the base model's folder or hub id; what the adapter says if ``None``.
+        adapter: the adapter's folder or hub id.
+        base: the base model's folder or hub id; the one that the adapter names if ``None``.
 
     Raises:
-        AdapterError: if it is no CURLoRA adapter, does not say its base, or does not fit it.
-        OSError: if either cannot be read.
+        AdapterError: if ``adapter`` is no CURLoRA adapter, names no base model, or does not fit its base model.
+        OSError: if the adapter or the base model cannot be read.
     """
     config = adapter_config(adapter)
     base = base or config.base_model_name_or_path
     if not base:
-        raise AdapterError(f"{adapter} does not say what its base model is: name it")
+        raise AdapterError(f"{adapter} does not name its base model: give the base model's folder or hub id.")
     if problem := no_such_folder(base):
-        raise AdapterError(f"The base model of {adapter}: {problem}. Say where it is now.")
+        raise AdapterError(f"The base model of {adapter}: {problem}. Give the base model's present folder or hub id.")
     try:
         model = _class_of(config).from_pretrained(base, dtype="auto")
         return PeftModel.from_pretrained(model, adapter).eval()
-    except ValueError as error:  # PEFT's and our own, of what does not fit
+    except ValueError as error:  # raised by PEFT and curlora if the adapter does not fit
         raise AdapterError(f"{adapter}: {error}") from error
 
 
 def adapter_config(adapter: str) -> CurloraConfig:
-    """The configuration of a saved CURLoRA adapter.
+    """Return the configuration of a saved CURLoRA adapter.
 
     Raises:
-        AdapterError: if there is none, or it is of another method.
+        AdapterError: if there is no configuration, or it is damaged or of another method.
         OSError: if it cannot be read.
     """
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (KeyError, TypeError) as error:
-        raise AdapterError(f"{adapter}: its adapter_config.json is damaged ({error})") from error
+        raise AdapterError(
+            f"{adapter}: its adapter_config.json is damaged ({error}). Copy or download it again."
+        ) from error
     except ValueError as error:
         raise AdapterError(f"{adapter}: {error}") from error
     if not isinstance(config, CurloraConfig):
-        raise AdapterError(f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA")
+        raise AdapterError(
+            f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA. Give a CURLoRA adapter."
+        )
     return config
 
 
 def _class_of(config: PeftConfig) -> Any:
     if config.task_type:
         return getattr(transformers, _AUTO_CLASSES[config.task_type])
-    # PEFT notes the class of the base model. By name and from transformers alone: a file must not say what to import.
+    # PEFT saves the name of the base model's class. It is looked up only in transformers: a file must not decide what
+    # is imported.
     name = (config.auto_mapping or {}).get("base_model_class", "")
     found = getattr(transformers, name, None)
     known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
@@ -206,7 +210,7 @@ def _class_of(config: PeftConfig) -> Any:
 
 
 def _inputs_first(layer: CurloraLayer) -> bool:
-    """Whether the weight is stored as ``(in_features, out_features)``."""
+    """Return whether the weight is stored as ``(in_features, out_features)``."""
     if layer.parameter_name is None:
         return layer.fan_in_fan_out
     stacked = len(layer.weight_shape) == 3
@@ -216,12 +220,12 @@ def _inputs_first(layer: CurloraLayer) -> bool:
 def _adapters(layers: dict[str, CurloraLayer], wanted: str | Sequence[str] | None) -> list[str]:
     present = list(dict.fromkeys(name for layer in layers.values() for name in layer.curlora_U))
     if wanted is None:
-        active: Any = next(iter(layers.values())).active_adapters  # one list for the whole model
+        active: Any = next(iter(layers.values())).active_adapters  # the same in every layer
         return [name for name in present if name in active]
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in present]
     if unknown or not names:
-        raise AdapterError(f"There is no adapter {unknown or names!r}; there are {present}")
+        raise AdapterError(f"There is no adapter {unknown or names!r}; there are {present}. Name some of these.")
     return list(dict.fromkeys(names))
 
 
@@ -229,21 +233,28 @@ def _check_convertible(layers: dict[str, CurloraLayer], configs: Sequence[PeftCo
     merged = next((layer for layer in layers.values() if layer.merged), None)
     if merged is not None:
         raise AdapterError(
-            f"{merged.merged_adapters} is merged into the weights, whose columns and rows are needed as they were. "
-            "Unmerge first."
+            f"{merged.merged_adapters} is merged into the weights, but the columns and rows of the unmerged weights "
+            "are needed. Unmerge first."
         )
     biases = [config.bias for config in configs if config.bias != "none"]
     if biases:
-        raise AdapterError(f"The adapter trained biases (bias={biases[0]!r}), which are no part of a LoRA update")
+        raise AdapterError(
+            f"The adapter trained biases (bias={biases[0]!r}), which a LoRA update cannot hold. Merge the adapter into "
+            "the base model instead, or train one with bias='none'."
+        )
     beside = _trained_beside(configs)
     if len(configs) > 1 and beside:
         raise AdapterError(
-            f"Several adapters cannot be one where some trained more than U ({', '.join(beside)}): convert them apart"
+            f"Several adapters cannot be converted to one, since some trained more than U ({', '.join(beside)}). "
+            "Convert each by itself."
         )
 
 
 def _trained_beside(configs: Sequence[PeftConfig]) -> dict[str, Any]:
-    """The options of the first adapter that has any by which more than ``U`` is trained, and goes along with it."""
+    """Return the options with which an adapter trained more than ``U``, which the LoRA adapter takes over.
+
+    If several adapters did so, the options are those of the first. If none did, there are no options.
+    """
     for config in configs:
         options = {name: getattr(config, name) for name in ("modules_to_save", "trainable_token_indices")}
         if given := {name: value for name, value in options.items() if value}:
@@ -252,7 +263,7 @@ def _trained_beside(configs: Sequence[PeftConfig]) -> dict[str, Any]:
 
 
 def _targets(model: nn.Module, adapted: set[str]) -> list[str]:
-    """The adapted layers by the last part of their names, or by all of it where another layer shares that part."""
+    """Return names of the adapted layers: only their last parts, or their full names if another module shares one."""
     last = {name.rpartition(".")[2] for name in adapted}
     alike = {
         name.removeprefix(_PREFIX)

@@ -1,8 +1,8 @@
 """The adapter's forward and backward: a gather, two skinny products and an add.
 
-For a frozen linear map ``y0 = x Wᵀ + b`` the product with the selected rows of ``W`` is already
-in its output, ``x W[rows]ᵀ = (y0 - b)[..., rows]``, so CURLoRA's update (eq. 8 of
-https://arxiv.org/abs/2408.14572) needs neither the layer's input nor a matrix of its size::
+The output of a frozen linear map ``y0 = x Wᵀ + b`` already contains the product with the selected rows of ``W``:
+``x W[rows]ᵀ = (y0 - b)[..., rows]``. So CURLoRA's update (eq. 8 of https://arxiv.org/abs/2408.14572) needs neither the
+layer's input nor a matrix of the weight's size::
 
     z  = (y0 - b)[..., rows]                    gather, r entries per token
     y  = y0 + (z Mᵀ) Cᵀ                         forward, M = alpha U
@@ -11,10 +11,10 @@ https://arxiv.org/abs/2408.14572) needs neither the layer's input nor a matrix o
     dM = gᵀ z                                   summed over tokens
     dy0 = dy, plus g M added at ``rows``        duplicates accumulate
 
-Only ``z`` is saved for backward. No tensor that came from elsewhere is written to.
+Of the activations, only ``z`` is saved for backward. No input tensor is modified in place.
 
-What stands here is PyTorch's operators: the reference, and what runs wherever :func:`curlora.kernels.chosen` does not
-choose a kernel that computes the same.
+This module uses PyTorch's operators. It is the reference for the kernels, and it runs wherever
+:func:`curlora.kernels.chosen` does not choose a kernel.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ def gather_update(
 
     Args:
         output: output of the base layer, bias included, shape ``(..., m)``.
-        scaled_U: the trained matrix, shape ``(r, r)``; its products are taken in its own dtype.
-        factor: shape ``(m, r)``; used in the dtype of ``output``. Taken as a constant.
+        scaled_U: the trained matrix, shape ``(r, r)``; its products are computed in its own dtype.
+        factor: shape ``(m, r)``; used in the dtype of ``output``. It gets no gradient.
         index: integer positions on the last axis of ``output``, shape ``(r,)``; may repeat.
-        offset: the layer's bias at ``index``, shape ``(r,)``, or ``None`` for a layer without.
+        offset: the layer's bias at ``index``, shape ``(r,)``; ``None`` for a layer without bias.
 
     Returns:
         A new tensor of ``output``'s shape and dtype.
@@ -69,15 +69,18 @@ def gather_update(
 def gather_update_by_row(
     output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None = None
 ) -> Tensor:
-    """As :func:`gather_update`, with a ``scaled_U`` of its own for each row of a batch.
+    """Like :func:`gather_update`, but each row of the batch has its own ``scaled_U``.
 
     Args:
         output: output of the base layer, bias included, shape ``(rows, ..., m)``.
-        scaled_U: shape ``(rows, r, r)``; its products are taken in its own dtype.
-        factor, index, offset: as for :func:`gather_update`, shared by the rows.
+        scaled_U: shape ``(rows, r, r)``; its products are computed in its own dtype.
+        factor, index, offset: as for :func:`gather_update`; all rows share them.
 
     Returns:
         A new tensor of ``output``'s shape and dtype.
+
+    Raises:
+        RuntimeError: if some of the tensors are on the meta device and others are not.
     """
     check_values(output, scaled_U, factor)
     with autocast_off(output):
@@ -91,9 +94,9 @@ def gather_update_by_row(
 
 
 def linear_update(output: Tensor, z: Tensor, scaled_U: Tensor, factor: Tensor) -> Tensor:
-    """``output + (z scaled_Uᵀ) factorᵀ`` for ``z`` that is given, by autograd's own rules.
+    """Return ``output + (z scaled_Uᵀ) factorᵀ`` for a given ``z``, differentiated by autograd.
 
-    Where dropout acts on ``z``, or where ``z`` cannot be gathered from ``output``.
+    It is used if dropout acts on ``z``, or if ``z`` cannot be gathered from ``output``.
 
     Args:
         output: shape ``(..., m)``.
@@ -102,6 +105,9 @@ def linear_update(output: Tensor, z: Tensor, scaled_U: Tensor, factor: Tensor) -
 
     Returns:
         A new tensor of ``output``'s shape and dtype.
+
+    Raises:
+        RuntimeError: if some of the tensors are on the meta device and others are not.
     """
     check_values(output, scaled_U, factor)
     with autocast_off(output):
@@ -110,8 +116,8 @@ def linear_update(output: Tensor, z: Tensor, scaled_U: Tensor, factor: Tensor) -
 
 
 def autocast_off(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """While it lasts products on the tensor's device have their factors' precision, whatever the caller's autocast."""
-    kind = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type  # cheaper than to ask its name
+    """Return a context that turns autocast off on the tensor's device, so that products keep their factors' dtype."""
+    kind = "cpu" if tensor.is_cpu else "cuda" if tensor.is_cuda else tensor.device.type  # device.type is slower
     known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
     if not (known and torch.is_autocast_enabled(kind)):
         return contextlib.nullcontext()
@@ -135,18 +141,18 @@ def _check(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor) -> N
 def check_values(output: Tensor, scaled_U: Tensor, factor: Tensor) -> None:
     """Raise ``RuntimeError`` if some of the tensors are on the meta device and others are not.
 
-    Some products of a tensor with one that has no values give numbers, and no error.
+    Some products with a meta tensor return arbitrary values instead of raising an error.
     """
     if not output.is_meta == scaled_U.is_meta == factor.is_meta:
         without = "output" if output.is_meta else "U" if scaled_U.is_meta else "factor"
         raise RuntimeError(
-            f"gather_update: {without} is on the meta device and has no values. Were the adapter's weights loaded, and "
-            "are offloaded ones brought by a hook?"
+            f"gather_update: {without} is on the meta device and has no values. Load the adapter's weights first. "
+            "Offloaded weights need Accelerate's hook."
         )
 
 
 def gather(output: Tensor, index: Tensor, offset: Tensor | None) -> Tensor:
-    """``output[..., index] - offset``: ``R x``, shape ``(..., r)``."""
+    """Return ``R x`` as ``output[..., index] - offset``, shape ``(..., r)``."""
     z = output.index_select(-1, index)
     return z if offset is None else z - _as(offset, z.dtype)
 
@@ -154,7 +160,7 @@ def gather(output: Tensor, index: Tensor, offset: Tensor | None) -> Tensor:
 def _add(
     output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """``output`` with the update, and ``z``, shape ``(tokens, r)``, in the dtype of ``scaled_U``."""
+    """Return ``output`` plus the update, and ``z``, shape ``(tokens, r)``, in the dtype of ``scaled_U``."""
     flat = output.reshape(-1, factor.shape[0])
     z = _as(gather(flat, index, offset), scaled_U.dtype)
     mixed = _as(linear(z, scaled_U), output.dtype)
@@ -162,35 +168,35 @@ def _add(
 
 
 def _plus(output: Tensor, flat: Tensor, mixed: Tensor, directions: Tensor) -> Tensor:
-    """``output`` plus ``mixed @ directions``, shape ``(tokens, m)``; ``flat`` is ``output`` in that shape."""
+    """Return ``output + mixed @ directions``. ``flat`` is ``output`` with shape ``(tokens, m)``."""
     if torch.compiler.is_compiling():
-        # The compiler makes one pass of the sum and of what follows. An addmm, which it would also make of a sum of two
-        # dimensions, copies ``output`` first and is a pass of its own. In half precision the product is then rounded by
-        # itself, as LoRA's is.
+        # The compiler fuses this sum with the operations that follow. An addmm would copy ``output`` first and would
+        # not be fused; the compiler would also turn a sum of two-dimensional tensors into one. In half precision the
+        # product is therefore rounded before the sum, as LoRA's is.
         return output + (mixed @ directions).view_as(output)
-    # It adds while it multiplies: the update itself never exists as a tensor.
+    # addmm adds while it multiplies, so the update is never stored as a tensor of its own.
     return torch.addmm(flat, mixed, directions).view_as(output)
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor.to(dtype)``; to ask first is quicker, which tells where a step is many small products."""
+    """Return ``tensor.to(dtype)``. The check first is faster, which matters for steps of many small products."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _onto(grad: Tensor, factor: Tensor) -> Tensor:
-    """``grad @ factor``, shape ``(tokens, r)``."""
+    """Return ``grad @ factor``, shape ``(tokens, r)``."""
     r = factor.shape[1]
-    # At any rank that is no multiple of 16 MKL takes up to five times as long on some processors (AMD's).
-    # PyTorch 2.6 does not compile a gradient's ``is_cpu``.
+    # If the rank is not a multiple of 16, MKL takes up to five times as long on some CPUs (AMD's).
+    # PyTorch 2.6 cannot compile ``is_cpu`` of a gradient.
     slow = r % 16 and grad.device.type == "cpu" and grad.dtype in (torch.float32, torch.float64)
-    # What is compiled asks for no size: it would be a graph for some tokens only.
+    # A compiled graph must not depend on the number of tokens, so it does not look at ``len(grad)``.
     if slow and (torch.compiler.is_compiling() or len(grad) >= 32):
         return (grad @ pad(factor, (0, -r % 16)))[:, :r]
     return grad @ factor
 
 
 class _GatherUpdate(torch.autograd.Function):
-    """Returns ``(result, z)``: what is saved is an output, so that second derivatives are right."""
+    """Return ``(result, z)``. ``z`` is an output because it is saved for backward and second derivatives need it."""
 
     generate_vmap_rule = True
 
@@ -199,7 +205,7 @@ class _GatherUpdate(torch.autograd.Function):
         output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         result, z = _add(output, scaled_U, factor, index, offset)
-        return result.detach(), z  # no view, which whoever gets it could not change in place
+        return result.detach(), z  # not a view: autograd forbids in-place changes of views that a function returns
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -213,7 +219,7 @@ class _GatherUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
         z, scaled_U, factor, index = ctx.saved_tensors
         need_output, need_U, _, _, need_offset = ctx.needs_input_grad[:5]
-        if grad is None:  # in second derivatives z may be used where the result is not
+        if grad is None:  # in second derivatives z may be used while the result is not
             if grad_z is None:
                 return (None,) * 5
             grad = grad_z.new_zeros(ctx.shape, dtype=ctx.dtype)
@@ -233,10 +239,10 @@ class _GatherUpdate(torch.autograd.Function):
 
 
 class _PlainGatherUpdate(torch.autograd.Function):
-    """As above where nothing is compiled or transformed.
+    """:class:`_GatherUpdate` without ``setup_context``, for calls that are neither compiled nor transformed.
 
-    Of a function whose context is set up apart PyTorch looks up the signature in every call, which takes longer than
-    the formula does for a few tokens.
+    For functions with ``setup_context`` PyTorch inspects the signature in every call. For a few tokens that takes
+    longer than the computation.
     """
 
     @staticmethod
@@ -249,7 +255,7 @@ class _PlainGatherUpdate(torch.autograd.Function):
 
 
 def _kernel_backward(ctx: Any, grad: Tensor | None, grad_z: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of ``curlora::forward``: by the kernel, unless what it computes is itself to be differentiated."""
+    """Backward of ``curlora::forward``. It uses the kernel, unless the gradients are themselves differentiated."""
     need_output, need_U, _, _, need_offset, _ = ctx.needs_input_grad
     if grad is None or grad_z is not None or need_offset or torch.is_grad_enabled():
         return (*_GatherUpdate.backward(ctx, grad, grad_z), None)

@@ -1,4 +1,4 @@
-"""Where a model is to be found: a folder, or a repository of the Hugging Face hub."""
+"""Check whether a model's name is a folder, or can be a repository of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ __all__ = ["no_such_folder"]
 
 
 def no_such_folder(name: str, folder: Path | None = None) -> str | None:
-    """What to say of the name of a model that is neither a folder nor could be one of the hub's.
+    """Return what is wrong with a model's name that is neither a folder nor a possible hub id.
 
-    transformers asks the hub for whatever is no folder, and reports that a path is no id.
+    transformers looks up everything that is not a folder on the hub, and then only reports that a path is not a valid
+    id.
 
     Args:
-        name: as it was given.
-        folder: what a relative name is relative to; the working directory if ``None``.
+        name: the name as it was given.
+        folder: the folder to which a relative name is relative; the working directory if ``None``.
+
+    Returns:
+        A phrase for an error message, or ``None`` if the name is a folder or can be a hub id.
     """
     path = (folder or Path()) / Path(name).expanduser()
     if path.is_dir():
         return None
     if path.is_file():
-        return f"{path} is a file, where the folder of a model is expected"
+        return f"{path} is a file, but a model's folder is expected"
     try:
         validate_repo_id(name)
     except HFValidationError:

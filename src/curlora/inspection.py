@@ -1,4 +1,4 @@
-"""What a saved adapter holds, and how far it moves each layer."""
+"""Summary of a saved adapter: what it holds, and how much it changes each layer."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class LayerSummary:
     """One adapted layer.
 
     Args:
-        name: in the base model.
+        name: the layer's name in the base model.
         r: rank.
-        norm: ``||U||``, Frobenius.
-        change: ``||dW|| / ||W||``, Frobenius; ``None`` where the base model was not looked at.
+        norm: Frobenius norm of ``U``.
+        change: ``||dW|| / ||W||`` in Frobenius norms; ``None`` if the base model was not loaded.
     """
 
     name: str
@@ -46,12 +46,12 @@ class AdapterSummary:
     """A saved adapter.
 
     Args:
-        base: the base model that it names.
-        config: its configuration.
+        base: the base model that the adapter names; ``None`` if it names none.
+        config: the adapter's configuration.
         layers: the adapted layers, in the model's order.
-        parameters: how many were trained, in ``U`` and in all else that is saved with it.
-        bytes: size of its file.
-        ledger: what its trainings were allowed to forget and what they did; ``None`` without a budget.
+        parameters: number of trained parameters, in ``U`` and in everything else that is saved with the adapter.
+        bytes: size of the weights file in bytes.
+        ledger: the forgetting that was allowed and measured in each training; ``None`` without a budget.
     """
 
     base: str | None
@@ -63,24 +63,27 @@ class AdapterSummary:
 
 
 def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: bool = False) -> AdapterSummary:
-    """Look at a saved adapter.
+    """Summarize a saved adapter.
 
-    With its base model the relative change of each weight is told, from ``r x r`` matrices alone:
-    ``||dW||^2 = sum((L^T L) * (R R^T))`` for ``dW = L R``.
+    If the base model is loaded, the summary has the relative change of each weight. The change is computed from
+    ``(r, r)`` matrices: ``||dW||^2 = sum((L^T L) * (R R^T))`` for ``dW = L R``.
 
     Args:
-        adapter: a folder.
-        base: the base model's folder or hub id, instead of the one that the adapter names.
-        with_base: whether to load the base model; also if ``base`` is given.
+        adapter: the adapter's folder.
+        base: the base model's folder or hub id; the one that the adapter names if ``None``.
+        with_base: whether to load the base model. It is always loaded if ``base`` is given.
 
     Raises:
-        AdapterError: if it is no CURLoRA adapter, is damaged, or does not fit the base.
-        OSError: if something cannot be read.
+        AdapterError: if the folder holds no CURLoRA adapter, or the adapter is damaged or does not fit the base model.
+        OSError: if a file cannot be read.
     """
     path = Path(adapter) / SAFETENSORS_WEIGHTS_NAME
     config = adapter_config(str(adapter))
     if not path.exists():
-        raise AdapterError(f"{adapter} has a configuration but no {SAFETENSORS_WEIGHTS_NAME}")
+        raise AdapterError(
+            f"{adapter} has a configuration but no {SAFETENSORS_WEIGHTS_NAME}: it is incomplete. Copy or download it "
+            "again."
+        )
     layers, parameters = [], 0
     try:
         with safe_open(path, framework="pt") as file:
@@ -92,7 +95,9 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
                 if ".curlora_" not in key or key.endswith(_U):
                     parameters += tensor.numel()
     except SafetensorError as error:
-        raise AdapterError(f"{path} cannot be read ({error}). It is incomplete or damaged.") from error
+        raise AdapterError(
+            f"{path} cannot be read ({error}). It is incomplete or damaged: copy or download it again."
+        ) from error
     layers.sort(key=lambda layer: [int(part) if part.isdigit() else part for part in layer.name.split(".")])
     if base or with_base:
         changes = _changes(str(adapter), base)
@@ -111,14 +116,14 @@ def _changes(adapter: str, base: str | None) -> dict[str, float]:
     for name, layer in adapted_layers(model.base_model.model, "default").items():
         left, right = (factor.double() for factor in layer.delta_factors("default"))
         square = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0)
-        adapted: Any = layer  # PEFT's part of it has no types
+        adapted: Any = layer  # PEFT's base class has no types
         with read(adapted.get_base_layer(), name) as weight:
             changes[name] = float((square / weight.squared_norms()[0].sum()).sqrt())
     return changes
 
 
 def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
-    """The summary for the screen."""
+    """Return the summary as tables for the terminal."""
     ranks = sorted({layer.r for layer in summary.layers})
     config = summary.config
     facts = Table(show_header=False, box=None)

@@ -1,8 +1,8 @@
-"""Which columns and rows of a weight become ``C`` and ``R`` (section 4.2 of the paper).
+"""Sampling of the columns and rows of a weight that become ``C`` and ``R`` (section 4.2 of the paper).
 
-Pure torch, no global state: a draw is a function of the weight, the seed and the layer's name,
-so it is the same on every device and rank and in whatever order layers are visited. Norms,
-probabilities and draws are float64 on the CPU.
+Everything is plain torch without global state. A draw depends only on the weight, the seed and the layer's name, so it
+is the same on every device and process, in any order of the layers. Norms, probabilities and draws are float64 on the
+CPU.
 """
 
 import hashlib
@@ -13,9 +13,9 @@ from torch import Tensor
 
 __all__ = ["SAMPLINGS", "draw", "probabilities", "select", "squared_norms"]
 
-# What a squared norm share p (eq. 3) is turned into before normalizing.
+# From the share p of a squared norm (eq. 3) to its unnormalized probability.
 _TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "inverse": lambda p: p[p > 0].min() / p,  # eq. 4, 1/p, scaled so that it cannot overflow
+    "inverse": lambda p: p[p > 0].min() / p,  # eq. 4: 1/p, scaled so that it cannot overflow
     "uniform": torch.ones_like,
     "norm": lambda p: p,  # eq. 3, classical CUR
     "reference": lambda p: 1 / (p + 0.001),  # the author's code; nearly uniform on wide matrices
@@ -23,11 +23,11 @@ _TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
 
 SAMPLINGS = tuple(_TRANSFORMS)
 
-_CHUNK_ELEMENTS = 1 << 17  # squares of a chunk in float64, and their sums so far: 1 MiB each, which stay in the cache
+_CHUNK_ELEMENTS = 1 << 17  # a chunk's squares and the running sums take 1 MiB each in float64, and stay in the cache
 
 
 def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared Euclidean norms of the columns and of the rows, in one pass and bounded memory.
+    """Return the squared Euclidean norms of the columns and of the rows, in one pass and bounded memory.
 
     Args:
         weight: floating-point matrix, shape ``(m, n)``.
@@ -37,15 +37,15 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     m, n = weight.shape
     height = max(1, min(m, _CHUNK_ELEMENTS // max(1, n)))
-    # float64 before squaring: no overflow, and the same sums on every device (to about 1e-15).
-    # One piece of memory for all chunks: what is freed after each would not always be given back.
+    # Convert to float64 before squaring: no overflow, and the same sums on every device (to about 1e-15).
+    # All chunks use one buffer: memory that is freed after each chunk is not always returned to the system.
     squares = torch.empty(height, n, dtype=torch.float64, device="cpu")
     if m <= height:
         square = squares[:m].copy_(weight.detach()).square_()
         return square.sum(0), square.sum(1)
     rows = torch.zeros(m, dtype=torch.float64, device="cpu")
-    # Columns are summed down to one row at the end alone: to do so in each chunk takes longer, since its rows lie with
-    # one processor and its columns would be summed by others.
+    # Keep the sums of all chunks and reduce them to one row at the end. To reduce each chunk takes longer: a thread
+    # holds rows of the chunk in its cache, and other threads would sum its columns.
     sums = torch.zeros_like(squares)
     for begin in range(0, m, height):
         chunk = weight.detach()[begin : begin + height]
@@ -56,10 +56,10 @@ def squared_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probabilities(squared_norms: Tensor, sampling: str = "inverse") -> Tensor:
-    """Sampling probabilities from squared norms (eq. 3 and 4).
+    """Return sampling probabilities for squared norms (eq. 3 and 4).
 
-    A zero column or row carries nothing (its ``1/p`` would be infinite): it is never drawn,
-    except under ``"reference"``, whose formula is defined there.
+    A zero column or row is never drawn: it carries no information, and its ``1/p`` would be infinite. The exception is
+    ``"reference"``, whose formula is defined at zero.
 
     Args:
         squared_norms: shape ``(n,)``.
@@ -69,7 +69,7 @@ def probabilities(squared_norms: Tensor, sampling: str = "inverse") -> Tensor:
         float64 probabilities, shape ``(n,)``, summing to one.
 
     Raises:
-        ValueError: on an unknown ``sampling``, on non-finite norms, or if every norm is zero.
+        ValueError: if ``sampling`` is unknown, a norm is not finite, or every norm is zero.
     """
     if sampling not in _TRANSFORMS:
         raise ValueError(f"sampling must be one of {', '.join(map(repr, SAMPLINGS))}, got {sampling!r}")
@@ -89,9 +89,9 @@ def probabilities(squared_norms: Tensor, sampling: str = "inverse") -> Tensor:
 def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement: bool = False) -> Tensor:
     """Draw ``r`` positions.
 
-    Without replacement the draws are successive: each takes a remaining position with probability
-    proportional to its share (Efraimidis and Spirakis 2006, exponential races). With replacement
-    they are independent, as in the author's code, and positions may repeat.
+    Without replacement, positions are drawn one after another: each remaining position has a probability proportional
+    to its share (Efraimidis and Spirakis 2006, exponential races). With replacement the draws are independent, as in
+    the author's code, and positions may repeat.
 
     Args:
         probabilities: shape ``(n,)``, as from :func:`probabilities`.
@@ -109,12 +109,15 @@ def draw(probabilities: Tensor, r: int, generator: torch.Generator, replacement:
     if replacement:
         uniform = torch.rand(r, dtype=torch.float64, device="cpu", generator=generator)
         cumulative = p.cumsum(0)
-        # right=True steps over entries of probability zero; rounding must not step past the last one.
+        # right=True skips entries of probability zero. The clamp catches rounding past the last non-zero entry.
         last = int(p.nonzero().max())
         return torch.searchsorted(cumulative, uniform * cumulative[-1], right=True).clamp_(max=last)
     available = int((p > 0).sum())
     if r > available:
-        raise ValueError(f"cannot draw {r} different ones: only {available} of {len(p)} are non-zero")
+        raise ValueError(
+            f"cannot draw {r} different positions: only {available} of {len(p)} are non-zero. Choose a smaller r, or "
+            "replacement=True"
+        )
     uniform = torch.rand(len(p), dtype=torch.float64, device="cpu", generator=generator)
     arrival = -torch.log1p(-uniform) / p
     return arrival.nan_to_num(nan=torch.inf).topk(r, largest=False, sorted=True).indices
@@ -132,19 +135,20 @@ def select(
     """Draw the columns of ``C = W[:, columns]`` and the rows of ``R = W[rows, :]`` (eq. 5 and 6).
 
     Args:
-        norms: squared norms of the columns and of the rows of ``W``, as from :func:`squared_norms`, shapes ``(n,)``
-            and ``(m,)``; ``W`` in the layout the layer stores.
+        norms: squared norms of the columns, shape ``(n,)``, and of the rows, shape ``(m,)``, as from
+            :func:`squared_norms`. ``W`` has shape ``(m, n)``, in the layout that the layer stores.
         r: rank, ``1 <= r <= min(m, n)``.
         sampling: one of :data:`SAMPLINGS`.
         replacement: whether a column or row may be drawn more than once.
         seed: the adapter's seed.
-        name: the layer's name; layers draw independently of each other.
+        name: the layer's name, so that layers draw independently of each other.
 
     Returns:
-        ``(columns, rows)``: int32, CPU, shape ``(r,)`` each.
+        ``(columns, rows)``: int32 on the CPU, shape ``(r,)`` each.
 
     Raises:
-        ValueError: naming the layer, if ``r`` does not fit or the weight cannot be drawn from.
+        ValueError: if ``r`` does not fit the weight, or its columns or rows cannot be drawn. The message names the
+            layer.
     """
     shape = len(norms[1]), len(norms[0])
     where = f"layer {name!r} with weight of shape {shape}: " if name else ""

@@ -1,1 +1,1 @@
-"""An accelerator that is not there, and what a model on it has to do as it does on the CPU."""
+"""A pretended accelerator, and checks that models compute the same on it as on the CPU."""

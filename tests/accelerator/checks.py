@@ -1,4 +1,4 @@
-"""What holds on an accelerator. Run by tests/test_accelerator.py, in a process that has :mod:`.device`'s."""
+"""Checks on an accelerator. tests/test_accelerator.py runs them in a process with the device of :mod:`.device`."""
 
 import copy
 
@@ -58,7 +58,7 @@ def test_an_adapter_is_and_learns_what_it_does_on_the_cpu(base, moved):
     ("dtype", "ours", "of_lora"), [(torch.float32, 8, 12), (torch.bfloat16, 12, 17)], ids=["float32", "bfloat16"]
 )
 def test_a_step_is_few_operators_and_waits_for_none(dtype, ours, of_lora):
-    """docs/complexity.md. Over the frozen model, with gradients that flow to its embeddings; in each layer."""
+    """The counts of docs/complexity.md, per layer over the frozen model, with gradients that flow to the embeddings."""
 
     def cost(config):
         model = llama().to(HERE, dtype).requires_grad_(False)
@@ -71,7 +71,7 @@ def test_a_step_is_few_operators_and_waits_for_none(dtype, ours, of_lora):
         return counts
 
     ids = tokens(batch=16, length=40).to(HERE)
-    targets = ["gate_proj", "up_proj", "down_proj"]  # those without a bias
+    targets = ["gate_proj", "up_proj", "down_proj"]  # the layers without bias
     floor = cost(None)
     curlora, lora = (cost(kind(r=4, target_modules=targets)) for kind in (CurloraConfig, LoraConfig))
     assert curlora.waits == floor.waits == 0
@@ -122,7 +122,7 @@ def test_several_adapters_merging_and_export(base):
 
 @both
 def test_where_tensors_are_made_on_it_by_default(base, tmp_path):
-    """``with torch.device(...)``, as scripts write it to make a large model where it is to be."""
+    """Scripts make large models under ``with torch.device(...)``, directly on the device."""
     expected = curlora(BASES[base]())
     with torch.device(HERE):
         model = get_peft_model(BASES[base](), CurloraConfig(r=4))

@@ -1,6 +1,6 @@
-// A device of its own type, "pretended", whose memory is the CPU's: every operator is computed there. It refuses to mix
-// its tensors with the CPU's, as a GPU does, and counts the operators that it is given and the times that it is waited
-// for. The way that PyTorch means such devices to be added: https://pytorch.org/docs/stable/accelerator/index.html
+// The device type "pretended", which uses the CPU's memory and computes every operator on the CPU. It refuses to mix
+// its tensors with the CPU's, as a GPU does. It counts the operators that it runs and how often it is waited for. It is
+// added as PyTorch recommends: https://pytorch.org/docs/stable/accelerator/index.html
 
 #include <torch/extension.h>
 
@@ -30,7 +30,7 @@ namespace {
 
 const Device here(DeviceType::PrivateUse1, 0);
 std::atomic<int64_t> operators{0}, waits{0};
-thread_local bool on_cpu = false;  // while an operator is computed: what it copies to and fro is not the program's
+thread_local bool on_cpu = false;  // set while an operator is computed, whose own copies do not count
 
 struct Memory final : Allocator {
   DataPtr allocate(size_t size) override {
@@ -46,7 +46,7 @@ struct Memory final : Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(DeviceType::PrivateUse1, &memory);
 
-// One device with one stream, on which everything is done at once.
+// One device with one stream, which is synchronous.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   Guard() = default;
   explicit Guard(DeviceType) {}
@@ -138,7 +138,7 @@ Tensor& set_part(Tensor& self, Storage storage, int64_t offset, IntArrayRef size
 
 Tensor& set_tensor(Tensor& self, const Tensor& source) { return at::native::set_tensor_(self, source); }
 
-// The same memory, as the CPU's.
+// The same memory as a CPU tensor.
 Tensor seen_by_cpu(const Tensor& t) {
   return t.is_cpu() ? t : from_blob(t.data_ptr(), t.sizes(), t.strides(), t.options().device(kCPU));
 }
@@ -164,12 +164,12 @@ Scalar item(const Tensor& self) {
   return at::native::_local_scalar_dense_cpu(self);
 }
 
-// The size of what they give depends on numbers; or, as a GPU does, they give a number itself.
+// Operators whose output's size depends on values, or that return a value to the CPU. A GPU synchronizes for them.
 const std::set<std::string> asking{"aten::nonzero",       "aten::equal",   "aten::is_nonzero",
                                    "aten::masked_select", "aten::_unique2", "aten::unique_dim",
                                    "aten::bincount",      "aten::_linalg_eigh"};
 
-// The CPU computes with a generator of its own, which begins and ends in the state of the device's.
+// A CPU generator for one operator. It takes the state of the device's generator and gives it back at the end.
 struct Borrowed {
   Generator ours, cpu = at::detail::createCPUGenerator();
   explicit Borrowed(const Generator& generator) : ours(generator) { cpu.set_state(ours.get_state()); }
@@ -190,7 +190,7 @@ void by_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   for (size_t i = stack->size() - count; i < stack->size(); i++) {
     auto& argument = (*stack)[i];
     if (argument.isTensor()) check(argument.toTensor());
-    // A list of which some may be missing says which elements are meant: that may be the CPU's, as for a GPU.
+    // A list of optional tensors holds indices, which may be on the CPU, as for a GPU. So it is not checked.
     if (argument.isTensorList())
       for (const auto& t : argument.toTensorVector()) check(t);
     if (argument.isGenerator()) {

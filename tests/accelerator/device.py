@@ -1,6 +1,6 @@
-"""Registers the device "pretended" of device.cpp, as a plugin of pytest: for a whole process, which is then like none.
+"""A pytest plugin that registers the device "pretended" of device.cpp, for the whole process.
 
-Accelerate takes it for the machine's accelerator by the environment variable ``ACCELERATE_TORCH_DEVICE``.
+With the environment variable ``ACCELERATE_TORCH_DEVICE`` Accelerate uses it as the machine's accelerator.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import load
 
-# In a folder of its own: where a build was broken off torch's would be waited for without end.
+# The build has its own folder: in torch's folder, an interrupted build would leave a lock that blocks all later builds.
 with tempfile.TemporaryDirectory() as folder:
     source = str(Path(__file__).with_name("device.cpp"))
     _C = load("pretended_device", [source], extra_cflags=["-O0"], build_directory=folder)
@@ -48,7 +48,7 @@ _register()
 
 @contextlib.contextmanager
 def counted():
-    """While it lasts the device counts what it is given, and how often it is waited for."""
+    """A context that counts the operators that the device runs, and how often it is waited for."""
     counts = types.SimpleNamespace(operators=-_C.operators(), waits=-_C.waits())
     yield counts
     counts.operators += _C.operators()

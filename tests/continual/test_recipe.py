@@ -145,7 +145,7 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("model.name=./gone", "model.name: there is no folder .*gone"),
         ("model.name=/models/of/old", "model.name: there is no folder /models/of/old"),
         ("model.name=models/of/old", "model.name: there is no folder .*/models/of/old"),
-        ("model.name=recipe.yaml", "recipe.yaml is a file, where the folder of a model is expected"),
+        ("model.name=recipe.yaml", "recipe.yaml is a file, but a model's folder is expected"),
         ("methods.2.options.lora_alpha=4", "CurloraConfig has no option 'lora_alpha'. Did you mean 'alpha'"),
         ("methods.1.options.alpha=4", "LoraConfig has no option 'alpha'. Did you mean 'lora_alpha'"),
         ("methods.1.optons={r: 4}", "method 'lora' has no key 'optons'. Did you mean 'options'"),

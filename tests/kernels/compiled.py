@@ -1,9 +1,9 @@
-"""What Triton's compiler makes of the kernels for a GPU that is not there. To be run without the interpreter.
+"""Compile the kernels with Triton for a GPU that the machine need not have. Run it without Triton's interpreter:
 
     python -m tests.kernels.compiled 90
 
-A line of JSON for each kernel and setting: bytes of shared memory, registers, and bytes of the stack, which is where
-registers are spilled to. The launches are the real ones, but that what is compiled is looked at and not run.
+It prints a line of JSON for each kernel and setting: bytes of shared memory, registers, and bytes of the stack, which
+holds spilled registers. The launches are the real ones, but the compiled kernels are not run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ QUICK = [(torch.bfloat16, 16, 2048), (torch.bfloat16, 128, 2048)]
 
 
 class Driver:
-    """As much of one as it takes to compile."""
+    """The parts of a Triton driver that compiling needs."""
 
     def __init__(self, capability):
         self.target = GPUTarget("cuda", capability, 32)
@@ -42,7 +42,7 @@ class Driver:
         return self.target
 
     def get_current_device(self):
-        return self.target.arch  # by which Triton keeps what it has compiled
+        return self.target.arch  # the key under which Triton caches compiled kernels
 
     def get_current_stream(self, device):
         return 0
@@ -52,7 +52,7 @@ class Driver:
 
 
 def compiled():
-    """The kernels that launches make, as they make them."""
+    """Make launches compile only, and return the list to which they then add ``(function, kernel)``."""
     made = []
     run = JITFunction.run
 
@@ -65,7 +65,7 @@ def compiled():
 
 
 def resources(kernel):
-    """Registers of a thread, bytes of its stack, and of its widest access to memory."""
+    """Return the registers of a thread, the bytes of its stack, and the bytes of its widest memory access."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -79,7 +79,7 @@ def resources(kernel):
 
 
 def main(capability, settings, m=4096):
-    """Compile for a GPU, and write what came of it."""
+    """Compile for a GPU of the given compute capability, and print the resources of each kernel."""
     triton.runtime.driver.set_active(Driver(capability))
     tiles.on = forward.on = backward.on = mixed_batch.on = lambda device: contextlib.nullcontext()
     for module in (forward, backward):

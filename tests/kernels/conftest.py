@@ -1,6 +1,6 @@
-"""Kernels run here in Triton's interpreter, which has to be chosen before Triton is imported.
+"""These tests run the kernels in Triton's interpreter, which must be chosen before Triton is imported.
 
-So these tests are run in processes of their own, by tests/test_kernels.py, and by themselves with
+So tests/test_kernels.py runs them in separate processes. To run them directly:
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels
 """

@@ -1,4 +1,4 @@
-"""Random inputs of every kind that a kernel takes, and what it should compute of them, in float64."""
+"""Random inputs of every kind that a kernel takes, and the expected results in float64."""
 
 import dataclasses
 
@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-# By how much one rounding changes an entry at most, beside the sum of what it is added up from, signs left out. Where
-# sums are rounded as well, term by term, this is what becomes of all of them.
+# The most that one rounding changes an entry, relative to the sum of the absolute values of its terms. For float32 and
+# float64, in which sums are rounded term by term, it includes all roundings of a sum.
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16)}
 ROUNDING |= {torch.float32: 5e-7, torch.float64: 3e-15}
 
@@ -42,7 +42,10 @@ def make(
     rows=None,
     seed=0,
 ):
-    """A problem. ``rows``: a ``scaled_U`` for each row. Every third index repeats an earlier one."""
+    """Return a random problem in which every third index repeats an earlier one.
+
+    With ``rows``, there is a ``scaled_U`` for each of so many rows.
+    """
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape, dtype=dtype):
@@ -65,8 +68,8 @@ def make(
 
 
 def laid_out(tensor, layout):
-    """The same entries with other strides."""
-    if layout == "a slice":  # rows apart from each other, beginning where nothing is aligned
+    """Return a tensor with the same entries and other strides."""
+    if layout == "a slice":  # rows are not adjacent, and begin at unaligned addresses
         wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 5), float("nan"), dtype=tensor.dtype)
         wide[..., 3:-2] = tensor
         return wide[..., 3:-2]
@@ -82,7 +85,7 @@ LAYOUTS = ("contiguous", "a slice", "transposed", "last stride")
 
 @st.composite
 def problems(draw, rows=False):
-    """Ragged sizes, ranks to 256, empty batches, duplicates, any strides, all dtypes."""
+    """Problems with ragged sizes, ranks up to 256, empty batches, duplicate indices, any strides, and all dtypes."""
     r = draw(st.one_of(st.integers(1, 20), st.sampled_from([31, 64, 65, 130, 256])))
     lead = draw(st.sampled_from([(1,), (17,), (3, 7), (2, 1, 5), (0,), (2, 0), (33,)]))
     dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
@@ -100,7 +103,7 @@ def problems(draw, rows=False):
 
 
 def exact(output, scaled_U, factor, index, offset):
-    """The result and ``z`` in float64."""
+    """Return the result and ``z`` in float64."""
     output, scaled_U, factor = output.double(), scaled_U.double(), factor.double()
     z = output[..., index]
     if offset is not None:
@@ -110,7 +113,7 @@ def exact(output, scaled_U, factor, index, offset):
 
 
 def exact_gradients(grad, z, scaled_U, factor, index):
-    """Of the output and of ``scaled_U``, in float64."""
+    """Return the gradients of the output and of ``scaled_U`` in float64."""
     grad, z, scaled_U, factor = (t.double() for t in (grad, z, scaled_U, factor))
     g = grad.reshape(-1, grad.shape[-1]) @ factor
     of_output = grad.reshape(-1, grad.shape[-1]).clone().index_add_(1, index, g @ scaled_U)
@@ -118,7 +121,7 @@ def exact_gradients(grad, z, scaled_U, factor, index):
 
 
 def sizes(problem):
-    """What the entries of both results, and of both gradients, are added up from, signs left out."""
+    """Return, for each entry of the results and the gradients, the sum of the absolute values of its terms."""
 
     def unsigned(tensor):
         return tensor.double().abs()
@@ -132,7 +135,10 @@ def sizes(problem):
 
 
 def assert_near(got, expected, size, *dtypes, roundings=4):
-    """Each entry within so many roundings to the coarsest dtype: of ``z`` or ``g``, of ``mixed``, of the result."""
+    """Assert that each entry is off by at most ``roundings`` roundings to the coarsest of ``dtypes``.
+
+    Rounded are ``z`` or ``g``, ``mixed`` and the result.
+    """
     assert got.shape == expected.shape
     assert torch.isfinite(got).all()
     bound = roundings * max(ROUNDING[dtype] for dtype in dtypes)

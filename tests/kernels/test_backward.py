@@ -15,7 +15,7 @@ def check(problem, blocks=None):
     assert of_output.is_contiguous()
     assert (of_output.dtype, of_U.dtype) == (problem.grad.dtype, problem.scaled_U.dtype)
     *_, size, size_U = sizes(problem)
-    # Ranks that share a column are added to it together if they are loaded together, and else one after another.
+    # Ranks with the same column are summed before they are added to it, but only within the ranks loaded at once.
     roundings = 3 + triton.cdiv(len(problem.index), chunk(padded(len(problem.index))))
     assert_near(of_output, expected, size, problem.grad.dtype, problem.scaled_U.dtype, roundings=roundings)
     assert_near(of_U, expected_U, size_U, problem.scaled_U.dtype)
@@ -35,14 +35,14 @@ def test_many_programs_and_tiles(layout, r):
 
 
 def test_a_gradient_that_is_one_number():
-    """As ``sum()`` gives it: every stride is zero."""
+    """``sum()`` has such a gradient, in which every stride is zero."""
     problem = make((3, 7), m=20, r=4)
     problem.grad = torch.ones(()).expand(3, 7, 20)
     check(problem)
 
 
 def test_one_column_is_all_that_is_gathered():
-    """Duplicates within what is loaded at once, and across."""
+    """The duplicates are within the ranks that are loaded at once, and across them."""
     problem = make((7,), m=20, r=100)
     problem.index.fill_(3)
     check(problem)
@@ -63,7 +63,7 @@ def test_what_is_not_needed_is_left_out():
 
 @pytest.mark.parametrize("r", [4, 70])
 def test_sums_over_tokens_are_float32_and_the_same_in_every_run(r):
-    """Many tokens in half precision: sums of that precision would stop growing."""
+    """With many tokens, a sum in half precision would stop growing."""
     problem = make((300,), m=20, r=r, dtype=torch.bfloat16)
     problem.grad.abs_()
     problem.z.abs_()
@@ -75,7 +75,7 @@ def test_sums_over_tokens_are_float32_and_the_same_in_every_run(r):
 
 
 def test_the_gradient_that_is_given_is_not_written_to():
-    """It may be somebody else's too."""
+    """Other code may use the same tensor."""
     problem = make((2, 9), m=20, r=4, layout="a slice")
     before = [tensor.clone() for tensor in problem.backward]
     backward.launch(*problem.backward, True)

@@ -27,7 +27,7 @@ def test_the_formula(problem):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("r", [5, 70])
 def test_many_tiles_and_parts(layout, r):
-    """Several programs for the same tokens, several tiles of columns for each."""
+    """Several programs handle the same tokens, and each has several tiles of columns."""
     problem = make((3, 13), m=101, r=r, layout=layout)
     check(problem, forward.Blocks(tokens=16, columns=16, tiles=3))
 

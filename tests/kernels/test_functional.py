@@ -1,4 +1,4 @@
-"""What chooses between kernels and PyTorch's operators, and what other parts of PyTorch make of a kernel."""
+"""The choice between kernels and PyTorch's operators, and the kernels under other features of PyTorch."""
 
 import copy
 import runpy
@@ -34,7 +34,7 @@ def launches(monkeypatch):
 
 
 def leaves(problem):
-    """``output``, ``scaled_U`` with gradients, and the rest."""
+    """Return the problem's arguments, with ``output`` and ``scaled_U`` as leaves that require gradients."""
     output, scaled_U, *rest = problem.forward
     return output.clone().requires_grad_(), scaled_U.clone().requires_grad_(), *rest
 
@@ -65,7 +65,7 @@ def test_both_kernels_behind_one_call(dtype, lead, launches):
 
 
 def test_gradcheck_first_and_second_order(launches):
-    """float64 is the interpreter's alone. Second derivatives are those of PyTorch's operators."""
+    """Only the interpreter runs kernels in float64. PyTorch's operators compute the second derivatives."""
     problem = make((4,), m=7, r=3, dtype=torch.float64, dtype_U=torch.float64)
     output, scaled_U, *rest = leaves(problem)
 
@@ -160,10 +160,10 @@ def test_transforms_of_torch_func():
 
 
 def test_where_torch_does_not_tell_of_transforms(monkeypatch, launches):
-    """What it does not promise: without it all is computed by operators that torch.func has rules for."""
+    """Without torch's private function, only PyTorch's operators are used, for which ``torch.func`` has rules."""
     assert not transformed_by_torch_func()
     with monkeypatch.context() as patch:
-        patch.delattr(torch._C, "_are_functorch_transforms_active")  # torch itself needs it beside
+        patch.delattr(torch._C, "_are_functorch_transforms_active")  # torch itself needs it afterwards
         assert transformed_by_torch_func()
     for module in (functional, kernels):
         monkeypatch.setattr(module, "transformed_by_torch_func", lambda: True)
@@ -188,7 +188,7 @@ def test_rows_with_matrices_of_their_own(launches):
     expected, size = exact(*problem.forward)[0], sizes(problem)[0]
     assert_near(gather_update_by_row(*problem.forward), expected, size, torch.float32)
     assert launches == ["mixed_batch"]
-    problem.scaled_U.requires_grad_()  # for which it has no kernel
+    problem.scaled_U.requires_grad_()  # there is no kernel for gradients by row
     result = gather_update_by_row(*problem.forward)
     assert_near(result.detach(), expected, size, torch.float32)
     assert result.requires_grad
@@ -206,7 +206,7 @@ def test_ranks_that_no_kernel_takes(launches):
 
 @pytest.mark.parametrize("choice", ["torch", "auto"])
 def test_choices(choice, launches):
-    """By itself a kernel is chosen on a GPU only."""
+    """``"auto"`` chooses kernels only on a GPU."""
     problem = make((3,), m=20, r=4)
     with kernels.use(choice):
         assert_near(gather_update(*problem.forward), exact(*problem.forward)[0], sizes(problem)[0], torch.float32)
@@ -214,7 +214,7 @@ def test_choices(choice, launches):
 
 
 def test_a_choice_that_there_is_not():
-    with pytest.raises(ValueError, match="'cuda'; it has to be one of 'auto', 'torch', 'triton'"), kernels.use("cuda"):
+    with pytest.raises(ValueError, match="'cuda'; it must be one of 'auto', 'torch', 'triton'"), kernels.use("cuda"):
         pass
 
 
@@ -224,7 +224,7 @@ def test_the_environment_chooses(value, monkeypatch):
     if value == "torch":
         assert runpy.run_path(kernels.__file__)["_choice"] == "torch"
     else:
-        with pytest.raises(ValueError, match="variable CURLORA_KERNELS is 'cuda'; it has to be one of"):
+        with pytest.raises(ValueError, match="variable CURLORA_KERNELS is 'cuda'; it must be one of"):
             runpy.run_path(kernels.__file__)
 
 
@@ -295,7 +295,7 @@ def test_a_batch_with_an_adapter_for_each_row(small, launches):
 
 
 def test_a_sharded_model(small, launches, tmp_path):
-    """FSDP2, of one process."""
+    """FSDP2 with one process."""
     with kernels.use("torch"):
         expected = step(small, small)
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)

@@ -1,4 +1,4 @@
-"""What users of LoRA do, done with both methods: where LoRA gives the right values, so does CURLoRA."""
+"""Common uses of LoRA, with both methods: where LoRA returns the right values, CURLoRA must as well."""
 
 import copy
 import warnings
@@ -39,7 +39,7 @@ both = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 
 
 def random(config, **options):
-    """A configuration that starts at random, so that the adapter does something."""
+    """A configuration with a random start, so that the adapter changes the outputs."""
     started = {"init_weights": False} if config is CurloraConfig else {"init_lora_weights": False}
     return config(**{"r": 4, **started, **options})
 
@@ -75,7 +75,7 @@ def test_a_hybrid_is_known_by_its_blocks():
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d])
 def test_convolutions_are_refused_with_a_sentence(kind):
     model = nn.Sequential(kind(4, 4, 3))
-    with pytest.raises(TypeError, match=r"'0' is a Conv.d, which is not supported: its kernel is no matrix"):
+    with pytest.raises(TypeError, match=r"'0' is a Conv.d, which is not supported: its kernel is not a matrix"):
         get_peft_model(model, CurloraConfig(r=2, target_modules=["0"]))
 
 
@@ -362,7 +362,7 @@ def test_hotswapping_refuses_an_adapter_of_another_base(tmp_path):
 
 
 def test_a_pickle_is_refused_while_saving(tmp_path):
-    with pytest.raises(ValueError, match="not saved as a pickle"):
+    with pytest.raises(ValueError, match="cannot be saved as a pickle"):
         curlora(llama()).save_pretrained(tmp_path, safe_serialization=False)
     assert not list(tmp_path.glob("*.bin"))
 
@@ -439,7 +439,7 @@ def test_tied_adapters_are_one(tmp_path):
     assert torch.equal(loaded(tokens()).logits, before)
 
 
-# Dropout, and layers of one's own
+# Dropout, and custom layers
 
 
 def test_dropout_zeroes_entries_of_R_x_in_training_alone():

@@ -1,4 +1,4 @@
-"""Whole models compiled in one graph: any break in ours is an error under ``fullgraph``."""
+"""Whole models compiled to one graph: with ``fullgraph`` any graph break is an error."""
 
 import shutil
 
@@ -22,7 +22,7 @@ def fresh():
 
 
 def step(call, model):
-    """Logits and the gradients of every ``U`` in one step of training."""
+    """Return the logits and the gradients of every ``U`` in one training step."""
     ids = tokens()
     model.zero_grad()
     logits = call(input_ids=ids).logits
@@ -32,7 +32,7 @@ def step(call, model):
 
 
 def error(got, exact):
-    """Of each tensor relative to its size, in the mean."""
+    """Return the mean of the tensors' relative errors."""
     return sum(float((a - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)) / len(exact)
 
 
@@ -49,7 +49,7 @@ def test_training(base, autocast, active):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         got, expected = step(compiled, model), step(model, model)
     assert len(got) == 1 + len(active) * len(layers(model))
-    if autocast:  # what is compiled rounds elsewhere, and no more than what is not
+    if autocast:  # the compiled model rounds at other places, but has no larger error
         assert error(got, exact) <= 1.3 * error(expected, exact) < 0.05
         return
     for a, b in zip(got, expected, strict=True):
@@ -66,7 +66,7 @@ def test_inference(base):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph_for_all_sizes(training):
-    """No size is a constant of it, as that from which on backward pads the factor would be."""
+    """The graph must not depend on a size, such as the number of tokens from which backward pads the factor."""
     graphs = CompileCounter()
     model = curlora(BASES["llama"](), target_modules="all-linear")
     layer = max(layers(model), key=lambda layer: layer.out_features)
@@ -94,7 +94,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor ne
 
 @needs_compiler
 def test_the_sum_is_made_in_the_pass_of_what_follows():
-    """And the layer's output is not copied for it, as an addmm does unless it may change it in place."""
+    """The layer's output is not copied before the sum, as it would be by an ``addmm``."""
     layer = layers(curlora(BASES["llama"]()))[0]
     compiled = torch.compile(lambda x: torch.relu(layer(x)), fullgraph=True)
     x = torch.randn(3, 5, layer.in_features)
@@ -108,7 +108,7 @@ def test_the_sum_is_made_in_the_pass_of_what_follows():
 @needs_compiler
 def test_training_by_the_default_backend():
     base = BASES["llama"]()
-    base.model.layers = base.model.layers[:1]  # inductor takes its time
+    base.model.layers = base.model.layers[:1]  # inductor is slow
     model = curlora(base)
     for got, expected in zip(step(torch.compile(model, fullgraph=True), model), step(model, model), strict=True):
         torch.testing.assert_close(got, expected)

@@ -1,8 +1,9 @@
-"""What a training step costs over the frozen model, in bytes kept for backward and in FLOPs.
+"""The cost of an adapter's training step over that of the frozen model, in bytes saved for backward and in FLOPs.
 
-Both counts are exact and the same on every machine. SmolLM2-135M's shapes with random weights, all linear
-layers, rank 16, batch 4 x 128. The floor is the frozen model with gradients flowing to its first layer. Unless it is
-said otherwise an adapter's step is a training step as it is, where nothing before the first adapter needs a gradient.
+Both counts are exact and the same on every machine. The model has SmolLM2-135M's shapes and random weights. The adapter
+is on all linear layers, with rank 16, and the batch has 4 x 128 tokens. The floor is the frozen model with gradients
+that flow to its first layer. Unless stated otherwise, an adapter's step is an ordinary training step, in which nothing
+before the first adapter needs a gradient.
 """
 
 import pytest
@@ -27,7 +28,7 @@ TOKENS = 4 * 128
 
 
 def cost_of_a_step(adapter, config=SMOLLM2, to_embeddings=False):
-    """Bytes saved for backward outside of what the model holds anyway, and FLOPs, of one step."""
+    """Return the bytes saved for backward, without tensors that the model holds anyway, and the FLOPs of one step."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).requires_grad_(False)
     if adapter is not None:
@@ -70,7 +71,7 @@ def test_overhead_over_the_floor_against_lora(costs, count, share):
 
 @pytest.mark.parametrize(("r", "width", "depth"), [(4, 192, 2), (16, 192, 1), (16, 384, 3)])
 def test_overhead_is_what_the_formulas_say(r, width, depth):
-    """docs/complexity.md, with gradients flowing to the embeddings in both models."""
+    """The formulas of docs/complexity.md, with gradients that flow to the embeddings in both models."""
     config = LlamaConfig(
         vocab_size=TOKENS, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth,
         num_attention_heads=3, num_key_value_heads=1,

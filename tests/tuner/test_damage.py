@@ -1,4 +1,4 @@
-"""A damaged adapter never loads with other outputs, and every refusal is a sentence."""
+"""A damaged adapter is refused, or loads with the same outputs. Every refusal is a sentence."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ COUNT = int(os.environ.get("CURLORA_DAMAGES", "400"))
 
 @pytest.fixture(params=[linear, conv1d], ids=["linear", "conv1d"])
 def saved(request, tmp_path):
-    """A folder with an adapter, its base, and what the two give."""
+    """An adapter's folder, a function that makes its base model, and the adapted model's outputs."""
     config = CurloraConfig(r=2, alpha=1.5, target_modules=["first", "second"], rank_pattern={"second": 3}, seed=7)
     model = get_peft_model(request.param(), config).eval()
     randomize(model)
@@ -97,7 +97,10 @@ def test_no_random_damage_loads_silently_by_transformers(tmp_path):
 
 
 def damages_refused(count, folder, outputs, expected, target):
-    """Damage a saved adapter ``count`` times in the folder ``target``: each is refused, or outputs are as expected."""
+    """Damage a saved adapter ``count`` times in the folder ``target``, and return how many were refused.
+
+    Each damaged adapter must be refused, or have the expected outputs.
+    """
     rng = random.Random(0)
     original = {name: (folder / name).read_bytes() for name in (WEIGHTS, CONFIG)}
     refused = 0
@@ -115,7 +118,7 @@ def damages_refused(count, folder, outputs, expected, target):
         except Exception as error:
             refused += 1
             assert_a_sentence(error)
-        else:  # where the base is, who wrote it: nothing that an output depends on
+        else:  # the damage changed, say, the base model's path, on which no output depends
             assert torch.equal(found, expected), (name, damaged[:2000])
         shutil.rmtree(target)
     return refused
@@ -194,8 +197,8 @@ def test_where_the_base_is_may_be_changed(saved):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "adapter_config.json .* is no JSON"),
-        ("[]", "adapter_config.json .* is no JSON"),
+        ("{", "adapter_config.json .* is not a JSON object"),
+        ("[]", "adapter_config.json .* is not a JSON object"),
         ('{"r": 2}', "has no peft_type"),
         ('{"peft_type": "CURLPRA"}', "peft_type 'CURLPRA', which this PEFT does not know"),
         ('{"peft_type": ["CURLORA"]}', "which this PEFT does not know"),

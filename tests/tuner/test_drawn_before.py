@@ -13,7 +13,7 @@ both = pytest.mark.parametrize("base", BASES)
 
 @pytest.fixture
 def read_in_full(monkeypatch):
-    """One entry for each weight that is read in full."""
+    """A list with one entry for each weight that is read in full."""
     reads = []
     norms = module.squared_norms
     monkeypatch.setattr(module, "squared_norms", lambda weight: reads.append(1) or norms(weight))
@@ -105,7 +105,7 @@ def test_what_is_drawn_otherwise_is_drawn_anew(change):
             with torch.no_grad():
                 if change == "weight":
                     linear.weight.copy_(changed)
-                if change == "data":  # which autograd does not notice
+                if change == "data":  # autograd does not notice this change
                     linear.weight.data.copy_(changed)
                 if change == "other weight":
                     linear.weight = torch.nn.Parameter(changed, requires_grad=False)

@@ -1,4 +1,4 @@
-"""Experts that are kept as one parameter of three dimensions: each is ``W + alpha C U R`` of its own."""
+"""Experts that are stored as one three-dimensional parameter: each has its own ``W + alpha C U R``."""
 
 import math
 
@@ -37,7 +37,7 @@ def mixtral():
 
 
 def gpt_oss():
-    """Which stores its experts the other way round, ``(in_features, out_features)``."""
+    """A model that stores its experts transposed, as ``(in_features, out_features)``."""
     torch.manual_seed(0)
     return GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=8, num_local_experts=4)).eval()
 
@@ -169,7 +169,7 @@ def test_gradients_are_those_of_the_formula():
             expected[token] = expected[token] + weights[token, slot] * out
     expected.square().sum().backward()
     close(found.double(), V.grad, 1e-4)
-    assert not found[2].any()  # no token went to it
+    assert not found[2].any()  # expert 2 gets no token
 
 
 @every
@@ -264,7 +264,7 @@ def test_a_guarded_step_stays_within_its_budget(guarded):
 def test_an_expert_that_sees_no_token_is_left_untrained_and_said_so():
     model = get_peft_model(qwen3(experts=5), CurloraConfig(r=3, init_weights=False, **NAMED["qwen3"][1]))
     for module in model.modules():
-        if type(module).__name__ == "Qwen3MoeTopKRouter":  # of logits a, -a, b, -b and 0 the last is never among two
+        if type(module).__name__ == "Qwen3MoeTopKRouter":  # of the logits a, -a, b, -b and 0, 0 is never in the top two
             a, b = module.weight.data[:2].clone()
             module.weight.data.copy_(torch.stack([a, -a, b, -b, torch.zeros_like(a)]))
     calibration = calibrate(model, rows(), progress=False)

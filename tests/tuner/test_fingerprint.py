@@ -39,7 +39,7 @@ def test_quantization_is_recognized(bits):
 
 
 def test_one_layer_may_be_rounded_more_than_most():
-    """Four bits, with a scale for several columns: one of low norm beside large ones loses most of its digits."""
+    """In 4-bit quantization several columns share a scale: a column of low norm beside large ones is rounded most."""
 
     def pair(noise, seed):
         factor = make_factor(seed, r=2)
@@ -49,11 +49,11 @@ def test_one_layer_may_be_rounded_more_than_most():
     layers = {f"layer {seed}": pair(0.25 if seed == 3 else 0.1, seed) for seed in range(9)}
     assert set(compare_layers(layers).values()) == {"precision"}
     alone = {"layer 3": layers["layer 3"]}
-    assert compare_layers(alone) == {"layer 3": "other"}  # nothing else speaks for it
+    assert compare_layers(alone) == {"layer 3": "other"}  # no other layer shows that it is only rounded
 
 
 def test_another_base_is_another_whatever_single_layers_say():
-    """Of unrelated weights some layers are alike by chance: among them are all that a layer alone might pass."""
+    """Some layers of unrelated weights are similar by chance, and each alone would pass. The median does not."""
     pairs = {f"{seed}": (fingerprint(make_factor(seed)), fingerprint(make_factor(10**6 + seed), exact=False))
              for seed in range(400)}  # fmt: skip
     assert "precision" in {compare(*pair) for pair in pairs.values()}
@@ -71,6 +71,6 @@ def test_the_order_of_the_columns_counts():
 
 
 def test_files_of_today_will_be_read_tomorrow():
-    """The very bits: a change here would refuse every adapter saved before it."""
+    """The bits must never change: otherwise every adapter that was saved before would be refused."""
     factor = torch.arange(12, dtype=torch.float32).view(4, 3)
     assert fingerprint(factor).tolist() == [1, 1103101952, -1061158912, 0, 1094713344, 1103101952, 1099956224, 0]

@@ -1,4 +1,4 @@
-"""Adapters by hub id, from the hub's own cache: what is loaded, and what is refused before the model is touched."""
+"""Adapters by hub id, from the hub's cache: what is loaded, and what is refused before the model is changed."""
 
 import huggingface_hub
 import pytest
@@ -13,7 +13,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A cache that holds the repository ``me/adapter``; its folder of files. What asks the hub is answered from it."""
+    """The folder of files of the repository ``me/adapter`` in a cache, from which requests to the hub are answered."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     repository = tmp_path / "models--me--adapter"
     files = repository / "snapshots" / REVISION
@@ -65,13 +65,13 @@ def test_a_pickle_is_never_opened(hub, tmp_path):
 
     torch.save({"x": Bomb()}, hub / "adapter_model.bin")
     base = llama()
-    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, which CURLoRA adapters never are"):
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, and CURLoRA adapters are never loaded from"):
         PeftModel.from_pretrained(base, "me/adapter", cache_dir=tmp_path, local_files_only=True)
     assert not layers(base)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_an_id_without_an_adapter_says_so(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or the hub would be asked, again and again
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # otherwise it would ask the hub repeatedly
     with pytest.raises(ValueError, match=r"Can't find 'adapter_config\.json' at 'me/adapter'"):
         PeftModel.from_pretrained(llama(), "me/adapter", cache_dir=tmp_path, local_files_only=True)

@@ -35,7 +35,7 @@ def make_layer(base, adapters=("default",), **config):
 
 
 def dense(layer, adapters=("default",), dtype=torch.float64):
-    """The base layer with weight ``W + sum of alpha W[:, columns] U W[rows, :]``, in float64."""
+    """Return the base layer with weight ``W + sum of alpha W[:, columns] U W[rows, :]``, in float64."""
     base = copy.deepcopy(layer.get_base_layer()).to(dtype)
     W = base.weight.data.clone()
     for adapter in adapters:
@@ -288,7 +288,7 @@ def test_compiles_without_a_graph_break():
 
 
 def test_a_replica_that_holds_U_as_an_attribute():
-    """As ``nn.DataParallel`` makes them, which transformers' Trainer uses on its own where it sees several GPUs."""
+    """``nn.DataParallel`` makes such replicas. transformers' Trainer uses it by default if it sees several GPUs."""
     layer = make_layer(make_base())
     x = torch.randn(3, 12)
     expected = layer(x)
@@ -300,7 +300,7 @@ def test_a_replica_that_holds_U_as_an_attribute():
 
 
 def replicated(network):
-    """As :func:`torch.nn.parallel.replicate` does, which needs several GPUs."""
+    """Replicate like :func:`torch.nn.parallel.replicate`, which needs several GPUs."""
     replicas = {module: module._replicate_for_data_parallel() for module in network.modules()}
     for module, replica in replicas.items():
         for name, child in module._modules.items():
@@ -313,7 +313,7 @@ def replicated(network):
 
 
 def test_U_is_asked_for_as_an_item():
-    """DeepSpeed's ZeRO-3 puts a dictionary into each module that gathers a parameter when it is asked for."""
+    """DeepSpeed's ZeRO-3 gives each module a dictionary that gathers a parameter when it is looked up."""
 
     class Gathering(dict):
         def __getitem__(self, name):
@@ -329,7 +329,7 @@ def test_U_is_asked_for_as_an_item():
     torch.testing.assert_close(layer(x), expected)
 
 
-@pytest.mark.parametrize("tokens", [31, 32, 1821])  # backward pads the factor from 32 on
+@pytest.mark.parametrize("tokens", [31, 32, 1821])  # backward pads the factor from 32 tokens on
 def test_few_and_many_tokens_are_the_dense_formula(tokens):
     layer = make_layer(make_base())
     x, by_formula = torch.randn(tokens, 12, dtype=torch.float64, requires_grad=True), dense(layer)

@@ -1,4 +1,4 @@
-"""On loading, the columns of the adapters that are loaded are read, and those of no other."""
+"""Loading reads the columns of the loaded adapters, and of no others."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ both = pytest.mark.parametrize("base", BASES)
 
 @pytest.fixture
 def taken(monkeypatch):
-    """One entry for each time that columns, or rows in their place, are read from a weight."""
+    """A list with one entry for each time that columns, or rows in their place, are read from a weight."""
     reads = []
     for side in ("columns", "rows"):
         read = getattr(module.StoredWeight, side)
@@ -35,7 +35,7 @@ def test_a_load_reads_the_columns_twice(base, low_memory, tmp_path, taken):
     expected = model(tokens()).logits
     taken.clear()
     loaded = PeftModel.from_pretrained(BASES[base](), tmp_path, low_cpu_mem_usage=low_memory).eval()
-    assert len(taken) == 2 * len(layers(loaded))  # to attach the adapter, and for the check before its load
+    assert len(taken) == 2 * len(layers(loaded))  # once to add the adapter, and once to check it before loading
     assert torch.equal(loaded(tokens()).logits, expected)
 
 
@@ -55,7 +55,7 @@ def test_however_many_adapters_there_are(tmp_path, taken):
 
 
 def test_onto_an_adapter_that_has_been_there_for_long_they_are_read_anew(tmp_path):
-    """What was done to the weight meanwhile may have gone past autograd's notice."""
+    """The weight may have been changed since in a way that autograd does not notice."""
     source = curlora(llama())
     source.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(llama(), tmp_path)
@@ -91,7 +91,7 @@ def test_columns_that_were_drawn_anew_before_the_load_are_not_taken_for_the_file
 
 
 def test_a_base_weight_that_is_loaded_is_followed_by_every_adapter():
-    """As a whole model's state dict is: with the base that it was made on."""
+    """The state dict of a whole model holds the adapters with the base model that they were made on."""
     source = curlora(llama(seed=1))
     source.add_adapter("second", CurloraConfig(r=3, seed=5, init_weights=False))
     target = curlora(llama())
@@ -154,7 +154,7 @@ def test_what_is_refused_once_is_refused_again(tmp_path):
             model.load_state_dict({k: v for k, v in wrong.items() if "curlora_" in k}, strict=False)
     for _ in range(10):
         with pytest.raises(ValueError, match="made on another base model"):
-            model.double().eval()  # which replaces its buffers
+            model.double().eval()  # double() replaces the buffers
     source = curlora(llama(), seed=7)
     source.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "default")
@@ -171,7 +171,7 @@ def test_of_buffers_that_were_replaced_past_load_state_dict_the_adapters_are_loo
     U = layer.curlora_U["second"]
     U.indices = U.indices.clone()
     model.eval()
-    assert not taken  # they are the same
+    assert not taken  # the indices are the same
     U.indices = U.indices.flip(1)
     with pytest.raises(ValueError, match=r"'second' was made on another base"):
         model.eval()

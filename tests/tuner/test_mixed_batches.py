@@ -1,4 +1,4 @@
-"""Batches whose rows take adapters of their own, against one row at a time through each adapter, and PEFT's LoRA."""
+"""Batches with a different adapter for each row, against single rows through each adapter and against PEFT's LoRA."""
 
 import copy
 
@@ -12,7 +12,7 @@ from curlora.functional import gather_update, gather_update_by_row
 from tests.models import BASES, VOCABULARY, classifier, curlora, layers, llama, randomize, tokens
 
 both = pytest.mark.parametrize("base", BASES)
-# Drawn alike: "default", "second" and "third". Another draw: "other". Another rank: "small".
+# "default", "second" and "third" have the same draw, "other" has another draw, and "small" has another rank.
 ADAPTERS = {
     "second": dict(alpha=0.5),
     "third": dict(),
@@ -30,7 +30,7 @@ def several(base, **config):
 
 
 def lively(base):
-    """``base`` in float64 with larger weights, so that adapters change which token comes next."""
+    """Return ``base`` in float64 with larger weights, so that the adapters change the next token."""
     for parameter in base.parameters():
         if parameter.ndim == 2:
             parameter.data *= 6
@@ -38,7 +38,7 @@ def lively(base):
 
 
 def one_by_one(model, names, call):
-    """The rows of a mixed batch, each on its own through its adapter."""
+    """Return the outputs for the rows of a mixed batch, each computed alone with its adapter."""
     rows = []
     for i, name in enumerate(names):
         if name == "__base__":
@@ -66,7 +66,7 @@ def test_each_row_goes_through_its_adapter(base, names):
     ids = tokens(batch=len(names))
     expected = one_by_one(model, names, lambda i: model(ids[i : i + 1]).logits)
     torch.testing.assert_close(model(ids, adapter_names=names).logits, expected)
-    # nothing is left behind
+    # no hook is left behind
     assert not any(layer._forward_pre_hooks for layer in layers(model))
     torch.testing.assert_close(model(ids).logits, one_by_one(model, ["default"], lambda i: model(ids).logits))
 
@@ -103,7 +103,7 @@ def test_generate(base, num_beams):
     expected = one_by_one(model, names, lambda i: generate(ids[i : i + 1]))
     assert torch.equal(generate(ids, adapter_names=names), expected)
     alone = one_by_one(model, ["default"], lambda i: generate(ids))
-    assert (alone[:, 7:] != expected[:, 7:]).any(1).all()  # adapters decide what is written
+    assert (alone[:, 7:] != expected[:, 7:]).any(1).all()  # the adapters change the generated tokens
 
 
 def test_beam_search_repeats_the_names_for_the_decoder_alone():
@@ -143,7 +143,7 @@ def test_half_precision_and_autocast():
 
 
 def refusals(model, ids):
-    """What a PeftModel says to each misuse of ``adapter_names``."""
+    """Return the errors that a PeftModel raises for each misuse of ``adapter_names``."""
     said = []
 
     def attempt(**kwargs):
@@ -172,7 +172,7 @@ def test_refused_as_lora_refuses():
     model = curlora(llama(), task_type=TaskType.CAUSAL_LM)
     before = model(ids).logits
     assert refusals(model, ids) == lora
-    torch.testing.assert_close(model(ids).logits, before)  # and no hook outlives a refusal
+    torch.testing.assert_close(model(ids).logits, before)  # no hook is left after a refusal
     with pytest.raises(TypeError, match="expected a list of str"):
         model(ids, adapter_names="default")
 

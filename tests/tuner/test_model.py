@@ -147,7 +147,7 @@ def test_several_adapters_on_one_model(base):
     model = curlora(BASES[base]())
     first = model(ids).logits
     model.add_adapter("second", CurloraConfig(r=3, seed=1))
-    assert torch.equal(model(ids).logits, first)  # added, not active
+    assert torch.equal(model(ids).logits, first)  # the new adapter is not active
     model.set_adapter("second")
     randomize(model, "second", seed=8)
     second = model(ids).logits

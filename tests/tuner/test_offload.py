@@ -1,4 +1,4 @@
-"""A model whose weights Accelerate's hooks bring gives what the model gives that is not offloaded, to the bit."""
+"""A model that Accelerate has offloaded has the same outputs, bit for bit, as the model that is not offloaded."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ PARTS = {
 
 
 def offload_half(model, folder):
-    """As ``device_map="auto"`` does where a part does not fit: some layers in memory and some on disk."""
+    """Offload like ``device_map="auto"`` if a part does not fit: some layers in memory and some on disk."""
     parts = PARTS[model.config.model_type]
     if isinstance(model, PeftModel):
         parts = {f"base_model.model.{name}": place for name, place in parts.items()}
@@ -82,7 +82,7 @@ def test_an_adapter_that_is_loaded_onto_an_offloaded_model(base, offload, low_me
     model = base()
     offload(model, tmp_path / "weights")
     if offload is offload_half:
-        model.hf_device_map = None  # PEFT would dispatch anew, see below
+        model.hf_device_map = None  # otherwise PEFT would dispatch the model again, see below
     loaded = PeftModel.from_pretrained(model, tmp_path / "adapter", low_cpu_mem_usage=low_memory).eval()
     for _ in range(2):
         assert torch.equal(loaded(tokens()).logits, expected(tokens()).logits)
@@ -92,8 +92,8 @@ def test_an_adapter_that_is_loaded_onto_an_offloaded_model(base, offload, low_me
 @pytest.mark.parametrize("lowest", ["cpu", "disk"])
 @pytest.mark.parametrize("method", ["curlora", "lora"])
 def test_from_pretrained_dispatches_a_model_with_a_device_map_anew(base, lowest, method, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # where PEFT writes what it makes of a path that begins with a slash
-    base().save_pretrained(tmp_path / "models--base")  # PEFT makes a name of its own of the part with two hyphens
+    monkeypatch.chdir(tmp_path)  # PEFT turns a path that begins with a slash into a relative one, and writes there
+    base().save_pretrained(tmp_path / "models--base")  # PEFT takes its name from the part with two hyphens
     config = CurloraConfig(r=4) if method == "curlora" else LoraConfig(init_lora_weights=False)
     adapter = get_peft_model(base(), config).eval()
     randomize(adapter)

@@ -1,4 +1,4 @@
-"""Counts of the paper, on the architectures it uses, without their weights."""
+"""The paper's counts of trained parameters, on its architectures, without their weights."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which adapters are active, trained, merged or gone, step by step beside what PEFT does for LoRA."""
+"""Which adapters are active, trained, merged or deleted after each step, compared with PEFT's LoRA."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ from tests.models import curlora, layers, llama, tokens
 
 TARGETS = ["q_proj", "k_proj", "v_proj"]
 CONFIGS = {"curlora": CurloraConfig(r=4, target_modules=TARGETS), "lora": LoraConfig(r=4, target_modules=TARGETS)}
-# What names the method, or counts its numbers.
+# Entries that name the method, or count its parameters.
 OWN = {"adapter_model_type", "peft_types", "trainable_params", "total_params", "module_type"}
 
 
@@ -25,7 +25,7 @@ def with_two(kind):
 
 
 def status(model):
-    """Everything that PEFT reports of a model and its layers but what is a method's own."""
+    """Return everything that PEFT reports about a model and its layers, without entries that differ by method."""
     reports = [model.get_model_status(), *model.get_layer_status()]
     return [{k: v for k, v in dataclasses.asdict(report).items() if k not in OWN} for report in reports]
 
@@ -79,7 +79,7 @@ STEPS = {
     ),
 }
 
-INSIDE = {"inner of two contexts left", "disabled while merged"}  # steps that report from inside of a context
+INSIDE = {"inner of two contexts left", "disabled while merged"}  # steps that report from inside a context
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -134,6 +134,6 @@ def test_a_state_dict_of_another_base_is_refused_where_it_was_injected(low_memor
     model = inject_adapter_in_model(CONFIGS["curlora"], llama(), low_cpu_mem_usage=low_memory).eval()
     with pytest.raises(ValueError, match="made on another base model"):
         set_peft_model_state_dict(model, other, low_cpu_mem_usage=low_memory)
-    # An adapter that has no numbers is taken off again.
+    # An adapter without values is removed again.
     assert len(layers(model)) == (0 if low_memory else 6)
     assert torch.equal(model(tokens()).logits, llama()(tokens()).logits)

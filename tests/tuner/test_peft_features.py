@@ -1,4 +1,4 @@
-"""What PEFT's users do with LoRA adapters, done with these; each beside what PEFT does for LoRA."""
+"""PEFT's features for LoRA adapters, with CURLoRA adapters, each compared with LoRA."""
 
 import copy
 import warnings
@@ -68,7 +68,7 @@ def test_embeddings_of_a_few_tokens_are_trained_saved_and_merged(tied, tmp_path)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path).eval()
     assert torch.equal(loaded(ids).logits, expected)
-    # Beside it, on the same model, another one with tokens of its own.
+    # A second adapter on the same model trains other tokens.
     loaded.add_adapter("second", CurloraConfig(r=4, trainable_token_indices=[5]))
     mixed = loaded(ids, adapter_names=["default", "second"] * 4).logits
     torch.testing.assert_close(mixed[::2], expected[::2], rtol=1e-4, atol=1e-5)
@@ -169,7 +169,7 @@ def test_injected_into_a_model_and_its_state_dict_given_back(low_memory):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_new_words_go_along_as_with_lora(tied, tmp_path):
-    """PEFT sees by the base's own configuration that embeddings were resized, and saves them with the adapter."""
+    """PEFT sees from the base model's configuration that the embeddings were resized, and saves them too."""
     llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
 
     def resized(seed):
@@ -205,13 +205,13 @@ def test_a_tied_head_is_as_with_lora_until_it_is_merged(tmp_path):
 
     model, ours = caught(lambda: curlora(tied(), target_modules=["lm_head"]))
     _, theirs = caught(lambda: get_peft_model(tied(), LoraConfig(target_modules=["lm_head"])))
-    # PEFT's warning ends otherwise where a method could tie its adapters as well.
+    # PEFT's warning has another ending for methods that can also tie their adapters.
     assert len(ours) == len(theirs) > 0
     assert all("a tied layer is part of the adapter" in text for text in ours)
     package.save_as_lora(tmp_path, model)
     lora = PeftModel.from_pretrained(tied(), tmp_path).eval()
     torch.testing.assert_close(model(tokens()).logits, lora(tokens()).logits)
-    # LoRA's merge would change the embeddings too, which share the weight. Here they are untied first.
+    # LoRA's merge would also change the embeddings, which share the weight. CURLoRA unties them first.
     expected = model(tokens()).logits
     model.merge_adapter()
     torch.testing.assert_close(model(tokens()).logits, expected, rtol=1e-4, atol=1e-5)

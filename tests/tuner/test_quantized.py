@@ -1,4 +1,4 @@
-"""On quantized bases an adapter is exact: the formula over the weight that the quantized layer stands for."""
+"""On quantized base models an adapter is exact: it follows the formula with the dequantized weight."""
 
 import copy
 
@@ -23,12 +23,12 @@ def int8_weight_only():
 
 
 def base(seed=0):
-    """Attention that matters: transformers' own start makes an adapter there a millionth of the loss."""
+    """A model whose attention matters: with transformers' initial weights an adapter there changes the loss by 1e-6."""
     return llama(seed, initializer_range=0.3)
 
 
 def by_hqq(model):
-    """The model with every linear layer but its head quantized."""
+    """Quantize every linear layer of the model but its head with hqq."""
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     for name, module in list(model.named_modules()):
@@ -40,23 +40,23 @@ def by_hqq(model):
     return model
 
 
-# In float32, so that what is compared differs by the adapter's own rounding alone.
+# In float32, so that the compared values differ only by the adapter's rounding.
 QUANTIZATIONS = {
     "nf4": lambda: BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     ),
-    # Without outliers, whose choice depends on what else is in the batch.
+    # Without outliers, since their choice depends on the rest of the batch.
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0),
     "torchao": int8_weight_only,
-    "hqq": None,  # transformers 5 loads none; by hqq's own means
+    "hqq": None,  # transformers 5 cannot load hqq models, so hqq itself quantizes the model
 }
-# The activations are quantized as well, each token by itself: a sum over 32 inputs is right to about a hundredth.
+# int8 also quantizes the activations, each token by itself: a sum over 32 inputs has a relative error of about 0.01.
 TOLERANCE = {"int8": 0.03}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def same_on_every_processor():
-    """On those with AVX512-BF16 bitsandbytes computes otherwise, and refuses layers as narrow as these."""
+    """On CPUs with AVX512-BF16 bitsandbytes uses other kernels, which refuse layers as narrow as these."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
         yield
@@ -90,7 +90,7 @@ def close(found, expected, tolerance):
 
 
 def dense(layer, adapter="default"):
-    """What the layer stands for, as a float64 layer."""
+    """Return the adapted layer's formula as a float64 function, with the dequantized weight."""
     with read(layer.get_base_layer()) as weight:
         everything = weight.columns(torch.arange(layer.in_features)).double()
     columns, rows = layer.basis(adapter).indices.long()
@@ -210,7 +210,7 @@ def test_merging_does_what_peft_does_for_lora_and_unmerging_gives_back_the_base(
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_weight_that_was_packed_for_inference_is_still_read_right(nested):
-    """As bitsandbytes does it in the first pass of inference on processors with AVX512-BF16."""
+    """bitsandbytes packs weights so in the first forward pass in inference, on CPUs with AVX512-BF16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
     from bitsandbytes.nn import Linear4bit, Params4bit
 
@@ -235,7 +235,7 @@ def test_a_weight_that_was_packed_for_inference_is_still_read_right(nested):
     with read(Alone().layer) as before, read(packed().layer) as after:
         assert isinstance(after, StoredWeight)
         expected = before.columns(everything)
-        assert close(after.columns(everything), expected, 0.004)  # scales of eight bits
+        assert close(after.columns(everything), expected, 0.004)  # the scales are rounded to bfloat16
 
     config = CurloraConfig(r=4, target_modules=["layer"])
     models = [get_peft_model(make(), config).eval() for make in (Alone, packed)]
@@ -250,7 +250,7 @@ def test_a_weight_that_was_packed_for_inference_is_still_read_right(nested):
         with read(layers(model)[0].get_base_layer()) as weight:
             merged.append(weight.columns(everything))
     assert not close(merged[0], expected, 0.1)
-    assert close(merged[1], merged[0], 0.05)  # some entries are rounded the other way
+    assert close(merged[1], merged[0], 0.05)  # some entries are rounded in the other direction
 
     if has_avx512bf16():
         model = packed()
@@ -259,7 +259,7 @@ def test_a_weight_that_was_packed_for_inference_is_still_read_right(nested):
 
 
 def test_torchao_in_four_bits_by_its_own_means():
-    """transformers loads no such weight on a CPU; and who quantizes by hand has not said how to do it after a merge."""
+    """transformers cannot load such weights on a CPU, so torchao itself makes them. PEFT cannot merge into these."""
     from torchao.quantization import IntxWeightOnlyConfig, quantize_
     from torchao.quantization.granularity import PerGroup
 
@@ -323,7 +323,7 @@ def _logits(model, adapters):
 
 
 class PackedLinear(nn.Module):
-    """A stand-in for GPTQ's and AWQ's layers: packed integers and half-precision scales, and a forward pass alone."""
+    """A stand-in for GPTQ's and AWQ's layers: packed integers, half-precision scales, and only a forward pass."""
 
     def __init__(self, linear, group=8):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Adapters that version 1 of the format saved still load, with the same outputs."""
+"""Adapters that were saved in version 1 of the format still load, with the same outputs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Saved adapters: what is in them, that they come back, and what is refused."""
+"""Saved adapters: what they contain, that they load with the same outputs, and what is refused."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_the_file_holds_U_the_indices_and_a_fingerprint_and_nothing_else(tmp_pat
 
 
 def change_config(path, **options):
-    """On purpose, and so without the digest by which damage is noticed."""
+    """Change options on purpose: the digest is replaced by ``"changed"``."""
     config = json.loads((path / "adapter_config.json").read_text())
     config["digest"] = "changed"
     (path / "adapter_config.json").write_text(json.dumps(config | options))
@@ -62,7 +62,7 @@ def test_the_model_card_says_how_to_load_it_once(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert card.count("import curlora") == 1
     assert 'AutoModel.from_pretrained("maker/base")' in card
-    assert ModelCard(card).data.library_name == "peft"  # PEFT's own part is whole
+    assert ModelCard(card).data.library_name == "peft"  # PEFT's own part is unchanged
 
 
 def test_indices_come_from_the_file_not_from_the_seed(tmp_path):

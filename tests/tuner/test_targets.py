@@ -1,4 +1,4 @@
-"""Which layers are adapted, against what PEFT's LoRA adapts with the same options."""
+"""Which layers are adapted, compared with PEFT's LoRA with the same options."""
 
 import pytest
 from peft import LoraConfig, get_peft_model

@@ -1,4 +1,4 @@
-"""The adapter methods that transformers puts on its own models."""
+"""The adapter methods of transformers' models."""
 
 import copy
 import json
@@ -38,7 +38,7 @@ def test_load_adapter_takes_the_columns_of_the_file(seed, trained, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["digest"] = "changed"
-    config["seed"] = seed  # where it is another than the adapter's, what is drawn must give way
+    config["seed"] = seed  # with another seed than the adapter's, the indices of the file must replace the draw
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     loaded = llama()
     loaded.load_adapter(str(tmp_path), is_trainable=trained)

@@ -1,4 +1,4 @@
-"""The reference that TRL's trainers copy from a trained adapter is the policy, before the first step."""
+"""TRL's trainers copy the reference from a trained adapter. Before the first step it must equal the policy."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def texts(name):
 
 
 def trained(method):
-    """An adapter that has moved, with columns and rows that its configuration does not draw."""
+    """Return a model with a trained adapter whose columns and rows are not those that its configuration draws."""
     base = llama(initializer_range=0.2)
     if method == "lora":
         return get_peft_model(base, LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
@@ -76,6 +76,6 @@ def test_the_reference_is_the_policy_at_the_start(name, method, tmp_path):
     assert first.get("kl", 0) == 0
     assert first.get("rewards/margins", 0) == 0
     model.eval()
-    assert not torch.equal(model(tokens()).logits, logits["default"])  # the policy moved,
+    assert not torch.equal(model(tokens()).logits, logits["default"])  # the policy has changed
     model.set_adapter("ref")
-    assert torch.equal(model(tokens()).logits, logits["ref"])  # the reference did not
+    assert torch.equal(model(tokens()).logits, logits["ref"])  # the reference has not

@@ -14,7 +14,7 @@ both = pytest.mark.parametrize("base", BASES)
 
 
 def several(base, **options):
-    """Three adapters: of one draw, with other alphas; "second" on other layers too where ``options`` say so."""
+    """Return ``base`` with three adapters of different alphas. ``options`` are those of the second and the third."""
     model = curlora(base, alpha=0.5)
     for i, name in enumerate(("second", "third")):
         model.add_adapter(name, CurloraConfig(**{"r": 4, "alpha": 2.0 - i, **options}))
@@ -49,7 +49,7 @@ def test_it_is_the_weighted_sum(base, kind, options):
     model = several(BASES[base]().double(), **options)
     before = model(tokens()).logits
     model.add_weighted_adapter(NAMES, WEIGHTS, "sum", combination_type=kind)
-    assert torch.equal(model(tokens()).logits, before)  # added, not active
+    assert torch.equal(model(tokens()).logits, before)  # the new adapter is not active
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
 
     expected, got = weighted(model, NAMES, WEIGHTS), updates(model, "sum")
@@ -119,13 +119,13 @@ def test_one_adapter_is_scaled():
 @pytest.mark.parametrize("kind", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
 def test_what_prunes_is_linear_where_nothing_is_pruned_and_nothing_disagrees(kind):
     model = several(llama().double())
-    for layer in layers(model):  # one sign, so that ties has nothing to elect
+    for layer in layers(model):  # all entries have the same sign, so that ties has no sign to elect
         for U in layer.curlora_U.values():
             U.weight.data.abs_()
     weights = [1.0, 1.0, 1.0]
     model.add_weighted_adapter(NAMES, weights, "all", kind, density=1.0)
     expected = weighted(model, NAMES, weights)
-    if kind in ("ties", "dare_ties"):  # which divide by how many agree
+    if kind in ("ties", "dare_ties"):  # these divide by the number of adapters that agree
         expected = {name: update / 3 for name, update in expected.items()}
     for name, update in updates(model, "all").items():
         torch.testing.assert_close(update, expected[name])

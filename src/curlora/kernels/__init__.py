@@ -1,7 +1,7 @@
-"""Triton kernels for what :mod:`curlora.functional` computes, and where they are used in its place.
+"""Triton kernels for the operations of :mod:`curlora.functional`, and the choice between the two.
 
-Each operation has a module of its own, and is a registered operator (:mod:`curlora.kernels.operators`). The formulas in
-:mod:`curlora.functional` are what kernels are held to, and what is computed wherever a kernel cannot run or would be
+Each operation has its own module and is a registered operator (:mod:`curlora.kernels.operators`).
+:mod:`curlora.functional` is the reference for the kernels. It is also used wherever a kernel cannot run or would be
 slower.
 """
 
@@ -24,15 +24,15 @@ __all__ = ["MAX_RANK", "chosen", "use"]
 MAX_RANK = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CHOICES = ("auto", "torch", "triton")
-# To which rank kernels are chosen by themselves. A guess until benchmarks/gpu.py has been run: above it PyTorch's own
-# products read the factor fewer times than a program does that has few tokens. Numbers of tokens are not asked for,
-# since a compiled graph is for any number of them.
+# "auto" uses kernels up to this rank. It is a guess until benchmarks/gpu.py has been run: above it, a kernel's program
+# has few tokens and reads the factor more often than PyTorch's own products do. The choice does not depend on the
+# number of tokens, since a compiled graph is used for any number.
 QUICKER_TO_RANK = 64
 
 
 def _checked(choice: str, name: str) -> str:
     if choice not in CHOICES:
-        raise ValueError(f"{name} is {choice!r}; it has to be one of {', '.join(map(repr, CHOICES))}.")
+        raise ValueError(f"{name} is {choice!r}; it must be one of {', '.join(map(repr, CHOICES))}.")
     return choice
 
 
@@ -41,16 +41,16 @@ _choice = _checked(os.environ.get("CURLORA_KERNELS", "auto"), "the environment v
 
 @contextlib.contextmanager
 def use(choice: str) -> Iterator[None]:
-    """Choose how adapted layers compute while this lasts, in every thread.
+    """Choose how adapted layers compute inside this context, in every thread.
 
-    The environment variable ``CURLORA_KERNELS`` chooses for a whole process.
+    The environment variable ``CURLORA_KERNELS`` sets the choice for a whole process.
 
     Args:
-        choice: ``"torch"``, PyTorch's operators everywhere; ``"triton"``, kernels wherever they can run; ``"auto"``,
-            the default, kernels where they are quicker.
+        choice: ``"torch"`` uses PyTorch's operators everywhere. ``"triton"`` uses kernels wherever they can run.
+            ``"auto"``, the default, uses kernels where they should be faster.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if ``choice`` is none of these.
     """
     global _choice
     before, _choice = _choice, _checked(choice, "the choice of kernels")
@@ -61,11 +61,11 @@ def use(choice: str) -> Iterator[None]:
 
 
 def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offset: Tensor | None) -> bool:
-    """Whether a kernel is to compute the update of ``output``.
+    """Return whether a kernel computes the update of ``output``.
 
-    Kernels run on NVIDIA's GPUs from Ampere on, in float16, bfloat16 and float32, for ranks to 256. Under
-    ``torch.func``'s transforms, in forward-mode differentiation and for tensors of other types (distributed ones, say)
-    PyTorch's operators are used, which all of these see through.
+    Kernels run on NVIDIA GPUs from Ampere on, in float16, bfloat16 and float32, for ranks up to 256. Under
+    ``torch.func``'s transforms, in forward-mode differentiation and for tensor subclasses such as distributed tensors,
+    PyTorch's operators are used, which support all of these.
     """
     if _choice == "torch" or not (output.is_cuda or (INTERPRETED and _choice == "triton")):
         return False
@@ -97,6 +97,6 @@ def _runs_on(device: int | None) -> bool:
 
 @functools.cache
 def _fits_device(device: int | None) -> bool:
-    """Whether Triton is there, and the GPU is one that the kernels are written for."""
+    """Return whether Triton is installed, and the device is an NVIDIA GPU of compute capability 8.0 or higher."""
     found = importlib.util.find_spec("triton") is not None and torch.version.hip is None
     return found and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,14 +1,16 @@
-"""The gradients of ``curlora::forward``, in two launches and one pass over ``grad``: ``curlora::backward``.
+"""The kernel ``curlora::backward``: the gradients of ``curlora::forward``, in two launches and one pass over ``grad``.
 
-With ``g = grad @ factor``
+With ``g = grad @ factor`` the gradients are
 
     scaled_U    gᵀ z, summed over tokens
     output      grad, plus g scaled_U added at ``index`` (duplicates accumulate)
 
-A program of the first launch takes a tile of tokens and all columns: it copies ``grad`` while it multiplies it, then
-adds at the gathered columns of its own tokens, so that no other program touches what it changes. Sums over tokens have
-a fixed order and no atomics, and so the same bits in every run: each program leaves its part of ``gᵀ z`` and the second
-launch adds the parts up; above rank 64 the parts would be larger than ``g``, which is left instead.
+A program of the first launch handles a tile of tokens and all columns. It copies ``grad`` while it multiplies it, then
+adds ``g scaled_U`` at the gathered columns of its tokens. No other program writes to these tokens.
+
+Sums over tokens have a fixed order and use no atomics, so they have the same bits in every run. Each program stores its
+part of ``gᵀ z``, and the second launch adds the parts. Above rank 64 the parts would be larger than ``g``: there the
+programs store ``g``, and the second launch computes ``gᵀ z``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = ["Blocks", "choose", "launch"]
 
 
 class Blocks(NamedTuple):
-    """Sizes of a program: tokens and columns of a tile, warps, loads under way at once."""
+    """Sizes of a program: tokens and columns of a tile, warps, and pipeline stages (tiles that are loaded ahead)."""
 
     tokens: int
     columns: int
@@ -38,9 +40,10 @@ class Blocks(NamedTuple):
 
 @functools.lru_cache(1024)
 def choose(tokens: int, m: int, r: int, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """The largest tiles of tokens, and so the fewest readings of the factor, that leave no multiprocessor idle.
+    """Return the largest tiles of tokens, at least 16, that still give every multiprocessor a program.
 
-    A multiprocessor then often has a single program, whose loads have to hide behind each other.
+    Every program reads the whole factor, so large tiles read it fewer times. A multiprocessor then often has only one
+    program, so the program must load several tiles ahead to hide the latency.
     """
     R, half = padded(r), dtype.itemsize <= 2
     most = {16: 64, 32: 32, 64: 32}.get(R, 16) if half else {16: 32}.get(R, 16)
@@ -97,13 +100,13 @@ def _kernel(
             of_U = (ranks < r)[:, None] & (some < r)[None, :]
             U = tl.load(scaled_U + ranks[:, None] * U_out + some[None, :] * U_in, mask=of_U, other=0)
             through = product(g, U, tl.zeros((BLOCK_T, CHUNK), SUM), PRECISION_U, UPCAST)
-            # What belongs to the same column is summed first, and added by one of them.
+            # Ranks with the same column are summed first. Only the first of them adds the sum.
             at = tl.load(index + some, mask=some < r, other=-1)
             same = at[:, None] == at[None, :]
             through = tl.dot(through, same.to(SUM), input_precision="ieee", out_dtype=SUM)
             first = tl.sum((same & (some[:, None] < some[None, :])).to(tl.int32), axis=0) == 0
             adds = present[:, None] & (first & (at >= 0) & (at < m))[None, :]
-            # Other threads of this program have written there: the copy above, or the ranks before these.
+            # Wait: other threads of this program have written there, in the copy above or for earlier ranks.
             tl.debug_barrier()
             there = result + result_begin[:, None] + at[None, :]
             before = tl.load(there, mask=adds, other=0)
@@ -151,14 +154,14 @@ def launch(
     """Run both kernels.
 
     Args:
-        grad: of the result, shape ``(..., m)``. It belongs to others and is not written to.
-        z: what forward kept, shape ``(tokens, r)``; ``None`` if ``scaled_U`` needs no gradient.
-        scaled_U, factor, index: as forward had them.
-        need_output: whether the gradient of ``output`` is wanted.
-        blocks: sizes of tiles, to try others than :func:`choose` gives.
+        grad: gradient of the result, shape ``(..., m)``. It is not modified.
+        z: the ``z`` that forward has saved, shape ``(tokens, r)``; ``None`` if ``scaled_U`` needs no gradient.
+        scaled_U, factor, index: the arguments of forward.
+        need_output: whether to compute the gradient of ``output``.
+        blocks: sizes of tiles, to try others than :func:`choose` returns.
 
     Returns:
-        The gradients of ``output``, contiguous, and of ``scaled_U``; one that is not wanted has no entries.
+        The gradients of ``output``, contiguous, and of ``scaled_U``. A gradient that is not needed is an empty tensor.
     """
     grad_output, grad_U = empty_backward(grad, z, scaled_U, factor, index, need_output)
     if grad.numel() == 0:

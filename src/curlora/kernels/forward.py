@@ -1,8 +1,9 @@
-"""``output + (z scaled_Uᵀ) factorᵀ`` with ``z = output[..., index] - offset``, in one launch: ``curlora::forward``.
+"""The kernel ``curlora::forward``: ``output + (z scaled_Uᵀ) factorᵀ`` with ``z = output[..., index] - offset``.
 
-A program takes a tile of tokens and a part of the columns: it gathers ``z``, multiplies it by ``U``, and adds along the
-factor while it copies its part of the output. Programs of the same tokens gather the same ``z``, which is ``r`` entries
-of a token; the first of them stores it. The result is a new tensor: what another program gathers is never written to.
+It runs in one launch. A program handles a tile of tokens and a part of the columns. It gathers ``z``, multiplies it by
+``scaled_U``, and adds the product with the factor while it copies its part of the output. Programs of the same tokens
+gather the same ``z``, ``r`` entries per token, and the first of them stores it. The result is a new tensor, so no
+program changes values that another one gathers.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from curlora.kernels.tiles import add_along, chunk, mix, multiprocessors, numeri
 
 __all__ = ["Blocks", "choose", "launch"]
 
-# Sizes of tiles are by what Triton's compiler says of them for GPUs from Ampere on. But for a few at rank 256 in
-# float32 none spills registers, and shared memory is within the 99 KiB that the smallest of those GPUs have. Which are
-# quickest has not been measured.
+# The sizes of tiles follow what Triton's compiler reports for GPUs from Ampere on. No size spills registers, except for
+# a few at rank 256 in float32. Shared memory stays within 99 KiB, the least that these GPUs have. It has not been
+# measured which sizes are fastest.
 
 
 class Blocks(NamedTuple):
-    """Sizes of a program: tokens and columns of a tile, tiles of columns, warps, loads under way at once."""
+    """Sizes of a program: tokens and columns of a tile, number of tiles of columns, warps, and pipeline stages."""
 
     tokens: int
     columns: int
@@ -37,7 +38,7 @@ class Blocks(NamedTuple):
 
 @functools.lru_cache(1024)
 def choose(tokens: int, m: int, r: int, dtype: torch.dtype, device: torch.device, rows: int = 1) -> Blocks:
-    """Tiles for ``rows`` times so many tokens, in four programs for each multiprocessor where there is enough to do."""
+    """Return sizes for ``rows * tokens`` tokens, with four programs per multiprocessor if there is enough work."""
     R, half = padded(r), dtype.itemsize <= 2
     block = 16 if tokens <= 16 else 32
     columns = (128 if R <= 64 else 64) // (1 if half else 2)
@@ -81,14 +82,14 @@ def launch(
         output: shape ``(..., m)``.
         scaled_U: shape ``(r, r)``.
         factor: shape ``(m, r)``.
-        index: integers, shape ``(r,)``. One outside of ``0..m-1`` gathers NaN.
+        index: integers, shape ``(r,)``. An index outside ``0..m-1`` gathers NaN.
         offset: shape ``(r,)``, or ``None``.
-        keep_z: whether ``z`` is wanted.
-        blocks: sizes of tiles, to try others than :func:`choose` gives.
+        keep_z: whether to return ``z``.
+        blocks: sizes of tiles, to try others than :func:`choose` returns.
 
     Returns:
         The result, contiguous, of ``output``'s shape and dtype; and ``z`` in ``scaled_U``'s dtype, shape
-        ``(tokens, r)``, or ``(0, r)`` where it is not wanted.
+        ``(tokens, r)``, or ``(0, r)`` without ``keep_z``.
     """
     result, z = empty_forward(output, scaled_U, factor, index, offset, keep_z)
     if result.numel() == 0:

@@ -1,6 +1,7 @@
-"""``curlora::forward`` with a ``scaled_U`` of its own for each row of a batch, in one launch: ``curlora::mixed_batch``.
+"""The kernel ``curlora::mixed_batch``: ``curlora::forward`` with a separate ``scaled_U`` for each row of a batch.
 
-A program takes a tile of tokens of one row, and a part of the columns. It is for inference: no ``z`` is kept.
+It runs in one launch. A program handles a tile of tokens of one row, and a part of the columns. The kernel is for
+inference only, so ``z`` is not stored.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ def launch(
     Args:
         output: shape ``(rows, ..., m)``.
         scaled_U: shape ``(rows, r, r)``.
-        factor, index, offset: as for :func:`curlora.kernels.forward.launch`, shared by the rows.
-        blocks: sizes of tiles, to try others than :func:`curlora.kernels.forward.choose` gives.
+        factor, index, offset: as for :func:`curlora.kernels.forward.launch`; all rows share them.
+        blocks: sizes of tiles, to try others than :func:`curlora.kernels.forward.choose` returns.
 
     Returns:
         The result, contiguous, of ``output``'s shape and dtype.

@@ -1,8 +1,8 @@
-"""The kernels as operators of PyTorch: ``curlora::forward``, ``curlora::backward``, ``curlora::mixed_batch``.
+"""The kernels as PyTorch operators: ``curlora::forward``, ``curlora::backward`` and ``curlora::mixed_batch``.
 
-Defined when curlora is imported, so that exported and cached graphs find them; Triton is imported by the first call. To
-``torch.compile`` each is one opaque node of its graph: what a compiler could see inside it could not be run, or tested,
-without a GPU. Their derivatives are in :mod:`curlora.functional`.
+They are defined when curlora is imported, so that exported and cached graphs find them. The first call imports Triton.
+For ``torch.compile`` each operator is an opaque node: a graph with the kernels themselves could not be run or tested
+without a GPU. The derivatives are in :mod:`curlora.functional`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["INTERPRETED", "empty_backward", "empty_forward", "empty_mixed_batch"]
 
-# Whether kernels run on the CPU, one program after another, in Python. Triton reads it when it is imported.
+# Whether Triton's interpreter runs the kernels on the CPU, in Python. Triton reads the variable when it is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 

@@ -1,7 +1,7 @@
-"""What the kernels have in common: how tensors are read by rows, the product with ``U``, and sizes of tiles.
+"""Common parts of the kernels: reading of tensors by rows, the product with ``U``, and sizes of tiles.
 
-Triton pads every block to a power of two, and a matrix product to sixteen, so a rank is padded to ``R``; what is padded
-is masked in every load and store. Offsets into tensors of ``tokens x m`` entries have 64 bits.
+Triton requires block sizes that are powers of two, and at least 16 in a matrix product. So the rank ``r`` is padded to
+``R``, and the padding is masked in every load and store. Offsets into tensors of shape ``(tokens, m)`` have 64 bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 class Rows(NamedTuple):
-    """A tensor by rows: row ``t`` begins at ``t // inner * outer_stride + t % inner * inner_stride``."""
+    """A tensor as rows: row ``t`` begins at ``t // inner * outer_stride + t % inner * inner_stride``."""
 
     tensor: Tensor
     inner: int
@@ -41,7 +41,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(tensor: Tensor) -> Rows:
-    """``tensor``, shape ``(..., m)``, by rows. It is copied only where two strides cannot say where they begin."""
+    """Return ``tensor``, shape ``(..., m)``, as rows. It is copied only if two strides cannot describe its rows."""
     m = tensor.shape[-1]
     tokens = max(tensor.numel() // max(m, 1), 1)
     if tensor.is_contiguous():
@@ -54,26 +54,29 @@ def rows_of(tensor: Tensor) -> Rows:
 
 
 def padded(r: int) -> int:
-    """The rank as a block has it."""
+    """Return the rank ``R`` of a block: ``r`` rounded up to a power of two, at least 16."""
     return max(16, triton.next_power_of_2(r))
 
 
 def chunk(R: int) -> int:
-    """Ranks whose entries of ``U`` are loaded at once: a whole one of rank 256 is more than a multiprocessor holds."""
+    """Return how many ranks of ``U`` are loaded at once: a whole ``U`` of rank 256 does not fit a multiprocessor."""
     return min(R, 32)
 
 
 def stages(size: int, most: int) -> int:
-    """Tiles of ``size`` bytes that are under way at once: as many as fit shared memory beside what else is there."""
+    """Return the number of pipeline stages: one more than tiles of ``size`` bytes fit in 64 KiB, from 2 to ``most``.
+
+    The rest of the shared memory is left for other blocks.
+    """
     return 1 + max(1, min(64 * 1024 // size, most - 1))
 
 
 def numerics(dtype: torch.dtype, dtype_U: torch.dtype) -> dict[str, object]:
-    """Constants of a kernel: the dtype of sums, and how products of float32 blocks are taken.
+    """Return a kernel's constants: the dtype of sums, and the precision of products of float32 blocks.
 
-    In a float32 layer as PyTorch takes its own, in full precision unless TF32 was allowed. In a layer of half precision
-    ``U`` is float32 beside entries that were rounded to half: three products in TF32 keep all but its last two bits, on
-    the tensor cores.
+    In a float32 layer the products follow PyTorch's setting: full precision unless TF32 is allowed. In a half-precision
+    layer ``U`` is float32, while the other factor was rounded to half precision. There the product
+    with ``U`` is split into three TF32 products on the tensor cores, which keep all but its last two bits.
     """
     allowed = "tf32" if _tf32_allowed() else "ieee"
     split = dtype in (torch.float16, torch.bfloat16) and dtype_U == torch.float32
@@ -87,13 +90,13 @@ def numerics(dtype: torch.dtype, dtype_U: torch.dtype) -> dict[str, object]:
 
 def _tf32_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
-    # From PyTorch 2.9 on, which refuses to be asked for the other where this one has been set.
+    # PyTorch has this attribute from 2.9 on. Once it has been set, reading ``allow_tf32`` raises an error.
     precision = getattr(matmul, "fp32_precision", None)
     return bool(matmul.allow_tf32) if precision is None else precision == "tf32"
 
 
 def multiprocessors(device: torch.device) -> int:
-    """How many the device has: a kernel should have work for each."""
+    """Return the device's number of multiprocessors. A kernel should have work for each."""
     return 4 if INTERPRETED else _multiprocessors(device)
 
 
@@ -103,14 +106,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> torch.cuda.device:
-    """While it lasts kernels are launched on ``device``: a layer may lie on another one than the current."""
+    """Return a context in which kernels are launched on ``device``, which may not be the current device."""
     return torch.cuda.device(-1 if INTERPRETED else device)
 
 
 @triton.jit
 def product(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """``acc + a @ b``."""
-    if UPCAST:  # the interpreter holds bfloat16 as integers, and multiplies those
+    if UPCAST:  # the interpreter stores bfloat16 as integers, and would multiply these
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
@@ -122,9 +125,9 @@ def mix(
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_T: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """``z scaled_Uᵀ`` of a tile of tokens, shape ``(BLOCK_T, R)``. ``z`` is gathered here, and stored if ``keep``.
+    """Return ``z scaled_Uᵀ`` of a tile of tokens, shape ``(BLOCK_T, R)``. ``z`` is gathered, and stored if ``keep``.
 
-    ``begin`` is where a token's row begins, ``present`` whether there is such a token.
+    ``begin`` is the offset of a token's row, and ``present`` whether the token exists.
     """
     dtype = scaled_U.dtype.element_ty
     ranks = tl.arange(0, R)
@@ -138,7 +141,7 @@ def mix(
         ).to(SUM)
         if HAS_OFFSET:
             gathered -= tl.load(offset + some, mask=some < r, other=0).to(SUM)[None, :]
-        # An index from outside would read other memory. What it gives instead cannot be overlooked.
+        # An index out of range would read other memory. It gathers NaN instead, which cannot go unnoticed.
         gathered = tl.where(inside[None, :], gathered, float("nan")).to(dtype)
         if KEEP_Z:
             kept = present[:, None] & (some < r)[None, :] & keep
@@ -155,10 +158,10 @@ def add_along(
     r: tl.constexpr, R: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """``output + mixed factorᵀ`` of a tile of tokens, in ``count`` tiles of columns from ``first`` on; stored.
+    """Store ``output + mixed factorᵀ`` of a tile of tokens, for ``count`` tiles of columns, beginning with ``first``.
 
-    That a tile begins at a multiple of its width, and ends at ``m``, is what Triton has to see, or every load and store
-    would be of one entry.
+    Triton must see that a tile begins at a multiple of its width and ends at ``m``. Otherwise it would load and store
+    single entries.
     """
     dtype = output.dtype.element_ty
     mixed = mixed.to(dtype)

@@ -1,4 +1,4 @@
-"""The PEFT plug-in. Importing this package makes CURLoRA one of PEFT's methods, in memory only."""
+"""The PEFT plug-in. Importing this package registers CURLoRA with PEFT in the running process."""
 
 from peft.utils import register_peft_method
 

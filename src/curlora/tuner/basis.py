@@ -1,4 +1,4 @@
-"""What an adapter needs of its frozen weight: the columns and rows that were drawn."""
+"""The drawn columns and rows of a frozen weight, which are all that an adapter needs of it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ __all__ = ["Basis", "problem_of_indices"]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Basis:
-    """Columns and rows of one frozen weight. Nothing in it is ever written to, so adapters drawn alike share one.
+    """Columns and rows of one frozen weight. It is immutable, so adapters with the same indices share one.
 
-    ``factor`` is what the layer's output moves along, and ``reader`` what its input is read by: ``C`` and ``R`` of
-    ``W + alpha C U R``, except in layers that store ``(in_features, out_features)``, where they are ``R^T`` and
-    ``C^T``. For experts, of which each has its own, every shape is led by their number ``E``.
+    ``factor`` spans the updates of the layer's output, and ``reader`` projects its input. They are ``C`` and ``R`` of
+    ``W + alpha C U R``. In layers that store ``(in_features, out_features)`` they are ``R^T`` and ``C^T`` instead. Each
+    of ``E`` experts has its own columns and rows, so all shapes but the fingerprint's have a first dimension ``E``.
 
     Args:
-        indices: columns above rows, int32, shape ``(2, r)``; of experts ``(E, 2, r)``.
-        fingerprint: of the selected columns or rows (:mod:`curlora.tuner.fingerprint`), int32, shape ``(8,)``.
-        factor: ``W[:, columns]``, or ``W[rows, :].T`` in a layer that stores its outputs last; shape
-            ``(out_features, r)``, in the weight's dtype, or that in which a quantized layer computes.
-        gathered: which outputs are ``R x``: the rows, or there the columns; int64, shape ``(r,)``.
-        reader: the other side, ``(r, in_features)``; only where ``R x`` cannot be gathered from an output.
+        indices: int32, shape ``(2, r)``: the column indices, then the row indices; for experts ``(E, 2, r)``.
+        fingerprint: fingerprint of ``factor`` (:mod:`curlora.tuner.fingerprint`), int32, shape ``(8,)``.
+        factor: shape ``(out_features, r)``: ``W[:, columns]``, or ``W[rows, :].T`` if the layer stores
+            ``(in_features, out_features)``. In the weight's dtype, or in a quantized layer's compute dtype.
+        gathered: indices of the outputs that are ``R x``, int64, shape ``(r,)``: the rows, or the columns if the layer
+            stores ``(in_features, out_features)``.
+        reader: the other factor, shape ``(r, in_features)``; only if ``R x`` cannot be gathered from an output.
     """
 
     indices: Tensor
@@ -46,11 +47,11 @@ class Basis:
     def taken(
         cls, indices: Tensor, gathered: Tensor, factor: Tensor, reader: Tensor | None, *, exact: bool = True
     ) -> Basis:
-        """A basis of what was read of a weight, on the device of that.
+        """Make a basis from what was read from a weight, on the device of ``factor``.
 
         Args:
-            indices, gathered, factor, reader: as above; the first two are copied.
-            exact: as :func:`curlora.tuner.fingerprint.fingerprint` has it.
+            indices, gathered, factor, reader: as for :class:`Basis`; ``indices`` and ``gathered`` are copied.
+            exact: as for :func:`curlora.tuner.fingerprint.fingerprint`.
         """
         device = factor.device
         return cls(
@@ -63,17 +64,17 @@ class Basis:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is held of the weight."""
+        """All tensors of the basis, without those that are ``None``."""
         held = (self.indices, self.fingerprint, self.factor, self.gathered, self.reader)
         return tuple(tensor for tensor in held if tensor is not None)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Basis:
-        """A basis of what ``function`` makes of each tensor, as :meth:`torch.nn.Module._apply` has it."""
+        """Return a basis with ``function`` applied to each tensor, like :meth:`torch.nn.Module._apply`."""
         indices, fingerprint, factor, gathered, *reader = map(function, self.tensors)
         return Basis(indices, fingerprint, factor, gathered, reader[0] if reader else None, self.key)
 
     def to(self, device: torch.device) -> Basis:
-        """This basis on a device. A copy is made once for each: hooks may run a layer elsewhere than it lies."""
+        """Return this basis on ``device``. Copies are cached: a hook may run a layer on another device every time."""
         if self.factor.device == device:
             return self
         if device not in self._moved:
@@ -82,12 +83,13 @@ class Basis:
 
 
 def problem_of_indices(indices: Tensor, r: int, weight_shape: tuple[int, ...]) -> str | None:
-    """What is wrong with indices for a weight, as a phrase; ``None`` if nothing.
+    """Return what is wrong with indices for a weight, as a phrase; ``None`` if they fit.
 
     Args:
-        indices: columns above rows.
-        r: the rank that they should have.
-        weight_shape: as the weight is stored, ``(rows, columns)``; of experts ``(E, rows, columns)``.
+        indices: the column indices, then the row indices; they should be int32 of shape ``(2, r)``, for experts
+            ``(E, 2, r)``.
+        r: the expected rank.
+        weight_shape: shape of the weight as stored, ``(rows, columns)``; for experts ``(E, rows, columns)``.
     """
     *experts, height, width = weight_shape
     expected = (*experts, 2, r)

@@ -1,4 +1,4 @@
-"""What a user states about a CURLoRA adapter."""
+"""The configuration of a CURLoRA adapter."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from curlora.sampling import SAMPLINGS
 from curlora.tuner.format import check_file, digest_of_options, saved_indices, seal
 
-# Options that say where an adapter belongs and how it is used, and not what its tensors mean.
+# Options that describe an adapter's origin and use. They do not change the meaning of its tensors, so the digest leaves
+# them out.
 _ABOUT = {
     "auto_mapping", "base_model_name_or_path", "digest", "inference_mode", "peft_type", "peft_version", "revision",
     "task_type",
 }  # fmt: skip
-_CHANGED = "changed"  # in the place of a digest
-# Beside the weights, where an adapter was trained within a budget: see curlora.guard.ledger.
+_CHANGED = "changed"  # users write this in place of the digest
+# Saved with the weights if an adapter was trained within a budget: see curlora.guard.ledger.
 LEDGER_NAME = "curlora_ledger.safetensors"
 
-# Whoever gets an adapter from the hub reads this; PEFT's own words without the import name no remedy.
+# Part of the model card. Without the import, PEFT's own error does not say what to do.
 _HOW_TO_LOAD = """
 ## How to load the adapter
 
@@ -47,47 +48,49 @@ model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this fol
 class CurloraConfig(PeftConfig):
     """Configuration of a CURLoRA adapter (https://arxiv.org/abs/2408.14572).
 
-    A targeted weight ``W`` becomes ``W + alpha * W[:, columns] @ U @ W[rows, :]``, in the layout
-    the layer stores (so for transformers' ``Conv1D`` too). Only ``U``, shape ``(r, r)``, is
-    trained; it starts at zero.
+    A targeted weight ``W`` becomes ``W + alpha * W[:, columns] @ U @ W[rows, :]``, in the layout that the layer stores,
+    also for transformers' ``Conv1D``. Only ``U``, shape ``(r, r)``, is trained. It starts at zero.
 
     Args:
-        r: rank; ``r * r`` parameters are trained per layer. At most the smaller side of the weight; ``"all-linear"``
-            lowers it where a layer is smaller, with a warning.
+        r: rank; each layer has ``r * r`` trainable parameters. The rank may not exceed the smaller side of the weight.
+            ``"all-linear"`` lowers it in smaller layers, with a warning.
         alpha: factor on the update (eq. 8). 1 in the paper.
-        target_modules: names of the layers to adapt, a regular expression, or ``"all-linear"``.
-            ``None`` takes the query, key and value projections of known architectures. Linear layers, embeddings,
-            transformers' ``Conv1D`` and quantized linear layers can be adapted.
+        target_modules: names of the layers to adapt, a regular expression, or ``"all-linear"``. ``None`` selects the
+            query, key and value projections of known architectures. Linear layers, embeddings, transformers' ``Conv1D``
+            and quantized linear layers can be adapted.
         exclude_modules: names, or a regular expression, of layers to leave out.
-        target_parameters: names of parameters to adapt by themselves, such as experts that are kept as one parameter of
-            three dimensions, ``(experts, m, n)``: each gets columns, rows and a ``U`` of its own. Where PEFT does so
-            for LoRA, the names that experts had as modules are understood in ``target_modules``.
-        sampling: how columns and rows are drawn: ``"inverse"`` (the paper's 1/p), ``"uniform"``,
-            ``"norm"`` (p itself) or ``"reference"`` (the author's code, 1/(p + 0.001)). Zero columns
-            and rows are never drawn, except under ``"reference"``.
+        target_parameters: names of parameters to adapt directly, such as experts that are stored as one
+            three-dimensional parameter, ``(experts, m, n)``. Each expert gets its own columns, rows and ``U``. On
+            architectures for which PEFT does so with LoRA, ``target_modules`` also accepts the former module names of
+            the experts.
+        sampling: how columns and rows are drawn: ``"inverse"`` (the paper's 1/p), ``"uniform"``, ``"norm"`` (p itself)
+            or ``"reference"`` (the author's code, 1/(p + 0.001)). Zero columns and rows are never drawn, except under
+            ``"reference"``.
         replacement: whether a column or row may be drawn more than once, as in the author's code.
-        seed: seed of the draws. They depend on it, on the layer's name and on its weight only.
+        seed: seed of the draws. A draw depends only on the seed, the layer's name and its weight.
         curlora_dropout: probability with which entries of ``R x`` are zeroed in training.
         bias: which biases are trained: ``"none"``, ``"all"`` or ``"curlora_only"``.
-        modules_to_save: further modules to train and save whole, such as a fresh head.
-        trainable_token_indices: tokens whose embeddings are trained too, such as some that were added to the
-            vocabulary; or by the name of the embedding. Each takes as many parameters as the model is wide.
-        layers_to_transform: indexes of the layers to adapt; all if ``None``. Not with a regular expression.
-        layers_pattern: name of the model's list of layers, with ``layers_to_transform``.
-        rank_pattern: ranks for layers whose names match a regular expression.
-        alpha_pattern: alphas for layers whose names match a regular expression.
-        ensure_weight_tying: give embeddings and a head that share their weight one ``U``.
-        init_weights: start ``U`` at zero, so that the model is unchanged at first. ``False`` starts it
-            at random, which is for tests only.
-        digest: of the options above, written when the adapter is saved: one that differs from it was damaged. Whoever
-            changes a saved configuration on purpose writes ``"changed"`` in its place.
+        modules_to_save: further modules to train and save whole, such as a new head.
+        trainable_token_indices: indices of tokens whose embeddings are also trained, such as tokens that were added to
+            the vocabulary; or a dict from the name of an embedding layer to indices. Each token adds as many trainable
+            parameters as the embedding's dimension.
+        layers_to_transform: indices of the layers to adapt; all if ``None``. Not allowed if ``target_modules`` is a
+            string.
+        layers_pattern: name of the model's list of layers, for use with ``layers_to_transform``.
+        rank_pattern: ranks by a regular expression that matches the layer's name.
+        alpha_pattern: alphas by a regular expression that matches the layer's name.
+        ensure_weight_tying: give an embedding and a head that share their weight the same ``U``.
+        init_weights: start ``U`` at zero, so that the model is unchanged at first. ``False`` starts it at random, which
+            is for tests only.
+        digest: digest of the options above, written when the adapter is saved. A saved configuration that does not
+            match its digest is refused as damaged. After changing one on purpose, write ``"changed"`` in its place.
 
     Raises:
-        ValueError: if an option is not one of the above.
-        TypeError: if ``target_parameters`` is no list.
+        ValueError: if an option has a value that is not allowed.
+        TypeError: if ``target_parameters`` is a string.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank; r * r parameters are trained per layer."})
+    r: int = field(default=16, metadata={"help": "Rank; each layer has r * r trainable parameters."})
     alpha: float = field(default=1.0, metadata={"help": "Factor on the update C U R."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Layers to adapt: names, a regular expression or 'all-linear'."}
@@ -96,7 +99,7 @@ class CurloraConfig(PeftConfig):
         default=None, metadata={"help": "Layers to leave out: names or a regular expression."}
     )
     target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters to adapt by themselves, such as experts."}
+        default=None, metadata={"help": "Parameters to adapt directly, such as experts."}
     )
     sampling: str = field(default="inverse", metadata={"help": f"One of {', '.join(SAMPLINGS)}."})
     replacement: bool = field(default=False, metadata={"help": "Draw columns and rows with replacement."})
@@ -109,34 +112,35 @@ class CurloraConfig(PeftConfig):
         default=None, metadata={"help": "Further modules to train and to save whole."}
     )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Tokens whose embeddings are trained too; or by the embedding's name."}
+        default=None,
+        metadata={"help": "Indices of tokens whose embeddings are also trained; or a dict by the embedding's name."},
     )
     layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indexes of the layers to adapt."}
+        default=None, metadata={"help": "Indices of the layers to adapt."}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the model's list of layers, with layers_to_transform."}
+        default=None, metadata={"help": "Name of the model's list of layers, for use with layers_to_transform."}
     )
     rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks for layers that match a regular expression."}
+        default_factory=dict, metadata={"help": "Ranks by a regular expression that matches the layer's name."}
     )
     alpha_pattern: dict[str, float] = field(
-        default_factory=dict, metadata={"help": "Alphas for layers that match a regular expression."}
+        default_factory=dict, metadata={"help": "Alphas by a regular expression that matches the layer's name."}
     )
     ensure_weight_tying: bool = field(
-        default=False, metadata={"help": "Give embeddings and a head that share their weight one U."}
+        default=False, metadata={"help": "Give an embedding and a head that share their weight the same U."}
     )
     init_weights: bool = field(default=True, metadata={"help": "Start U at zero; at random if False, for tests."})
-    digest: str | None = field(default=None, metadata={"help": "Of the options, written when the adapter is saved."})
+    digest: str | None = field(default=None, metadata={"help": "Digest of the options, written by save_pretrained."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["CURLORA"]
-        # No fields, since they are not saved. Where this was read beside an adapter's weights:
-        self.weights_file: Path | None = None
-        self._saved_by: tuple[object, ...] = ()
-        self.beside: dict[str, bytes] = {}  # further files of the adapter, by their names; they are saved with it
-        self.target_modules_to_tie: set[str] | None = None  # PEFT's names for what is tied
+        # These are not dataclass fields, since they are not saved.
+        self.weights_file: Path | None = None  # the adapter's weights, if this configuration was read with them
+        self._saved_by: tuple[object, ...] = ()  # the settings of the draws in weights_file
+        self.beside: dict[str, bytes] = {}  # further files of the adapter, by name; they are saved with it
+        self.target_modules_to_tie: set[str] | None = None  # PEFT's names of tied modules
         self.modules_to_tie: set[str] | None = None
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
         for name in ("target_modules", "exclude_modules"):
@@ -156,28 +160,34 @@ class CurloraConfig(PeftConfig):
         if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern) is not None:
             raise ValueError(
                 f"layers_to_transform and layers_pattern have no effect where target_modules is a string, and it is "
-                f"{self.target_modules!r}: give a list of names, or put the layers' indexes into the expression"
+                f"{self.target_modules!r}: give a list of names, or put the layers' indices into the expression"
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: give both or neither")
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give both or "
+                "neither"
+            )
 
     @property
     def drawn_by(self) -> tuple[object, ...]:
-        """All that draws depend on beside the rank, the layer's name and its weight."""
+        """Everything that a draw depends on besides the rank, the layer's name and its weight."""
         return self.sampling, self.replacement, self.seed, self.weights_file
 
     def rank_of(self, layer: str) -> int:
-        """The rank for a layer: of the first pattern that its name matches, or ``r``."""
+        """Return a layer's rank: that of the first pattern that matches its name, or ``r``."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), layer), self.r)
 
     def alpha_of(self, layer: str) -> float:
-        """The alpha for a layer: of the first pattern that its name matches, or ``alpha``."""
+        """Return a layer's alpha: that of the first pattern that matches its name, or ``alpha``."""
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
 
     def saved_draw(self, layer: str) -> tuple[Tensor, Tensor] | None:
-        """Indices and fingerprint that the file has for a layer that is drawn as it was; ``None`` without a file.
+        """Return a layer's indices and fingerprint from the weights file, which make drawing unnecessary.
 
-        To draw again what is about to be loaded would read every weight in full, twice.
+        To draw what is about to be loaded anyway would read every weight in full, twice.
+
+        Returns:
+            ``None`` if there is no file, if it has no such layer, or if the settings of the draws were changed since.
         """
         if self.weights_file is None or self._saved_by != self.drawn_by[:-1]:
             return None
@@ -188,17 +198,17 @@ class CurloraConfig(PeftConfig):
         return {} if self.weights_file is None else saved_indices(self.weights_file)
 
     def _register_custom_module(self, mapping: dict[type[nn.Module], type[nn.Module]]) -> None:
-        """As :class:`peft.LoraConfig` has it: adapt a type of layer by a class of one's own.
+        """Adapt a type of layer with your own class, as for :class:`peft.LoraConfig`.
 
-        The class is made as ``cls(base_layer, name)`` and is a subclass of :class:`curlora.CurloraLayer`.
+        The class must be a subclass of :class:`curlora.CurloraLayer`. It is created as ``cls(base_layer, name)``.
         """
         self._custom_modules.update(mapping)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the configuration; and seal the weights, which PEFT has saved before it, against damage.
+        """Save the configuration, and write a digest into the weights file, which PEFT has saved before.
 
         Raises:
-            ValueError: if the weights were saved as a pickle, which is never loaded.
+            ValueError: if the weights were saved as a pickle. The pickle is deleted.
         """
         folder = Path(save_directory)
         if (weights := folder / SAFETENSORS_WEIGHTS_NAME).exists():
@@ -206,21 +216,21 @@ class CurloraConfig(PeftConfig):
         elif (pickled := folder / WEIGHTS_NAME).exists():
             pickled.unlink()
             raise ValueError(
-                "A CURLoRA adapter is not saved as a pickle, since none is ever loaded: leave out "
+                "A CURLoRA adapter cannot be saved as a pickle, since pickles are never loaded: leave out "
                 "safe_serialization=False. Nothing was saved."
             )
         super().save_pretrained(save_directory, **kwargs)
         for name, content in self.beside.items():
             (folder / name).write_bytes(content)
-        if LEDGER_NAME not in self.beside:  # of another adapter, that was saved there before
+        if LEDGER_NAME not in self.beside:  # one that is there belongs to an adapter that was saved there before
             (folder / LEDGER_NAME).unlink(missing_ok=True)
-        card = folder / "README.md"  # PEFT's, written before; not where transformers saves an adapter by itself
+        card = folder / "README.md"  # PEFT has written it before; transformers' own save_pretrained writes none
         if card.exists() and "import curlora" not in (text := card.read_text(encoding="utf-8")):
             base = self.base_model_name_or_path or "the base model"
             card.write_text(f"{text.rstrip()}\n{_HOW_TO_LOAD.format(base=base)}", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        """The options, with their digest."""
+        """Return the options with their digest."""
         return {**super().to_dict(), "digest": self._digest()}
 
     @classmethod
@@ -229,24 +239,25 @@ class CurloraConfig(PeftConfig):
     ) -> CurloraConfig:
         """Load the configuration of a saved adapter; see :meth:`peft.PeftConfig.from_pretrained`.
 
-        PEFT calls this before it touches the model. So the adapter's weights file, in a local folder or fetched from
-        the hub, is looked at here: a damaged one is refused while nothing has changed yet.
+        PEFT calls this before it changes the model. So the weights file, in a local folder or downloaded from the hub,
+        is checked here: a damaged file is refused while the model is still unchanged.
 
-        An adapter that is made by the result on the same base, with its draws not changed, has the columns and rows of
-        the saved one, and no weight is read in full for it.
+        A new adapter with the returned configuration takes the columns and rows of the saved one, without reading any
+        weight in full. This holds on the same base model, if the settings of the draws were not changed.
 
         Raises:
-            ValueError: if the weights file cannot be read, is damaged or is a pickle; or if the configuration is not
-                the one that was saved.
+            ValueError: if the weights file cannot be read, is damaged or is a pickle, or if the configuration cannot be
+                used or does not match its digest.
         """
         weights = cls._weights_of(pretrained_model_name_or_path, subfolder, kwargs)
         is_sealed = weights is not None and check_file(weights)
         where = os.path.join(pretrained_model_name_or_path, subfolder or "")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        except (AttributeError, TypeError) as error:  # an option of another type than it can be
+        except (AttributeError, TypeError) as error:  # an option has a wrong type
             raise ValueError(
-                f"The configuration of the adapter in {where} cannot be used ({error}): it is damaged"
+                f"The configuration of the adapter in {where} cannot be used ({error}): it is damaged. Copy or "
+                "download it again."
             ) from error
         digest = config.digest
         if digest != _CHANGED and digest != config._digest() and (is_sealed or digest is not None):
@@ -263,24 +274,24 @@ class CurloraConfig(PeftConfig):
 
     @classmethod
     def _weights_of(cls, name: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
-        """An adapter's weights file; ``None`` where there is none."""
+        """Return the path of an adapter's weights file; ``None`` if there is none."""
         weights = cls._file_of(name, SAFETENSORS_WEIGHTS_NAME, subfolder, kwargs)
         if weights is None and (pickled := cls._file_of(name, WEIGHTS_NAME, subfolder, kwargs)) is not None:
             raise ValueError(
-                f"{pickled} is a pickle, which CURLoRA adapters never are. Save the adapter as "
+                f"{pickled} is a pickle, and CURLoRA adapters are never loaded from pickles. Save the adapter as "
                 f"{SAFETENSORS_WEIGHTS_NAME} (the default of save_pretrained)."
             )
         return weights
 
     @classmethod
     def _file_of(cls, name: str, file: str, subfolder: str | None, kwargs: dict[str, Any]) -> Path | None:
-        """A file of an adapter, in a folder or fetched from the hub; ``None`` where there is none."""
+        """Return the path of an adapter's file, in a folder or downloaded from the hub; ``None`` if there is none."""
         folder = Path(os.path.abspath(os.path.join(name, subfolder or "")))
         path = folder / file
         if not folder.is_dir():
             try:
                 path = Path(hf_hub_download(name, file, subfolder=subfolder, **cls._split_kwargs(kwargs)[0]))
-            except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):  # PEFT says it
+            except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError):  # PEFT reports it
                 return None
         return path if path.exists() else None
 

@@ -1,9 +1,8 @@
-"""A few bytes per layer that tell whether an adapter meets the base weights it was made on.
+"""Fingerprints: a few bytes per layer that tell whether an adapter is on the base weights it was made on.
 
-An adapter file holds indices into the base weights, not the columns themselves, so on another base
-it would load and give nonsense. The fingerprint is a handful of random signed sums of the selected
-columns: equal on the same weights, close on the same weights in another precision or quantization,
-and unrelated on any other.
+An adapter file holds indices into the base weights, not the columns themselves. On another base model it would load and
+compute nonsense. The fingerprint is seven sums of the selected columns with random signs. The sums are equal on the
+same weights, close on the same weights in another precision or quantization, and unrelated on other weights.
 """
 
 import functools
@@ -14,31 +13,32 @@ import torch
 from torch import Tensor
 
 _SUMS = 7
-# The dtype of the weights decides how close is close enough. 0 stands for everything else
-# (quantized layers). Saved in files: never renumber.
+# Two fingerprints of the same dtype must agree more closely than two of different dtypes. 0 stands for quantized
+# layers and other dtypes. The codes are saved in files: never renumber them.
 _DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 LENGTH = 1 + _SUMS
 
-# ||difference|| / ||sums||. Rounding to bfloat16 gives 0.002, 8-bit quantization 0.01, 4-bit 0.1 as a rule and 0.4 in
-# single layers: columns of low norm share their scales with larger ones. Two unrelated matrices give 1.2 as a rule,
-# below 0.6 in one of 150 layers, below 0.35 in one of 8,000. So one layer may differ by more than their median may.
+# Limits of ||difference|| / ||sums||. Rounding to bfloat16 gives 0.002 and 8-bit quantization 0.01. 4-bit quantization
+# usually gives 0.1, but 0.4 in single layers, where columns of low norm share their scales with larger ones. Two
+# unrelated matrices usually give 1.2; one layer in 150 is below 0.6 and one in 8,000 below 0.35. So the limit for a
+# single layer is higher than the limit for the median of the layers.
 _SAME = 1e-5
 _ONE_LAYER = 0.6
 _MEDIAN = 0.35
 
 
 def fingerprint(factor: Tensor, exact: bool = True) -> Tensor:
-    """Fingerprint of the selected columns of a base weight.
+    """Return the fingerprint of the selected columns of a base weight.
 
     Args:
-        factor: shape ``(m, r)``.
-        exact: whether these are the stored numbers, and not those that a quantized weight stands for.
+        factor: the columns, shape ``(m, r)``.
+        exact: whether these are stored values; ``False`` for the dequantized values of a quantized weight.
 
     Returns:
-        int32, CPU, shape ``(8,)``: a code of the dtype, then the bits of seven float32 sums
-        ``a @ factor @ b`` over fixed vectors of signs. Integers, so that ``model.half()`` and the
-        like cannot round them.
+        int32 on the CPU, shape ``(8,)``: a code of the dtype, then the bits of seven float32 sums ``a @ factor @ b``
+        with fixed sign vectors ``a`` and ``b``. They are stored as integers, so that ``model.half()`` and the like
+        cannot round them.
     """
     wide = factor.detach().to(device="cpu", dtype=torch.float64)
     left = _signs(_SUMS, wide.shape[0], salt=1)
@@ -52,8 +52,8 @@ def compare(saved: Tensor, current: Tensor) -> str:
     """Compare two fingerprints.
 
     Returns:
-        ``"same"``; ``"precision"`` for what another precision or quantization of the same weights
-        explains; or ``"other"``.
+        ``"same"``; ``"precision"`` if another precision or quantization of the same weights explains the difference;
+        ``"other"`` if nothing does.
     """
     difference = _difference(saved, current)
     if difference <= _SAME:
@@ -65,11 +65,14 @@ def compare(saved: Tensor, current: Tensor) -> str:
 
 
 def compare_layers(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, str]:
-    """Compare a whole adapter's fingerprints, each saved one with the current one, by layer.
+    """Compare the fingerprints of all layers of an adapter.
+
+    Args:
+        pairs: ``(saved, current)`` by the layer's name.
 
     Returns:
-        By layer as :func:`compare`; ``"other"`` for all that are not the same, if most of them differ by more than
-        precision or quantization explains.
+        By layer, the result of :func:`compare`. If the median difference of the changed layers is larger than precision
+        or quantization explains, every changed layer is ``"other"``.
     """
     verdicts = {name: compare(*pair) for name, pair in pairs.items()}
     changed = [name for name, verdict in verdicts.items() if verdict != "same"]
@@ -79,16 +82,16 @@ def compare_layers(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, str]
 
 
 def _difference(saved: Tensor, current: Tensor) -> float:
-    if torch.equal(saved[1:].cpu(), current[1:].cpu()):  # as a rule, and quicker than to compute
+    if torch.equal(saved[1:].cpu(), current[1:].cpu()):  # the usual case, and faster than computing the norms
         return 0.0
     a, b = (f[1:].cpu().contiguous().view(torch.float32).double() for f in (saved, current))
     scale = torch.maximum(a.norm(), b.norm())
-    return float((a - b).norm() / scale) if scale != 0 else 0.0  # not a number is like nothing
+    return float((a - b).norm() / scale) if scale != 0 else 0.0  # NaN counts as over the limit
 
 
 @functools.lru_cache(maxsize=32)  # a model has few shapes and many layers
 def _signs(rows: int, columns: int, salt: int) -> Tensor:
-    """A fixed ``(rows, columns)`` matrix of +-1: a hash of the position, the same in every torch version."""
+    """Return a fixed float64 matrix of +-1, shape ``(rows, columns)``: a hash of the position, equal in every torch."""
     x = torch.arange(rows * columns, dtype=torch.int64, device="cpu") * 16 + salt
     for _ in range(3):
         x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF

@@ -1,9 +1,9 @@
-"""The format of a saved adapter: names of its entries, its version, and digests by which damage is noticed.
+"""The format of a saved adapter: names of its entries, its version, and digests that reveal damage.
 
-A weights file has three entries for each adapted layer, ``<layer>.curlora_U.weight``, ``.indices`` and
-``.fingerprint``. Its metadata names the version and a SHA-256 digest over every tensor in it; the configuration beside
-it has a digest of the options that decide what the tensors mean. Files of version 1 had ``<layer>.curlora_U``,
-``.curlora_indices`` and ``.curlora_fingerprint``, and no digests.
+A weights file has three entries for each adapted layer: ``<layer>.curlora_U.weight``, ``.indices`` and
+``.fingerprint``. Its metadata holds the version and a SHA-256 digest of all tensors in the file. The configuration
+holds a digest of the options that determine what the tensors mean. Files of version 1 have the entries
+``<layer>.curlora_U``, ``.curlora_indices`` and ``.curlora_fingerprint``, and no digests.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ _VERSION_1 = {
     ".curlora_indices": ".curlora_U.indices",
     ".curlora_fingerprint": ".curlora_U.fingerprint",
 }
-_PREFIX = "base_model.model."  # of every name that PEFT saves
+_PREFIX = "base_model.model."  # prefix of every name that PEFT saves
 _COPIED_AT_ONCE = 1 << 20
 
 
 def present_name(key: str) -> str:
-    """What an entry of a file of either version is called now."""
+    """Return an entry's name in the current version of the format, from its name in either version."""
     return next((key.removesuffix(old) + new for old, new in _VERSION_1.items() if key.endswith(old)), key)
 
 
 def seal(path: Path) -> None:
-    """Write the version and the digest of its tensors into a safetensors file. It is replaced as a whole, or not."""
+    """Write the version and the tensors' digest into a safetensors file. The file is replaced atomically."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -58,10 +58,10 @@ def seal(path: Path) -> None:
 
 
 def check_file(path: Path) -> bool:
-    """Whether a weights file has a digest, and so a configuration beside it that has one.
+    """Check a weights file and return whether it has a digest. If it has one, its configuration must have one too.
 
     Raises:
-        ValueError: if the file cannot be read, or is not as it was saved.
+        ValueError: if the file cannot be read, has a newer format, or does not match its digest.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -87,7 +87,7 @@ def check_file(path: Path) -> bool:
 
 
 def saved_indices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Indices and fingerprint of each layer that a weights file has, by the layer's name in the base model."""
+    """Return ``(indices, fingerprint)`` of each layer in a weights file, by the layer's name in the base model."""
     found = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -98,23 +98,26 @@ def saved_indices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
                     indices, fingerprint = file.get_tensor(current[name]), file.get_tensor(current[other])
                     if fingerprint.shape == (LENGTH,) and fingerprint.dtype == torch.int32:
                         found[layer.removeprefix(_PREFIX)] = indices, fingerprint
-    except (OSError, SafetensorError):  # gone since
+    except (OSError, SafetensorError):  # the file was removed or replaced after the check
         return {}
     return found
 
 
 def digest_of_options(options: Mapping[str, Any]) -> str:
-    """SHA-256 of the options that decide what an adapter's tensors mean; of what has changed its type on the way too.
+    """Return the SHA-256 of the options that determine what an adapter's tensors mean.
+
+    The digest is the same before saving and after loading. JSON turns sets into lists, so both are sorted; values that
+    JSON cannot hold are hashed as strings.
 
     Args:
-        options: of the configuration, as JSON has them.
+        options: options of the configuration, by name.
     """
     plain = {key: sorted(value) if isinstance(value, (set, list)) else value for key, value in options.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of all tensors of a safetensors file, in the order of names."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of a safetensors file's tensors, sorted by name."""
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
         for key in sorted(file.keys()):

@@ -1,4 +1,4 @@
-"""An adapted layer: a frozen layer, and per adapter a trained ``U`` with the columns and rows that it links."""
+"""The adapted layer: a frozen layer and, for each adapter, a trained ``U`` with the columns and rows that it links."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ __all__ = ["CurloraLayer"]
 
 
 class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
-    """A frozen layer with CURLoRA adapters. :class:`CurloraLinear` adds to the output, ``ParamWrapper`` to a parameter.
+    """Base class of a frozen layer with CURLoRA adapters.
 
-    With ``W`` the weight as the layer stores it, an adapter makes the layer act as if it were
-    ``W + alpha * W[:, columns] @ U @ W[rows, :]``.
+    An adapter changes the layer's weight ``W``, as the layer stores it, to
+    ``W + alpha * W[:, columns] @ U @ W[rows, :]``. The subclass :class:`CurloraLinear` adds the update to the layer's
+    output, and ``ParamWrapper`` adds it to a parameter.
 
     Args:
         base_layer: the layer to adapt.
-        name: the layer's name in the model; draws depend on it and errors print it.
+        name: the layer's name in the model. Draws depend on it, and errors print it.
 
     Attributes:
-        curlora_U: a :class:`curlora.tuner.linking_matrix.LinkingMatrix` for each adapter, by its name.
-        parameter_name: which parameter of the base layer is ``W``; ``None`` where it is a layer's own weight.
+        curlora_U: a :class:`curlora.tuner.linking_matrix.LinkingMatrix` for each adapter, by the adapter's name.
+        parameter_name: name of the base layer's parameter that is ``W``; ``None`` if ``W`` is the layer's own weight.
         fan_in_fan_out: whether ``W`` is stored as ``(in_features, out_features)``.
     """
 
     adapter_layer_names = ("curlora_U",)
-    # peft.helpers.disable_input_dtype_casting switches it off. No input is cast here.
+    # peft.helpers.disable_input_dtype_casting sets this flag. It has no effect: inputs are never cast here.
     cast_input_dtype_enabled = True
     parameter_name: str | None = None
     fan_in_fan_out = False
@@ -51,7 +52,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         self.curlora_U = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        # Of a model that torchao has quantized: how to do so again, after a merge.
+        # For a model quantized by torchao: PEFT quantizes the weight again with it after a merge.
         self.get_apply_tensor_subclass: Callable[[], Any] | None = None
         self._merged_factors: dict[str, tuple[Tensor, Tensor]] = {}
         self._unmerged: list[Tensor | nn.Module] = []
@@ -65,41 +66,41 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
 
     @property
     def alpha(self) -> Mapping[str, float]:
-        """The factor of each adapter's update, as it was configured."""
+        """The configured factor of each adapter's update."""
         return _OfEach(self.matrices, "alpha")
 
     @property
     def scaling(self) -> Mapping[str, float]:
-        """The factor of each adapter's update, as it is now; :meth:`set_scale` changes it."""
+        """The present factor of each adapter's update, which :meth:`set_scale` changes."""
         return _OfEach(self.matrices, "scaling")
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Of the base weight, as the layer stores it."""
+        """Shape of the base weight as the layer stores it."""
         raise NotImplementedError
 
     # Adapters
 
     def update_layer(self, adapter_name: str, config: CurloraConfig, tied_to: LinkingMatrix | None = None) -> None:
-        """Add an adapter, or draw an existing one anew: indices from the weight, ``U`` zero.
+        """Add an adapter, or reset an existing one. Its columns and rows are drawn, and ``U`` is zero.
 
-        An adapter with the settings of one that the layer has takes that one's columns and rows, as long as the weight
-        has the same values there. Where nothing has values (the meta device, PEFT's ``low_cpu_mem_usage``), indices
-        come with what is loaded.
+        If the layer already has an adapter with the same settings, the new adapter takes its columns and rows, as long
+        as the weight still has the same values there. On the meta device (PEFT's ``low_cpu_mem_usage``) nothing is
+        drawn: the indices are loaded with the adapter's weights.
 
         Args:
-            adapter_name: its name.
-            config: its settings.
-            tied_to: of a layer with the same weight, whose ``U`` is to be this one's too.
+            adapter_name: the adapter's name.
+            config: the adapter's configuration.
+            tied_to: the matrix of a layer with the same weight. The new adapter shares its ``U`` and its indices.
 
         Raises:
-            RuntimeError: if an adapter is merged into the weight that would be drawn from.
-            ValueError: if the rank does not fit the weight, or it cannot be drawn from.
+            RuntimeError: if an adapter is merged into the weight.
+            ValueError: if the rank does not fit the weight, or columns and rows cannot be drawn from it.
         """
         if self.merged:
             raise RuntimeError(
                 f"layer {self.name!r}: cannot add adapter {adapter_name!r} while {self.merged_adapters} "
-                "is merged into the weight, whose columns and rows it would be drawn from. Unmerge first."
+                "is merged into the weight from which its columns and rows would be drawn. Unmerge first."
             )
         r = config.rank_of(self.name)
         base = self.get_base_layer()
@@ -124,46 +125,50 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def basis(self, adapter_name: str, device: torch.device | None = None) -> Basis:
-        """What an adapter refers to in the frozen weight; read anew where other indices were loaded into it.
+        """Return an adapter's basis. It is read from the weight again if other indices were loaded into the adapter.
 
         Args:
-            adapter_name: the adapter.
-            device: where it is needed; where it lies if ``None``.
+            adapter_name: the adapter's name.
+            device: the device of the returned basis; its present device if ``None``.
 
         Raises:
-            ValueError: if the adapter was made on another base.
-            RuntimeError: if there are no indices, or the weight has no values.
+            ValueError: if the adapter was made on another base model, or its indices do not fit the weight.
+            RuntimeError: if the indices or the weight have no values, or other indices were loaded while an adapter is
+                merged into the weight.
         """
         U = self.matrices[adapter_name]
         if torch.compiler.is_compiling() and U.basis is not None:
             return U.basis
-        if not U.is_current and not getattr(self, "_is_replica", False):  # which nn.DataParallel makes for a pass
+        # nn.DataParallel makes replicas for a forward pass. Their buffers are copies, but the basis is still theirs.
+        if not U.is_current and not getattr(self, "_is_replica", False):
             self.refresh(adapter_name)
         assert U.basis is not None
         return U.basis if device is None else U.basis.to(device)
 
     def refresh(self, adapter_name: str, *, base_changed: bool = False) -> None:
-        """Let an adapter's basis belong to the indices, and to the base weight, that are here now.
+        """Update an adapter's basis to the indices and the base weight that are now present.
 
         Args:
-            adapter_name: the adapter.
-            base_changed: whether the weight was replaced, so that it is read even where the indices are the same.
+            adapter_name: the adapter's name.
+            base_changed: whether the weight was replaced. It is then read even if the indices are the same.
 
         Raises:
-            ValueError: if the adapter was made on another base. It is refused again whenever it is used.
-            RuntimeError: if its indices are others now while an adapter is merged into the weight, or have no values.
+            ValueError: if the adapter was made on another base model, or its indices do not fit the weight. Every later
+                use of the adapter raises the error again.
+            RuntimeError: if the indices have no values, or other indices were loaded while an adapter is merged into
+                the weight.
         """
         U = self.matrices[adapter_name]
         if U.indices.is_meta or U.fingerprint.is_meta:
             if U.basis is None:
                 raise RuntimeError(
-                    f"layer {self.name!r}: adapter {adapter_name!r} has no values (it is on the meta device): load its "
+                    f"layer {self.name!r}: adapter {adapter_name!r} has no values (it is on the meta device). Load its "
                     "weights first."
                 )
-            return  # offloaded; the basis is not
+            return  # the indices are offloaded, and the basis is not
         known = None if U.basis is None or base_changed else U.basis.to(U.indices.device)
         if known and torch.equal(U.indices, known.indices) and torch.equal(U.fingerprint, known.fingerprint):
-            U.hold(known)  # moved
+            U.hold(known)  # the same values, moved or assigned anew
             return
         if self.merged:
             raise RuntimeError(
@@ -172,7 +177,10 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
             )
         problem = problem_of_indices(U.indices, U.r, self.weight_shape)
         if problem is not None:
-            raise ValueError(f"layer {self.name!r}: adapter {adapter_name!r} cannot be used: {problem}")
+            raise ValueError(
+                f"layer {self.name!r}: adapter {adapter_name!r} cannot be used: {problem}. Load it onto the model it "
+                "was trained on, with its own configuration."
+            )
         basis = self.read_basis(U.indices)
         if compare(U.fingerprint, basis.fingerprint) == "other":
             U.basis = None
@@ -186,11 +194,12 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         """Give an adapter that has not been trained other columns and rows.
 
         Args:
-            adapter_name: the adapter.
-            indices: integers of shape ``(2, r)``, columns above rows; of experts ``(E, 2, r)``.
+            adapter_name: the adapter's name.
+            indices: integers, shape ``(2, r)``: the column indices, then the row indices; for experts ``(E, 2, r)``.
 
         Raises:
-            RuntimeError: if an adapter is merged into the weight, or ``U`` is not zero, and so belongs to those it has.
+            RuntimeError: if an adapter is merged into the weight, or if ``U`` is not zero: it was trained with the
+                present columns and rows.
             ValueError: if the indices do not fit the weight.
         """
         if self.merged:
@@ -198,7 +207,8 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         U = self.matrices[adapter_name]
         if bool(U.weight.any()):
             raise RuntimeError(
-                f"layer {self.name!r}: adapter {adapter_name!r} has been trained with the columns and rows that it has"
+                f"layer {self.name!r}: adapter {adapter_name!r} has been trained with its present columns and rows. "
+                "Choose others before training, or add a new adapter."
             )
         indices = indices.to(device=U.indices.device, dtype=torch.int32, copy=True)
         problem = problem_of_indices(indices, U.r, self.weight_shape)
@@ -210,31 +220,31 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         """Read columns and rows of the base weight.
 
         Args:
-            indices: int32, columns above rows, shape ``(2, r)``; of experts ``(E, 2, r)``.
+            indices: int32, shape ``(2, r)``: the column indices, then the row indices; for experts ``(E, 2, r)``.
         """
         with self._read() as weight:
             return self._basis_of(weight, indices)
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply an adapter's update by ``scale`` from now on; 1 is what it was configured for."""
+        """Set an adapter's scaling to ``scale`` times its configured alpha."""
         if adapter in self.curlora_U:
             self.matrices[adapter].scaling = scale * self.matrices[adapter].alpha
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the update of every active adapter by ``scale``, beside what it is multiplied by already."""
+        """Multiply the present scaling of every active adapter by ``scale``."""
         for adapter in self._active():
             self.matrices[adapter].scaling *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the update of every active adapter by ``scale``; back to what was configured if ``None``."""
+        """Divide the scaling of every active adapter by ``scale``; reset it to the configured alpha if ``None``."""
         for adapter in self._active():
             U = self.matrices[adapter]
             U.scaling = U.alpha if scale is None else U.scaling / scale
 
-    # Behind torch's and PEFT's own methods
+    # Overrides of torch's and PEFT's methods
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CurloraLayer:
-        """Behind ``to``, ``half`` and the like: bases move along, and adapters that share one go on sharing it."""
+        """Implement ``to``, ``half`` and the like. Bases are converted as well, and shared bases stay shared."""
         current = {name: U.basis for name, U in self.matrices.items() if U.is_current and U.basis is not None}
         super()._apply(fn, recurse)
         moved: dict[int, Basis] = {}
@@ -244,7 +254,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         return self
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Behind PEFT's ``low_cpu_mem_usage``, which would also round ``U`` to the precision of the base."""
+        """Move an adapter for PEFT's ``low_cpu_mem_usage``, whose own method would round ``U`` to the base's dtype."""
         home = device or device_of(self.get_base_layer(), self.parameter_name)
         if adapter_name in self.curlora_U and home.type != "meta":
             U = self.matrices[adapter_name]
@@ -252,12 +262,12 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
                 U.to(home)
 
     def train(self, mode: bool = True) -> CurloraLayer:
-        """As of any module; what was put into the layer past ``load_state_dict`` is looked at now.
+        """Set the training mode, and check adapters that were loaded without ``load_state_dict``.
 
-        The ``load_adapter`` that transformers puts on its models sets tensors one by one, then calls ``eval``.
+        transformers' ``model.load_adapter`` sets tensors one by one and then calls ``eval``.
 
         Raises:
-            ValueError: if such an adapter was made on another base.
+            ValueError: if such an adapter was made on another base model.
         """
         self._refresh_where_needed()
         super().train(mode)
@@ -280,7 +290,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         if refused:
             raise refused[0]
 
-    # What subclasses read and draw
+    # Reading and drawing, for subclasses
 
     def _read(self) -> Any:
         return read(self.get_base_layer(), self.name, self.parameter_name)
@@ -289,7 +299,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def _select(self, norms: tuple[Tensor, Tensor], config: CurloraConfig, r: int, name: str) -> Tensor:
-        """Columns above rows, drawn by the squared norms of all of them."""
+        """Draw indices by the squared norms of all columns and rows: int32, shape ``(2, r)``."""
         return torch.stack(
             sampling.select(
                 norms, r, sampling=config.sampling, replacement=config.replacement, seed=config.seed, name=name
@@ -297,7 +307,11 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         )
 
     def _draw(self, config: CurloraConfig, U: LinkingMatrix, tied_to: LinkingMatrix | None) -> Basis:
-        """As a layer with the same weight has it, an adapter with the same settings, or a file; or drawn by norms."""
+        """Return the basis of a new adapter.
+
+        The indices come from the first of these that applies: a layer with the same weight (``tied_to``), an adapter of
+        this layer with the same settings, the weights file that is about to be loaded, a new draw.
+        """
         with self._read() as weight:
             if tied_to is not None:
                 return self._basis_of(weight, tied_to.indices)
@@ -310,16 +324,16 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
             saved = config.saved_draw(self.name)
             if saved is not None and problem_of_indices(saved[0], U.r, self.weight_shape) is None:
                 basis = self._basis_of(weight, saved[0])
-                if compare(saved[1], basis.fingerprint) != "other":  # of which there are others to draw
+                if compare(saved[1], basis.fingerprint) != "other":  # on another base model, draw new ones
                     return basis
             return self._basis_of(weight, self._select(weight.squared_norms(), config, U.r, self.name))
 
     def _hold(self, U: LinkingMatrix, basis: Basis) -> None:
-        """Give ``U`` a basis: the very one of an adapter that was drawn alike, if there is one."""
+        """Give ``U`` a basis. If another adapter has the same one, ``U`` shares its tensors."""
         for other in self.matrices.values():
             alike = other.basis if other.is_current else None
             if alike is not None and alike.key == basis.key and alike.factor.device == basis.factor.device:
-                # The same columns of another weight are another basis: the base may have been replaced.
+                # The base weight may have been replaced. Then the same indices are another basis.
                 basis = alike if torch.equal(alike.factor, basis.factor) else basis
                 break
         U.hold(basis)
@@ -329,7 +343,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
 
 
 class _OfEach(Mapping[str, Any]):
-    """An attribute of each adapter's matrix, by the adapter's name, as it is whenever it is asked for."""
+    """Live view of one attribute of each adapter's matrix, by the adapter's name."""
 
     def __init__(self, matrices: Mapping[str, LinkingMatrix], attribute: str) -> None:
         self.matrices, self.attribute = matrices, attribute
@@ -348,6 +362,6 @@ class _OfEach(Mapping[str, Any]):
 
 
 def _refresh_after_load(layer: CurloraLayer, incompatible_keys: Any) -> None:
-    """After any ``load_state_dict`` the bases follow the indices and the base weight now present."""
+    """Update the bases after any ``load_state_dict`` to the indices and the base weight that are now present."""
     base_was_loaded, layer._base_was_loaded = layer._base_was_loaded, False
     layer._refresh_where_needed(base_was_loaded and not layer.merged)

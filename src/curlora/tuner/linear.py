@@ -19,10 +19,12 @@ __all__ = ["CurloraLinear"]
 class CurloraLinear(CurloraLayer):
     """An adapted ``nn.Linear``, ``nn.Embedding``, transformers' ``Conv1D``, or a quantized linear layer.
 
-    An ``nn.Linear`` stores ``(m, n)`` for ``n`` inputs and ``m`` outputs, the others store ``(n, m)``: so in the first
-    the rows, and in the others the columns, are gathered from the output, and the other side is the basis's factor.
-    Nothing but the output of the base layer is used in training and inference, so that it may be quantized in any way.
-    Only where another method shares the layer is the input multiplied by ``R``.
+    With ``n`` inputs and ``m`` outputs, ``nn.Linear`` and quantized layers store the weight as ``(m, n)``. There the
+    rows are gathered from the output, and the columns are the basis's factor. ``nn.Embedding`` and ``Conv1D`` store
+    ``(n, m)``. There the columns are gathered, and the rows are the factor.
+
+    Training and inference use only the base layer's output, so the base layer may be quantized in any way. The input is
+    multiplied by ``R`` only if the layer also has an adapter of another method.
 
     Attributes:
         shared: whether other methods may merge into the weight, as in a :class:`peft.PeftMixedModel`.
@@ -43,7 +45,8 @@ class CurloraLinear(CurloraLayer):
         self._has_bias = isinstance(getattr(base, "bias", None), Tensor)
         if self._is_embedding and base is not base_layer:
             raise TypeError(
-                f"Target module {name!r} is an Embedding that has another method's adapter: use one of them"
+                f"Target module {name!r} is an Embedding that already has an adapter of another method. Use one method "
+                "for it, or leave it out with exclude_modules."
             )
 
     @property
@@ -52,9 +55,9 @@ class CurloraLinear(CurloraLayer):
         return shape[::-1] if self.fan_in_fan_out else shape
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the update of every active adapter; shape ``(..., out_features)``.
+        """Return the base layer's output plus the updates of all active adapters, shape ``(..., out_features)``.
 
-        With ``adapter_names``, one per row of ``x``, each row gets the update of its own adapter instead.
+        If ``adapter_names`` has one name for each row of ``x``, each row gets the update of its own adapter instead.
         """
         if adapter_names is not None:
             check_adapter_names(x, adapter_names, self.merged)
@@ -75,7 +78,10 @@ class CurloraLinear(CurloraLayer):
     def _update_rows(self, output: Tensor, adapter_names: Sequence[str]) -> Tensor:
         present = {name: self.basis(name, output.device) for name in set(adapter_names) if name in self.curlora_U}
         if any(basis.reader is not None for basis in present.values()):
-            raise ValueError(f"layer {self.name!r}: adapter_names cannot be passed where two methods share a layer")
+            raise ValueError(
+                f"layer {self.name!r}: adapter_names cannot be passed, since the layer has adapters of two methods. "
+                "Leave adapter_names out, or use a model with CURLoRA adapters only."
+            )
         scaled_U = {}
         for name in present:
             with brought(self.curlora_U[name]):
@@ -84,7 +90,7 @@ class CurloraLinear(CurloraLayer):
         return update_rows(output, adapter_names, present, scaled_U, offsets)
 
     def _offset(self, basis: Basis) -> Tensor | None:
-        """The base layer's bias where ``R x`` is gathered, of which it is no part; ``None`` without a bias."""
+        """Return the base layer's bias at the gathered outputs, which is not part of ``R x``; ``None`` without bias."""
         bias = bias_of(self.get_base_layer()) if self._has_bias else None
         return None if bias is None else bias.index_select(0, basis.gathered)
 

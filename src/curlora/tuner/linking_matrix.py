@@ -1,4 +1,4 @@
-"""The trained matrix of one adapter in one layer, with the indices of the columns and rows that it links."""
+"""The trained matrix ``U`` of one adapter in one layer, with the indices of the columns and rows that it links."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ __all__ = ["LinkingMatrix", "ParameterMatrix"]
 
 
 class LinkingMatrix(nn.Module):
-    """``U`` of ``W + alpha C U R``: the parameter ``curlora_U.<adapter>.weight``.
+    """``U`` of ``W + alpha C U R``, the parameter ``curlora_U.<adapter>.weight``.
 
-    It is a module that is called, so that whatever brings a module's parameters when it runs (Accelerate's offload,
-    FSDP, DeepSpeed's ZeRO-3) brings ``U``.
+    ``U`` belongs to a module with a ``forward``, since Accelerate's offload, FSDP and DeepSpeed's ZeRO-3 load a
+    module's parameters when the module is called.
 
     Args:
-        shape: of ``U``: ``(r, r)``, or ``(E, r, r)`` for ``E`` experts.
-        dtype, device: of ``U``.
+        shape: shape of ``U``: ``(r, r)``, or ``(E, r, r)`` for ``E`` experts.
+        alpha: the configured factor of the update.
+        dtype, device: dtype and device of ``U``.
         dropout: probability with which an entry of ``R x`` is zeroed in training.
-        fan_in_fan_out: whether the layer stores ``(in_features, out_features)``; ``U`` then acts transposed.
-        random: start at random and not at zero, for tests.
+        fan_in_fan_out: whether the layer stores ``(in_features, out_features)``. ``U`` is then used transposed.
+        random: start at random values instead of zero, for tests.
 
     Attributes:
         weight: ``U``.
-        indices, fingerprint: what is saved beside it, see :class:`curlora.tuner.basis.Basis`. The same tensors as the
-            basis has; others in their place, which a loader has put there, mean that the basis has to be read anew.
-        basis: what was read of the frozen weight at these indices; ``None`` where nothing could be read yet.
-        scaling: ``alpha`` times what :meth:`CurloraLayer.set_scale` and the like have made of it.
+        indices, fingerprint: buffers that are saved with ``U``, see :class:`curlora.tuner.basis.Basis`. They are the
+            tensors of ``basis``. If a loader has replaced them, the basis must be read again.
+        basis: the columns and rows of the frozen weight at these indices; ``None`` if they were not read yet.
+        scaling: the present factor of the update: ``alpha``, as changed by :meth:`CurloraLayer.set_scale` and the like.
     """
 
     indices: Tensor
@@ -57,7 +58,7 @@ class LinkingMatrix(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.alpha, self.scaling, self.fan_in_fan_out = alpha, alpha, fan_in_fan_out
         self.basis: Basis | None = None
-        # The settings that the indices were drawn by: an adapter with the same ones takes the same basis.
+        # The settings of the draw. An adapter with the same settings takes the same basis.
         self.drawn_by: tuple[object, ...] = ()
 
     @property
@@ -67,7 +68,7 @@ class LinkingMatrix(nn.Module):
 
     @property
     def scaled_U(self) -> Tensor:
-        """``alpha * U``, transposed where the layer stores its outputs last: what ``R x`` is multiplied by."""
+        """``scaling * U``, which multiplies ``R x``; transposed if the layer stores ``(in_features, out_features)``."""
         U = self.weight.mT if self.fan_in_fan_out else self.weight
         return U if self.scaling == 1 else U * self.scaling
 
@@ -77,11 +78,12 @@ class LinkingMatrix(nn.Module):
         """Add the adapter's update.
 
         Args:
-            result: what it is added to, shape ``(..., out_features)``.
-            output: of the base layer; the same tensor as ``result`` for the first adapter.
-            basis: on the device of ``output``.
-            offset: the base layer's bias at ``basis.gathered``.
-            x: the layer's input, where ``R x`` is computed and not gathered.
+            result: the tensor to which the update is added, shape ``(..., out_features)``.
+            output: the base layer's output, shape ``(..., out_features)``; the same tensor as ``result`` for the first
+                adapter.
+            basis: the adapter's basis, on the device of ``output``.
+            offset: the base layer's bias at ``basis.gathered``, shape ``(r,)``; ``None`` without bias.
+            x: the layer's input, shape ``(..., in_features)``; used only if ``basis.reader`` is given.
 
         Returns:
             A new tensor of ``result``'s shape and dtype.
@@ -96,18 +98,18 @@ class LinkingMatrix(nn.Module):
         return linear_update(result, z, self.scaled_U, basis.factor)
 
     def hold(self, basis: Basis) -> None:
-        """Take a basis, and save its indices and fingerprint from now on."""
+        """Take a basis. Its indices and fingerprint become the buffers that are saved."""
         self.basis = basis
         self._buffers["indices"], self._buffers["fingerprint"] = basis.indices, basis.fingerprint
 
     @property
     def is_current(self) -> bool:
-        """Whether the basis belongs to the indices and fingerprint that are here."""
+        """Whether the indices and the fingerprint are still those of the basis."""
         basis, buffers = self.basis, self._buffers
         return basis is not None and buffers["indices"] is basis.indices and buffers["fingerprint"] is basis.fingerprint
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Buffers are replaced and not written to, since other adapters may share them; so is what has no values."""
+        """Load, replacing the buffers, which other adapters may share, and a ``U`` on the meta device."""
         for name, present in (*self._buffers.items(), ("weight", self.weight)):
             loaded = state_dict.get(prefix + name)
             if loaded is None or present is None or loaded.shape != present.shape:
@@ -118,7 +120,7 @@ class LinkingMatrix(nn.Module):
                     loaded.device if home.type == "meta" else home, present.dtype, copy=True
                 )
             elif present.is_meta and not loaded.is_meta:
-                # One that is assigned would bring its own precision.
+                # An assigned tensor would keep the dtype of the file.
                 state_dict[prefix + name] = loaded = loaded.to(present.dtype)
                 self.weight = nn.Parameter(loaded.clone(), requires_grad=present.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -128,10 +130,10 @@ class LinkingMatrix(nn.Module):
 
 
 class ParameterMatrix(LinkingMatrix):
-    """``U`` where the update is added to a parameter and not to an output; of ``E`` experts, shape ``(E, r, r)``."""
+    """``U`` of an update that is added to a parameter instead of an output; shape ``(r, r)`` or ``(E, r, r)``."""
 
     def forward(self, W: Tensor, basis: Basis) -> Tensor:  # type: ignore[override]
-        """``W + alpha C U R``, of ``W``'s shape ``(m, n)`` or ``(E, m, n)`` and dtype."""
+        """Return ``W + alpha C U R`` in ``W``'s dtype and shape, ``(m, n)`` or ``(E, m, n)``."""
         assert basis.reader is not None
         check_values(W, self.weight, basis.factor)
         with autocast_off(W):

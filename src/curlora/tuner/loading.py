@@ -1,4 +1,4 @@
-"""What is about to be loaded into a model is checked against it, before anything changes."""
+"""Check of an adapter's state dict against the model, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _OURS = re.compile(r"\.curlora_U\.")
 def check(
     layers: Mapping[str, CurloraLayer], adapter_name: str, state_dict: Mapping[str, Tensor], afterwards: str
 ) -> None:
-    """Refuse what does not fit the model.
+    """Refuse a state dict that does not fit the model, and warn about another precision of the base model.
 
     Args:
-        layers: those that hold the adapter, by name.
+        layers: the layers that hold the adapter, by name.
         adapter_name: the adapter's name.
-        state_dict: what is about to be loaded, with the adapter's name in its names.
-        afterwards: a sentence on what the model is like after a refusal.
+        state_dict: the tensors that are about to be loaded. Their names contain the adapter's name.
+        afterwards: a sentence about the state of the model after a refusal, for the error message.
 
     Raises:
-        ValueError: naming the layers and what is wrong with them.
+        ValueError: if the state dict does not fit. The message names the layers and what is wrong with them.
     """
-    # A state dict does not have the prefix that FSDP puts into the names of modules.
+    # FSDP adds a prefix to the names of modules, which the names in a state dict do not have.
     layers = {name.removeprefix("_fsdp_wrapped_module."): layer for name, layer in layers.items()}
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:

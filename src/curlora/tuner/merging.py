@@ -1,4 +1,4 @@
-"""Adding adapters to a layer's weight, and taking them out again."""
+"""Merging of adapters into a layer's weight, and unmerging."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ __all__ = ["MergeMixin"]
 
 
 class MergeMixin:
-    """The part of :class:`curlora.CurloraLayer` that merges.
+    """The methods of :class:`curlora.CurloraLayer` that merge and unmerge.
 
     Attributes:
-        get_apply_tensor_subclass: of a model that torchao has quantized, how to do so again.
-        _merged_factors: what each merged adapter added, as two factors: the weight they came from is gone.
-        _unmerged: the weight before a merge, or the quantized base layer. In a list, since it is no module of this one.
+        get_apply_tensor_subclass: for a model quantized by torchao, the function with which PEFT quantizes a merged
+            weight again.
+        _merged_factors: the two factors of each merged update. They are kept because they cannot be read from the
+            merged weight.
+        _unmerged: the weight before the merge, or the quantized base layer. It is in a list so that it is not
+            registered as a submodule.
     """
 
     name: str
@@ -48,19 +51,19 @@ class MergeMixin:
 
     @property
     def matrices(self) -> Mapping[str, LinkingMatrix]:
-        """The trained matrix of each adapter: ``curlora_U``, typed."""
+        """The trained matrix of each adapter: ``curlora_U`` with types."""
         matrices: Any = self.curlora_U
         return matrices
 
     def delta_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
-        """The two factors of an adapter's update, which is their product.
+        """Return the two factors whose product is an adapter's update of the unmerged weight.
 
         Returns:
-            ``alpha * C @ U``, shape ``(m, r)``, and ``R``, shape ``(r, n)``, for a weight that is stored as ``(m, n)``
-            and has nothing merged into it; at least float32. Of experts all with their number first.
+            ``alpha * C @ U``, shape ``(m, r)``, and ``R``, shape ``(r, n)``, for a weight stored as ``(m, n)``. Both
+            are at least float32. For ``E`` experts both have a first dimension ``E``.
 
         Raises:
-            RuntimeError: if the weight's values are others than those that the adapter refers to.
+            RuntimeError: if the weight no longer has the values that the adapter refers to.
         """
         if adapter_name in self._merged_factors:
             return self._merged_factors[adapter_name]
@@ -72,8 +75,9 @@ class MergeMixin:
         if compare(basis.fingerprint, now.fingerprint) == "other":
             if basis.reader is None:
                 raise RuntimeError(
-                    f"layer {self.name!r}: the weight has changed since adapter {adapter_name!r} was put on it, so its "
-                    "columns and rows are gone. Has another adapter been merged into it? Merge this one first."
+                    f"layer {self.name!r}: the weight has changed since adapter {adapter_name!r} was put on it, so the "
+                    "adapter's columns and rows are gone. If another adapter was merged into the weight, merge this "
+                    "one first."
                 )
             C, R = (basis.reader.mT, basis.factor.mT) if self.fan_in_fan_out else (basis.factor, basis.reader)
         dtype = torch.promote_types(C.dtype, torch.float32)
@@ -83,7 +87,10 @@ class MergeMixin:
             return U.scaling * (C.to(dtype) @ matrix), R.to(dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """``alpha * C @ U @ R``, dense, in the layout and dtype of the base weight; of a quantized one, float32."""
+        """Return the dense update ``alpha * C @ U @ R`` in the layout and dtype of the base weight.
+
+        It is float32 if the base weight is quantized.
+        """
         left, right = self.delta_factors(adapter_name)
         base = self.get_base_layer()
         device = device_of(base, self.parameter_name)
@@ -92,30 +99,31 @@ class MergeMixin:
         return _product(left, right).to(left.dtype if weight is None else weight.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Asked by :func:`peft.convert_to_lora`; :func:`curlora.convert_to_lora` is exact and quicker."""
+        """Return ``True``, for :func:`peft.convert_to_lora`. :func:`curlora.convert_to_lora` is exact and faster."""
         return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight. A quantized one is quantized anew, by PEFT's backend for it.
+        """Add adapters to the base weight. PEFT's backend quantizes a quantized weight again.
 
         Args:
             safe_merge: refuse to merge if the merged weight would not be finite.
             adapter_names: the adapters; all active ones if ``None``.
 
         Raises:
-            ValueError: with ``safe_merge``, naming the adapter that makes the weight non-finite; or if the base layer
-                is quantized in a way that PEFT cannot merge into. The layer is then as it was.
-            RuntimeError: if the weights are partitioned by DeepSpeed's ZeRO-3.
+            ValueError: if ``safe_merge`` is set and an adapter, which the message names, makes the weight non-finite;
+                or if PEFT cannot merge into the base layer's quantization. The layer is unchanged then.
+            RuntimeError: if the weights are partitioned by DeepSpeed's ZeRO-3, or the weight no longer has the values
+                that an adapter refers to.
         """
         adding = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.curlora_U]
         if not adding:
             return
         if check_deepspeed_zero3_enabled():
             raise RuntimeError(
-                f"layer {self.name!r}: the weights are partitioned by ZeRO-3, so that nothing can be merged into them. "
-                "Save the adapter, and merge it into the model in one process."
+                f"layer {self.name!r}: the weights are partitioned by ZeRO-3, so adapters cannot be merged into them. "
+                "Save the adapter, and merge it into the model in a single process without ZeRO-3."
             )
-        # C and R belong to the base weight: every update is computed from it before any is added.
+        # C and R belong to the base weight, so all updates are computed before any of them is added.
         before = list(self.merged_adapters)
         if before:
             self.unmerge()
@@ -128,25 +136,29 @@ class MergeMixin:
             raise
 
     def unmerge(self) -> None:
-        """Give the base layer back as it was, bit for bit; :meth:`merge` keeps it, a weight in the CPU's memory."""
+        """Restore the base layer bit for bit, from the copy that :meth:`merge` keeps in CPU memory.
+
+        For a quantized layer :meth:`merge` keeps the layer itself, and for a sharded weight a copy on its device.
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         before = self._unmerged.pop()
         if isinstance(before, nn.Module):
             device = device_of(self.get_base_layer())
-            self.base_layer = before if device_of(before) == device else before.to(device)  # moved since
+            self.base_layer = before if device_of(before) == device else before.to(device)  # moved after the merge
         else:
             weight: Any = self._plain_weight()
             weight = weight.data
             if isinstance(before, DTensor) and not isinstance(weight, DTensor):  # gathered by FSDP2 for a forward pass
                 before = whole(before)
             before = laid_out_like(before.to(weight.device), weight)
-            # Computed in the precision of then: the layer may have been cast since.
+            # The merge is repeated in the copy's dtype: the layer may have been cast since.
             if isinstance(weight, DTensor) or torch.equal(weight, self._plus_merged(before.clone()).to(weight.dtype)):
-                # Subtracting would leave rounding behind, in half precision enough to make this another base.
+                # Subtracting would leave rounding errors. In half precision the adapter would then be refused, as on
+                # another base model.
                 weight.copy_(before)
-            else:  # another method has been merged into it since
+            else:  # another method has merged into the weight since
                 weight -= self._plus_merged(torch.zeros_like(weight))
         self.merged_adapters, self._merged_factors = [], {}
 
@@ -155,7 +167,7 @@ class MergeMixin:
         weight: Any = self._plain_weight()
         weight = weight.data
         merged = weight.clone() if safe_merge else weight
-        # Out of the accelerator's memory, which merging is often meant to save.
+        # The copy is kept on the CPU, since merging is often meant to save the accelerator's memory.
         unmerged = weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True)
         for adapter, pair in factors.items():
             _add_product(merged, *pair)
@@ -174,13 +186,13 @@ class MergeMixin:
         factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
         base, kind = self.base_layer, type(self.get_base_layer()).__name__
         instead = (
-            "Merge into the model in float32, bfloat16 or float16, or serve the adapter unmerged, as it is or as LoRA "
-            "(curlora.save_as_lora)."
+            "Merge into the model in float32, bfloat16 or float16, or serve the adapter unmerged, as CURLoRA or as "
+            "LoRA (curlora.save_as_lora)."
         )
         try:
             backend = quantization_backend(base, self.get_apply_tensor_subclass)
             if backend is None:
-                raise ValueError("PEFT has no way to write it")
+                raise ValueError("PEFT cannot write such a weight")
             self.base_layer = twin(base)
             weight, broken = backend.get_base_weight(self.base_layer), None
             for adapter, pair in factors.items():
@@ -193,7 +205,7 @@ class MergeMixin:
         except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
             self.base_layer = base
             raise ValueError(
-                f"layer {self.name!r} is a {kind}, into whose quantized weight nothing can be merged "
+                f"layer {self.name!r} is a {kind}, and adapters cannot be merged into its quantized weight "
                 f"({error}). {instead}"
             ) from error
         if broken is not None:
@@ -207,7 +219,7 @@ class MergeMixin:
         )
 
     def _plain_weight(self) -> Tensor | None:
-        """The base weight, where it is stored as it is; ``None`` if it is quantized."""
+        """Return the base weight; ``None`` if it is quantized."""
         base = self.get_base_layer()
         if self.parameter_name is None and not is_plain(base):
             return None

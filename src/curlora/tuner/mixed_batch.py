@@ -1,4 +1,4 @@
-"""Batches at inference whose rows each take an adapter of their own: ``model(..., adapter_names=[...])``."""
+"""Inference with a different adapter for each row of a batch: ``model(..., adapter_names=[...])``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from curlora.tuner.basis import Basis
 
 __all__ = ["adapter_names_passed", "check_adapter_names", "update_rows"]
 
-BASE = "__base__"  # PEFT's name for a row that takes no adapter
+BASE = "__base__"  # PEFT's name for a row without an adapter
 
 
 def check_adapter_names(x: Tensor, adapter_names: Sequence[str], merged: bool) -> None:
-    """Raise ``ValueError``, as PEFT's LoRA does, if a layer cannot give each row of ``x`` its adapter."""
+    """Raise ``ValueError``, as PEFT's LoRA does, if a layer cannot use a different adapter for each row of ``x``."""
     if len(x) != len(adapter_names):
         raise ValueError(
             "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -40,20 +40,20 @@ def update_rows(
     scaled_U: Mapping[str, Tensor],
     offsets: Mapping[int, Tensor | None],
 ) -> Tensor:
-    """Add to each row of a base layer's output the update of its own adapter.
+    """Add to each row of a base layer's output the update of that row's adapter.
 
-    Adapters that share a basis are one group: a gather and two products for all of its rows, however many adapters
-    there are. Rows of other draws, and so of other ranks, come one group after another.
+    Adapters that share a basis form one group. A group takes one gather and two products for all its rows, whatever the
+    number of its adapters. Groups with different bases are computed one after another.
 
     Args:
-        output: of the base layer, shape ``(rows, ..., out_features)``.
-        adapter_names: one per row. ``"__base__"``, and an adapter that is not in ``bases``, leave the row alone.
-        bases: of each adapter, on the device of ``output``.
-        scaled_U: of each adapter, shape ``(r, r)``.
-        offsets: by the identity of a basis, the base layer's bias at what it gathers.
+        output: output of the base layer, shape ``(rows, ..., out_features)``.
+        adapter_names: one per row. ``"__base__"`` and adapters that are not in ``bases`` leave the row unchanged.
+        bases: the basis of each adapter, by the adapter's name, on the device of ``output``.
+        scaled_U: the scaled ``U`` of each adapter, by the adapter's name, shape ``(r, r)``.
+        offsets: the base layer's bias at the gathered outputs, shape ``(r,)``, by the ``id`` of the basis.
 
     Returns:
-        A new tensor of ``output``'s shape and dtype, or ``output`` if no row changes.
+        A new tensor of ``output``'s shape and dtype, or ``output`` itself if no row changes.
     """
     groups: dict[int, list[int]] = {}
     for row, name in enumerate(adapter_names):
@@ -81,18 +81,18 @@ def adapter_names_passed(
     layer_class: type[BaseTunerLayer],
     num_beams: int | None,
 ) -> Iterator[None]:
-    """Hand ``adapter_names`` to every adapted layer, and every module saved whole, inside this context.
+    """Pass ``adapter_names`` to every adapted layer and every module that is saved whole, inside this context.
 
     Args:
-        model: with the adapters.
+        model: the model with the adapters.
         adapter_names: one per row of the batch.
-        present: the adapters that there are.
-        layer_class: of the adapted layers.
-        num_beams: of a beam search, which repeats each row that often, but for an encoder.
+        present: names of the model's adapters.
+        layer_class: class of the adapted layers.
+        num_beams: number of beams in generation. A beam search repeats each row so often, but not in an encoder.
 
     Raises:
-        ValueError: if the model is being trained, or has no such adapter.
-        TypeError: if the names are no list.
+        ValueError: if the model is in training mode, or has no such adapter.
+        TypeError: if the names are not a list or tuple.
     """
     if not isinstance(adapter_names, (list, tuple)):
         raise TypeError(f"Got adapter names of type {type(adapter_names)}, expected a list of str.")

@@ -1,4 +1,4 @@
-"""The tuner: puts CURLoRA layers into a model and checks what is loaded into them."""
+"""The tuner: adds CURLoRA layers to a model, and checks adapters before they are loaded."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["CurloraModel", "adapted_layers", "swap_adapter"]
 
 
 def _with_keys(targets: list[str] | str) -> list[str] | str:
-    """PEFT's default targets, with the key projection that the paper adapts beside query and value."""
+    """Return PEFT's default targets plus the key projection, since the paper adapts query, key and value."""
     key_of = {"q_proj": "k_proj", "query": "key", "query_proj": "key_proj", "q": "k"}
     if isinstance(targets, str):
         return targets.replace("(q_proj|v_proj)", "(q_proj|k_proj|v_proj)")
@@ -40,13 +40,14 @@ def _with_keys(targets: list[str] | str) -> list[str] | str:
 
 
 class CurloraModel(BaseTuner):
-    """A model with CURLoRA adapters; made by :func:`peft.get_peft_model` from a :class:`CurloraConfig`.
+    """A model with CURLoRA adapters. :func:`peft.get_peft_model` creates it from a :class:`CurloraConfig`.
 
     Args:
         model: the base model.
         config: the adapter's configuration.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the adapter without values, for loading into; no weight is read for it.
+        low_cpu_mem_usage: create the adapter on the meta device, to load its weights afterwards. No base weight is read
+            then.
     """
 
     prefix = "curlora_"
@@ -59,11 +60,16 @@ class CurloraModel(BaseTuner):
     # Adding adapters
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter to every targeted layer, or to none: on an error the model is left as it was."""
+        """Add an adapter to every targeted layer. On an error no layer gets one, and the model is unchanged.
+
+        Raises:
+            ValueError: if torch cannot use the adapter's name as the name of a module, or an option does not fit.
+            NoMatchingPeftModuleError: if the targets match no module. The message lists the model's linear layers.
+        """
         if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
             raise ValueError(f"torch cannot hold an adapter that is called {adapter_name!r}. Choose another name.")
         config = self.peft_config[adapter_name]
-        # Ranks above what a layer allows are lowered where nobody has named the layer.
+        # With "all-linear" the user has not chosen the layers, so a rank that is too high for a layer is lowered.
         all_linear = _is_all_linear(config.target_modules)
         self._lowered: dict[str, int] | None = {} if all_linear else None
         trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -72,7 +78,7 @@ class CurloraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             linear = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))]
-            # One that is adapted already is inside of the layer that carries its name.
+            # The base layer of an adapted layer has the suffix ".base_layer".
             names = {name.removesuffix(".base_layer").rpartition(".")[2] for name in linear}
             present = ", ".join(sorted(names)) or "none"
             raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {present}.") from None
@@ -102,11 +108,11 @@ class CurloraModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         refuse_what_reads_the_weight(peft_config, self.model, parent, target_name)
-        current_key = current_key.removeprefix("base_model.model.")  # which PeftMixedModel has before its names
+        current_key = current_key.removeprefix("base_model.model.")  # PeftMixedModel adds this prefix
         tied_to = None
         if self._check_tied_module_exists(peft_config, current_key):
             tied_to = self.model.get_input_embeddings().curlora_U[adapter_name]
-        # A wrapper that has this adapter holds another parameter of the same module: the new one goes around it.
+        # A wrapper that already has this adapter adapts another parameter of the module. Wrap it once more.
         nested = isinstance(target, ParamWrapper) and adapter_name in target.curlora_U
         if isinstance(target, CurloraLayer) and not nested:
             target.update_layer(adapter_name, peft_config, tied_to)
@@ -127,7 +133,10 @@ class CurloraModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """An adapter is made where its base layer is, and a layer that is put back, maybe quantized, is left alone."""
+        """Set the module without moving it, unlike PEFT's method.
+
+        Adapters are created on the base layer's device, and a base layer that is put back may be quantized.
+        """
         setattr(parent, child_name, new_module)
 
     def _prepare_adapter_config(self, peft_config: CurloraConfig, model_config: dict[str, Any]) -> CurloraConfig:
@@ -151,7 +160,7 @@ class CurloraModel(BaseTuner):
                 )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Train ``U`` in float32 on a half-precision base. The factor keeps the base's own values."""
+        """Train ``U`` in float32 on a half-precision base. The basis stays in the base model's dtype."""
         if not autocast_adapter_dtype:
             return
         for layer in adapted_layers(self.model, adapter_name).values():
@@ -159,13 +168,13 @@ class CurloraModel(BaseTuner):
             if U.weight.dtype in (torch.float16, torch.bfloat16):
                 U.weight.data = U.weight.data.float()
 
-    # Using them
+    # Using adapters
 
     @contextmanager
     def _enable_peft_forward_hooks(
         self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
     ) -> Iterator[None]:
-        """Entered by PEFT around ``forward`` and ``generate``: batches with an adapter for each row."""
+        """Pass ``adapter_names`` to the layers. PEFT enters this context around ``forward`` and ``generate``."""
         if adapter_names is None:
             yield
             return
@@ -193,28 +202,35 @@ class CurloraModel(BaseTuner):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Add an adapter that is the weighted sum of others; call it on the :class:`peft.PeftModel`.
+        """Add an adapter that is the weighted sum of others. Call this method on the :class:`peft.PeftModel`.
 
-        The new adapter is not active and not trained. Weights and alphas go into its ``U``; its own alpha is 1.
+        The new adapter is not active and not trainable. Its ``U`` contains the weights and the alphas, and its own
+        alpha is 1.
 
         Args:
             adapters: names of adapters of this model.
-            weights: one for each; may be negative.
+            weights: one for each adapter; may be negative.
             adapter_name: the new adapter's name.
-            combination_type: ``"cat"`` puts the adapters side by side, is exact for any, and has the sum of their
-                ranks. ``"linear"`` is exact too, and keeps the rank, where they have the same columns and rows in every
-                layer that they share: adapters with the same ``seed``, ``r`` and ``sampling`` have. So must they for
-                ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"``, PEFT's own, applied to ``U``.
-            density: share of the entries of ``U`` to keep, in [0, 1]; for the last four.
+            combination_type: how to combine the adapters.
+
+                - ``"cat"`` concatenates them. It is exact for any adapters, and the rank is the sum of their ranks.
+                - ``"linear"`` adds them. It is exact too and keeps the rank.
+                - ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"`` are PEFT's methods, applied
+                  to ``U``.
+
+                All but ``"cat"`` require the same columns and rows in every layer that the adapters share. Adapters
+                with the same ``seed``, ``r``, ``sampling`` and ``replacement`` have them.
+            density: fraction of the entries of ``U`` to keep, in [0, 1]; required for the last four types.
             majority_sign_method: ``"total"`` or ``"frequency"``, for ``"ties"`` and ``"dare_ties"``.
 
         Raises:
-            ValueError: if an adapter is unknown or the new name is taken; if the weights are not as many; if the
-                adapters cannot be combined this way; if one is merged, trained biases, adapts parameters, or saves the
-                same module whole as another. The model is then as it was.
+            ValueError: if an adapter is unknown or the new name is taken, if there is not one weight for each adapter,
+                if the adapters cannot be combined in this way, or if one of them is merged, trained biases or
+                embeddings of tokens, adapts parameters, or saves the same module whole as another. The model is
+                unchanged then.
         """
         if len(adapters) == 1 and combination_type == "cat":
-            combination_type = "linear"  # the same, and PEFT calls it so
+            combination_type = "linear"  # the same result for one adapter, and PEFT does so too
         combine = combination(combination_type, density, majority_sign_method)
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, CurloraLayer)}
         layers = {name: layer for name, layer in layers.items() if any(one in layer.curlora_U for one in adapters)}
@@ -236,14 +252,14 @@ class CurloraModel(BaseTuner):
             rank, most = len(combined[name][0]), min(layer.weight_shape)
             if rank > most:
                 raise ValueError(
-                    f"combination_type={combination_type!r} gives layer {name!r} rank {rank}, the sum of the "
-                    f"adapters', above the {most} that its weight allows. Combine fewer at once."
+                    f"combination_type={combination_type!r} gives layer {name!r} rank {rank}, the sum of the adapters' "
+                    f"ranks, which is above the {most} that its weight allows. Combine fewer adapters."
                 )
 
         configs = [self.peft_config[one] for one in adapters]
         self.peft_config[adapter_name] = combined_config(configs, {name: len(U) for name, (U, _) in combined.items()})
         try:
-            # Draws columns and rows, which are then replaced.
+            # This draws columns and rows, which are replaced below.
             self.inject_adapter(self.model, adapter_name, autocast_adapter_dtype=False)
         except BaseException:
             del self.peft_config[adapter_name]
@@ -266,15 +282,15 @@ class CurloraModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What is saved: indices and fingerprints from the model where a caller's state dict has parameters alone."""
+        """Return the tensors to save. A caller's state dict may have only parameters; the buffers are then added."""
         state = dict(state_dict)
-        # Where FSDP gathers it, processes that save nothing have an empty one.
+        # If FSDP gathers the state dict, it is empty in the processes that save nothing.
         for name, layer in adapted_layers(model, adapter_name).items() if state else ():
             prefix = f"{name.removeprefix('_fsdp_wrapped_module.')}.curlora_U.{adapter_name}."
             if f"{prefix}weight" not in state:
                 raise ValueError(
-                    f"The state dict that is to be saved lacks {prefix}weight, the U of a layer that adapter "
-                    f"{adapter_name!r} is in. Pass one that has the parameters of the whole adapter, or none."
+                    f"The state dict that is to be saved lacks {prefix}weight, the U of adapter {adapter_name!r} in "
+                    "this layer. Pass a state dict with all parameters of the adapter, or pass none."
                 )
             for entry in ENTRIES[1:]:
                 state.setdefault(prefix + entry, getattr(layer.matrices[adapter_name], entry))
@@ -287,7 +303,10 @@ class CurloraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Names as the model has them. What does not fit is refused, and an adapter made for it taken off again."""
+        """Rename the tensors to the model's names and check them.
+
+        If they do not fit, an adapter that was created for them is removed again.
+        """
         state_dict = {present_name(key): tensor for key, tensor in state_dict.items()}
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model, config, adapter_name, state_dict
@@ -308,7 +327,7 @@ class CurloraModel(BaseTuner):
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CurloraLayer]:
-    """The layers that hold an adapter, by name."""
+    """Return the layers that hold an adapter, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -318,16 +337,22 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, CurloraLaye
 
 @torch.no_grad()
 def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: CurloraConfig) -> None:
-    """Behind :func:`peft.utils.hotswap.hotswap_adapter`: other values for an adapter that is there.
+    """Replace an adapter's values by a new state dict, for :func:`peft.utils.hotswap.hotswap_adapter`.
 
-    ``U`` is written to in place, so that a compiled model is not compiled again where alpha is the same. Layers that
-    what is swapped in does not have are left without an update.
+    ``U`` is changed in place, so that a compiled model is not compiled again if alpha is the same. In layers that the
+    state dict does not have, ``U`` is set to zero.
+
+    Args:
+        model: the model with the adapter; may be compiled.
+        state_dict: the new adapter's tensors.
+        adapter_name: name of the adapter to replace.
+        config: the new adapter's configuration.
 
     Raises:
-        ValueError: if what is swapped in does not fit the adapter or the model, which is then as it was.
+        ValueError: if the state dict does not fit the adapter or the model. The adapter is unchanged then.
     """
     layers = adapted_layers(getattr(model, "_orig_mod", model), adapter_name)
-    # PEFT has put the adapter's name behind the first part of each, as version 1 of the format had it.
+    # PEFT has inserted the adapter's name into the keys. Remove it, rename keys of version 1, and insert it again.
     inside = f".curlora_U.{adapter_name}."
     state = {
         present_name(key.removesuffix(f".{adapter_name}").replace(inside, ".curlora_U.")).replace(
@@ -364,12 +389,12 @@ def _is_all_linear(targets: Any) -> bool:
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
-# Names that a block's projections have in the architectures that keep experts as parameters.
+# Names of a block's projections in the architectures that keep experts as parameters.
 _OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3", "input_linear", "output_linear"}
 
 
 def _warn_of_experts_left_out(model: nn.Module, config: CurloraConfig, all_linear: bool) -> None:
-    """Experts are parameters of three dimensions: names of modules, and ``"all-linear"``, do not reach them."""
+    """Warn if experts are three-dimensional parameters, which module names and ``"all-linear"`` do not reach."""
     stacks = [
         name for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and "expert" in name and ".curlora_" not in name
@@ -392,7 +417,7 @@ def _trained(layer: CurloraLayer, adapter_name: str) -> bool:
 
 
 def _untie(model: nn.Module) -> None:
-    """Give adapted layers whose weight is another module's too one of their own: a merge would change both."""
+    """Give each adapted layer that shares its weight with another module its own copy: a merge would change both."""
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update(id(parameter) for parameter in module.parameters(recurse=False))
@@ -406,7 +431,7 @@ def _untie(model: nn.Module) -> None:
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter off a model; a layer without another becomes what it was."""
+    """Remove an adapter from a model. A layer without other adapters becomes its base layer again."""
     for name, layer in adapted_layers(model, adapter_name).items():
         if len(layer.curlora_U) > 1:
             layer.delete_adapter(adapter_name)
@@ -415,14 +440,14 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
 
 
 def _roll_back(model: nn.Module, adapter_name: str) -> None:
-    """Undo the adding of an adapter whose weights were refused."""
+    """Remove an adapter that was created for weights that were then refused."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, CurloraModel) and len(tuner.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
     _withdraw(model, adapter_name)
     for name, module in list(model.named_modules()):
-        if isinstance(module, AuxiliaryTrainingWrapper):  # of modules that are saved whole, or of tokens
+        if isinstance(module, AuxiliaryTrainingWrapper):  # wraps a module that is saved whole, or trained tokens
             model.set_submodule(name, module.original_module)
     model.peft_config.pop(adapter_name, None)
     if isinstance(tuner, CurloraModel):

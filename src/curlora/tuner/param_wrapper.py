@@ -1,4 +1,4 @@
-"""An adapted parameter: experts that are kept as one tensor of three dimensions, or any matrix that no layer owns."""
+"""The adapted parameter: experts stored as one three-dimensional tensor, or a matrix that is not a layer's weight."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ __all__ = ["ParamWrapper"]
 
 
 class ParamWrapper(CurloraLayer):
-    """A module of which one parameter is ``W + alpha C U R`` while it runs; PEFT knows the class by its name.
+    """A module in which one parameter is replaced by ``W + alpha C U R`` while it runs.
 
-    Of a parameter of shape ``(E, m, n)`` each expert ``e`` has columns, rows and a matrix of its own,
-    ``W[e] + alpha C[e] U[e] R[e]``. The sum is dense, as LoRA's is for parameters: what the experts put out is not seen
-    from outside, so nothing can be gathered. Wrappers of several parameters of one module lie inside of each other.
+    In a parameter of shape ``(E, m, n)`` each expert ``e`` has its own columns, rows and ``U``:
+    ``W[e] + alpha C[e] U[e] R[e]``. The sum is dense, as in PEFT's LoRA for parameters: the outputs of single experts
+    are not visible from outside, so ``R x`` cannot be gathered from them. Wrappers of several parameters of one module
+    are nested. PEFT recognizes the class by its name.
 
     Args:
         base_layer: the module, or the wrapper of another of its parameters.
         name: the parameter's full name.
-        parameter_name: its name in the module.
+        parameter_name: the parameter's name in the module.
 
     Raises:
-        TypeError: if the parameter is no matrix and no stack of matrices of floating-point numbers.
+        TypeError: if the parameter is not a floating-point matrix or stack of matrices of at least 16 bits.
     """
 
     matrix_class = ParameterMatrix
@@ -44,7 +45,8 @@ class ParamWrapper(CurloraLayer):
         if weight.ndim not in (2, 3) or not weight.is_floating_point() or weight.element_size() < 2:
             raise TypeError(
                 f"Target parameter {name!r} is {weight.dtype} of shape {tuple(weight.shape)}. CURLoRA adapts matrices "
-                "and stacks of matrices (of experts) in float64, float32, bfloat16 and float16."
+                "and stacks of matrices (of experts) in float64, float32, bfloat16 and float16. Take it out of "
+                "target_parameters."
             )
 
     def get_param(self) -> Tensor:
@@ -59,15 +61,18 @@ class ParamWrapper(CurloraLayer):
     def update_layer(self, adapter_name: str, config: CurloraConfig, tied_to: LinkingMatrix | None = None) -> None:
         if config.curlora_dropout:
             raise ValueError(
-                f"curlora_dropout={config.curlora_dropout} cannot be applied to the parameter {self.name!r}, whose R x "
-                "is never computed: set it to 0, or leave target_parameters out"
+                f"curlora_dropout={config.curlora_dropout} cannot be applied to the parameter {self.name!r}, since R x "
+                "is not computed for parameters. Set curlora_dropout to 0, or leave target_parameters out."
             )
         super().update_layer(adapter_name, config, tied_to)
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """What the module puts out with the updates of all active adapters in its parameter."""
+        """Return the module's output with the updates of all active adapters added to its parameter."""
         if adapter_names is not None:
-            raise ValueError(f"layer {self.name!r}: a ParamWrapper does not support mixed adapter batches")
+            raise ValueError(
+                f"layer {self.name!r}: a ParamWrapper does not support mixed adapter batches. Use one adapter for the "
+                "whole batch."
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         adapters = self._active()
@@ -81,8 +86,8 @@ class ParamWrapper(CurloraLayer):
         base, weight = self.get_base_layer(), self.get_param()
         if weight.is_meta:
             raise RuntimeError(
-                f"The parameter {self.name!r} is on the meta device and has no values. One that a hook brings when its "
-                "module runs cannot be adapted: keep the experts on a device."
+                f"The parameter {self.name!r} is on the meta device and has no values. An offloaded parameter, which a "
+                "hook loads when its module runs, cannot be adapted: keep the experts on a device."
             )
         pairs = [(self.matrices[adapter], self.basis(adapter, weight.device)) for adapter in adapters]
         trained = weight.requires_grad
@@ -96,13 +101,13 @@ class ParamWrapper(CurloraLayer):
             own = parametrizations[self.parameter_name]
             if len(own) == 1:
                 parametrize.remove_parametrizations(base, self.parameter_name, leave_parametrized=False)
-            else:  # of the user's own, which stay
+            else:  # keep the user's own parametrizations
                 del own[len(own) - 1]
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Asked by PEFT: the module without this wrapper and those inside of it."""
+        """Return the module without this wrapper and the wrappers inside it. PEFT calls this method."""
         if merge:
             self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         inner = self.base_layer
@@ -124,7 +129,10 @@ class ParamWrapper(CurloraLayer):
 
 
 class _Updated(nn.Module):
-    """``W + sum_i alpha_i C_i U_i R_i``; not a module of what it holds, which has a place in the model already."""
+    """The parametrization ``W + sum_i alpha_i C_i U_i R_i``.
+
+    It keeps the matrices in a list, so that they are not registered as submodules a second time.
+    """
 
     def __init__(self, pairs: Sequence[tuple[LinkingMatrix, Basis]]) -> None:
         super().__init__()

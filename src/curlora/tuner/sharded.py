@@ -1,4 +1,4 @@
-"""Tensors of which each process holds a piece, as FSDP2 has them."""
+"""Tensors that are sharded over processes, as in FSDP2 (``DTensor``)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["assign", "laid_out_like", "reshard", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, in every process; every process has to ask."""
+    """Return the full tensor. Every process must call this, and every process gets all of it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def laid_out_like(value: Tensor, tensor: Tensor) -> Tensor:
-    """``value``, which every process holds in whole, in pieces as those of ``tensor``, if it is in pieces.
+    """Shard ``value``, which every process holds in full, like ``tensor``.
 
-    A value that is in pieces already stays as it is.
+    If ``tensor`` is not sharded, or ``value`` is sharded already, return ``value`` unchanged.
     """
     if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
         return value
@@ -31,14 +31,14 @@ def laid_out_like(value: Tensor, tensor: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop what FSDP2 may have gathered and kept after a forward pass: writing to the pieces would not change that."""
+    """Drop the full parameters that FSDP2 may keep after a forward pass. Writes to the shards would not change them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def assign(tensors: Sequence[Tensor], values: Iterable[Tensor]) -> None:
-    """Copy ``values``, each of which every process holds in whole, into ``tensors``."""
+    """Copy ``values``, which every process holds in full, into ``tensors``, which may be sharded."""
     pairs = list(zip(tensors, values, strict=True))
     if any(isinstance(tensor, DTensor) for tensor in tensors):
         for tensor, value in pairs:

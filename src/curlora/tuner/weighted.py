@@ -1,4 +1,4 @@
-"""Several adapters as one: arithmetic on their ``U``, and which of them can be combined."""
+"""Combination of several adapters to one: arithmetic on their ``U``, and checks whether they can be combined."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["check_combinable", "check_same_indices", "combination", "combined_config", "side_by_side"]
 
-# What PEFT does to the two factors of LoRA adapters is here done to U, of adapters that have the same columns and rows.
+# PEFT applies these functions to the two factors of LoRA adapters. Here they are applied to the U of adapters with the
+# same columns and rows.
 _ON_SHARED_INDICES: dict[str, Callable[..., Tensor]] = {
     "linear": task_arithmetic,
     "ties": ties,
@@ -29,11 +30,11 @@ _ON_SHARED_INDICES: dict[str, Callable[..., Tensor]] = {
 
 
 def combination(name: str, density: float | None, majority_sign_method: str) -> Callable[..., Tensor] | None:
-    """From a list of ``U`` and a tensor of weights to a ``U``; ``None`` for ``"cat"``, which puts them side by side.
+    """Return the function that combines a list of ``U`` and a tensor of weights to one ``U``; ``None`` for ``"cat"``.
 
     Args:
         name: one of ``"cat"``, ``"linear"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"``, ``"magnitude_prune"``.
-        density: share of the entries of ``U`` to keep, in [0, 1]; for the last four.
+        density: fraction of the entries of ``U`` to keep, in [0, 1]; required for the last four.
         majority_sign_method: ``"total"`` or ``"frequency"``, for ``"ties"`` and ``"dare_ties"``.
 
     Raises:
@@ -44,13 +45,15 @@ def combination(name: str, density: float | None, majority_sign_method: str) -> 
     if name not in _ON_SHARED_INDICES:
         raise ValueError(
             f"Invalid combination_type: {name}. CURLoRA adapters can be combined by 'cat', always exact, or by "
-            f"{', '.join(map(repr, _ON_SHARED_INDICES))} where they have the same columns and rows. There is none with "
-            "a decomposition: its factors would be no columns and rows of the base weight."
+            f"{', '.join(map(repr, _ON_SHARED_INDICES))} if they have the same columns and rows. Decompositions are "
+            "not available: their factors would not be columns and rows of the base weight."
         )
     options: dict[str, Any] = {}
     if name != "linear":
         if density is None:
-            raise ValueError(f"combination_type={name!r} needs density, the share of entries to keep")
+            raise ValueError(
+                f"combination_type={name!r} needs density, the fraction of entries of U to keep, between 0 and 1"
+            )
         options["density"] = density
     if name in ("ties", "dare_ties"):
         options["majority_sign_method"] = majority_sign_method
@@ -60,12 +63,12 @@ def combination(name: str, density: float | None, majority_sign_method: str) -> 
 def side_by_side(
     matrices: Sequence[Tensor], scales: Sequence[float], indices: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The sum of updates as one of the summed rank.
+    """Concatenate updates: return ``U`` and indices of their sum, whose rank is the sum of their ranks.
 
     Args:
-        matrices: each ``U``, shape ``(r, r)``.
-        scales: what each is multiplied by.
-        indices: columns above rows of each, shape ``(2, r)``.
+        matrices: the ``U`` of each update, shape ``(r, r)``.
+        scales: the factor of each update.
+        indices: the indices of each update, shape ``(2, r)``: columns, then rows.
 
     Returns:
         A block-diagonal ``U``, shape ``(sum of r, sum of r)``, and its indices, shape ``(2, sum of r)``.
@@ -82,12 +85,12 @@ def check_combinable(
     layers: Mapping[str, CurloraLayer],
     wrappers: Sequence[ModulesToSaveWrapper],
 ) -> None:
-    """Raise ``ValueError`` if adapters cannot be combined, whatever the combination."""
+    """Raise ``ValueError`` if adapters cannot be combined by any combination type."""
     for adapter in adapters:
         if adapter not in configs:
             raise ValueError(f"Adapter {adapter} does not exist")
     if not adapters:
-        raise ValueError(f"Found no adapter matching the names in {adapters}")
+        raise ValueError(f"Found no adapter matching the names in {adapters}: name at least one")
     if len(set(adapters)) < len(adapters):
         raise ValueError(f"An adapter is named more than once in {list(adapters)}: give it one weight")
     if len(weights) != len(adapters):
@@ -118,19 +121,25 @@ def check_combinable(
 
 
 def check_same_indices(name: str, keys: Mapping[str, bytes], combination_type: str) -> None:
-    """Raise ``ValueError`` if adapters have other columns and rows in a layer; ``keys`` are those of their bases."""
+    """Raise ``ValueError`` if adapters have different columns and rows in a layer.
+
+    Args:
+        name: the layer's name.
+        keys: ``Basis.key`` of each adapter, by the adapter's name.
+        combination_type: the type of the combination, for the error message.
+    """
     first = next(iter(keys))
     other = next((adapter for adapter in keys if keys[adapter] != keys[first]), None)
     if other is not None:
         raise ValueError(
             f"combination_type={combination_type!r} needs adapters that have the same columns and rows, but "
-            f"{first!r} and {other!r} have others in layer {name!r}. Use combination_type='cat', which is exact "
-            "for any adapters; its rank is the sum of theirs."
+            f"{first!r} and {other!r} differ in layer {name!r}. Use combination_type='cat', which is exact for any "
+            "adapters. Its rank is the sum of their ranks."
         )
 
 
 def combined_config(configs: Sequence[CurloraConfig], ranks: Mapping[str, int]) -> CurloraConfig:
-    """The configuration under which the combined adapter is saved, and finds its layers and ranks when loaded."""
+    """Return the configuration of the combined adapter, with the layers and ranks that loading needs."""
     r = Counter(ranks.values()).most_common(1)[0][0]
     saved = list(dict.fromkeys(module for config in configs for module in config.modules_to_save or []))
     return replace(
