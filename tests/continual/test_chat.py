@@ -187,7 +187,7 @@ def test_marks_that_do_not_tell_the_turns_apart_are_not_gone_by():
 def test_a_template_that_leaves_out_earlier_thoughts_can_train_the_last_turn_alone():
     made = tokenizer(THINKING)
     messages = talk("hi", "<think>a</think>hello", "more", "<think>b</think>the end")
-    with pytest.raises(TaskError, match=r"train row 0: the chat template lays out the start .* Train turns: last"):
+    with pytest.raises(TaskError, match=r"train row 0: the chat template renders the start .* Set turns: last"):
         row_of(messages, made)
     row = row_of(messages, made, turns="last")
     assert made.decode([label for _, label in learned(row)]) == "<think>b</think>the end<|im_end|>"
@@ -200,9 +200,9 @@ def test_a_refusal_is_the_templates_own_with_the_row_of_the_file(tmp_path):
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     source = dict(path=tmp_path / "chat.jsonl", shuffle=1)
     task = read_task(TaskPart(name="t", kind="chat", train=source, evaluation=source))
-    with pytest.raises(TaskError, match="train row 20: the chat template refuses the conversation: System role not su"):
+    with pytest.raises(TaskError, match="train row 20: the chat template rejects the conversation: System role not su"):
         task.encode("train", tokenizer(GEMMA), 64)
-    with pytest.raises(TaskError, match="train row 0: the chat template refuses the conversation: TypeError"):
+    with pytest.raises(TaskError, match="train row 0: the chat template rejects the conversation: TypeError"):
         row_of(talk("hi", "hello"), tokenizer("{{ 1 + 'x' }}"))
 
 
@@ -214,7 +214,7 @@ def test_a_conversation_that_is_too_long_loses_its_end():
     length = len(whole["input_ids"])
     for max_length in range(1, length + 3):
         if not any(place <= max_length for place, _ in learned(whole)):
-            with pytest.raises(TaskError, match="no train example is left: all 2 are too long for max_length"):
+            with pytest.raises(TaskError, match="no train example is left. All 2 are too long for max_length"):
                 task.encode("train", made, max_length)
             continue
         split = task.encode("train", made, max_length)

@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"method": "full"}, "it trains embed_tokens, which is in none of the model's layers"),
+        ({"method": "full"}, "it trains embed_tokens, which is outside the model's layers"),
         ({"options": {"r": 4, "target_modules": ["q_proj"]}}, "it trains the first of the model's 4 layers"),
         ({"method": "osf", "options": {"target_modules": ["q_proj"]}}, "it trains the first of the model's 4 layers"),
         ({"options": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}, "it trains embed_tokens"),
@@ -147,21 +147,21 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
             {"options": {"r": 4, "init_lora_weights": "pissa", "target_modules": ["q_proj"]}},
             "it trains the first of the model's 4 layers",
         ),
-        ({"options": {"r": 4, "init_lora_weights": "pissa"}}, "its layers are not known .*: say its target_modules"),
+        ({"options": {"r": 4, "init_lora_weights": "pissa"}}, "its layers are not known .*: name its target_modules"),
     ],
 )
 def test_a_method_that_trains_something_below_is_refused(method, message, study, tmp_path):
     alone(study, method)
-    with pytest.raises(RunError, match=rf"method 'it' cannot be put on this model: {message}"):
+    with pytest.raises(RunError, match=rf"method 'it' cannot be applied to this model: {message}"):
         run_recipe(load_recipe(study, [KEPT]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["gradient_checkpointing", "torch_compile"])
 def test_what_runs_layers_again_is_refused(key, study):
-    with pytest.raises(RecipeError, match=f"cache_frozen_layers does not go with {key}"):
+    with pytest.raises(RecipeError, match=f"cache_frozen_layers cannot be combined with {key}"):
         load_recipe(study, [KEPT, f"training.trainer={{{key}: true}}"])
-    with pytest.raises(RecipeError, match="cache_frozen_layers is for all tasks alike"):
+    with pytest.raises(RecipeError, match="cache_frozen_layers must be the same for all tasks"):
         load_recipe(study, ["tasks.0.training={cache_frozen_layers: true}"])
 
 
@@ -201,10 +201,10 @@ def test_layers_that_speak_with_each_other_are_refused(tmp_path):
     lower.register_forward_hook(lambda *_: None)
     lower.mlp.register_forward_hook(lambda module, inputs, output: heard.append(output))
     upper.mlp.register_forward_hook(lambda module, inputs, output: output + heard.pop())  # none, where lower is not run
-    with pytest.raises(RunError, match="need more of the lower ones than what these put out"):
+    with pytest.raises(RunError, match="need more from the lower layers than their output"):
         keep_frozen_layers(model, 1, tmp_path)
 
 
 def test_a_model_without_layers_to_be_found(tmp_path):
-    with pytest.raises(ValueError, match="layers of a Linear are not found"):
+    with pytest.raises(ValueError, match="layers of a Linear were not found"):
         keep_frozen_layers(nn.Linear(2, 2), 1, tmp_path)

@@ -50,9 +50,9 @@ def test_keys_of_one_name_are_told_apart_by_what_they_are_in():
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (5, "learning_rate: a grid is a list of two or more values, got 5"),
-        ([1e-3], "a grid is a list of two or more values"),
-        ([1e-3, 0.001], "a value is twice in the grid"),
+        (5, "learning_rate: a grid must be a list of two or more values, got 5"),
+        ([1e-3], "a grid must be a list of two or more values"),
+        ([1e-3, 0.001], "holds a value twice"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid, message, recipe_path):
@@ -62,14 +62,14 @@ def test_what_is_no_grid_is_refused(grid, message, recipe_path):
 
 
 def test_a_recipe_says_where_its_grid_is_wrong(recipe_path):
-    with pytest.raises(RecipeError, match=r"methods.*learning_rate: a grid is a list of two or more values, got 3"):
+    with pytest.raises(RecipeError, match=r"methods.*learning_rate: a grid must be a list of two or more .*, got 3"):
         load_recipe(recipe_path, ["methods.1.learning_rate={grid: 3}"])
 
 
 def test_values_of_a_grid_are_checked_like_any_other(recipe_path):
     with pytest.raises(RecipeError, match=r"has no option 'rank'"):
         load_recipe(recipe_path, ["methods.1.options={rank: {grid: [1, 2]}}"])
-    with pytest.raises(RecipeError, match="'lora@r=4' is there twice"):
+    with pytest.raises(RecipeError, match="'lora@r=4' is listed twice"):
         load_recipe(recipe_path, ["methods.1.options={r: {grid: [4, '4']}}"])
 
 

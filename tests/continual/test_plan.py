@@ -363,7 +363,7 @@ def test_over_several_processes(recipe_path, monkeypatch):
     assert shared.methods[1].memory.kept < 0.6 * alone.methods[1].memory.kept
     three = SimpleNamespace(num_processes=3, device=torch.device("cpu"))
     monkeypatch.setattr("curlora.continual.processes.process_state", lambda: three)
-    with pytest.raises(RunError, match="A batch_size of 4 cannot be shared out over 3 processes evenly"):
+    with pytest.raises(RunError, match="A batch_size of 4 cannot be divided evenly among 3 processes"):
         make_plan(recipe)
 
 
@@ -376,7 +376,7 @@ def test_over_several_processes(recipe_path, monkeypatch):
         (
             f"tasks.1={COMPLETION.replace('}}', '}, too_long: drop, training: {max_length: 2}}')}",
             TaskError,
-            "no train example is left: all 30 are too long for max_length 2 .*Raise max_length",
+            "no train example is left. All 30 are too long for max_length 2 .*Raise max_length",
         ),
     ],
 )

@@ -59,7 +59,7 @@ def test_classes_that_are_far_apart_are_told_apart_and_the_weights_stay_small():
 def test_states_that_are_not_finite():
     states, labels = problem(0)
     states[3, 2] = torch.nan
-    with pytest.raises(ValueError, match="states of the task are not finite"):
+    with pytest.raises(ValueError, match="hidden states on the task's examples are not finite"):
         probe.fit(torch.nn.Linear(8, 3), states, labels)
 
 

@@ -59,5 +59,5 @@ def test_a_batch_that_cannot_be_shared_out_is_one_message(recipe_path, tmp_path)
     command = [*TORCHRUN, str(recipe_path), "--set", "training.batch_size=3", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
-    assert "A batch_size of 3 cannot be shared out over 2 processes evenly" in done.stderr
+    assert "A batch_size of 3 cannot be divided evenly among 2 processes" in done.stderr
     assert not (tmp_path / "run" / "recipe.json").exists()

@@ -181,7 +181,7 @@ def test_what_is_finished_can_be_looked_at_while_the_rest_runs(recipe, tmp_path,
         patch.setattr("curlora.continual.sequence.MethodRun._score", cut)
         with pytest.raises(Cut):
             run_recipe(recipe, out)
-    with pytest.raises(ResultsError, match="run holds no results: no method of the run in it has been finished yet"):
+    with pytest.raises(ResultsError, match="run holds no results: no method of its run has finished yet"):
         RunResults.load(out / "results.json")
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -207,7 +207,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(recipe, tmp_path, monkeypa
     (state,) = (tmp_path / "run").glob("frozen/seed-0/weights-1/state.safetensors")
     whole = state.read_bytes()
     state.write_bytes(whole[:20])
-    with pytest.raises(RunError, match=r"frozen/seed-0 holds a run that was cut off.*Remove that folder"):
+    with pytest.raises(RunError, match=r"frozen/seed-0 holds an interrupted run.*Remove that folder"):
         run_recipe(recipe, tmp_path / "run")
     state.write_bytes(whole)
     run_recipe(recipe, tmp_path / "run")

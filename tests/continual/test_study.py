@@ -87,10 +87,10 @@ def test_all_orders(recipe_path):
 @pytest.mark.parametrize(
     ("orders", "message"),
     [
-        ("[[first]]", "an order names each task once: first, second; got first"),
-        ("[[first, second]]", "the order first, second is there twice"),
-        ("[[second, first], [second, first]]", "the order second, first is there twice"),
-        ("[[second, third]]", "an order names each task once"),
+        ("[[first]]", "an order must name each task once: first, second; got first"),
+        ("[[first, second]]", "the order first, second is listed twice"),
+        ("[[second, first], [second, first]]", "the order second, first is listed twice"),
+        ("[[second, third]]", "an order must name each task once"),
         ("every", "orders"),
     ],
 )
@@ -116,10 +116,10 @@ def test_a_method_may_be_trained_otherwise(recipe_path, tmp_path):
     [
         (
             "{max_length: 5}",
-            r"method 'lora': training: 'max_length' is not a setting of one method: batch_size, epochs",
+            r"method 'lora': training: 'max_length' cannot differ between methods; .*: batch_size, epochs",
         ),
         ("{epochs: 0}", r"method 'lora': training: epochs: .*greater than 0"),
-        ("{evaluation: one_by_one}", "'evaluation' is not a setting of one method"),
+        ("{evaluation: one_by_one}", "'evaluation' cannot differ between methods"),
     ],
 )
 def test_settings_that_are_not_a_methods_are_refused(training, message, recipe_path):

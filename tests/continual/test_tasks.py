@@ -26,8 +26,8 @@ def test_majority_rate_is_of_the_evaluation_split():
     [
         (dict(name="a/b"), "'a/b' may only hold letters"),
         (dict(labels=["a"]), "at least two labels"),
-        (dict(labels=["a", "a", "b"]), "has a label twice"),
-        (dict(too_long="truncate"), "too_long is cut or drop, not 'truncate'"),
+        (dict(labels=["a", "a", "b"]), "lists a label twice"),
+        (dict(too_long="truncate"), "too_long must be cut or drop, got 'truncate'"),
         (dict(train=[]), "the train split is empty"),
         (dict(evaluation=[]), "the evaluation split is empty"),
         (dict(train=[("x", 0), ("y", 2)]), r"train row 1 has label 2, outside 0\.\.1"),
@@ -111,7 +111,7 @@ def test_no_row_is_longer_than_it_may_be_and_what_was_done_is_counted(sizes, max
     task = CompletionTask("t", examples, examples, too_long="drop")
     if all(longer):
         with pytest.raises(
-            TaskError, match=r"no train example is left: all \d are too long for max_length \d+ \(too_long"
+            TaskError, match=r"no train example is left. All \d are too long for max_length \d+ \(too_long"
         ):
             task.encode("train", tokenizer, max_length)
     else:
@@ -163,14 +163,14 @@ def test_every_answer_of_a_conversation_is_learned_or_the_last_alone():
 
 
 def test_bad_conversations_and_templates_are_refused():
-    with pytest.raises(TaskError, match="train row 0 has no answer of the assistant's .*: its roles are user"):
+    with pytest.raises(TaskError, match="train row 0 has no assistant message that answers .*: its roles are user"):
         ChatTask("t", [conversation("w1")], [conversation("w1", "w2")])
     task = ChatTask("t", [conversation("w1", "w2")], [conversation("w1", "w2")])
     with pytest.raises(TaskError, match="has no chat template"):
         task.encode("train", word_tokenizer(), 32)
     counting = "{{ messages | length }} {% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer = chat_tokenizer("{% if messages|length > 1 %}w9 {% endif %}" + counting)
-    with pytest.raises(TaskError, match="cannot be told from the prompt"):
+    with pytest.raises(TaskError, match="cannot be separated from its prompt"):
         task.encode("train", tokenizer, 32)
 
 

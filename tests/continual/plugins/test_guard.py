@@ -162,13 +162,13 @@ def test_refused_before_anything_is_loaded(guarded_path):
     guarded = content["methods"][-1]
     guard = guarded["plugins"][0]
     for plugins, message in (
-        ([guard, guard], "'guard' is there twice"),
-        ([{**guard, "max_perplexity_increase": 0}], "a limit is positive, got max_perplexity_increase"),
+        ([guard, guard], "'guard' is listed twice"),
+        ([{**guard, "max_perplexity_increase": 0}], "max_perplexity_increase must be positive and finite, got"),
         ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
-        ([{**guard, "spread": "yes"}], "spread is true or false"),
-        ([{"name": "anchors"}], "holds what earlier tasks have trained"),
-        ([{"name": "ewc", "strength": 1}], "holds what earlier tasks have trained"),
+        ([{**guard, "spread": "yes"}], "spread must be true or false"),
+        ([{"name": "anchors"}], "protects what earlier tasks have trained"),
+        ([{"name": "ewc", "strength": 1}], "protects what earlier tasks have trained"),
     ):
         guarded["adapter_per_task"] = "holds" in message
         guarded["plugins"] = plugins
@@ -184,7 +184,7 @@ def test_a_window_that_the_model_has_no_positions_for_is_named(guarded_path, tmp
     config["max_position_embeddings"] = 100
     (guarded_path.parent / "model/config.json").write_text(json.dumps(config))
     guarded_path.write_text(yaml.safe_dump(content))
-    with pytest.raises(RunError, match="'more words' has windows of 256 tokens, where the model has 100 positions"):
+    with pytest.raises(RunError, match="'more words' has windows of 256 tokens, but the model has only 100 positions"):
         run_recipe(load_recipe(guarded_path), tmp_path / "run")
 
 

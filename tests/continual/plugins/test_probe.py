@@ -42,7 +42,7 @@ def test_a_task_without_a_head_is_left_alone():
 def test_a_model_without_finite_states_is_named():
     model = TaskModel(llama())
     model.language_model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(RunError, match="plug-in probe: the model's states of the task are not finite"):
+    with pytest.raises(RunError, match="plug-in probe: the model's hidden states on the task's examples are not"):
         Probe().before_task(context(model))
 
 

@@ -102,9 +102,9 @@ def test_gone_on_with_it_is_as_if_uninterrupted(guarded_path, tmp_path):
     [
         ({}, "give one limit: max_perplexity_increase or max_kl"),
         ({"max_perplexity_increase": 0.1, "max_kl": 0.1}, "give one limit"),
-        ({"max_kl": 0}, "a limit is positive, got max_kl 0.0"),
-        ({"max_perplexity_increase": math.inf}, "a limit is positive"),
-        ({"max_kl": 0.1, "spread": 2}, "spread is true or false, got 2"),
+        ({"max_kl": 0}, "max_kl must be positive and finite, got 0.0"),
+        ({"max_perplexity_increase": math.inf}, "must be positive and finite"),
+        ({"max_kl": 0.1, "spread": 2}, "spread must be true or false, got 2"),
     ],
 )
 @pytest.mark.parametrize("name", ["scale_back", "guard"])
@@ -115,9 +115,9 @@ def test_what_is_no_limit_is_refused(name, options, message):
 
 def test_a_recipe_without_a_general_text_is_refused(recipe_path):
     plugin = "methods.1.plugins=[{name: scale_back, max_kl: 0.1}]"
-    with pytest.raises(RecipeError, match="method 'lora': plug-in 'scale_back' goes by a general text"):
+    with pytest.raises(RecipeError, match="method 'lora': plug-in 'scale_back' needs a general text"):
         load_recipe(recipe_path, [plugin])
-    with pytest.raises(RecipeError, match="method 'lora' goes by a general text"):
+    with pytest.raises(RecipeError, match="method 'lora' needs a general text"):
         load_recipe(recipe_path, ["methods.1.options={init_lora_weights: corda, target_modules: [q_proj]}"])
 
 
