@@ -78,7 +78,7 @@ def test_the_tables_hold_the_figures():
 
 def test_what_was_cut_or_left_out_is_said():
     page = render([with_long_examples()])
-    said = "3 cut and 1 left out of those to learn from, 2 left out of those to be scored on"
+    said = "3 cut and 1 left out in the training split, 2 left out in the evaluation split"
     assert f"; longer than max_length: {said}; up to 25% of the generated answers were cut off unfinished.</li>" in page
     assert "longer than max_length" not in render([make_results()])
 
@@ -246,7 +246,7 @@ def test_a_method_that_diverged(perplexity, seeds):
     broken = broken.model_copy(update={"seeds": [s.model_copy(update={"losses": lost}) for s in broken.seeds]})
     html = render([results.model_copy(update={"methods": [results.methods[0], broken]})])
     assert Tables(html).tables["summary"][3][6].split()[0] == format_statistic(Statistic.of([perplexity]), digits=2)
-    assert "Diverged, and without a point on the panel of perplexity: LoRA." in html
+    assert "Diverged, and not shown on the panel of perplexity: LoRA." in html
     assert re.search(r"nan|inf", "".join(re.findall(r' d="([^"]*)"', html))) is None
 
 

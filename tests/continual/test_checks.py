@@ -48,8 +48,8 @@ def test_texts_longer_than_the_models_positions(short_model, tmp_path):
     fitting = ["model.name=gpt2", "methods.1.options={r: 4}"]
     recipe = load_recipe(short_model, [*fitting, "training.max_length=128", "heldout.window=70"])
     assert refused(recipe, tmp_path / "run") == (
-        "Task 'first' has a text of 100 tokens, but the model has only 64 positions. Lower max_length from 128 to 64 or "
-        "less."
+        "Task 'first' has a text of 100 tokens, but the model has only 64 positions. Lower max_length from 128 to 64 "
+        "or less."
     )  # the held-out text has 50 tokens, and so no window of 70
     make_plan(load_recipe(short_model, [*fitting, "training.max_length=64"]))
 

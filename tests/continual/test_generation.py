@@ -165,7 +165,7 @@ def test_scores_are_the_mean_over_what_was_generated(tokenizer, tmp_path):
 def test_an_answer_that_does_not_fit_into_the_positions_is_refused(tokenizer):
     generation = Generation("t", Prompts(prompts(), ["x"] * 11, AnswerScore(max_new_tokens=53)), 4)
     with pytest.raises(
-        RunError, match="Task 't' generates up to 53 tokens after a prompt of 12, where the model has 64"
+        RunError, match="Task 't' generates up to 53 tokens after a prompt of 12 tokens, but the model has only 64"
     ):
         score_generated(gpt2(), tokenizer, generation)
 
@@ -319,7 +319,7 @@ def test_a_prompt_and_an_answer_beyond_the_models_positions_are_refused_before_t
     recipe_path.write_text(yaml.safe_dump(content))
     for attempt in (make_plan, lambda recipe: run_recipe(recipe, tmp_path / "run")):
         with pytest.raises(
-            RunError, match="Task 'said' generates up to 60 tokens after a prompt of 7, where the model"
+            RunError, match="Task 'said' generates up to 60 tokens after a prompt of 7 tokens, but the model"
         ):
             attempt(load_recipe(recipe_path))
     assert not list((tmp_path / "run").glob("*/seed-*"))

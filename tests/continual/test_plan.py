@@ -404,7 +404,7 @@ def test_what_is_cut_or_left_out_is_counted_as_a_run_counts_it(recipe_path, tmp_
         assert (len(part.train), len(part.evaluation)) == (task.train_examples, task.evaluation_examples)
     assert results.tasks[1].train_examples == len(rows) - dropped
     said = " ".join(text_of(planned).split())
-    assert f"Examples of copy that are longer than max_length: {dropped} left out of those to learn from" in said
+    assert f"Examples of copy that are longer than max_length: {dropped} left out in the training split" in said
 
 
 def text_of(planned, width=80):
