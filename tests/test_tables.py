@@ -1,4 +1,4 @@
-"""The command line's tables hold the figures, within 80 columns."""
+"""The command line's tables show the figures within 80 columns."""
 
 import io
 
@@ -17,7 +17,7 @@ def printed(*parts, width=80):
 
 
 def rows(text):
-    """Cells of every line, as far as they are apart."""
+    """Split every line into words."""
     return [line.split() for line in text.splitlines()]
 
 
@@ -32,7 +32,7 @@ def test_a_run():
 
 
 def with_long_examples():
-    """Of the second task some examples are cut or left out, and some generated answers cut off after the last."""
+    """Results with examples of the second task cut or left out, and some answers cut off after the last task."""
     results = make_results()
     tasks = [*results.tasks]
     tasks[1] = make_task("reuters", train_cut=3, train_dropped=1, evaluation_dropped=2, kind="completion")
@@ -111,7 +111,7 @@ def test_two_runs_side_by_side():
     assert ["Frozen", "<heads>", "0.800", "+0.000", "+0.0", "%"] in found
     line = next(line for line in text.splitlines() if line.startswith("CURLoRA"))
     assert line.split() == ["CURLoRA", "0.818", "+0.010", "+2.2", "%"]
-    assert line.index("0.818") > 30  # in the second run's columns
+    assert line.index("0.818") > 30  # within the second run's columns
     assert "A: runs/one" in text
     assert "B: runs/two" in text
     assert "cannot be compared" not in text

@@ -1,4 +1,4 @@
-"""The base model's own answers: sampled once, kept, scored after their prompts."""
+"""The base model's answers are sampled once, saved, and scored without their prompts."""
 
 import io
 import json

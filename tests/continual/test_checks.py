@@ -1,4 +1,4 @@
-"""What is wrong is said before weights are loaded, by a run as by a plan, and of every method before the first runs."""
+"""A run and a plan report errors before weights are loaded, and for every method before the first one runs."""
 
 import pytest
 from typer.testing import CliRunner
@@ -13,14 +13,14 @@ from tests.models import gpt2, word_tokenizer
 
 @pytest.fixture
 def unreadable(recipe_path):
-    """The recipe of a model whose weights cannot be read."""
+    """A recipe with a model whose weights cannot be read."""
     (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")
     return recipe_path
 
 
 @pytest.fixture
 def short_model(recipe_path):
-    """The recipe of a GPT-2 of 64 positions, and of texts that are longer."""
+    """A recipe with a GPT-2 of 64 positions and longer texts."""
     folder = recipe_path.parent
     gpt2().save_pretrained(folder / "gpt2")
     (folder / "gpt2" / "model.safetensors").write_bytes(b"not a model")
@@ -34,7 +34,7 @@ def command(*arguments):
 
 
 def refused(recipe, directory, error=RunError):
-    """What a run and a plan say, which is the same."""
+    """Return the error of a run, which must equal that of a plan."""
     with pytest.raises(error) as planned:
         make_plan(recipe)
     with pytest.raises(error) as run:
@@ -50,7 +50,7 @@ def test_texts_longer_than_the_models_positions(short_model, tmp_path):
     assert refused(recipe, tmp_path / "run") == (
         "Task 'first' has a text of 100 tokens, but the model has only 64 positions. Lower max_length from 128 to 64 "
         "or less."
-    )  # the held-out text has 50 tokens, and so no window of 70
+    )  # the held-out text has only 50 tokens, so no window of 70
     make_plan(load_recipe(short_model, [*fitting, "training.max_length=64"]))
 
 
@@ -141,7 +141,7 @@ def test_texts_that_are_apart(unreadable):
 
 
 def test_a_text_that_is_shorter_than_its_tokens(unreadable):
-    with pytest.warns(RecipeWarning, match="'words' is shorter .*: 55 tokens behind the first 5, where 100"):
+    with pytest.warns(RecipeWarning, match="'words' is shorter .*: it has 55 tokens after the first 5, but 100"):
         make_plan(load_recipe(unreadable, ["heldout.tokens=100", "heldout.skip=5"]))
     with pytest.warns(RecipeWarning, match="'words' is shorter .*: it has 60 tokens, but 70 are asked for"):
         make_plan(load_recipe(unreadable, ["protocol=paper", "heldout.chunk=70"]))

@@ -1,4 +1,4 @@
-"""Every layout gives the same conversations; what is none is named with its row."""
+"""Every layout gives the same conversations; an error names the row of an invalid one."""
 
 import json
 
@@ -89,13 +89,13 @@ def test_pairs_of_text_and_of_messages(read):
     for source in ({}, {"prompt": "prompt", "completion": "completion"}):
         (talk,) = read(pairs, **source)
         assert [{"role": m["role"], "content": m["content"]} for m in talk] == TALK
-        assert trained_turns(talk) == [4]  # what the prompt holds of the assistant's is not trained
+        assert trained_turns(talk) == [4]  # assistant messages in the prompt are not trained
 
 
 def test_which_turns_are_trained():
     assert trained_turns(TALK) == [2, 4]
     assert trained_turns(TALK, "last") == [4]
-    assert trained_turns([LAST, ASKED, ANSWERED, MORE]) == [2]  # what opens a conversation answers nothing
+    assert trained_turns([LAST, ASKED, ANSWERED, MORE]) == [2]  # a first assistant message is not an answer
     assert trained_turns([ASKED, {**ANSWERED, "weight": 0}, MORE, {**LAST, "weight": 1}]) == [3]
 
 

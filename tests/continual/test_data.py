@@ -1,4 +1,4 @@
-"""What is read is what the files say, in every format; what is wrong is named."""
+"""Data are read unchanged from files of every format; errors name what is wrong."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_conversations(tmp_path):
 
 @pytest.mark.parametrize("labels", [["1", "0"], ["True", "False"]])
 def test_names_that_look_like_numbers_are_names(labels, tmp_path):
-    """The CSV reader makes numbers and truth values of them."""
+    """Other CSV readers convert them to numbers and booleans."""
     (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
     source = dict(path=tmp_path / "data.csv", text="text", label="label")
     task = read_task(TaskPart(name="t", labels=labels, train=source, evaluation=source))
@@ -313,7 +313,7 @@ def test_real_data_is_read_whole(train, evaluation, rows, majority):
 
 @REAL
 def test_the_papers_sentiment140():
-    """Trained on the test file, neutral taken for negative; scored on rows that are all negative."""
+    """Trained on the test file, with neutral as negative; evaluated on rows that are all negative."""
     names = {0: "negative", 2: "negative", 4: "positive"}
     columns = ["polarity", "id", "date", "query", "user", "text"]
     source = Source(

@@ -1,4 +1,4 @@
-"""Grids of methods: what an entry of a recipe stands for."""
+"""Grids of methods: the methods that an entry of a recipe stands for."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_every_combination_is_a_method_with_its_values():
     assert found[2]["label"] == "LoRA, learning_rate 0.0005, r 8"
     assert found[2]["grid"] == {"learning_rate": 5e-4, "r": 8}
     assert (found[2]["learning_rate"], found[2]["options"]) == (5e-4, {"r": 8, "target_modules": ["q"]})
-    assert entry["learning_rate"] == {"grid": [1e-3, 5e-4]}  # as it was
+    assert entry["learning_rate"] == {"grid": [1e-3, 5e-4]}  # unchanged
 
 
 def test_whole_lists_and_plugins_may_be_in_a_grid():

@@ -1,4 +1,4 @@
-"""A table is what the file says; a file that is not what its name says, or whose rows do not fit, is one sentence."""
+"""Tables are read unchanged; a file of another type than its name says, or with bad rows, gives a clear error."""
 
 import csv
 import gzip

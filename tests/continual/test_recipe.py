@@ -1,4 +1,4 @@
-"""Recipes: what is read is what the files say, and what is wrong is said before a model is loaded."""
+"""Recipes are read as their files say, and errors are reported before a model is loaded."""
 
 from pathlib import Path
 
@@ -212,7 +212,7 @@ def test_variables_of_the_environment(recipe_path, monkeypatch):
     assert recipe.tasks[0].train.path == folder / "train.tsv"
     assert recipe.tasks[0].evaluation.path == folder / "eval.csv"
     assert recipe.training.epochs == 3
-    assert recipe.tasks[0].description == "Two small tasks ${DATA}"  # a key of recipes is one
+    assert recipe.tasks[0].description == "Two small tasks ${DATA}"  # title is a key of recipes, so it is replaced
     portable = recipe.portable()
     assert str(portable.heldout[0].path) == "${DATA}/text.txt"
     assert str(portable.tasks[0].train.path) == "${oc.env:DATA}/train.tsv"
@@ -294,7 +294,7 @@ def test_a_misspelt_name_of_a_recipe_that_comes_with_it():
     ],
 )
 def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message):
-    (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")  # loading it would fail otherwise
+    (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")  # loading it would fail
     with pytest.raises(RecipeError, match=message):
         build(load_recipe(recipe_path, [change]))
 
@@ -405,7 +405,7 @@ def test_quantization_is_passed_on(recipe_path, monkeypatch):
 
 
 def test_a_run_can_be_moved_with_its_data(recipe_path, tmp_path, monkeypatch):
-    """It is known by what is run, not by where the files lie."""
+    """A run is identified by what is run, not by where its files are."""
     content = yaml.safe_load(recipe_path.read_text())
     content["heldout"]["path"] = "${TEXTS}/text.txt"
     recipe_path.write_text(yaml.safe_dump(content))

@@ -1,4 +1,4 @@
-"""Templates give text, or say why there is none."""
+"""Templates give text, or an error that says why not."""
 
 import datetime
 

@@ -1,4 +1,4 @@
-"""Studies: grids, orders of the tasks, settings and heads that differ by method and run."""
+"""Studies: grids, orders of the tasks, and settings and heads that differ between methods and runs."""
 
 import json
 
@@ -128,7 +128,7 @@ def test_settings_that_are_not_a_methods_are_refused(training, message, recipe_p
 
 
 def heads(folder):
-    # What a head was before it was trained: its learning rate is next to nothing.
+    # The heads are almost as initialized, because their learning rate is tiny.
     state = load_file(folder / "heads.safetensors")
     return torch.cat([state[key].flatten() for key in sorted(state)])
 

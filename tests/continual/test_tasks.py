@@ -56,7 +56,7 @@ def test_only_the_completion_is_learned_and_each_position_says_what_comes_next()
     row = completion("w1 w2 w3", "w4 w5")
     assert words(row["input_ids"]) == "w1 w2 w3 w4 w5"
     assert row["labels"][:2] == [IGNORED] * 2
-    assert words(row["labels"][2:]) == "w4 w5 [UNK]"  # the end of the text is learned too
+    assert words(row["labels"][2:]) == "w4 w5 [UNK]"  # the end-of-text token is trained too
 
 
 def test_a_long_prompt_loses_its_start():
@@ -94,7 +94,7 @@ def test_no_row_is_longer_than_it_may_be_and_what_was_done_is_counted(sizes, max
     if begins:
         tokenizer.bos_token = "w0"
     examples = [(" ".join(f"w{i}" for i in range(a)), " ".join(f"w{20 + i}" for i in range(b))) for a, b in sizes]
-    longer = [a + b > max_length for a, b in sizes]  # with the end of the text, without the last token
+    longer = [a + b > max_length for a, b in sizes]  # with the end-of-text token, without the last input
     split = CompletionTask("t", examples, examples).encode("train", tokenizer, max_length)
     assert split.cut == sum(longer)
     assert split.kept == list(range(len(sizes)))
@@ -175,7 +175,7 @@ def test_bad_conversations_and_templates_are_refused():
 
 
 def marked_tokenizer():
-    """Adds a beginning and an end to every text, as some do."""
+    """A tokenizer that adds beginning- and end-of-text tokens to every text."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = word_tokenizer()
@@ -196,7 +196,7 @@ def test_a_prompt_is_not_ended_and_keeps_its_beginning(max_length, prompt):
 
 
 def test_an_answer_ends_where_generation_would():
-    """ChatML has a line break behind the end of a turn."""
+    """ChatML has a line break after the end of a turn."""
     tokenizer = chat_tokenizer(TEMPLATE.replace("[PAD]", "[UNK] w9"))
     tokenizer.eos_token = "[UNK]"
     (row,) = ChatTask("t", [conversation("w1", "w4")], [conversation("w1", "w2")]).encode("train", tokenizer, 32).rows

@@ -90,7 +90,7 @@ def run_recipe(
     Args:
         recipe: the recipe to run.
         directory: the run directory; created if missing.
-        progress: called with the total amount of work; returns what is told of the progress.
+        progress: called with the total amount of work; returns the object that is told of the progress.
         workers: the number of processes that share the methods, orders and seeds, which needs Ray. If ``None``, this
             process runs them.
         address: the address of a running Ray cluster, whose machines must see ``directory`` and the recipe's files. If
@@ -137,7 +137,7 @@ def _claim(recipe: Recipe, directory: Path) -> None:
                 "the change, or remove the folder."
             )
     elif any(path.name != ".lock" for path in directory.iterdir()):
-        raise RunError(f"{directory} holds files but no run. Choose another folder.")
+        raise RunError(f"{directory} holds files, but no run. Choose another folder.")
     write_whole(saved, recipe.model_dump_json(indent=2))
 
 

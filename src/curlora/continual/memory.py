@@ -27,7 +27,7 @@ _KEPT_BY_ACTIVATION = {"gelu_new": 4, "gelu_pytorch_tanh_python": 4, "gelu_fast"
 
 
 class UnknownError(Exception):
-    """There is no formula; the message names what it is missing for."""
+    """There is no formula for a part of a model; the message names the part."""
 
 
 @dataclass(frozen=True)

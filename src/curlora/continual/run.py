@@ -202,7 +202,7 @@ def run_stream(
     Args:
         stream: what to run.
         directory: the run directory; created if missing.
-        progress: called with the total amount of work; returns what is told of the progress.
+        progress: called with the total amount of work; returns the object that is told of the progress.
         begin: called by the first process after it has locked the directory, before anything is written.
         runner: runs the jobs; if ``None``, they run one after another in this process.
 

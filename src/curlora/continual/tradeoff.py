@@ -103,7 +103,7 @@ def points(results: RunResults) -> list[Point]:
 
 
 def best_within(known: Sequence[Point], limit: Limit) -> dict[str, Point | None]:
-    """Return, for each entry of the recipe, the point within a limit that has learned most; ``None`` if none is."""
+    """Return the point of each entry of the recipe that has learned most within a limit; ``None`` if none is within."""
     best: dict[str, Point | None] = {}
     for point in known:
         entry = point.method.entry

@@ -60,7 +60,7 @@ def test_training_begins_from_it_and_goes_on_from_where_it_was_cut_off(recipe_pa
     recipe_path.write_text(yaml.safe_dump(content))
     recipe = load_recipe(recipe_path)
     whole = run_recipe(recipe, tmp_path / "whole")
-    # Heads that are left as they are fitted; fresh ones begin at log 2.
+    # The fitted heads stay good; the loss of untrained heads would start at log 2.
     assert all(loss < 0.1 for _, loss in whole.methods[0].seeds[0].losses)
 
     learn, save = MethodRun._learn, TaskTrainer._save_checkpoint

@@ -48,7 +48,7 @@ def test_its_state_is_what_it_keeps():
 
 
 def test_replaying_everything_keeps_what_contradicts_nothing(tmp_path):
-    """Two tasks for the same weights: without replay the first is overwritten, with all of it it stays."""
+    """Two tasks share weights: without replay the first is overwritten, with replay of all examples it is kept."""
     tokenizer = word_tokenizer()
 
     def mapping(name, first, answers):

@@ -1,4 +1,4 @@
-"""Any method scaled back to a limit: the rival of a guard."""
+"""Any method scaled back to a limit: the baseline of a guard."""
 
 import math
 
@@ -133,7 +133,7 @@ def test_corda_begins_as_the_base_model_and_is_measured_from_it(guarded_path, tm
     results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
     untrained, trained = (method.seeds[0] for method in results.methods[1:])
     assert untrained.lost("more words") == pytest.approx(0, abs=1e-5)
-    # What is trained is what the text uses least, and so the text hardly notices.
+    # CorDA trains the part of the weights that the text uses least, so the text is hardly affected.
     assert trained.lost("more words") < 1e-4
     saved = [
         load_file(tmp_path / "run" / name / "seed-0/adapter/adapter_model.safetensors") for name in ("corda", "trained")

@@ -17,7 +17,7 @@ __all__ = ["Method"]
 
 @dataclass(frozen=True)
 class Method:
-    """A way of fine-tuning: what is added to the base model, and which parameters are trained.
+    """A method of fine-tuning: what is added to the base model, and which parameters are trained.
 
     Args:
         name: short name, also the name of its folder in the run directory.

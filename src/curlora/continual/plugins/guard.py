@@ -28,7 +28,7 @@ class GuardPlugin(Plugin):
     Args:
         max_perplexity_increase: the largest rise of the guard text's perplexity over the whole stream, relative to the
             base model: 0.01 for 1 %.
-        max_kl: instead of it, the largest ``KL(base || model)`` on the text, in nats per token.
+        max_kl: the alternative limit: the largest ``KL(base || model)`` on the text, in nats per token.
         spread: whether the limit grows in equal steps from task to task. If false, the first task may use all of it.
             Later tasks can then learn only by undoing earlier ones, or, with an adapter per task, only with what
             earlier tasks have left of the limit.
