@@ -104,5 +104,5 @@ def test_it_is_in_the_tables_and_on_the_page():
     page = render([study()])
     assert "The best of each method within KL 0.012" in page
     assert 'id="limit-2"' in page
-    assert "What is learned for what is forgotten" in page
-    assert "What is learned for what is forgotten" not in render([make_results()])
+    assert "Learning against forgetting over the grid" in page
+    assert "Learning against forgetting over the grid" not in render([make_results()])

@@ -96,7 +96,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
     few = len(results.tasks) <= 6
     plots = [
         Plot(
-            "What is remembered",
+            "Accuracy over the stream",
             "Accuracy on each task after every stage of the stream, starting when it was learned. A falling line means "
             "forgetting. Dotted: always answering the most frequent class." + _bars_text(results),
             [
@@ -131,7 +131,7 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
     if any(method.trainable_parameters for method in results.methods):
         height = 0.9 + 0.36 * len(results.methods)
         panel = svg_panel("trained parameters", partial(_trainable, results, styles), height=height)
-        plots.insert(-1, Plot("What it costs", "Without heads, on a logarithmic scale.", [panel], legend=False))
+        plots.insert(-1, Plot("Trained parameters", "Without heads, on a logarithmic scale.", [panel], legend=False))
     return plots
 
 
@@ -179,7 +179,7 @@ def fronts_of(results: RunResults) -> Plot | None:
         axis.legend(fontsize=8, frameon=False)
 
     panels = [svg_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
-    return Plot("What is learned for what is forgotten", text, panels, legend=False)
+    return Plot("Learning against forgetting over the grid", text, panels, legend=False)
 
 
 def overview_of(runs: Sequence[RunResults], styles: Styles) -> Plot:

@@ -159,7 +159,7 @@ def _guarded(results: RunResults) -> Table | None:
 
 
 def _cost(results: RunResults) -> Table:
-    table = _plain("\nWhat it took")
+    table = _plain("\nCost")
     _columns(table, ["trained\nparameters", "adapter\nfile", "time of\na seed", "tokens a\nsecond"])
     for method in results.methods:
         speed = method.tokens_per_second
