@@ -300,7 +300,7 @@ def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1, 2]", "is not a recipe"), ("a: [", "is not YAML"), ("", "holds no")]
+    ("text", "message"), [("[1, 2]", "is not a recipe: a map"), ("a: [", "is not YAML"), ("", "is not a recipe: a map")]
 )
 def test_files_that_are_no_recipe(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
