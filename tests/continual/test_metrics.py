@@ -64,5 +64,5 @@ def test_a_matrix_that_is_not_lower_triangular_is_refused(bad):
 
 
 def test_forward_transfer_of_unequal_lengths_is_refused():
-    with pytest.raises(ValueError, match="of 1 tasks before .* of 2 at the start"):
+    with pytest.raises(ValueError, match="got 1 accuracies before .* and 2 of the base model"):
         forward_transfer([0.5], [0.5, 0.5])

@@ -103,7 +103,7 @@ def test_rows_that_do_not_fit_the_heading_are_refused_with_their_line(content, m
 def test_rows_are_counted_against_the_columns_that_are_named(tmp_path):
     (tmp_path / "bare.csv").write_text("4,one\n0,two,three\n")
     message = refused(tmp_path / "bare.csv", columns=["label", "text"])
-    assert "line 2 has 3 fields, where columns names 2" in message
+    assert "line 2 has 3 fields, but columns names 2" in message
     (tmp_path / "glue.tsv").write_text('text\tlabel\n"a\tb"\t1\n')
     assert "line 2 has 3 fields" in refused(tmp_path / "glue.tsv", quoted=False)
     with pytest.raises(ValidationError, match="'a' is listed twice"):

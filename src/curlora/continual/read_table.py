@@ -207,7 +207,7 @@ def _from_csv(place: Place, separator: str, where: str) -> Table:
     quoting: Any = csv.QUOTE_MINIMAL if place.quoted else csv.QUOTE_NONE
     # Without strict, a quotation mark that is not closed makes one field of all text up to the next quotation mark.
     reader = csv.reader(_lines(place, where, newline=""), delimiter=separator, quoting=quoting, strict=True)
-    columns, named_by = place.columns, "columns has"
+    columns, named_by = place.columns, "columns names"
     rows: list[dict[str, str]] = []
     limit = csv.field_size_limit(2**31 - 1)  # a global setting, whose default is too small for long texts
     line = 1

@@ -125,7 +125,7 @@ def test_adapters_of_tasks_and_of_seeds_are_drawn_apart():
     [
         ("osf", {}, "for curlora and lora"),
         ("frozen", {}, "frozen has none"),
-        ("full", {}, "full has no options"),
+        ("full", {}, "full has none"),
         ("curlora", {"seed": 3}, "leave out the option seed"),
         ("curlora", {"init_weights": False}, "leave out the option init_weights"),
         ("curlora", {"modules_to_save": ["lm_head"]}, "leave out the option modules_to_save"),

@@ -170,7 +170,7 @@ def test_refused_before_anything_is_loaded(guarded_path):
         ([{"name": "anchors"}], "protects what earlier tasks have trained"),
         ([{"name": "ewc", "strength": 1}], "protects what earlier tasks have trained"),
     ):
-        guarded["adapter_per_task"] = "holds" in message
+        guarded["adapter_per_task"] = "protects" in message
         guarded["plugins"] = plugins
         guarded_path.write_text(yaml.safe_dump(content))
         with pytest.raises(RecipeError, match=message):
