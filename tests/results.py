@@ -1,4 +1,4 @@
-"""Results of imagined runs, for tests of what is done with results."""
+"""Results of invented runs, for tests of reports."""
 
 from curlora.continual.results import Guarded, MethodResult, RunResults, Score, SeedResult, TaskInfo, TextScore
 
@@ -93,7 +93,7 @@ def make_seed(seed, accuracy, perplexity, number=0, **changes):
 
 
 def with_guard(results):
-    """The last method of a run under a guard, the second task's change scaled back to a half."""
+    """Return a run whose last method has a guard that scaled the second task's change back to a half."""
     *others, method = results.methods
     records = [
         Guarded(predicted=0.005, perplexity_rise=0.006, limit=0.01, scale=1.0),

@@ -270,7 +270,7 @@ def test_several_runs_on_one_page_and_in_one_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "holds no results: no method"), ("{}", "does not hold the results of a run")]
+    ("content", "message"), [(None, "holds no results: no method"), ("{}", "does not hold valid results of a run")]
 )
 def test_report_of_something_else(tmp_path, content, message):
     if content is not None:

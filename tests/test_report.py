@@ -1,4 +1,4 @@
-"""The page holds the figures, needs no network, and draws in a real browser."""
+"""The page shows the figures, needs no network, and renders in a real browser."""
 
 import math
 import re
@@ -21,7 +21,7 @@ CHROMIUM = next(
 
 
 class Tables(HTMLParser):
-    """Rows of cells of every table, by the table's id."""
+    """Parses the rows of cells of every table, by the table's id."""
 
     def __init__(self, html):
         super().__init__()
@@ -55,7 +55,7 @@ def tables(*runs):
 
 
 def panels(html):
-    """The pictures by their names, in order; a name may be there more than once."""
+    """Return the plots by name, in order; several may have the same name."""
     found = re.findall(r'<svg role="img" aria-label="([^"]*)"(.*?)</svg>', html, re.DOTALL)
     return {name: [svg for other, svg in found if other == name] for name, _ in found}
 
@@ -78,7 +78,7 @@ def test_the_tables_hold_the_figures():
 
 def test_what_was_cut_or_left_out_is_said():
     page = render([with_long_examples()])
-    said = "3 cut and 1 left out of those to learn from, 2 left out of those to be scored on"
+    said = "3 cut and 1 left out in the training split, 2 left out in the evaluation split"
     assert f"; longer than max_length: {said}; up to 25% of the generated answers were cut off unfinished.</li>" in page
     assert "longer than max_length" not in render([make_results()])
 
@@ -107,7 +107,7 @@ def test_points_have_error_bars_where_there_are_several_seeds():
         return svg.count('<g id="LineCollection')
 
     assert bars(make_results()) == 0
-    assert bars(make_results(seeds=(0, 1, 2))) == 2 * 3  # across and up, for each method
+    assert bars(make_results(seeds=(0, 1, 2))) == 2 * 3  # a horizontal and a vertical bar for each method
 
 
 def test_forward_transfer_is_shown_where_there_is_any():
@@ -145,7 +145,7 @@ def test_several_runs_have_a_section_each_and_a_common_table():
     assert found["summary-1"][3][1] == "0.825"
     assert found["summary-2"][3][1] == "0.830 ± 0.007"
     assert "The runs differ in base model: their figures cannot be compared directly." in html
-    assert len(panels(html)["plasticity and forgetting"]) == 3  # one of all, one of each
+    assert len(panels(html)["plasticity and forgetting"]) == 3  # one of all runs, and one of each run
     assert "differ in" not in render([make_results()])
 
 
@@ -246,7 +246,7 @@ def test_a_method_that_diverged(perplexity, seeds):
     broken = broken.model_copy(update={"seeds": [s.model_copy(update={"losses": lost}) for s in broken.seeds]})
     html = render([results.model_copy(update={"methods": [results.methods[0], broken]})])
     assert Tables(html).tables["summary"][3][6].split()[0] == format_statistic(Statistic.of([perplexity]), digits=2)
-    assert "Diverged, and without a point on the panel of perplexity: LoRA." in html
+    assert "Diverged, and not shown on the panel of perplexity: LoRA." in html
     assert re.search(r"nan|inf", "".join(re.findall(r' d="([^"]*)"', html))) is None
 
 
@@ -318,7 +318,7 @@ def test_a_browser_draws_it(width, tmp_path):
 def test_nothing_but_tables_scrolls_sideways(width, tmp_path):
     recipe = {"name": 300 * "x", "path": "/a/" + 90 * "b"}
     html = render([make_results(seeds=(0, 1), recipe=recipe), make_results(base_model="another", title=200 * "t")])
-    # In a frame, as a window cannot be as narrow as a telephone. Such a script is not in the page itself.
+    # In a frame, because a window cannot be as narrow as a phone. The page itself has no such script.
     report = "<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')</script>"
     (tmp_path / "report.html").write_text(html + report)
     frame = tmp_path / "frame.html"

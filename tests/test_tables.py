@@ -1,4 +1,4 @@
-"""The command line's tables hold the figures, within 80 columns."""
+"""The command line's tables show the figures within 80 columns."""
 
 import io
 
@@ -17,7 +17,7 @@ def printed(*parts, width=80):
 
 
 def rows(text):
-    """Cells of every line, as far as they are apart."""
+    """Split every line into words."""
     return [line.split() for line in text.splitlines()]
 
 
@@ -32,7 +32,7 @@ def test_a_run():
 
 
 def with_long_examples():
-    """Of the second task some examples are cut or left out, and some generated answers cut off after the last."""
+    """Results with examples of the second task cut or left out, and some answers cut off after the last task."""
     results = make_results()
     tasks = [*results.tasks]
     tasks[1] = make_task("reuters", train_cut=3, train_dropped=1, evaluation_dropped=2, kind="completion")
@@ -45,18 +45,18 @@ def with_long_examples():
 
 def test_what_was_cut_or_left_out_is_said():
     text = " ".join(printed(*results_tables(with_long_examples())).split())
-    said = "3 cut and 1 left out of those to learn from, 2 left out of those to be scored on."
+    said = "3 cut and 1 left out in the training split, 2 left out in the evaluation split."
     assert f"Examples of reuters that are longer than max_length: {said}" in text
-    assert "Of the answers generated for reuters up to 25% were cut off unfinished." in text
+    assert "Up to 25% of the answers generated for reuters were cut off unfinished." in text
     assert "max_length" not in printed(*results_tables(make_results()))
     assert "unfinished" not in printed(*results_tables(make_results()))
 
 
 def test_examples_that_are_in_both_splits_are_told():
     tasks = [make_task("reviews", evaluation_in_train=30), *make_results().tasks[1:]]
-    said = "Of the 200 examples of reviews to be scored on, 30 are learned from too"
+    said = "Of the 200 evaluation examples of reviews, 30 are also in its training split"
     assert said in " ".join(printed(*results_tables(make_results(tasks=tasks))).split())
-    assert "learned from too" not in printed(*results_tables(make_results()))
+    assert "also in its training split" not in printed(*results_tables(make_results()))
 
 
 def test_what_is_missing_is_said():
@@ -87,7 +87,7 @@ def test_a_single_task_has_nothing_to_forget():
 
 def test_the_switches_of_the_protocol_are_named():
     text = printed(*results_tables(make_results(protocol={"order": "as it comes", "indices": "nearly uniform"})))
-    assert "As the paper's reference code has it: order, indices." in text
+    assert "These switches follow the paper's reference code: order, indices." in text
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1)])
@@ -111,7 +111,7 @@ def test_two_runs_side_by_side():
     assert ["Frozen", "<heads>", "0.800", "+0.000", "+0.0", "%"] in found
     line = next(line for line in text.splitlines() if line.startswith("CURLoRA"))
     assert line.split() == ["CURLoRA", "0.818", "+0.010", "+2.2", "%"]
-    assert line.index("0.818") > 30  # in the second run's columns
+    assert line.index("0.818") > 30  # within the second run's columns
     assert "A: runs/one" in text
     assert "B: runs/two" in text
     assert "cannot be compared" not in text
@@ -142,7 +142,7 @@ def test_methods_of_one_name_that_are_not_the_same_are_not_subtracted():
     changed = other.methods[1].model_copy(update={"learning_rate": 0.5})
     other = other.model_copy(update={"methods": [other.methods[0], changed, other.methods[2]]})
     text = printed(comparison([one, other], ["one", "other"]))
-    assert "though of one name: lora." in text
+    assert "different methods in the runs: lora." in text
     differences = {row[0]: row[-1] for row in rows(text) if row and row[0] in ("LoRA", "CURLoRA")}
     assert differences["CURLoRA"] == "+0.000"
     assert differences["LoRA"] != "+0.000"

@@ -8,7 +8,7 @@ GPT, MISTRAL = Path("paper-gpt2-large"), Path("paper-mistral-7b")
 PROTOCOLS = ("honest", "paper")
 LEARNING_RATE = 2.5e-4
 
-# Switch: its honest value, and the paper's.
+# Switch: its honest value and the paper's value.
 SWITCHED = {
     "readout": ("last_token", "last_position"),
     "evaluation": ("batched", "one_by_one"),

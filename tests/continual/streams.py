@@ -2,10 +2,10 @@
 
 
 def figures(results):
-    """Everything but times."""
+    """Return all results except times."""
     hidden = {"seeds": {"__all__": {"seconds", "train_seconds"}}}
     return [method.model_dump(exclude=hidden) for method in results.methods]
 
 
 class Cut(BaseException):
-    """The power goes."""
+    """Simulates a power failure."""

@@ -1,4 +1,4 @@
-"""What is compared of an answer, and what always giving the most frequent one scores."""
+"""The normalized part of an answer is compared, and the baseline always gives the most frequent answer."""
 
 import builtins
 import json
@@ -72,7 +72,7 @@ def test_a_right_answer_without_anything_to_compare_is_named():
 
 
 def rouge_l(given, right):
-    """F1 of the longest common subsequence of words, by the textbook."""
+    """F1 of the longest common subsequence of words, from the definition."""
     a, b = given.lower().split(), right.lower().split()
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):

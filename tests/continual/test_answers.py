@@ -1,4 +1,4 @@
-"""The base model's own answers: sampled once, kept, scored after their prompts."""
+"""The base model's answers are sampled once, saved, and scored without their prompts."""
 
 import io
 import json
@@ -63,7 +63,7 @@ def test_they_are_kept(tmp_path):
     assert torch.equal(first.tokens, again.tokens)
     (path,) = tmp_path.glob("answers-*.json")
     path.write_text(path.read_text()[:-5])
-    with pytest.raises(RunError, match=r"does not hold what the base model has written. Remove it"):
+    with pytest.raises(RunError, match=r"does not hold the text that the base model has written. Remove the file"):
         kept_answers(text, word_tokenizer(), tmp_path, no_model)
 
 

@@ -1,4 +1,4 @@
-"""The trained tokens of a conversation are those that the template renders of the assistant's turns, and no others."""
+"""The trained tokens of a conversation are exactly those that the template renders for the assistant's turns."""
 
 import json
 
@@ -26,7 +26,7 @@ MARKED = (
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# A beginning of the text, an end of the turn that is not the end of the text, no system message, other names of roles.
+# With a beginning-of-text token, an end-of-turn token that is not end-of-text, no system message, other role names.
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}"
     "{{ raise_exception('System role not supported') }}{% endif %}"
@@ -34,7 +34,7 @@ GEMMA = (
     " + '<end_of_turn>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )
-# What stands in <think> is left out of all answers but the last.
+# The template drops the text in <think> from all answers but the last.
 THINKING = CHATML.replace(
     "m.content +", "(m.content if loop.last or '</think>' not in m.content else m.content.split('</think>')[1]) +"
 )
@@ -42,7 +42,7 @@ MARKS = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<bos
 
 
 def tokenizer(template, eos="<|im_end|>"):
-    """Of bytes, with a few merges; some reach over the end of a line, as GPT-2's do."""
+    """A byte-level tokenizer with a few merges, some of which span a line break, as GPT-2's do."""
     model = Tokenizer(BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def talk(*contents, roles=("user", "assistant") * 9):
 
 
 def trained_by_the_text(messages, turns, made, mark="<|im_end|>", trimmed=False):
-    """Tokens that hold a character of a trained answer or of the mark that ends it, from the rendered text alone."""
+    """Find the tokens with a character of a trained answer, or of the mark that ends it, in the rendered text."""
     whole = made.apply_chat_template(messages, tokenize=False)
     found = made(whole, add_special_tokens=False, return_offsets_mapping=True)
     spans, place = [], 0
@@ -91,7 +91,7 @@ def row_of(messages, made, **options):
 
 
 def learned(row):
-    """The input with the token that comes next where that is trained."""
+    """Return each input token with the next token if that is trained."""
     return [(i + 1, label) for i, label in enumerate(row["labels"]) if label != IGNORED]
 
 
@@ -169,7 +169,7 @@ def test_what_is_context_is_not_trained_though_the_template_marks_it():
 
 
 def test_marks_that_do_not_tell_the_turns_apart_are_not_gone_by():
-    """This tokenizer has no token for the blank that ends a mark, and transformers then marks all that follows."""
+    """This tokenizer has no token for the space that ends a mark; transformers then marks everything after it."""
     made = word_tokenizer()
     made.chat_template = (
         "{% for m in messages %}{% if m.role == 'assistant' %}w2 {% generation %}{{ m.content }} w3 {% endgeneration %}"
@@ -181,13 +181,13 @@ def test_marks_that_do_not_tell_the_turns_apart_are_not_gone_by():
     found = made.apply_chat_template(
         talk("w10", "w11", "w12", "w13"), return_dict=True, return_assistant_tokens_mask=True
     )
-    assert sum(found["assistant_masks"]) > 4  # or else this test is of nothing
+    assert sum(found["assistant_masks"]) > 4  # else the test checks nothing
 
 
 def test_a_template_that_leaves_out_earlier_thoughts_can_train_the_last_turn_alone():
     made = tokenizer(THINKING)
     messages = talk("hi", "<think>a</think>hello", "more", "<think>b</think>the end")
-    with pytest.raises(TaskError, match=r"train row 0: the chat template lays out the start .* Train turns: last"):
+    with pytest.raises(TaskError, match=r"train row 0: the chat template renders the start .* Set turns: last"):
         row_of(messages, made)
     row = row_of(messages, made, turns="last")
     assert made.decode([label for _, label in learned(row)]) == "<think>b</think>the end<|im_end|>"
@@ -200,9 +200,9 @@ def test_a_refusal_is_the_templates_own_with_the_row_of_the_file(tmp_path):
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     source = dict(path=tmp_path / "chat.jsonl", shuffle=1)
     task = read_task(TaskPart(name="t", kind="chat", train=source, evaluation=source))
-    with pytest.raises(TaskError, match="train row 20: the chat template refuses the conversation: System role not su"):
+    with pytest.raises(TaskError, match="train row 20: the chat template rejects the conversation: System role not su"):
         task.encode("train", tokenizer(GEMMA), 64)
-    with pytest.raises(TaskError, match="train row 0: the chat template refuses the conversation: TypeError"):
+    with pytest.raises(TaskError, match="train row 0: the chat template rejects the conversation: TypeError"):
         row_of(talk("hi", "hello"), tokenizer("{{ 1 + 'x' }}"))
 
 
@@ -214,7 +214,7 @@ def test_a_conversation_that_is_too_long_loses_its_end():
     length = len(whole["input_ids"])
     for max_length in range(1, length + 3):
         if not any(place <= max_length for place, _ in learned(whole)):
-            with pytest.raises(TaskError, match="no train example is left: all 2 are too long for max_length"):
+            with pytest.raises(TaskError, match="no train example is left. All 2 are too long for max_length"):
                 task.encode("train", made, max_length)
             continue
         split = task.encode("train", made, max_length)

@@ -1,4 +1,4 @@
-"""What is wrong is said before weights are loaded, by a run as by a plan, and of every method before the first runs."""
+"""A run and a plan report errors before weights are loaded, and for every method before the first one runs."""
 
 import pytest
 from typer.testing import CliRunner
@@ -13,14 +13,14 @@ from tests.models import gpt2, word_tokenizer
 
 @pytest.fixture
 def unreadable(recipe_path):
-    """The recipe of a model whose weights cannot be read."""
+    """A recipe with a model whose weights cannot be read."""
     (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")
     return recipe_path
 
 
 @pytest.fixture
 def short_model(recipe_path):
-    """The recipe of a GPT-2 of 64 positions, and of texts that are longer."""
+    """A recipe with a GPT-2 of 64 positions and longer texts."""
     folder = recipe_path.parent
     gpt2().save_pretrained(folder / "gpt2")
     (folder / "gpt2" / "model.safetensors").write_bytes(b"not a model")
@@ -34,7 +34,7 @@ def command(*arguments):
 
 
 def refused(recipe, directory, error=RunError):
-    """What a run and a plan say, which is the same."""
+    """Return the error of a run, which must equal that of a plan."""
     with pytest.raises(error) as planned:
         make_plan(recipe)
     with pytest.raises(error) as run:
@@ -48,9 +48,9 @@ def test_texts_longer_than_the_models_positions(short_model, tmp_path):
     fitting = ["model.name=gpt2", "methods.1.options={r: 4}"]
     recipe = load_recipe(short_model, [*fitting, "training.max_length=128", "heldout.window=70"])
     assert refused(recipe, tmp_path / "run") == (
-        "Task 'first' has a text of 100 tokens, where the model has 64 positions. Set max_length to 64 or less: it is "
-        "128."
-    )  # the held-out text has 50 tokens, and so no window of 70
+        "Task 'first' has a text of 100 tokens, but the model has only 64 positions. Lower max_length from 128 to 64 "
+        "or less."
+    )  # the held-out text has only 50 tokens, so no window of 70
     make_plan(load_recipe(short_model, [*fitting, "training.max_length=64"]))
 
 
@@ -60,9 +60,9 @@ def test_windows_longer_than_the_models_positions(short_model, tmp_path):
     changes = ["model.name=gpt2", "training.max_length=64", "heldout.tokens=100", "heldout.window=80"]
     changes.append("guard={name: general, path: guard.txt, tokens: 90, window: 90}")
     message = refused(load_recipe(short_model, changes), tmp_path / "run")
-    assert "'words' has windows of 80 tokens, where the model has 64 positions" in message
+    assert "'words' has windows of 80 tokens, but the model has only 64 positions" in message
     assert "'general' has windows of 90 tokens" in message
-    assert "method 'lora' cannot be put on this model: target_modules: the model has no module 'q_proj'" in message
+    assert "method 'lora' cannot be applied to this model: target_modules: the model has no module 'q_proj'" in message
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
@@ -85,19 +85,19 @@ def test_every_method_is_checked_before_the_first_runs(unreadable, tmp_path):
     ]
     lines = refused(load_recipe(unreadable, [f"methods=[{', '.join(methods)}]"]), tmp_path / "run").split("\n")
     assert len(lines) == 4
-    assert all(line.startswith("method '") and "cannot be put on this model: " in line for line in lines)
+    assert all(line.startswith("method '") and "cannot be applied to this model: " in line for line in lines)
     none, some, regex, high = lines
     assert "'none'" in none
     assert "the model has no module 'nope'. It has down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj" in none
     assert "no module 'q_porj'. Did you mean 'q_proj'" in some
     assert "Linear layers of this model: down_proj, gate_proj" in some
     assert "down_proj" in regex
-    assert "its rank is above the smaller side of 2 layer(s): model.layers.0.self_attn.k_proj (16)" in high
+    assert "its rank is larger than the smaller side of 2 layer(s): model.layers.0.self_attn.k_proj (16)" in high
 
 
 def test_a_rank_that_loras_layers_have_no_use_for_is_a_warning(unreadable):
     changes = ["methods.1.options={r: 20, target_modules: [q_proj, k_proj]}"]
-    with pytest.warns(RecipeWarning, match=r"method 'lora': its rank is above the smaller side of 2 layer\(s\): "):
+    with pytest.warns(RecipeWarning, match=r"method 'lora': its rank is larger than the smaller side of 2 layer\(s\)"):
         make_plan(load_recipe(unreadable, changes))
 
 
@@ -141,9 +141,9 @@ def test_texts_that_are_apart(unreadable):
 
 
 def test_a_text_that_is_shorter_than_its_tokens(unreadable):
-    with pytest.warns(RecipeWarning, match="'words' is shorter .*: 55 tokens behind the first 5, where 100"):
+    with pytest.warns(RecipeWarning, match="'words' is shorter .*: it has 55 tokens after the first 5, but 100"):
         make_plan(load_recipe(unreadable, ["heldout.tokens=100", "heldout.skip=5"]))
-    with pytest.warns(RecipeWarning, match="'words' is shorter .*: 60 tokens, where 70 are wanted"):
+    with pytest.warns(RecipeWarning, match="'words' is shorter .*: it has 60 tokens, but 70 are asked for"):
         make_plan(load_recipe(unreadable, ["protocol=paper", "heldout.chunk=70"]))
 
 
@@ -157,5 +157,5 @@ def test_tokens_that_nobody_asked_for_are_not_missed(unreadable):
 def test_a_warning_is_a_line_of_the_command(unreadable):
     done = command(unreadable, "--dry-run", "--set", "heldout.tokens=100")
     assert done.exit_code == 0
-    line = "Warning: The text 'words' is shorter than the recipe asks for: 60 tokens, where 100 are wanted."
+    line = "Warning: The text 'words' is shorter than the recipe asks for: it has 60 tokens, but 100 are asked for."
     assert line in done.stderr.split("\n")

@@ -1,4 +1,4 @@
-"""Every layout gives the same conversations; what is none is named with its row."""
+"""Every layout gives the same conversations; an error names the row of an invalid one."""
 
 import json
 
@@ -89,13 +89,13 @@ def test_pairs_of_text_and_of_messages(read):
     for source in ({}, {"prompt": "prompt", "completion": "completion"}):
         (talk,) = read(pairs, **source)
         assert [{"role": m["role"], "content": m["content"]} for m in talk] == TALK
-        assert trained_turns(talk) == [4]  # what the prompt holds of the assistant's is not trained
+        assert trained_turns(talk) == [4]  # assistant messages in the prompt are not trained
 
 
 def test_which_turns_are_trained():
     assert trained_turns(TALK) == [2, 4]
     assert trained_turns(TALK, "last") == [4]
-    assert trained_turns([LAST, ASKED, ANSWERED, MORE]) == [2]  # what opens a conversation answers nothing
+    assert trained_turns([LAST, ASKED, ANSWERED, MORE]) == [2]  # a first assistant message is not an answer
     assert trained_turns([ASKED, {**ANSWERED, "weight": 0}, MORE, {**LAST, "weight": 1}]) == [3]
 
 
@@ -117,16 +117,16 @@ def test_a_dict_of_lists_is_a_list_of_dicts(read):
         (None, "is not a list of messages: None"),
         (["hi"], r"is not a list of messages: \['hi'\]"),
         ([], "is an empty conversation"),
-        ([ASKED], "has no answer of the assistant's to a message of the user's: its roles are user"),
+        ([ASKED], "has no assistant message that answers a user message: its roles are user"),
         ([SYSTEM, ANSWERED, ASKED], "its roles are system, assistant, user"),
-        ([ASKED, {**ANSWERED, "weight": 0}], "has no answer of the assistant's"),
-        ([ASKED, {"role": "bot", "content": "x"}], "has the unknown role 'bot' in message 1; known are system"),
+        ([ASKED, {**ANSWERED, "weight": 0}], "has no assistant message that answers"),
+        ([ASKED, {"role": "bot", "content": "x"}], "has the unknown role 'bot' in message 1; known roles are system"),
         ([ASKED, {"content": "x"}], "has the unknown role None in message 1"),
         ([{"role": "user"}, ANSWERED], "has a message whose content is not text: message 0, None"),
         ([ASKED, {"role": "assistant", "content": None}], "content is not text: message 1, None"),
         ([ASKED, {"role": "assistant", "content": 4}], "content is not text: message 1, 4"),
         ([ASKED, {"role": "assistant", "content": [{"type": "image"}]}], "content is not text: message 1"),
-        ([ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}], "has a call of a tool in message 1"),
+        ([ASKED, {**ANSWERED, "tool_calls": [{"name": "f"}]}], "has a tool call in message 1"),
         ([{"from": "human", "value": "hi"}, {"from": "robot", "value": "x"}], "the unknown role 'robot'"),
     ],
 )
@@ -147,7 +147,7 @@ def test_what_is_no_conversation_is_named_with_its_row_in_the_file(messages, mes
         ([{"instruction": "x", "input": ["a"], "output": "y"}], {}, "row 0 has a list in input"),
         ([{"prompt": "x", "completion": None}], {}, "row 0 has no completion"),
         ([{"prompt": "x", "completion": {"a": "b"}}], {}, r"row 0 has a dict in completion, .*{completion\[a\]}"),
-        ([{"text": "x"}], {}, "no layout of conversations is recognised among the columns text. Name the column"),
+        ([{"text": "x"}], {}, "the columns text match no layout of conversations. Set messages to the column"),
         ([{"text": "x"}], {"layout": "alpaca"}, "there is no column 'instruction' among text"),
         ([{"text": "x"}], {"layout": "sharegpt"}, "there is no column 'conversations' among text"),
         ([{"text": "x"}], {"messages": "talk"}, "there is no column 'talk' among text"),
@@ -162,7 +162,7 @@ def test_what_is_not_in_the_layout_is_named(rows, source, message, read):
     ("source", "message"),
     [
         (dict(layout="vicuna"), "layout"),
-        (dict(layout="alpaca", messages="m"), "the layout alpaca has instruction, input and output"),
+        (dict(layout="alpaca", messages="m"), "the layout alpaca has the columns instruction, input and output"),
         (dict(layout="messages", prompt="p", completion="c"), "give either messages or layout, or prompt and"),
         (dict(prompt="p"), "completion is missing"),
         (dict(text="p"), "train: text is not for a task of chat"),

@@ -1,4 +1,4 @@
-"""What is read is what the files say, in every format; what is wrong is named."""
+"""Data are read unchanged from files of every format; errors name what is wrong."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_columns_are_joined_limited_and_shuffled_by_a_seed(tmp_path):
     assert len(set(texts(shuffle=1))) == 5
     assert texts(skip=3) == [f"a{i}\nb{i}" for i in range(3, 8)]
     assert texts(skip=17, shuffle=1) == texts(shuffle=1, limit=20)[17:]
-    with pytest.raises(DataError, match=r"skip leaves nothing of 20 rows\. Lower it from 20"):
+    with pytest.raises(DataError, match=r"skip leaves none of the 20 rows\. Lower skip from 20"):
         texts(skip=20)
 
 
@@ -95,7 +95,7 @@ def test_completions_from_columns_or_templates(tmp_path):
     assert examples(prompt="Q: {question}\nA:", completion=" {answer}") == [("Q: 2+2?\nA:", " 4")]
     with pytest.raises(DataError, match="no column 'query' among question, answer"):
         examples(prompt="{query}", completion="answer")
-    with pytest.raises(DataError, match="is not a template"):
+    with pytest.raises(DataError, match="is not a valid template"):
         examples(prompt="{question", completion="answer")
 
 
@@ -107,7 +107,7 @@ def test_conversations(tmp_path):
     task = read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
     assert task.train == [messages]
     path.write_text(json.dumps({"messages": messages[:1]}) + "\n")
-    with pytest.raises(DataError, match="row 0 has no answer of the assistant's"):
+    with pytest.raises(DataError, match="row 0 has no assistant message that answers"):
         read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
     path.write_text(json.dumps({"messages": "hi"}) + "\n")
     with pytest.raises(DataError, match="row 0 is not a list of messages"):
@@ -116,7 +116,7 @@ def test_conversations(tmp_path):
 
 @pytest.mark.parametrize("labels", [["1", "0"], ["True", "False"]])
 def test_names_that_look_like_numbers_are_names(labels, tmp_path):
-    """The CSV reader makes numbers and truth values of them."""
+    """Other CSV readers convert them to numbers and booleans."""
     (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
     source = dict(path=tmp_path / "data.csv", text="text", label="label")
     task = read_task(TaskPart(name="t", labels=labels, train=source, evaluation=source))
@@ -140,7 +140,7 @@ def test_the_reference_variant_of_a_task(tmp_path):
         ("text,label\nx,maybe\n", "row 0 has label 'maybe', which is neither one of"),
         ("text,label\nx,7\n", "row 0 has label 7, which is neither"),
         ("words,label\nx,1\n", "no column 'text' among words, label"),
-        ("a,text,label\n1,x,y,yes\n2,y,no,no\n", "line 2 has 4 fields, where the heading has 3"),
+        ("a,text,label\n1,x,y,yes\n2,y,no,no\n", "line 2 has 4 fields, but the header has 3"),
         ("text,label\nx,\n", "row 0 has label ''"),
     ],
 )
@@ -184,10 +184,10 @@ def test_rows_are_counted_in_the_file_whatever_their_order(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(labels=["a", "a", "b"]), "'a' is there twice"),
+        (dict(labels=["a", "a", "b"]), "'a' is listed twice"),
         (dict(label_names={0: "no", 1: "maybe"}), "train: label_names: 'maybe' is not among the labels no, yes"),
         (dict(prompt="text", completion="label"), "train: completion is not for a task of classification"),
-        (dict(score={"generate": None}), "score is for tasks of text"),
+        (dict(score={"generate": None}), "score is for completion and chat tasks"),
         (dict(turns="last"), "a task of classification has no turns"),
         (dict(too_long="split"), "Input should be 'cut' or 'drop'"),
         (dict(kind="completion", labels=None, score={"generate": {}, "metric": "bleu"}), "'exact_match' or 'rouge'"),
@@ -236,7 +236,7 @@ def test_messages_in_the_place_of_a_prompt_are_for_chat(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(
         json.dumps({"prompt": [{"role": "user", "content": "hi"}], "completion": "x"}) + "\n"
     )
-    with pytest.raises(DataError, match="row 0 has a list in prompt, .*. Messages are for kind: chat"):
+    with pytest.raises(DataError, match="row 0 has a list in prompt, .*. For lists of messages set kind: chat"):
         squad(tmp_path / "pairs.jsonl", prompt="prompt", completion="completion")
 
 
@@ -267,7 +267,7 @@ def test_held_out_texts_that_are_none_are_named(tmp_path):
     with pytest.raises(DataError, match=r"the column 'text' does not hold text: row 1 has \['b'\]"):
         read_text(HeldOutPart(name="h", path=tmp_path / "rows.jsonl"))
     (tmp_path / "rows.csv").write_text("text\na,b\n")
-    with pytest.raises(DataError, match="heldout 'h' .*: line 2 has 2 fields, where the heading has 1"):
+    with pytest.raises(DataError, match="heldout 'h' .*: line 2 has 2 fields, but the header has 1"):
         read_text(HeldOutPart(name="h", path=tmp_path / "rows.csv"))
 
 
@@ -313,7 +313,7 @@ def test_real_data_is_read_whole(train, evaluation, rows, majority):
 
 @REAL
 def test_the_papers_sentiment140():
-    """Trained on the test file, neutral taken for negative; scored on rows that are all negative."""
+    """Trained on the test file, with neutral as negative; evaluated on rows that are all negative."""
     names = {0: "negative", 2: "negative", 4: "positive"}
     columns = ["polarity", "id", "date", "query", "user", "text"]
     source = Source(

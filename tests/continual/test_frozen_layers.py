@@ -1,4 +1,4 @@
-"""What frozen lower layers put out is kept, and changes nothing of a run: to the bit."""
+"""Caching the outputs of frozen lower layers leaves a run's results bit-identical."""
 
 import os
 
@@ -43,7 +43,7 @@ METHODS = [
 
 @pytest.fixture
 def study(recipe_path):
-    """A model of four layers, of which methods adapt the upper two; classes, completions and generated answers."""
+    """A model of four layers whose upper two are adapted, with classes, completions and generated answers."""
     folder = recipe_path.parent
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4
@@ -68,7 +68,7 @@ def study(recipe_path):
 
 
 def learned(directory):
-    """Everything that was saved, by file."""
+    """Return everything that was saved, by file."""
     return {
         str(path.relative_to(directory)): {name: value.numpy().tobytes() for name, value in load_file(path).items()}
         for path in sorted(directory.glob("*/seed-*/**/*.safetensors"))
@@ -88,14 +88,14 @@ def test_a_run_with_and_without_are_the_same_to_the_bit(study, tmp_path):
     before = files(tmp_path / "kept")
     assert before
     assert all(name.endswith(".safetensors") for name in before)
-    # One more value of the grid meets nothing that is new.
+    # One more value of the grid needs no new entry in the cache.
     grid = "methods.1.learning_rate={grid: [0.01, 0.02, 0.03]}"
     run_recipe(load_recipe(study, [KEPT, grid]), tmp_path / "kept")
     assert files(tmp_path / "kept") == before
 
 
 def alone(path, method):
-    """The recipe with one method beside the frozen one, and one task."""
+    """A recipe with one task, and one method besides the frozen one."""
     content = yaml.safe_load(path.read_text())
     content["methods"] = [{"name": "it", "method": "lora", "learning_rate": 0.01, **method}]
     content["tasks"] = content["tasks"][:1]
@@ -118,7 +118,7 @@ def test_the_lower_layers_do_not_run_again(study, tmp_path, monkeypatch):
         calls.clear()
         run_recipe(load_recipe(study, [KEPT, f"methods.0.learning_rate={{grid: {rates}}}"]), tmp_path / "run")
     assert calls.count(3) > 20
-    assert calls.count(1) == 1  # on the few tokens of a check
+    assert calls.count(1) == 1  # the check on a few tokens
 
 
 def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
@@ -128,7 +128,7 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
     (run / "it" / "seed-0" / "result.json").unlink()
     assert figures(run_recipe(load_recipe(study, [KEPT]), run)) == figures(whole)
     torn = sorted((run / FOLDER / "2").iterdir())
-    torn[0].write_bytes(b"")  # the power went
+    torn[0].write_bytes(b"")  # as after a power failure
     os.truncate(torn[1], 100)
     (run / "it" / "seed-0" / "result.json").unlink()
     assert figures(run_recipe(load_recipe(study, [KEPT]), run)) == figures(whole)
@@ -138,7 +138,7 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"method": "full"}, "it trains embed_tokens, which is in none of the model's layers"),
+        ({"method": "full"}, "it trains embed_tokens, which is outside the model's layers"),
         ({"options": {"r": 4, "target_modules": ["q_proj"]}}, "it trains the first of the model's 4 layers"),
         ({"method": "osf", "options": {"target_modules": ["q_proj"]}}, "it trains the first of the model's 4 layers"),
         ({"options": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}}, "it trains embed_tokens"),
@@ -147,21 +147,21 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
             {"options": {"r": 4, "init_lora_weights": "pissa", "target_modules": ["q_proj"]}},
             "it trains the first of the model's 4 layers",
         ),
-        ({"options": {"r": 4, "init_lora_weights": "pissa"}}, "its layers are not known .*: say its target_modules"),
+        ({"options": {"r": 4, "init_lora_weights": "pissa"}}, "its layers are not known .*: name its target_modules"),
     ],
 )
 def test_a_method_that_trains_something_below_is_refused(method, message, study, tmp_path):
     alone(study, method)
-    with pytest.raises(RunError, match=rf"method 'it' cannot be put on this model: {message}"):
+    with pytest.raises(RunError, match=rf"method 'it' cannot be applied to this model: {message}"):
         run_recipe(load_recipe(study, [KEPT]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["gradient_checkpointing", "torch_compile"])
 def test_what_runs_layers_again_is_refused(key, study):
-    with pytest.raises(RecipeError, match=f"cache_frozen_layers does not go with {key}"):
+    with pytest.raises(RecipeError, match=f"cache_frozen_layers cannot be combined with {key}"):
         load_recipe(study, [KEPT, f"training.trainer={{{key}: true}}"])
-    with pytest.raises(RecipeError, match="cache_frozen_layers is for all tasks alike"):
+    with pytest.raises(RecipeError, match="cache_frozen_layers must be the same for all tasks"):
         load_recipe(study, ["tasks.0.training={cache_frozen_layers: true}"])
 
 
@@ -200,11 +200,12 @@ def test_layers_that_speak_with_each_other_are_refused(tmp_path):
     lower, upper = model.model.layers
     lower.register_forward_hook(lambda *_: None)
     lower.mlp.register_forward_hook(lambda module, inputs, output: heard.append(output))
-    upper.mlp.register_forward_hook(lambda module, inputs, output: output + heard.pop())  # none, where lower is not run
-    with pytest.raises(RunError, match="need more of the lower ones than what these put out"):
+    # `heard` is empty if the lower layers are not run.
+    upper.mlp.register_forward_hook(lambda module, inputs, output: output + heard.pop())
+    with pytest.raises(RunError, match="need more from the lower layers than their output"):
         keep_frozen_layers(model, 1, tmp_path)
 
 
 def test_a_model_without_layers_to_be_found(tmp_path):
-    with pytest.raises(ValueError, match="layers of a Linear are not found"):
+    with pytest.raises(ValueError, match="layers of a Linear were not found"):
         keep_frozen_layers(nn.Linear(2, 2), 1, tmp_path)

@@ -1,4 +1,4 @@
-"""What is generated is what one token after the other gives, alone and without a cache; and it is scored as it is."""
+"""Batched generation equals greedy decoding of one prompt without a cache, and its answers are scored unchanged."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.models import WORDS, curlora, gpt2, llama, word_tokenizer
 
 
 def talkative(model):
-    """With larger weights, that it does not say the same again and again."""
+    """Return the model with larger weights, so that it does not repeat one token."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data *= 10
@@ -37,7 +37,7 @@ def adapted():
 
 
 def half_trained():
-    """In training mode in part, with dropout."""
+    """A model with dropout, partly in training mode."""
     model = talkative(gpt2())
     model.transformer.h[1].train()
     return model
@@ -66,7 +66,7 @@ def prompts(count=11, seed=0):
 
 @torch.no_grad()
 def one_by_one(model, ids, max_new_tokens, ends):
-    """The most likely token, again and again, the whole text computed anew each time."""
+    """Greedy decoding that recomputes the whole text for each token."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     new = []
@@ -165,13 +165,13 @@ def test_scores_are_the_mean_over_what_was_generated(tokenizer, tmp_path):
 def test_an_answer_that_does_not_fit_into_the_positions_is_refused(tokenizer):
     generation = Generation("t", Prompts(prompts(), ["x"] * 11, AnswerScore(max_new_tokens=53)), 4)
     with pytest.raises(
-        RunError, match="Task 't' generates up to 53 tokens after a prompt of 12, where the model has 64"
+        RunError, match="Task 't' generates up to 53 tokens after a prompt of 12 tokens, but the model has only 64"
     ):
         score_generated(gpt2(), tokenizer, generation)
 
 
 def copying(count=24, **options):
-    """The completion is the prompt's last word twice."""
+    """A task whose completion is the prompt's last word twice."""
     rng = torch.Generator().manual_seed(5)
     picks = torch.randint(20, 90, (count, 3), generator=rng).tolist()
     examples = [(" ".join(WORDS[i] for i in row), f"{WORDS[row[-1]]} {WORDS[row[-1]]}") for row in picks]
@@ -210,7 +210,7 @@ def test_a_run_scores_what_it_generates_and_keeps_the_loss(tokenizer, tmp_path):
     found = run(scored, tokenizer, tmp_path / "a", full)
     forced = run(copying(), tokenizer, tmp_path / "b", full)
     assert found.loss == forced.loss
-    assert found.accuracy == forced.accuracy > 0.9  # exact match, token for token, is what greedy generation gives
+    assert found.accuracy == forced.accuracy > 0.9  # exact match of every token equals greedy generation
     assert forced.unfinished == 0
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "model").eval()
     given = [tokenizer(prompt)["input_ids"] for prompt, _ in scored.evaluation]
@@ -319,7 +319,7 @@ def test_a_prompt_and_an_answer_beyond_the_models_positions_are_refused_before_t
     recipe_path.write_text(yaml.safe_dump(content))
     for attempt in (make_plan, lambda recipe: run_recipe(recipe, tmp_path / "run")):
         with pytest.raises(
-            RunError, match="Task 'said' generates up to 60 tokens after a prompt of 7, where the model"
+            RunError, match="Task 'said' generates up to 60 tokens after a prompt of 7 tokens, but the model"
         ):
             attempt(load_recipe(recipe_path))
     assert not list((tmp_path / "run").glob("*/seed-*"))

@@ -1,4 +1,4 @@
-"""Grids of methods: what an entry of a recipe stands for."""
+"""Grids of methods: the methods that an entry of a recipe stands for."""
 
 import pytest
 
@@ -31,7 +31,7 @@ def test_every_combination_is_a_method_with_its_values():
     assert found[2]["label"] == "LoRA, learning_rate 0.0005, r 8"
     assert found[2]["grid"] == {"learning_rate": 5e-4, "r": 8}
     assert (found[2]["learning_rate"], found[2]["options"]) == (5e-4, {"r": 8, "target_modules": ["q"]})
-    assert entry["learning_rate"] == {"grid": [1e-3, 5e-4]}  # as it was
+    assert entry["learning_rate"] == {"grid": [1e-3, 5e-4]}  # unchanged
 
 
 def test_whole_lists_and_plugins_may_be_in_a_grid():
@@ -50,9 +50,9 @@ def test_keys_of_one_name_are_told_apart_by_what_they_are_in():
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (5, "learning_rate: a grid is a list of two or more values, got 5"),
-        ([1e-3], "a grid is a list of two or more values"),
-        ([1e-3, 0.001], "a value is twice in the grid"),
+        (5, "learning_rate: a grid must be a list of two or more values, got 5"),
+        ([1e-3], "a grid must be a list of two or more values"),
+        ([1e-3, 0.001], "holds a value twice"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid, message, recipe_path):
@@ -62,14 +62,14 @@ def test_what_is_no_grid_is_refused(grid, message, recipe_path):
 
 
 def test_a_recipe_says_where_its_grid_is_wrong(recipe_path):
-    with pytest.raises(RecipeError, match=r"methods.*learning_rate: a grid is a list of two or more values, got 3"):
+    with pytest.raises(RecipeError, match=r"methods.*learning_rate: a grid must be a list of two or more .*, got 3"):
         load_recipe(recipe_path, ["methods.1.learning_rate={grid: 3}"])
 
 
 def test_values_of_a_grid_are_checked_like_any_other(recipe_path):
     with pytest.raises(RecipeError, match=r"has no option 'rank'"):
         load_recipe(recipe_path, ["methods.1.options={rank: {grid: [1, 2]}}"])
-    with pytest.raises(RecipeError, match="'lora@r=4' is there twice"):
+    with pytest.raises(RecipeError, match="'lora@r=4' is listed twice"):
         load_recipe(recipe_path, ["methods.1.options={r: {grid: [4, '4']}}"])
 
 

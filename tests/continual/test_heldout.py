@@ -1,4 +1,4 @@
-"""Perplexity and drift against their definitions, computed the slow way."""
+"""Perplexity and drift equal their definitions, computed position by position."""
 
 import math
 
@@ -15,7 +15,7 @@ def text(length, seed=0):
 
 
 def positions(tokens, window, stride):
-    """Each scored token, with the context that its window gives it."""
+    """Return each scored token with its context within the window."""
     done = set()
     for begin in range(0, len(tokens), stride):
         end = min(begin + window, len(tokens))
@@ -58,7 +58,7 @@ def test_drift_is_the_mean_divergence_from_the_base(kind, window, stride):
     held = HeldOut("t", tokens, window, stride)
     assert measure(language_model, held, base_logits).drift == pytest.approx(0, abs=1e-7)
     for parameter in model.parameters():
-        if parameter.requires_grad:  # so far that the divergence is no rounding error
+        if parameter.requires_grad:  # a change that is large enough for a divergence above rounding errors
             torch.nn.init.normal_(parameter, std=1e3 if kind == "curlora" else 0.3)
     got = measure(language_model, held, base_logits)
     base = llama()

@@ -1,4 +1,4 @@
-"""What measures the same becomes one run; what does not stays apart."""
+"""Runs under the same conditions are merged; others stay separate."""
 
 import pytest
 
@@ -28,7 +28,7 @@ def test_methods_and_seeds_are_united():
 
 
 def test_of_a_method_with_one_seed_the_first_is_kept():
-    first, second = make_results(), make_results(seeds=(7, 0))  # its seed 0 has other figures
+    first, second = make_results(), make_results(seeds=(7, 0))  # seed 0 has other figures in the second run
     (merged,) = merge([first, second])
     assert seeds(merged) == {"frozen": [0, 7], "lora": [0, 7], "curlora": [0, 7]}
     assert merged.methods[1].seeds[0] == first.methods[1].seeds[0] != second.methods[1].seeds[1]

@@ -18,7 +18,7 @@ def test_a_worked_example():
     accuracy = [[0.9], [0.6, 0.8], [0.7, 0.85, 0.5]]
     assert average_accuracy(accuracy) == pytest.approx((0.7 + 0.85 + 0.5) / 3)
     assert learning_accuracy(accuracy) == pytest.approx((0.9 + 0.8 + 0.5) / 3)
-    # task 0: best 0.9, now 0.7; task 1: best 0.8, now 0.85, which helped
+    # task 0: best 0.9, now 0.7; task 1: best 0.8, now 0.85, which is an improvement
     assert forgetting(accuracy) == pytest.approx((0.2 - 0.05) / 2)
     assert backward_transfer(accuracy) == pytest.approx((-0.2 + 0.05) / 2)
     assert forward_transfer([0.5, 0.6, 0.3], [0.5, 0.4, 0.35]) == pytest.approx((0.2 - 0.05) / 2)
@@ -64,5 +64,5 @@ def test_a_matrix_that_is_not_lower_triangular_is_refused(bad):
 
 
 def test_forward_transfer_of_unequal_lengths_is_refused():
-    with pytest.raises(ValueError, match="of 1 tasks before .* of 2 at the start"):
+    with pytest.raises(ValueError, match="got 1 accuracies before .* and 2 of the base model"):
         forward_transfer([0.5], [0.5, 0.5])

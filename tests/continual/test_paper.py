@@ -1,4 +1,4 @@
-"""The paper's two experiments as recipes: their values, their numbers, and their flow from end to end."""
+"""The paper's two experiments as recipes: their settings, their step and parameter counts, and a run end to end."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import steps_of
 from tests.continual.paper import GPT, LEARNING_RATE, MISTRAL, PROTOCOLS, SWITCHED, recipe_of, tasks_of
 
-# The paper's values, sections 5 and 6, and its notebooks'.
+# The values of the paper's sections 5 and 6 and of its notebooks.
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -72,7 +72,7 @@ def test_hyperparameters(name, protocol, model, targets, batch_size, max_length,
     assert (text.hub, text.subset, text.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
     assert (text.text, text.join) == ("text", "")
     assert (text.window, text.stride, text.chunk) == (1024, 512, chunk)
-    assert text.tokens > 500_000  # WikiText-2's test split becomes fewer
+    assert text.tokens > 500_000  # more than the tokens of WikiText-2's test split
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -97,7 +97,7 @@ def test_tasks(name, limits, protocol):
         assert (sentiment.train.shuffle, sentiment.evaluation.shuffle) == (0, 0)
         assert sentiment.training == {}
         return
-    # The code trains on the test file, on sentiment // 4 of three classes, and scores batches of 128.
+    # The author's code trains on the test file with label sentiment // 4 and three classes, and scores batches of 128.
     assert len(sentiment.labels) == 3
     assert (sentiment.train.split, sentiment.evaluation.split) == ("test", "train[:1000]")
     assert (sentiment.train.limit, sentiment.train.shuffle, sentiment.evaluation.shuffle) == (None, None, None)
@@ -124,7 +124,7 @@ def test_every_switch_and_the_settings_it_makes(name, protocol):
     made = {"readout", "evaluation", "order", "schedule_length", "heads"}
     assert {switch: settings[switch] for switch in made} == {switch: expected[switch] for switch in made}
     assert set(recipe.switched().describe()) == {s for s, value in expected.items() if value == SWITCHED[s][1]}
-    for switch, values in SWITCHED.items():  # each alone, from the command line
+    for switch, values in SWITCHED.items():  # each switch by itself, from the command line
         other = next(value for value in values if value != expected[switch])
         changed = recipe_of(name, protocol, f"switches.{switch}={other}").switched().model_dump()
         assert {**expected, switch: other} == changed
@@ -132,7 +132,7 @@ def test_every_switch_and_the_settings_it_makes(name, protocol):
 
 @pytest.mark.parametrize(
     ("name", "epochs", "batches"),
-    # As the notebooks' progress bars count them. The last of GPT-2's 157 takes rows up to 5,024.
+    # Steps as in the notebooks' progress bars. The last of GPT-2's 157 uses rows up to 5,024.
     [(GPT, (3, 3, 5), (115, 157, 16)), (MISTRAL, (3, 3, 3), (125, 125, 63))],
 )
 def test_steps_are_the_notebooks_and_all_within_the_warm_up(name, epochs, batches):
@@ -141,7 +141,7 @@ def test_steps_are_the_notebooks_and_all_within_the_warm_up(name, epochs, batche
         settings = recipe.settings().changed(task.training)
         taken = min(rows, task.train.limit or rows)
         assert steps_of(taken, settings) == times * count < settings.warmup
-        # So the part of the schedule that is reached does not depend on which rows its length counts.
+        # Training ends within the warm-up, so the rows from which the schedule's length is computed do not matter.
         assert times * taken > settings.warmup
 
 
@@ -171,14 +171,14 @@ def test_trained_numbers_of_the_recipes_methods(name, method, trained, protocol,
     assert not [w for w in recwarn if "fan_in_fan_out" in str(w.message)]
 
 
-# The flow, on real rows in the hub's layout.
+# A whole run, on real rows in the hub's layout.
 
 DATA = os.environ.get("CURLORA_DATA_DIR")
 needs_data = pytest.mark.skipif(not DATA, reason="CURLORA_DATA_DIR is not set: the real data sets are not here")
 
 
 def table(folder, columns, names=None):
-    """A parquet file as the hub has them: with its classes' names where there are any."""
+    """Write a parquet file as on the hub, with the names of its classes if there are any."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     kinds = {name: Value("string" if isinstance(values[0], str) else "int32") for name, values in columns.items()}
     if names:
@@ -187,7 +187,7 @@ def table(folder, columns, names=None):
 
 
 def configured(folder, files):
-    """The heading of a data set's card, which says where the splits of its subsets are."""
+    """Write the header of a data set's card, which names the files of each split."""
     configs = [
         {"config_name": subset, "data_files": [{"split": split, "path": f"{subset}/{split}-*"} for split in splits]}
         for subset, splits in files.items()
@@ -244,7 +244,7 @@ def hub(tmp_path_factory):
 
 
 def from_here(recipe_name, folder):
-    """The changes by which a recipe reads the hub's layout from a folder; all else of its sources is its own."""
+    """Return changes that make a recipe read the hub's layout from a folder; the rest of its sources is unchanged."""
     tasks = load_recipe(recipe_name).tasks
     changes = []
     for i, task in enumerate(tasks):
@@ -255,7 +255,7 @@ def from_here(recipe_name, folder):
     return [*changes, f"heldout.hub={folder / 'wikitext'}"]
 
 
-SMALL = {  # two layers; else the ratios are those of the real ones
+SMALL = {  # two layers; the other ratios are those of the real models
     GPT: dict(n_embd=320, n_layer=2, n_head=5, bos_token_id=0, eos_token_id=0),
     MISTRAL: dict(
         hidden_size=256,
@@ -292,7 +292,7 @@ class Silent:
 def run(name, protocol, hub, tmp_path, methods, *changes):
     folder, text = hub
     save_model(name, tmp_path / "model", text)
-    rows = {GPT: 34, MISTRAL: 18}[name]  # more than one batch of 32, two of 8
+    rows = {GPT: 34, MISTRAL: 18}[name]  # more than one batch of 32, or than two of 8
     places = ("0", "1", "2", "0.reference", "2.reference")
     limits = [f"tasks.{place}.train.limit={rows}" for place in places]
     limits += [f"tasks.{place}.evaluation.limit=10" for place in places] + ["training.max_length=24"]
@@ -321,7 +321,7 @@ def test_the_papers_flow(name, width, trained, steps, chunk, hub, tmp_path):
     assert results.heldout == {"WikiText-2": f"WikiText-2 ({chunk} tokens, one chunk)"}
     assert [method.trainable_parameters for method in results.methods] == [0, *trained]
 
-    # The text is the non-empty rows, one after the other; its chunk is scored as the language model's own loss.
+    # The text is the concatenation of the non-empty rows; the score of its chunk equals the language model's own loss.
     assert read_text(load_recipe(name, from_here(name, hub[0])).heldout[0]) == hub[1]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
@@ -330,7 +330,7 @@ def test_the_papers_flow(name, width, trained, steps, chunk, hub, tmp_path):
         perplexity = model(input_ids=ids, labels=ids).loss.exp().item()
     for method in results.methods:
         (seed,) = method.seeds
-        # MRPC; SST-2, then MRPC again; Sentiment140, then both again.
+        # Scores after MRPC: one; after SST-2: two; after Sentiment140: three.
         assert [len(row) for row in seed.scores] == [1, 2, 3]
         assert all(0 <= score.accuracy <= 1 and math.isfinite(score.loss) for row in seed.scores for score in row)
         texts = seed.heldout["WikiText-2"]
@@ -341,7 +341,7 @@ def test_the_papers_flow(name, width, trained, steps, chunk, hub, tmp_path):
         folder = tmp_path / "run" / method.name / "seed-0"
         if method.name == "frozen":
             assert texts == [texts[0]] * 4
-        else:  # what starts at zero has moved, in every layer
+        else:  # the parameters that start at zero have changed, in every layer
             adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
             moved = [value.any() for key, value in adapter.items() if "lora_B" in key or "curlora_U.weight" in key]
             assert len(moved) == 2 * (1 if name == GPT else 3)
@@ -366,7 +366,7 @@ def test_the_honest_flow(name, hub, tmp_path):
 
 @pytest.mark.parametrize("name", [GPT, MISTRAL])
 def test_the_honest_samples_of_tweets_are_balanced_by_chance_and_apart(name, tmp_path):
-    rows = 8000  # sorted as the hub's file is: all negative ones first
+    rows = 8000  # sorted as the hub's file: all negative rows first
     columns = {"text": [f"tweet {i}" for i in range(rows)], "sentiment": [0] * (rows // 2) + [4] * (rows // 2)}
     table(tmp_path / "sentiment140/sentiment140/train/0000.parquet", columns)
     part = load_recipe(name).tasks[2]

@@ -1,4 +1,4 @@
-"""Plans: what is planned is what a run of the same recipe then does, and about what it keeps."""
+"""A plan gives the steps of a run of the same recipe, and about the memory that it keeps."""
 
 import io
 import json
@@ -89,20 +89,20 @@ def test_counts_are_those_that_a_run_reports(recipe_path, tmp_path):
     assert planned.base_parameters == results.base_parameters
     first, second = planned.tasks
     steps = {name: by_name(planned)[name].steps for name in ("frozen", "lora")}
-    assert steps["frozen"] == 2 * 2 * 3  # five batches, two to a step; the other task has no head to be trained
+    assert steps["frozen"] == 2 * 2 * 3  # five batches, two per step; the other task has no head to train
     assert steps["lora"] == steps["frozen"] + 2 * 3 * 4
     assert max(len(row["input_ids"]) for row in first.train) == 7
-    assert max(len(row["input_ids"]) for row in second.train) == 7 + 7 - 1  # the last one is no input
+    assert max(len(row["input_ids"]) for row in second.train) == 7 + 7 - 1  # the last token is not an input
 
 
 def test_windows_of_held_out_texts(recipe_path):
     planned = make_plan(load_recipe(recipe_path, ["seeds=[0, 1, 2]"]))
-    assert planned.base_windows == 4  # 50 tokens by 16
+    assert planned.base_windows == 4  # 50 tokens in windows of 16
     assert [method.windows for method in planned.methods] == [0, 4 * 2 * 3, 4 * 2 * 3]
 
 
 class Kept:
-    """Counts what a forward pass keeps for backward, each storage once, but for what the model holds anyway."""
+    """Counts the bytes that a forward pass keeps for backward: each storage once, without those of the model itself."""
 
     def __init__(self, model):
         held = [tensor for layer in layers(model) for U in layer.matrices.values() for tensor in U.basis.tensors]
@@ -120,7 +120,7 @@ class Kept:
     def pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.own:
-            self.kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+            self.kept[storage.data_ptr()] = storage  # kept alive, so that no address is reused
         return tensor
 
     @property
@@ -150,12 +150,12 @@ ADAPTERS = {
 
 
 def kept_by_a_step(base, adapter, batch, length, trainer):
-    """Measured, and by the formula."""
+    """Return the measured bytes and those of the formula."""
     base.train()
     model = base if adapter is None else get_peft_model(base, adapter())
     ids = torch.randint(0, 90, (batch, length))
     mask = torch.ones_like(ids)
-    mask[-1, -1] = 0  # padding has a mask, which takes memory too
+    mask[-1, -1] = 0  # padding needs a mask, which takes memory too
     if trainer.get("gradient_checkpointing"):
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
@@ -172,7 +172,7 @@ def test_what_a_step_keeps_is_what_the_formula_says(family, adapter, trainer, ba
     measured, model = kept_by_a_step(FAMILIES[family](), ADAPTERS[adapter], batch, length, trainer)
     with torch.device("meta"):
         base = FAMILIES[family]()
-    off = 0.15 if family == "llama, eager" else 0.1  # as docs/complexity.md says
+    off = 0.15 if family == "llama, eager" else 0.1  # the error that docs/complexity.md states
     assert kept_for_backward(model, base, batch, length, trainer, "cpu") == pytest.approx(measured, rel=off)
 
 
@@ -185,7 +185,7 @@ def test_of_a_model_in_half_precision(family, adapter):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2, no dropout"])
 def test_of_checkpoints(family):
-    """The inputs of all blocks, and one block at a time."""
+    """With checkpointing, the inputs of all blocks are kept, and the rest of one block at a time."""
     trainer = {"gradient_checkpointing": True}
     inputs, model = kept_by_a_step(FAMILIES[family](), ADAPTERS["curlora"], 8, 32, trainer)
     blocks, _ = kept_by_a_step(FAMILIES[family](), ADAPTERS["curlora"], 8, 32, {})
@@ -216,7 +216,7 @@ def test_models_without_a_formula():
 
 
 def largest_step(monkeypatch, recipe, name, directory):
-    """The most bytes that any training step of a real run of one method keeps for backward."""
+    """Return the most bytes that a training step of a real run of one method keeps for backward."""
     recipe = recipe.model_copy(update={"methods": [part for part in recipe.methods if part.name == name]})
     seen = []
     forward = TaskModel.forward
@@ -236,7 +236,7 @@ def largest_step(monkeypatch, recipe, name, directory):
 
 @pytest.mark.parametrize("name", ["frozen", "lora", "curlora", "full", "replay"])
 def test_what_a_run_keeps(recipe_path, tmp_path, monkeypatch, name):
-    """Of two blocks, below the first of which nothing is kept for an adapter: the formula says more."""
+    """With only two blocks the formula gives more: below the first, nothing is kept for an adapter."""
     recipe = load_recipe(recipe_path, [methods(name), "training.epochs=1"])
     memory = by_name(make_plan(recipe))[name].memory
     measured = largest_step(monkeypatch, recipe, name, tmp_path / "run")
@@ -251,7 +251,7 @@ def test_logits_of_completions(recipe_path):
         "train.jsonl, prompt: sentence, completion: sentence", "train.jsonl, prompt: sentence, completion: sign"
     )
     changes = [methods("lora"), f"tasks=[{task}]", "training.batch_size=8"]
-    # From the first labelled position of the shorter text on; of two answers the log-probabilities, and gradients.
+    # Logits from the first labelled position of the shorter text on; log-probabilities and gradients of two answers.
     assert by_name(make_plan(load_recipe(recipe_path, changes)))["lora"].memory.logits == 8 * 100 * (3 * 4 + 2 * 2 * 4)
     half = load_recipe(recipe_path, [*changes, "training.trainer.bf16=true"])
     assert by_name(make_plan(half))["lora"].memory.logits == 8 * 100 * (3 * 2 + 2 * 2 * 4)
@@ -261,13 +261,13 @@ def test_weights_gradients_and_moments(recipe_path):
     recipe = load_recipe(recipe_path, [methods("lora", "curlora", "full")])
     base = bytes_of(recipe.model.load())
     planned = by_name(make_plan(recipe))
-    heads = (2 + 3) * 4 * (32 * 2 + 2)  # two heads, and of one a gradient and two moments
+    heads = (2 + 3) * 4 * (32 * 2 + 2)  # two heads, and a gradient and two moments of one of them
     numbers = sum(p.numel() for p in recipe.model.load().parameters())
     assert planned["frozen"].memory.weights == base
     assert planned["frozen"].memory.trained == heads
     assert planned["lora"].memory.weights == base
     assert planned["lora"].memory.trained == 16 * planned["lora"].trained + heads
-    # Columns of queries, keys and values of two layers; and indices and a fingerprint of each.
+    # Columns of queries, keys and values of two layers, and the indices and a fingerprint of each.
     assert planned["curlora"].memory.weights == base + 2 * (32 + 16 + 16) * 4 * 4 + 2 * 3 * (2 * 4 + LENGTH) * 4
     assert planned["full"].memory.trained == 16 * numbers + heads
     # The model's own buffers, and the copy that drift is measured against.
@@ -327,7 +327,7 @@ def test_an_adapter_without_a_formula(recipe_path):
 
 
 def test_a_quantized_base(recipe_path, tmp_path, monkeypatch):
-    # Where a processor has AVX512-BF16, bitsandbytes refuses layers as narrow as these.
+    # On a processor with AVX512-BF16, bitsandbytes rejects layers as narrow as these.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     sizes = dict(SIZES, hidden_size=256, intermediate_size=512, num_key_value_heads=2)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "model")
@@ -363,7 +363,7 @@ def test_over_several_processes(recipe_path, monkeypatch):
     assert shared.methods[1].memory.kept < 0.6 * alone.methods[1].memory.kept
     three = SimpleNamespace(num_processes=3, device=torch.device("cpu"))
     monkeypatch.setattr("curlora.continual.processes.process_state", lambda: three)
-    with pytest.raises(RunError, match="A batch_size of 4 cannot be shared out over 3 processes evenly"):
+    with pytest.raises(RunError, match="A batch_size of 4 cannot be divided evenly among 3 processes"):
         make_plan(recipe)
 
 
@@ -376,7 +376,7 @@ def test_over_several_processes(recipe_path, monkeypatch):
         (
             f"tasks.1={COMPLETION.replace('}}', '}, too_long: drop, training: {max_length: 2}}')}",
             TaskError,
-            "no train example is left: all 30 are too long for max_length 2 .*Raise max_length",
+            "no train example is left. All 30 are too long for max_length 2 .*Raise max_length",
         ),
     ],
 )
@@ -404,7 +404,7 @@ def test_what_is_cut_or_left_out_is_counted_as_a_run_counts_it(recipe_path, tmp_
         assert (len(part.train), len(part.evaluation)) == (task.train_examples, task.evaluation_examples)
     assert results.tasks[1].train_examples == len(rows) - dropped
     said = " ".join(text_of(planned).split())
-    assert f"Examples of copy that are longer than max_length: {dropped} left out of those to learn from" in said
+    assert f"Examples of copy that are longer than max_length: {dropped} left out in the training split" in said
 
 
 def text_of(planned, width=80):

@@ -1,4 +1,4 @@
-"""The head that is fitted by itself."""
+"""The head that is fitted before training."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.models import llama, word_examples, word_tokenizer
 
 
 def problem(seed, n=60, width=8, classes=3):
-    """States as language models have them: a few entries are large, one never changes."""
+    """States as in language models: a few entries are large, one is constant."""
     generator = torch.Generator().manual_seed(seed)
     states = torch.randn(n, width, generator=generator) * torch.logspace(-1, 2, width) + 5
     states[:, 3] = 7.0
@@ -23,7 +23,7 @@ def problem(seed, n=60, width=8, classes=3):
 @settings(max_examples=20)
 @given(seed=st.integers(0, 1000), ridge=st.sampled_from([0.01, 0.1, 1.0]), classes=st.integers(2, 4))
 def test_it_is_the_best_one(seed, ridge, classes):
-    """What it minimizes is convex: a point without a slope is the minimum."""
+    """The objective is convex, so a point with zero gradient is the minimum."""
     states, labels = problem(seed, classes=classes)
     head = torch.nn.Linear(8, classes).double()
     probe.fit(head, states, labels, ridge)
@@ -59,7 +59,7 @@ def test_classes_that_are_far_apart_are_told_apart_and_the_weights_stay_small():
 def test_states_that_are_not_finite():
     states, labels = problem(0)
     states[3, 2] = torch.nan
-    with pytest.raises(ValueError, match="states of the task are not finite"):
+    with pytest.raises(ValueError, match="hidden states on the task's examples are not finite"):
         probe.fit(torch.nn.Linear(8, 3), states, labels)
 
 

@@ -1,4 +1,4 @@
-"""A whole recipe on two processes gives what one gives."""
+"""A whole recipe on two processes gives the same results as on one."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ TORCHRUN += ["-m", "curlora_cli", "run"]
 
 @pytest.fixture
 def recipe(recipe_path):
-    """30 examples do not go evenly into batches of 4, nor those into two processes."""
+    """30 examples do not divide evenly into batches of 4, nor these among two processes."""
     content = yaml.safe_load(recipe_path.read_text())
     plugins = [{"name": "ewc", "strength": 1.0, "examples": 5}, {"name": "replay", "examples": 5}]
     content["methods"][1]["plugins"] = plugins
@@ -25,7 +25,8 @@ def recipe(recipe_path):
     content["heldout"]["stride"] = 8
     content["training"]["evaluation_batch_size"] = 4
     split = {"prompt": "sentence", "completion": "sentence"}
-    digit = {"generate": {"max_new_tokens": 3}, "normalize": r"w(\d)"}  # right now and then, whatever the model says
+    # Sometimes correct, whatever the model generates.
+    digit = {"generate": {"max_new_tokens": 3}, "normalize": r"w(\d)"}
     content["tasks"].append({
         "name": "said", "kind": "completion", "score": digit,
         "train": {"path": "second-train.jsonl", **split}, "evaluation": {"path": "second-eval.jsonl", **split},
@@ -39,7 +40,7 @@ def test_two_processes(recipe, recipe_path, tmp_path):
     command = [*TORCHRUN, str(recipe_path), "--out", str(tmp_path / "two")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("After the last task") == 1  # one of them speaks
+    assert done.stdout.count("After the last task") == 1  # only one process prints
     two = RunResults.load(tmp_path / "two" / "results.json")
     assert two.environment["processes"] == "2"
     assert (tmp_path / "two" / "report.html").exists()
@@ -48,7 +49,8 @@ def test_two_processes(recipe, recipe_path, tmp_path):
         assert (t.steps, t.train_tokens, b.trainable_parameters) == (s.steps, s.train_tokens, a.trainable_parameters)
         assert t.losses == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in s.losses]
         assert t.accuracy == s.accuracy
-        assert t.scores[-1][-1].unfinished == s.scores[-1][-1].unfinished == 1  # this tokenizer has no end of the text
+        # The tokenizer has no end-of-text token.
+        assert t.scores[-1][-1].unfinished == s.scores[-1][-1].unfinished == 1
         assert 0 < s.accuracy[-1][-1] < 1
         for before, after in zip(s.text(), t.text(), strict=True):
             assert after.perplexity == pytest.approx(before.perplexity, rel=1e-5)
@@ -59,5 +61,5 @@ def test_a_batch_that_cannot_be_shared_out_is_one_message(recipe_path, tmp_path)
     command = [*TORCHRUN, str(recipe_path), "--set", "training.batch_size=3", "--out", str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode != 0
-    assert "A batch_size of 3 cannot be shared out over 2 processes evenly" in done.stderr
+    assert "A batch_size of 3 cannot be divided evenly among 2 processes" in done.stderr
     assert not (tmp_path / "run" / "recipe.json").exists()

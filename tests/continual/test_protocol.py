@@ -1,4 +1,4 @@
-"""Each switch of the paper's protocol against the reference's own arithmetic."""
+"""Each switch of the paper's protocol gives what the reference code computes."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from tests.models import curlora, gpt2, tokens, word_tokenizer
 
 
 class Rates(TrainerCallback):
-    """The learning rates that each step is taken with."""
+    """Records the learning rates of each step."""
 
     def __init__(self):
         self.rates = []
@@ -113,7 +113,7 @@ def without_dropout(model):
 
 
 def reference_logits(base, head, tokenizer, rows):
-    """As the reference has it: one right-padded batch, the head at its last position."""
+    """Logits as in the reference: one right-padded batch, with the head at its last position."""
     tokenizer.padding_side = "right"
     texts = [" ".join(tokenizer.convert_ids_to_tokens(row["input_ids"])) for row in rows]
     inputs = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
@@ -164,7 +164,7 @@ def test_training_under_the_papers_protocol_is_the_references_loop(tmp_path):
 
 
 class Batches:
-    """Notes the rows of every batch on their way to the collator."""
+    """Records the rows of every batch that the collator gets."""
 
     def __init__(self, collator):
         self.collator = collator
@@ -242,7 +242,7 @@ def test_loras_start(r):
     assert not b.any()
     assert not peft_b.any()
     assert a.shape == peft_a.shape == (r, width)
-    # kaiming_uniform_(a=sqrt(5)) of a matrix (n x r), which is how the reference keeps A.
+    # kaiming_uniform_(a=sqrt(5)) on a matrix of shape (n, r), the shape of the reference's A.
     torch.manual_seed(1)
     drawn = nn.init.kaiming_uniform_(torch.empty(width, r), a=math.sqrt(5))
     assert a.std().item() == pytest.approx(1 / math.sqrt(3 * r), rel=0.02)
@@ -252,7 +252,7 @@ def test_loras_start(r):
 
 
 def lora_start(r, protocol):
-    """LoRA's A and B on one layer of GPT-2 Large's width, put there by the recipe's own method."""
+    """Return LoRA's A and B of one layer of GPT-2 Large's width, made by the recipe's method."""
     recipe = recipe_of(GPT, protocol)
     (part,) = [part for part in recipe.methods if part.name == f"lora-{r}"]
     torch.manual_seed(0)

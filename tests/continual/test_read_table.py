@@ -1,4 +1,4 @@
-"""A table is what the file says; a file that is not what its name says, or whose rows do not fit, is one sentence."""
+"""Tables are read unchanged; a file of another type than its name says, or with bad rows, gives a clear error."""
 
 import csv
 import gzip
@@ -66,27 +66,27 @@ def test_another_encoding_is_read_where_it_is_named_and_refused_where_not(tmp_pa
     path = tmp_path / "data.csv"
     path.write_text("text,label\nnaïve,1\n", encoding="utf-16")
     assert rows_of(path, encoding="utf-16") == [{"text": "naïve", "label": "1"}]
-    assert "is text in UTF-16: say encoding: utf-16" in refused(path)
+    assert "is text in UTF-16. Set encoding: utf-16" in refused(path)
     path.write_text("text,label\nnaïve,1\n", encoding="latin-1")
     assert rows_of(path, encoding="latin-1") == [{"text": "naïve", "label": "1"}]
     assert "is not text in the encoding utf-8-sig: invalid continuation byte at byte 13" in refused(path)
     path.write_bytes("text,label\nx,1\n".encode("utf-16-le"))
     assert "line 1 holds a NUL character" in refused(path)
-    with pytest.raises(ValidationError, match="Python knows no encoding 'utf-88'"):
+    with pytest.raises(ValidationError, match="'utf-88' is not an encoding of Python"):
         Place(path=path, encoding="utf-88")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("a,text,label\n1,x,yes\n2,y,no,no\n", "line 3 has 4 fields, where the heading has 3: put a text that holds a"),
-        ("a,text,label\n1,x,y,yes\n", "line 2 has 4 fields, where the heading has 3"),
-        ("a,text,label\n1,x\n", "line 2 has 2 fields, where the heading has 3"),
-        ("a,text,label\n1,x,yes\n\n2\n", "line 4 has 1 field, where the heading has 3"),
-        ('text,label\n"two\nlines",yes\nx,y,z\n', "line 4 has 3 fields, where the heading has 2"),
+        ("a,text,label\n1,x,yes\n2,y,no,no\n", "line 3 has 4 fields, but the header has 3. Enclose text that holds a"),
+        ("a,text,label\n1,x,y,yes\n", "line 2 has 4 fields, but the header has 3"),
+        ("a,text,label\n1,x\n", "line 2 has 2 fields, but the header has 3"),
+        ("a,text,label\n1,x,yes\n\n2\n", "line 4 has 1 field, but the header has 3"),
+        ('text,label\n"two\nlines",yes\nx,y,z\n', "line 4 has 3 fields, but the header has 2"),
         ("text,label,text\nx,1,y\n", "two columns have the name 'text'"),
-        ('text,label\n"open,1\nx,2\n', "line 2: unexpected end of data. A quotation mark at the start of a field"),
-        ('text,label\n"open,1\n"closed",2\n', "line 2: ',' expected after '\"'. A quotation mark at the start"),
+        ('text,label\n"open,1\nx,2\n', "line 2: unexpected end of data. A field that starts with a quotation mark"),
+        ('text,label\n"open,1\n"closed",2\n', "line 2: ',' expected after '\"'. A field that starts with"),
         ("text,label\nx\0y,1\n", "line 2 holds a NUL character"),
         ("", "the file is empty"),
         ("text,label\n", "the file has no rows"),
@@ -103,12 +103,12 @@ def test_rows_that_do_not_fit_the_heading_are_refused_with_their_line(content, m
 def test_rows_are_counted_against_the_columns_that_are_named(tmp_path):
     (tmp_path / "bare.csv").write_text("4,one\n0,two,three\n")
     message = refused(tmp_path / "bare.csv", columns=["label", "text"])
-    assert "line 2 has 3 fields, where columns names 2" in message
+    assert "line 2 has 3 fields, but columns names 2" in message
     (tmp_path / "glue.tsv").write_text('text\tlabel\n"a\tb"\t1\n')
     assert "line 2 has 3 fields" in refused(tmp_path / "glue.tsv", quoted=False)
-    with pytest.raises(ValidationError, match="'a' is there twice"):
+    with pytest.raises(ValidationError, match="'a' is listed twice"):
         Place(path=tmp_path / "bare.csv", columns=["a", "a"])
-    with pytest.raises(ValidationError, match="columns name those of a TSV or CSV file without a heading"):
+    with pytest.raises(ValidationError, match="columns is only for a TSV or CSV file without a header"):
         Place(path=tmp_path / "bare.jsonl", columns=["a", "b"])
 
 
@@ -167,7 +167,7 @@ def test_another_kind_of_file_by_a_tables_name_is_one_sentence(suffix, tmp_path)
 
 def test_what_is_no_parquet_file(tmp_path):
     (tmp_path / "data.parquet").write_text("text,label\nx,1\n")
-    assert "is no Parquet file, whatever its name says" in refused(tmp_path / "data.parquet")
+    assert "is not a Parquet file, although its name" in refused(tmp_path / "data.parquet")
     (tmp_path / "data.parquet").write_bytes(parquet()[:-30])
     assert "cannot be read as parquet" in refused(tmp_path / "data.parquet")
     pandas.DataFrame({"text": []}).to_parquet(tmp_path / "data.parquet")
@@ -190,15 +190,15 @@ def test_json_is_read_as_it_stands_there(suffix, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "x"}\n{"text": \n', "line 2 is not JSON"),
-        ('{"text": "x"}\n["y"]\n', "row 1 is a list, where an object is expected"),
-        ('["x", "y"]', "row 0 is a text, where an object is expected"),
-        ('[{"text": "x"},', "is not JSON"),
+        ('{"text": "x"}\n{"text": \n', "line 2 is not valid JSON"),
+        ('{"text": "x"}\n["y"]\n', "row 1 is a list, but an object"),
+        ('["x", "y"]', "row 0 is a string, but an object"),
+        ('[{"text": "x"},', "is not valid JSON"),
         ('{"text": "x"}\n3\n', "row 1 is a number"),
         ("null\n", "row 0 is null"),
         ("[]", "the file has no rows"),
         ('{"text": "\\ud83d"}\n', "row 0 holds half of a character"),
-        ("text,label\nx,1\n", "is not JSON"),
+        ("text,label\nx,1\n", "is not valid JSON"),
     ],
 )
 def test_bad_json_is_named(content, message, tmp_path):

@@ -1,4 +1,4 @@
-"""Recipes: what is read is what the files say, and what is wrong is said before a model is loaded."""
+"""Recipes are read as their files say, and errors are reported before a model is loaded."""
 
 from pathlib import Path
 
@@ -81,9 +81,9 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("methods.2.options.rank=4", "method 'cur': options: CurloraConfig has no option 'rank'. Did you mean 'r'"),
         ("methods.2.options.r=0", "method 'cur': options: CurloraConfig: r must be a positive integer, got 0"),
         ("methods.2.learning_rate=null", "method 'cur': learning_rate is missing"),
-        ("methods.0.learning_rate=0.1", "method 'frozen': frozen trains the heads alone"),
-        ("methods.0.name=cur", "methods: 'cur' is there twice"),
-        ("tasks.1.name=first", "tasks: 'first' is there twice"),
+        ("methods.0.learning_rate=0.1", "method 'frozen': frozen trains only the heads"),
+        ("methods.0.name=cur", "methods: 'cur' is listed twice"),
+        ("tasks.1.name=first", "tasks: 'first' is listed twice"),
         ("tasks.0.train.hub=glue", "task 'first': train: give either path"),
         ("model.quantization={load_in_4bit: true}", "model.quantization: quant_method is missing"),
         ("model.dtype=float33", "model.dtype: 'float33' is not a floating-point dtype"),
@@ -91,7 +91,7 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("tasks.0.labels=[a]", "task 'first': labels: List should have at least 2"),
         (
             "tasks.1.labels=[yes, no]",
-            "task 'second': labels.0: a text is expected, got True. Quote it",
+            "task 'second': labels.0: a string is expected, got True. Quote the value",
         ),  # YAML reads booleans
         ("methods.0.name=../x", "method '../x': name: String should match pattern"),
         ("methods=[]", "methods: List should have at least 1"),
@@ -100,18 +100,18 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
             "methods.1.plugins=[{name: zzz}]",
             "It has anchors, ewc, guard, kl_to_base, probe, redraw, replay",
         ),
-        ("methods.1.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "'guard' is for method 'curlora' alone"),
-        ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "goes by a general text: say which"),
+        ("methods.1.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "'guard' is only for method 'curlora'"),
+        ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "needs a general text: name one"),
         (
             "methods.2.plugins=[{name: guard, max_perplexity_increase: 0}]",
-            "a limit is positive, got max_perplexity_increase 0",
+            "max_perplexity_increase must be positive and finite, got 0",
         ),
         ("methods.1.plugins=[{name: ewc}]", "method 'lora': plug-in 'ewc' needs strength"),
         (
             "methods.1.plugins=[{name: replay, examples: 0}]",
-            "method 'lora': replay needs a whole number of examples, at least 1, got 0",
+            "method 'lora': replay needs examples to be a whole number of 1 or more, got 0",
         ),
-        ("seeds=[1, 1]", "seeds: 1 is there twice"),
+        ("seeds=[1, 1]", "seeds: 1 is listed twice"),
         ("training.trainer={output_dir: x}", "training.trainer: 'output_dir' is set by the run itself"),
         (
             "training.trainer={bf61: true}",
@@ -129,14 +129,14 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("reference.epoch=5", "reference has no key 'epoch'"),
         (
             "tasks.0.training={forward_transfer: true}",
-            "task 'first': training: forward_transfer is for all tasks alike",
+            "task 'first': training: forward_transfer must be the same for all tasks",
         ),
-        ("tasks.0.training={readout: last_position}", "task 'first': training: readout is for all tasks alike"),
-        ("training.schedule=greedy", "is not a schedule of transformers that goes by steps"),
+        ("tasks.0.training={readout: last_position}", "task 'first': training: readout must be the same for all tasks"),
+        ("training.schedule=greedy", "is not a schedule of transformers that depends only on the step"),
         ("training.trainer={dataloader_drop_last: true}", "'dataloader_drop_last' is set by the run itself"),
-        ("training.epochs=[", "what is behind = is not YAML"),
+        ("training.epochs=[", "the value after = is not YAML"),
         ("seeds=[5000000000]", "seeds.0: Input should be less than"),
-        ("methods.0.name=CUR", "methods: 'CUR' is there twice"),
+        ("methods.0.name=CUR", "methods: 'CUR' is listed twice"),
         ("model.dtype=int8", "'int8' is not a floating-point dtype"),
         ("methods.1.method=adalora", "has no method 'adalora'"),
         ("tasks.0.kind=completion", "a task of completion has no labels"),
@@ -160,7 +160,7 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("training.colour=red", "training has no key 'colour'. It has epochs, batch_size, "),
         ("heldout.path=${NO_SUCH_VARIABLE}/x", "the environment variable NO_SUCH_VARIABLE is not set"),
         ("tasks.9.name=x", "'tasks.9.name=x' names no place in the recipe"),
-        ("nonsense", "'nonsense' is not a change"),
+        ("nonsense", "'nonsense' is not a valid change"),
     ],
 )
 def test_bad_entries_are_named(recipe_path, change, message):
@@ -212,7 +212,7 @@ def test_variables_of_the_environment(recipe_path, monkeypatch):
     assert recipe.tasks[0].train.path == folder / "train.tsv"
     assert recipe.tasks[0].evaluation.path == folder / "eval.csv"
     assert recipe.training.epochs == 3
-    assert recipe.tasks[0].description == "Two small tasks ${DATA}"  # a key of recipes is one
+    assert recipe.tasks[0].description == "Two small tasks ${DATA}"  # title is a key of recipes, so it is replaced
     portable = recipe.portable()
     assert str(portable.heldout[0].path) == "${DATA}/text.txt"
     assert str(portable.tasks[0].train.path) == "${oc.env:DATA}/train.tsv"
@@ -238,7 +238,7 @@ def test_every_variable_without_a_value_is_named_at_once(recipe_path):
         "  heldout.path: the environment variable GONE is not set",
         "  title: the environment variable titel is not set. Is the key 'title' meant?",
         "  training.epochs: Interpolation key 'training.epoch' not found",
-        "  task 'first': train.limit: ??? stands for a value that is to be given",
+        "  task 'first': train.limit: ??? stands for a missing value; give one",
         f"  model.name: there is no folder {recipe_path.parent / 'gone'}",
         "  method 'lora': options: LoraConfig has no option 'rank'",
     ):
@@ -248,7 +248,7 @@ def test_every_variable_without_a_value_is_named_at_once(recipe_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("training=${training}", "refers to what it is a part of|nterpolation"), ("title=${", "names no place|not YAML")],
+    [("training=${training}", "an entry that contains|nterpolation"), ("title=${", "names no place|not YAML")],
 )
 def test_variables_that_lead_nowhere(recipe_path, change, message):
     with pytest.raises(RecipeError, match=message):
@@ -287,20 +287,20 @@ def test_a_misspelt_name_of_a_recipe_that_comes_with_it():
         ("tasks.0.train.path=gone.tsv", r"task 'first', train \(.*gone\.tsv\): there is no such file"),
         ("tasks.0.train.text=words", "there is no column 'words' among text, label"),
         ("tasks.1.labels=[nay, maybe]", "row 0 has label 'no', which is neither one of"),
-        ("tasks.0.evaluation.path=text.txt", ".txt is not among the file types"),
-        ("tasks.0.train.label_names={0: a}", "row .* has label 1, which label_names does not name"),
-        ("tasks.0.train={hub: ./nowhere, split: train, text: text, label: label}", "first.*cannot be had from the hub"),
+        ("tasks.0.evaluation.path=text.txt", "the file type .txt is not supported"),
+        ("tasks.0.train.label_names={0: a}", "row .* has label 1, which is not in label_names"),
+        ("tasks.0.train={hub: ./nowhere, split: train, text: text, label: label}", "cannot be loaded from the hub"),
         ("heldout.path=gone.txt", "heldout 'words' .*gone.txt.* cannot be read"),
     ],
 )
 def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message):
-    (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")  # loading it would fail otherwise
+    (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")  # loading it would fail
     with pytest.raises(RecipeError, match=message):
         build(load_recipe(recipe_path, [change]))
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("[1, 2]", "holds no recipe"), ("a: [", "is not YAML"), ("", "holds no")]
+    ("text", "message"), [("[1, 2]", "is not a recipe: a map"), ("a: [", "is not YAML"), ("", "is not a recipe: a map")]
 )
 def test_files_that_are_no_recipe(text, message, tmp_path):
     (tmp_path / "r.yaml").write_text(text)
@@ -388,7 +388,7 @@ def test_a_damaged_recipe_of_a_run_is_named(recipe_path, tmp_path):
 
 def test_arguments_that_the_trainer_refuses_are_one_message(recipe_path, tmp_path):
     recipe = load_recipe(recipe_path, ["training.trainer={fp16: true, bf16: true}"])
-    with pytest.raises(RecipeError, match="transformers' Trainer refuses it: At most one of fp16 and bf16"):
+    with pytest.raises(RecipeError, match="transformers' Trainer rejects the arguments: At most one of fp16 and bf16"):
         run_recipe(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -405,7 +405,7 @@ def test_quantization_is_passed_on(recipe_path, monkeypatch):
 
 
 def test_a_run_can_be_moved_with_its_data(recipe_path, tmp_path, monkeypatch):
-    """It is known by what is run, not by where the files lie."""
+    """A run is identified by what is run, not by where its files are."""
     content = yaml.safe_load(recipe_path.read_text())
     content["heldout"]["path"] = "${TEXTS}/text.txt"
     recipe_path.write_text(yaml.safe_dump(content))
@@ -440,7 +440,7 @@ def test_changed_data_do_not_go_on(recipe_path, tmp_path):
     ["methods.1.options.target_modules=[nope]", "methods.2.options.r=400", "methods.1.options.init_lora_weights=foo"],
 )
 def test_a_method_that_cannot_be_put_on_the_model_is_one_message(recipe_path, tmp_path, change):
-    with pytest.raises((RunError, RecipeError), match="cannot be put on this model|methods.1"):
+    with pytest.raises((RunError, RecipeError), match="cannot be applied to this model|methods.1"):
         run_recipe(load_recipe(recipe_path, [change]), tmp_path / "run")
 
 
@@ -448,7 +448,7 @@ def test_a_first_start_that_failed_does_not_bind(recipe_path, tmp_path):
     out = tmp_path / "run"
     bad = ["methods=[{name: lora, method: lora, learning_rate: 0.1, options: {target_modules: [nope]}}]"]
     recipe = load_recipe(recipe_path, bad)
-    with pytest.raises(RunError, match="cannot be put on this model"):
+    with pytest.raises(RunError, match="cannot be applied to this model"):
         run_recipe(recipe.model_copy(update={"methods": recipe.methods[1:]}), out)
     changed = load_recipe(
         recipe_path, ["methods=[{name: frozen, method: frozen}]", "training.epochs=1", "heldout.tokens=40"]
@@ -479,5 +479,5 @@ def test_a_window_longer_than_the_model_is_one_message(recipe_path, tmp_path):
     word_tokenizer().save_pretrained(tmp_path / "gpt2")
     (tmp_path / "text.txt").write_text("w1 w2 " * 60)
     changes = ["model.name=gpt2", "heldout.tokens=100", "heldout.window=80", "methods=[{name: frozen, method: frozen}]"]
-    with pytest.raises(RunError, match="windows of 80 tokens, where the model has 64 positions"):
+    with pytest.raises(RunError, match="windows of 80 tokens, but the model has only 64 positions"):
         run_recipe(load_recipe(recipe_path, changes), tmp_path / "run")

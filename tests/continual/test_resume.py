@@ -1,4 +1,4 @@
-"""A run that was cut off, wherever it was cut off, goes on and gives what it would have given, bit for bit."""
+"""A run that is interrupted at any point resumes and gives bit-identical results."""
 
 import glob
 import os
@@ -22,7 +22,7 @@ from curlora.continual.results import ResultsError, RunResults
 from curlora.report import render
 from tests.continual.streams import Cut, figures
 
-# Dropout and a plug-in that draws: whatever is random must go on where it was.
+# Dropout and a plug-in with random draws: every random generator must continue where it stopped.
 CHANGES = {
     "methods": [
         {"name": "frozen", "method": "frozen"},
@@ -70,7 +70,7 @@ def recipe(recipe_path):
 
 
 def weights(directory):
-    """Everything that was learned, by file."""
+    """Return all trained weights, by file."""
     return {
         str(path.relative_to(directory)): {name: value.numpy().tobytes() for name, value in load_file(path).items()}
         for path in sorted(directory.glob("*/seed-*/**/*.safetensors"))
@@ -90,7 +90,7 @@ def test_cut_off_at_one_write_after_another(recipe, tmp_path, monkeypatch):
 
         return cut
 
-    # Each of these is on the way of something to the disk: files, folders and marks appear by them.
+    # Files, folders and marks are written to the disk with these functions.
     monkeypatch.setattr(storage.os, "replace", wrap(os.replace))
     monkeypatch.setattr(storage, "mark_complete", wrap(storage.mark_complete))
     monkeypatch.setattr("curlora.continual.trainer.mark_complete", wrap(storage.mark_complete))
@@ -113,7 +113,7 @@ def test_cut_off_at_one_write_after_another(recipe, tmp_path, monkeypatch):
 
 
 def files_in(folder):
-    """What stands in a folder that another process may be changing: pathlib fails where a folder goes meanwhile."""
+    """List a folder that another process may be changing: pathlib fails if a folder is removed meanwhile."""
     return set(glob.glob("**/*", root_dir=folder, recursive=True))
 
 
@@ -131,7 +131,7 @@ def test_killed_at_random_moments(recipe, recipe_path, tmp_path):
         while process.poll() is None and files_in(out) <= before:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        try:  # it has begun to write: any moment from here on
+        try:  # it has begun to write, so it may be killed at any moment
             process.wait(chance.uniform(0, 2.0))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -147,7 +147,7 @@ def test_killed_at_random_moments(recipe, recipe_path, tmp_path):
 
 
 def test_at_most_a_checkpoint_interval_is_lost(recipe, tmp_path, monkeypatch):
-    """Cut off after 8 steps with a checkpoint every 3: the second go begins at step 6."""
+    """Interrupted after 8 steps with a checkpoint every 3, the run resumes at step 6."""
     from curlora.continual.trainer import TaskTrainer
 
     steps = []
@@ -181,7 +181,7 @@ def test_what_is_finished_can_be_looked_at_while_the_rest_runs(recipe, tmp_path,
         patch.setattr("curlora.continual.sequence.MethodRun._score", cut)
         with pytest.raises(Cut):
             run_recipe(recipe, out)
-    with pytest.raises(ResultsError, match="run holds no results: no method of the run in it has been finished yet"):
+    with pytest.raises(ResultsError, match="run holds no results: no method of its run has finished yet"):
         RunResults.load(out / "results.json")
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -207,7 +207,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(recipe, tmp_path, monkeypa
     (state,) = (tmp_path / "run").glob("frozen/seed-0/weights-1/state.safetensors")
     whole = state.read_bytes()
     state.write_bytes(whole[:20])
-    with pytest.raises(RunError, match=r"frozen/seed-0 holds a run that was cut off.*Remove that folder"):
+    with pytest.raises(RunError, match=r"frozen/seed-0 holds an interrupted run.*Remove that folder"):
         run_recipe(recipe, tmp_path / "run")
     state.write_bytes(whole)
     run_recipe(recipe, tmp_path / "run")
@@ -234,10 +234,10 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(recipe, small_disk, tmp_
     ballast = small_disk / "ballast"
     free = shutil.disk_usage(small_disk).free
     ballast.write_bytes(b"0" * max(0, free - left))
-    with pytest.raises(RunError, match="is full. Nothing that was finished is lost"):
+    with pytest.raises(RunError, match="is full. Finished results are not lost"):
         run_recipe(recipe, out)
     changed = {path for path, content in kept.items() if path.read_bytes() != content}
-    assert changed <= {out / "recipe.json", out / "results.json"}  # of these the second grows
+    assert changed <= {out / "recipe.json", out / "results.json"}  # only results.json grows
     ballast.unlink()
     assert figures(run_recipe(recipe, out)) == figures(whole)
 

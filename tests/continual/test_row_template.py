@@ -1,4 +1,4 @@
-"""Templates give text, or say why there is none."""
+"""Templates give text, or an error that says why not."""
 
 import datetime
 
@@ -52,11 +52,11 @@ def test_columns_and_what_is_in_them(given, text):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("answers", r"has a dict in answers, which is no text: take what is in it, such as {answers\[text\]\[0\]}"),
+        ("answers", r"has a dict in answers, not text: use a value inside it, such as {answers\[text\]\[0\]}"),
         ("{answers!r}", "has a dict in answers"),
         ("{answers[text]}", r"has a list in answers\[text\], .*such as {answers\[text\]\[0\]}"),
         ("{nested}", r"has a list in nested, .* such as {nested\[0\]\[text\]}"),
-        ("{nothing}", "has a list in nothing, which is no text$"),
+        ("{nothing}", "has a list in nothing, not text$"),
         ("{when}", "has a date in when"),
         ("{bytes}", "has bytes in bytes"),
         ("{none}", "has no none"),
@@ -65,13 +65,13 @@ def test_columns_and_what_is_in_them(given, text):
         ("{answers[gone]}", r"has no answers\[gone\]"),
         ("{answers[text][first]}", "has no"),
         ("{question[0]}", "has no"),
-        ("{answers.text}", r"what is in a column is taken by its name in brackets: answers\[text\]"),
-        ("{question.__class__}", "taken by its name in brackets"),
+        ("{answers.text}", r"a value inside a column is written with brackets: answers\[text\]"),
+        ("{question.__class__}", "is written with brackets"),
         ("{answers[text]x}", "is not a column with indices"),
         ("{gone}", "there is no column 'gone' among question"),
         ("{gone[0]}", "there is no column 'gone'"),
         ("{}", "there is no column ''"),
-        ("{question", "is not a template"),
+        ("{question", "is not a valid template"),
         ("{question:d}", "does not fit"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The schema of recipes: what an editor needs to know is what pydantic checks."""
+"""The JSON schema of recipes accepts and rejects what pydantic does."""
 
 import json
 from importlib import resources
@@ -23,7 +23,7 @@ def objects(schema):
 
 
 def test_every_key_is_described(schema):
-    """A sentence in the model or in DESCRIPTIONS, for people who hover over a key."""
+    """Editors show it when the pointer is over a key."""
     for name, part in objects(schema).items():
         for key, entry in part["properties"].items():
             assert entry.get("description"), f"{name}.{key}"
@@ -54,7 +54,7 @@ def test_the_recipes_that_come_with_it_are_valid(schema):
     for name in ("demo", "demo-full"):
         recipes[name] = resources.files("curlora") / "recipes" / f"{name}.yaml"
     for path in recipes.values():
-        content = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))  # keys are texts there
+        content = json.loads(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8"))))  # JSON's keys are strings
         assert accepted(schema, content) == [], path
 
 

@@ -1,4 +1,4 @@
-"""A whole stream on a small model: what is reported is what a fresh load of the files gives."""
+"""A whole stream on a small model: the reported figures equal those of the saved files, loaded afresh."""
 
 import json
 import math
@@ -36,7 +36,7 @@ def classification(name, seed):
 
 
 def copying(name="copy", count=24):
-    """The completion is the prompt's last word."""
+    """A task whose completion is the prompt's last word."""
     rng = torch.Generator().manual_seed(5)
     picks = torch.randint(20, 90, (count, 3), generator=rng).tolist()
     examples = [(" ".join(WORDS[i] for i in row), WORDS[row[-1]]) for row in picks]
@@ -180,7 +180,7 @@ def test_heads_of_earlier_tasks_are_untouched(tokenizer, tmp_path):
 
 def test_forward_transfer_is_scored_just_before_a_task_is_learned(tokenizer, tmp_path):
     settings = SETTINGS.changed({"forward_transfer": True})
-    tasks = [copying("one"), copying("two")]  # the same twice: what the first teaches serves the second
+    tasks = [copying("one"), copying("two")]  # the same task twice, so learning the first helps the second
     method = make_method("full", "full", "Full", 1e-2)
     encoded = encode(tasks, tokenizer, settings)
     base = TaskModel(llama())

@@ -1,4 +1,4 @@
-"""Studies: grids, orders of the tasks, settings and heads that differ by method and run."""
+"""Studies: grids, orders of the tasks, and settings and heads that differ between methods and runs."""
 
 import json
 
@@ -87,10 +87,10 @@ def test_all_orders(recipe_path):
 @pytest.mark.parametrize(
     ("orders", "message"),
     [
-        ("[[first]]", "an order names each task once: first, second; got first"),
-        ("[[first, second]]", "the order first, second is there twice"),
-        ("[[second, first], [second, first]]", "the order second, first is there twice"),
-        ("[[second, third]]", "an order names each task once"),
+        ("[[first]]", "an order must name each task once: first, second; got first"),
+        ("[[first, second]]", "the order first, second is listed twice"),
+        ("[[second, first], [second, first]]", "the order second, first is listed twice"),
+        ("[[second, third]]", "an order must name each task once"),
         ("every", "orders"),
     ],
 )
@@ -116,10 +116,10 @@ def test_a_method_may_be_trained_otherwise(recipe_path, tmp_path):
     [
         (
             "{max_length: 5}",
-            r"method 'lora': training: 'max_length' is not a setting of one method: batch_size, epochs",
+            r"method 'lora': training: 'max_length' cannot differ between methods; .*: batch_size, epochs",
         ),
         ("{epochs: 0}", r"method 'lora': training: epochs: .*greater than 0"),
-        ("{evaluation: one_by_one}", "'evaluation' is not a setting of one method"),
+        ("{evaluation: one_by_one}", "'evaluation' cannot differ between methods"),
     ],
 )
 def test_settings_that_are_not_a_methods_are_refused(training, message, recipe_path):
@@ -128,7 +128,7 @@ def test_settings_that_are_not_a_methods_are_refused(training, message, recipe_p
 
 
 def heads(folder):
-    # What a head was before it was trained: its learning rate is next to nothing.
+    # The heads are almost as initialized, because their learning rate is tiny.
     state = load_file(folder / "heads.safetensors")
     return torch.cat([state[key].flatten() for key in sorted(state)])
 

@@ -1,4 +1,4 @@
-"""Heads, batches and losses; the paper's reference pools padding, this must not unless it is told to."""
+"""Heads, batches and losses. A class is read from padding, as in the paper's reference, only if asked for."""
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_heads_are_fresh_seeded_kept_and_frozen_when_the_next_comes():
     first = model.heads["0"].weight.clone()
     model.begin(1, 2)
     assert torch.equal(model.heads["0"].weight, first)
-    assert torch.equal(model.heads["1"].weight, first)  # the paper's seed, every time
+    assert torch.equal(model.heads["1"].weight, first)  # always the paper's seed
     assert not model.heads["0"].weight.requires_grad
     assert model.heads["1"].weight.requires_grad
 

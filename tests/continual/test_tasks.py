@@ -26,8 +26,8 @@ def test_majority_rate_is_of_the_evaluation_split():
     [
         (dict(name="a/b"), "'a/b' may only hold letters"),
         (dict(labels=["a"]), "at least two labels"),
-        (dict(labels=["a", "a", "b"]), "has a label twice"),
-        (dict(too_long="truncate"), "too_long is cut or drop, not 'truncate'"),
+        (dict(labels=["a", "a", "b"]), "lists a label twice"),
+        (dict(too_long="truncate"), "too_long must be cut or drop, got 'truncate'"),
         (dict(train=[]), "the train split is empty"),
         (dict(evaluation=[]), "the evaluation split is empty"),
         (dict(train=[("x", 0), ("y", 2)]), r"train row 1 has label 2, outside 0\.\.1"),
@@ -56,7 +56,7 @@ def test_only_the_completion_is_learned_and_each_position_says_what_comes_next()
     row = completion("w1 w2 w3", "w4 w5")
     assert words(row["input_ids"]) == "w1 w2 w3 w4 w5"
     assert row["labels"][:2] == [IGNORED] * 2
-    assert words(row["labels"][2:]) == "w4 w5 [UNK]"  # the end of the text is learned too
+    assert words(row["labels"][2:]) == "w4 w5 [UNK]"  # the end-of-text token is trained too
 
 
 def test_a_long_prompt_loses_its_start():
@@ -94,7 +94,7 @@ def test_no_row_is_longer_than_it_may_be_and_what_was_done_is_counted(sizes, max
     if begins:
         tokenizer.bos_token = "w0"
     examples = [(" ".join(f"w{i}" for i in range(a)), " ".join(f"w{20 + i}" for i in range(b))) for a, b in sizes]
-    longer = [a + b > max_length for a, b in sizes]  # with the end of the text, without the last token
+    longer = [a + b > max_length for a, b in sizes]  # with the end-of-text token, without the last input
     split = CompletionTask("t", examples, examples).encode("train", tokenizer, max_length)
     assert split.cut == sum(longer)
     assert split.kept == list(range(len(sizes)))
@@ -111,7 +111,7 @@ def test_no_row_is_longer_than_it_may_be_and_what_was_done_is_counted(sizes, max
     task = CompletionTask("t", examples, examples, too_long="drop")
     if all(longer):
         with pytest.raises(
-            TaskError, match=r"no train example is left: all \d are too long for max_length \d+ \(too_long"
+            TaskError, match=r"no train example is left. All \d are too long for max_length \d+ \(too_long"
         ):
             task.encode("train", tokenizer, max_length)
     else:
@@ -163,19 +163,19 @@ def test_every_answer_of_a_conversation_is_learned_or_the_last_alone():
 
 
 def test_bad_conversations_and_templates_are_refused():
-    with pytest.raises(TaskError, match="train row 0 has no answer of the assistant's .*: its roles are user"):
+    with pytest.raises(TaskError, match="train row 0 has no assistant message that answers .*: its roles are user"):
         ChatTask("t", [conversation("w1")], [conversation("w1", "w2")])
     task = ChatTask("t", [conversation("w1", "w2")], [conversation("w1", "w2")])
     with pytest.raises(TaskError, match="has no chat template"):
         task.encode("train", word_tokenizer(), 32)
     counting = "{{ messages | length }} {% for m in messages %}{{ m.content }} {% endfor %}"
     tokenizer = chat_tokenizer("{% if messages|length > 1 %}w9 {% endif %}" + counting)
-    with pytest.raises(TaskError, match="cannot be told from the prompt"):
+    with pytest.raises(TaskError, match="cannot be separated from its prompt"):
         task.encode("train", tokenizer, 32)
 
 
 def marked_tokenizer():
-    """Adds a beginning and an end to every text, as some do."""
+    """A tokenizer that adds beginning- and end-of-text tokens to every text."""
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = word_tokenizer()
@@ -196,7 +196,7 @@ def test_a_prompt_is_not_ended_and_keeps_its_beginning(max_length, prompt):
 
 
 def test_an_answer_ends_where_generation_would():
-    """ChatML has a line break behind the end of a turn."""
+    """ChatML has a line break after the end of a turn."""
     tokenizer = chat_tokenizer(TEMPLATE.replace("[PAD]", "[UNK] w9"))
     tokenizer.eos_token = "[UNK]"
     (row,) = ChatTask("t", [conversation("w1", "w4")], [conversation("w1", "w2")]).encode("train", tokenizer, 32).rows

@@ -1,4 +1,4 @@
-"""What is learned for what is forgotten, from results that are known."""
+"""Learning against forgetting, computed from known results."""
 
 import pytest
 
@@ -12,7 +12,7 @@ GUARD, OTHER = "guard's", "another text"
 
 
 def study(**changes):
-    """LoRA and CURLoRA on a grid each, with what they learn and their divergence on three texts."""
+    """Results of LoRA and CURLoRA, each on a grid, with their accuracy and their divergence on three texts."""
     results = make_results(seeds=(0, 1))
     frozen, lora, cur = results.methods
     made = [frozen.model_copy(update={"seeds": [with_texts(seed, 0, 0, 0) for seed in frozen.seeds]})]
@@ -72,7 +72,8 @@ def test_the_best_within_a_limit():
 def test_the_front_leaves_out_what_is_beaten():
     results = study()
     lora = [point for point in points(results) if point.method.entry == "lora"]
-    assert [point.method.name for point in front(lora)] == ["lora@lr=1", "lora@lr=2"]  # the third learns less for more
+    # The third learns less and forgets more.
+    assert [point.method.name for point in front(lora)] == ["lora@lr=1", "lora@lr=2"]
 
 
 def test_without_a_guards_text_the_first_one_is_limited():
@@ -103,5 +104,5 @@ def test_it_is_in_the_tables_and_on_the_page():
     page = render([study()])
     assert "The best of each method within KL 0.012" in page
     assert 'id="limit-2"' in page
-    assert "What is learned for what is forgotten" in page
-    assert "What is learned for what is forgotten" not in render([make_results()])
+    assert "Learning against forgetting over the grid" in page
+    assert "Learning against forgetting over the grid" not in render([make_results()])

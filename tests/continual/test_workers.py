@@ -1,4 +1,4 @@
-"""A run that is shared out over workers gives what it gives in one process, whatever dies on the way."""
+"""A run on several workers gives the same results as in one process, even if workers die."""
 
 import contextlib
 import glob
@@ -27,7 +27,7 @@ STUDY = [
 
 
 class Heard:
-    """A progress that adds up."""
+    """A progress that sums the reported work."""
 
     def __init__(self):
         self.units = self.total = 0.0
@@ -43,7 +43,7 @@ class Heard:
 
 
 def workers():
-    """The processes that are running a job."""
+    """Return the processes that run a job."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
@@ -59,10 +59,10 @@ def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_pat
 
     def kill():
         while not over.wait(0.02) and len(killed) < 2:
-            # pathlib's glob fails where a folder goes meanwhile.
+            # pathlib's glob fails if a folder is removed meanwhile.
             if glob.glob("*/seed-0*/checkpoints/*/checkpoint-*/complete", root_dir=tmp_path / "shared"):
                 for process in workers()[:1]:
-                    with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                    with contextlib.suppress(ProcessLookupError):  # it has already exited
                         os.kill(process, signal.SIGKILL)
                         killed.append(process)
                 time.sleep(1)
@@ -94,7 +94,7 @@ def test_what_is_wrong_is_said_as_by_one_process(recipe_path, tmp_path):
         (
             ["resources={gpus: 8}"],
             {"workers": 1},
-            r"gives each method 1 CPUs and 8 GPUs, and there are 1 CPUs and 0 GPUs",
+            r"give each method 1 CPUs and 8 GPUs, but Ray has only 1 CPUs and 0 GPUs",
         ),
         ([], {"workers": 0}, "1 or more workers, got 0"),
         ([], {"address": "127.0.0.1:1"}, r"Ray cluster at 127.0.0.1:1 cannot be used"),

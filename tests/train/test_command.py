@@ -467,11 +467,11 @@ def test_bad_input_is_one_sentence_and_loads_no_weight(bad, data, models, tmp_pa
     [
         (
             [{"role": "user", "content": "w1"}, {"role": "bot", "content": "w2"}],
-            "row 16 (line 17) has the unknown role 'bot' in message 1; known are system, developer, user, assistant, ",
+            "row 16 (line 17) has the unknown role 'bot' in message 1; known roles are system, developer, user, ",
         ),
         (
             [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2", "weight": 0}],
-            "row 16 (line 17) has no answer of the assistant's to a message of the user's: ",
+            "row 16 (line 17) has no assistant message that answers a user message: ",
         ),
         ([], "row 16 (line 17) is an empty conversation"),
     ],

@@ -141,15 +141,15 @@ def test_prompts_of_the_users(chat_model, plain_model, tmp_path):
 
 BAD = {
     "no role": ({"messages": [{"role": "bot", "content": "w1"}]}, "row 3 (line 5) has the unknown role 'bot'"),
-    "no answer": ({"messages": [{"role": "user", "content": "w1"}]}, "row 3 (line 5) has no answer"),
+    "no answer": ({"messages": [{"role": "user", "content": "w1"}]}, "row 3 (line 5) has no assistant message"),
     "masked": (
         {"messages": [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w1", "weight": 0}]},
-        "row 3 (line 5) has no answer of the assistant's to a message of the user's: its roles are user, assistant, "
+        "row 3 (line 5) has no assistant message that answers a user message: its roles are user, assistant, "
         "and 1 of them have weight 0",
     ),
     "no messages": ({"messages": "w1"}, "row 3 (line 5) is not a list of messages: 'w1'"),
     "empty": ({"messages": []}, "row 3 (line 5) is an empty conversation"),
-    "no list": ([1], "row 3 is a list, where an object is expected"),
+    "no list": ([1], "row 3 is a list, but an object"),
 }
 
 
@@ -170,11 +170,11 @@ def test_a_bad_row_is_named_with_its_line(bad, chat_model, tmp_path):
     [
         ("gone.jsonl", None, "there is no such file"),
         ("gone.txt", None, "there is no such file, and this is not a valid id of a data set on the hub"),
-        ("a.txt", "text", ".txt is not among the file types that are read"),
+        ("a.txt", "text", "the file type .txt is not supported"),
         ("a.jsonl", "", "the file is empty"),
-        ("a.jsonl", '{"messages": [', "line 1 is not JSON"),
-        ("a.jsonl", '{"text": "w1"}\n', "no layout of conversations is recognised among the columns text"),
-        ("a.csv", "prompt,completion\nw1,w2,w3\n", "line 2 has 3 fields, where the heading has 2"),
+        ("a.jsonl", '{"messages": [', "line 1 is not valid JSON"),
+        ("a.jsonl", '{"text": "w1"}\n', "the columns text match no layout of conversations"),
+        ("a.csv", "prompt,completion\nw1,w2,w3\n", "line 2 has 3 fields, but the header has 2"),
         ("a.jsonl", '{"prompt": "w1", "completion": null}\n', "row 0 (line 1) has no completion"),
         ("a.jsonl", '{"prompt": "w1", "completion": "w2"}\n', "has only one example, so none can be held out"),
     ],

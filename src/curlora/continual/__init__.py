@@ -1,4 +1,4 @@
-"""Fine-tuning on one task after another: a stream, the methods it is run with, and what is measured."""
+"""Continual fine-tuning: a stream of tasks, the methods that learn it, and what is measured."""
 
 from curlora.continual.launch import run_recipe
 from curlora.continual.recipe import Recipe, load_recipe

@@ -1,4 +1,4 @@
-"""Scores of answers that a model has generated: exact match after a normalization, and ROUGE-L."""
+"""Scores of generated answers: exact match after a normalization, and ROUGE-L."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ NORMALIZATIONS = ("none", "lower", "gsm8k")
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """How a generated answer is scored against the right one.
+    """How a generated answer is scored against the reference answer.
 
     Both are normalized first:
 
-    - ``none``: white space at both ends is left out.
-    - ``lower``: also lower case, and each stretch of white space is one space.
-    - ``gsm8k``: the number behind the first ``####``; without that the last number in the text. Commas and a dollar
-      sign are left out. As the filters ``strict-match`` and ``flexible-extract`` have it, one after the other, of
+    - ``none``: strips white space at both ends.
+    - ``lower``: converts to lower case and replaces each run of white space by one space.
+    - ``gsm8k``: extracts the number after the first ``####``, or else the last number in the text, without commas and
+      dollar signs. This is the filter ``strict-match``, then ``flexible-extract``, of
       https://github.com/EleutherAI/lm-evaluation-harness/tree/main/lm_eval/tasks/gsm8k.
-    - any other: a regular expression, of which the last match is taken, or of it the first group, if it has one.
+    - anything else: a regular expression. Its last match is taken, or the match's first group if there is one.
 
-    A generated answer in which nothing is found is wrong.
+    A generated answer in which the normalization finds nothing is wrong.
 
     Args:
-        max_new_tokens: after so many an answer is cut off.
+        max_new_tokens: the number of tokens after which an answer is cut off.
         metric: ``exact_match``: 1 if both are the same, else 0. ``rouge``: F1 of ROUGE-L
-            (https://aclanthology.org/W04-1013), between 0 and 1, by the package ``rouge-score`` without stemming.
-        normalize: as above.
+            (https://aclanthology.org/W04-1013), between 0 and 1, from the package ``rouge-score`` without stemming.
+        normalize: the normalization, as above.
 
     Raises:
-        ValueError: if one of them is not one of these.
-        ImportError: if ``rouge`` is asked for and ``rouge-score`` is not installed.
+        ValueError: if an argument has a value that is not allowed.
+        ImportError: if ``metric`` is ``rouge`` and ``rouge-score`` is not installed.
     """
 
     max_new_tokens: int = 256
@@ -63,11 +63,11 @@ class AnswerScore:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The metric's name in reports."""
         return f"{METRICS[self.metric]}, generated"
 
     def normalized(self, text: str) -> str | None:
-        """What is compared; ``None`` where nothing is found."""
+        """Return the part of ``text`` that is compared, or ``None`` if the normalization finds nothing."""
         if self.normalize == "none":
             return text.strip()
         if self.normalize == "lower":
@@ -81,17 +81,17 @@ class AnswerScore:
         return None if found is None else found.strip()
 
     def score(self, given: str, right: str) -> float:
-        """Of one answer, between 0 and 1."""
+        """Return the score of the answer ``given`` against ``right``, between 0 and 1."""
         return self._score(self.normalized(given), self.normalized(right))
 
     def baseline(self, right: Sequence[str]) -> float:
-        """The mean score of always giving the most frequent of the right answers."""
+        """Return the mean score of always giving the most frequent reference answer."""
         answers = [self.normalized(text) for text in right]
         most_frequent, _ = Counter(answers).most_common(1)[0]
         return sum(self._score(most_frequent, answer) for answer in answers) / len(answers)
 
     def fault_of(self, right: str) -> str | None:
-        """Why nothing can be compared with this right answer; ``None`` if something can."""
+        """Return why no answer can be compared with this reference answer, or ``None`` if one can."""
         found = self.normalized(right)
         if not found:
             return (
@@ -99,7 +99,7 @@ class AnswerScore:
                 f"{', '.join(NORMALIZATIONS)}, and regular expressions): {right[-80:]!r}"
             )
         if self.metric == "rouge" and not self._rouge.score(found, found)["rougeL"].fmeasure:
-            return f"has an answer without a digit or a letter from a to z, all that ROUGE sees: {found[:80]!r}"
+            return f"has an answer without a digit or a letter from a to z; ROUGE ignores all else: {found[:80]!r}"
         return None
 
     def _score(self, given: str | None, right: str | None) -> float:

@@ -1,7 +1,7 @@
-"""What the base model itself writes: sampled once, kept, and used like any held-out text or the guard's.
+"""Text that the base model writes: sampled once, saved, and used as a held-out text or as the guard's text.
 
-It answers a list of prompts, or writes from its own beginnings. Of all texts its answers are what a fine-tuned model
-drifts most on, where the task shares its form with the prompts.
+The model either answers a list of prompts or writes freely. If a task has the same form as the prompts, a fine-tuned
+model drifts more on these answers than on any other text.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from curlora.guard.texts import Rows
 
 __all__ = ["Answers", "OwnText", "PromptList", "answer", "kept_answers"]
 
-_TOGETHER = 8  # prompts that are answered in one batch
+_TOGETHER = 8  # prompts in a batch
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Prompts that the base model has to answer.
+    """Prompts that the base model answers.
 
     Args:
-        name: for people; unique in a run.
-        prompts: in words; a chat's user asks them where the tokenizer has a chat template.
-        max_new_tokens: of an answer.
-        seed: of the sampling.
+        name: the text's name in reports; unique in a run.
+        prompts: the prompts as text. If the tokenizer has a chat template, each becomes a user message.
+        max_new_tokens: the most tokens of an answer.
+        seed: seed of the sampling.
     """
 
     name: str
@@ -48,29 +48,29 @@ class PromptList:
 
     @property
     def digest(self) -> str:
-        """Of all that decides the answers, the model aside."""
+        """SHA-256 of everything that determines the answers except the model."""
         content = [self.name, self.prompts, self.max_new_tokens, self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def rows(self) -> int:
-        """How many pieces of text there will be."""
+        """The number of rows that will be sampled."""
         return len(self.prompts)
 
     def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
-        """Each prompt, and what the model answers."""
+        """Return pairs of the tokens of a prompt and the tokens of the model's answer."""
         return answer(model, tokenizer, self.prompts, self.max_new_tokens, self.seed)
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """Text that the base model writes without being asked, see :func:`curlora.guard.own_text`.
+    """Text that the base model writes without a prompt, see :func:`curlora.guard.own_text`.
 
     Args:
-        name: for people; unique in a run.
-        tokens: how many, at least.
+        name: the text's name in reports; unique in a run.
+        tokens: the least number of tokens.
         max_length: tokens of a row.
-        seed: of the sampling.
+        seed: seed of the sampling.
     """
 
     name: str
@@ -80,20 +80,20 @@ class OwnText:
 
     @property
     def digest(self) -> str:
-        """Of all that decides the text, the model aside."""
+        """SHA-256 of everything that determines the text except the model."""
         content = ["own text", self.name, self.tokens, self.max_length, self.seed]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     @property
     def rows(self) -> int:
-        """How many pieces of text there will be, about."""
+        """About the number of rows that will be sampled."""
         return -(-self.tokens // self.max_length)
 
     def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
-        """Of each row what it begins with, and what the model has drawn after it.
+        """Return pairs of the tokens that a row begins with and the tokens that the model has sampled after them.
 
         Raises:
-            RunError: if the model cannot.
+            RunError: if the model cannot write such text.
         """
         try:
             found = own_text(
@@ -107,11 +107,11 @@ class OwnText:
 
 @dataclass(frozen=True)
 class Answers(HeldOut):
-    """What the base model has written, each row scored after what it began with: a prompt, as a rule.
+    """Text that the base model has written. Only the tokens after each row's prompt, or start, are scored.
 
     Args:
-        prompt_lengths: how many tokens of each row are its prompt.
-        lengths: of the rows, of which ``tokens`` is the concatenation.
+        prompt_lengths: the number of prompt tokens of each row.
+        lengths: the number of tokens of each row; ``tokens`` is the concatenation of the rows.
     """
 
     lengths: tuple[int, ...] = field(default=(), repr=False)
@@ -119,7 +119,7 @@ class Answers(HeldOut):
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
-        """Each prompt with its answer."""
+        """The rows: each prompt with its answer, shape ``(length,)``."""
         return self.tokens.split(list(self.lengths))
 
     @property
@@ -143,13 +143,13 @@ class Answers(HeldOut):
 def kept_answers(
     text: PromptList | OwnText, tokenizer: PreTrainedTokenizerBase, directory: Path, load_model: Any
 ) -> Answers:
-    """What ``directory`` holds of the base model's text, or new one, which it holds from then on.
+    """Read the base model's text from ``directory``; sample and save it first if it is not there.
 
     Args:
-        text: what is to be written.
-        tokenizer: of the model.
-        directory: a folder that is there.
-        load_model: gives the base model, on the device that it is to run on; called only where the text is missing.
+        text: what the model is to write.
+        tokenizer: the model's tokenizer.
+        directory: an existing folder.
+        load_model: returns the base model on the device that it is to run on; called only if the text is missing.
 
     Raises:
         RunError: if the file does not hold this text.
@@ -167,7 +167,10 @@ def kept_answers(
     except (OSError, ValueError, KeyError, TypeError):
         complete = False
     if not complete:
-        raise RunError(f"{path} does not hold what the base model has written. Remove it, and it is sampled again.")
+        raise RunError(
+            f"{path} does not hold the text that the base model has written. Remove the file: the text is then sampled "
+            "again."
+        )
     return Answers(
         text.name,
         torch.tensor([token for prompt, tokens in pairs for token in prompt + tokens]),
@@ -179,17 +182,17 @@ def kept_answers(
 def answer(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int, seed: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Sample a model's answers from its own distribution, at temperature 1.
+    """Sample a model's answers at temperature 1.
 
     Args:
         model: a causal language model that can generate.
-        tokenizer: its tokenizer; its chat template is used where it has one.
-        prompts: what is answered.
-        max_new_tokens: of an answer, its end included.
-        seed: of the sampling.
+        tokenizer: its tokenizer; its chat template is used if it has one.
+        prompts: the prompts as text.
+        max_new_tokens: the most tokens of an answer, the end-of-text token included.
+        seed: seed of the sampling.
 
     Returns:
-        Tokens of each prompt, as the model has read it, and of its answer: at least one.
+        Pairs of the tokens of a prompt, as the model reads it, and the tokens of its answer, at least one.
     """
     encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     ends, pad = named_ends(model), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -209,5 +212,5 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
-        raise RunError(f"The prompt {prompt!r} becomes no tokens: leave it out.")
+        raise RunError(f"The prompt {prompt!r} gives no tokens. Remove it.")
     return list(ids)

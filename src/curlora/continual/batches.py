@@ -1,4 +1,4 @@
-"""How rows become batches: in which order, and padded how."""
+"""The order of rows in batches, and their padding."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Collator", "LengthGrouped"]
 
 
 class LengthGrouped(Sampler[int]):
-    """A new random order for each epoch, in which neighbours are of about the same length.
+    """Sampler with a new random order for each epoch, in which neighbouring rows have similar lengths.
 
-    A function of the seed and the epoch alone, so that a run that is gone on with in the middle of an epoch, or with
-    another number of processes, sees the same order. transformers' own sampler draws from the global generator.
+    The order depends only on the seed and the epoch. A run that is resumed in the middle of an epoch, or with another
+    number of processes, therefore sees the same order. transformers' own sampler draws from the global generator.
 
     Args:
-        lengths: of the rows, in tokens.
+        lengths: the rows' lengths in tokens.
         batch_size: examples of one optimizer step over all processes.
-        seed: of the order.
-        fillers: further rows, which come last.
+        seed: seed of the order.
+        fillers: the number of further rows, which come last.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, fillers: int = 0) -> None:
@@ -37,7 +37,7 @@ class LengthGrouped(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer."""
+        """Set the epoch whose order is drawn; the Trainer calls it."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -51,27 +51,28 @@ class LengthGrouped(Sampler[int]):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows to a batch, on the right whichever side the tokenizer pads on.
+    """Pads rows to a batch on the right, whichever side the tokenizer pads on.
 
-    There a causal model's real tokens see no padding and keep their positions; the left is for generating text, and
-    with learned positions, such as GPT-2's, shifts them.
+    With padding on the right, a causal model's real tokens see no padding and keep their positions. Padding on the left
+    is for generation and shifts learned positions, such as GPT-2's.
 
     Args:
-        tokenizer: says the padding token.
-        readout: where a class is read: at the ``"last_token"`` of the text, or at the ``"last_position"`` of the padded
-            batch, whatever stands there, as the paper's reference does in its right-padded batches.
+        tokenizer: provides the padding token.
+        readout: the position at which a class is read: the ``"last_token"`` of the text, or the ``"last_position"`` of
+            the padded batch, which may be padding. The paper's reference code does the latter.
     """
 
     tokenizer: PreTrainedTokenizerBase
     readout: str = "last_token"
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Makes a batch.
+        """Make a batch.
 
         Returns:
-            ``input_ids``, ``attention_mask`` and ``labels``, of shape ``(batch, length)``, and ``task``, of shape
-            ``(batch,)``. A label stands at the position whose hidden state it is to be told from; -100 elsewhere. Where
-            that state is known already, ``states``, of shape ``(batch, width)``, in the place of the first two.
+            ``input_ids``, ``attention_mask`` and ``labels``, shape ``(batch, length)``, and ``task``, shape
+            ``(batch,)``. A label stands at the position whose hidden state predicts it; all other positions hold -100.
+            If the rows hold that state already, ``states``, shape ``(batch, width)``, replaces the first two, and
+            ``labels`` has shape ``(batch, 1)``.
         """
         task = torch.tensor([row["task"] for row in rows])
         if "state" in rows[0]:

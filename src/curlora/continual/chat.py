@@ -1,4 +1,4 @@
-"""Conversations as tokens, laid out by the tokenizer's chat template, and which of these are the assistant's."""
+"""Tokenize conversations with the tokenizer's chat template, and find the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["ChatError", "LaidOut", "closing_token", "lay_out", "prompt_of"]
 
 
 class ChatError(ValueError):
-    """A chat template refuses a conversation, or hides which of its tokens are the assistant's.
+    """The chat template rejects a conversation, or does not show which tokens are the assistant's.
 
     Args:
-        number: of the conversation.
-        reason: to be read after "row 3: ".
+        number: the conversation's place in the list.
+        reason: the reason, worded to follow "row 3: ".
     """
 
     def __init__(self, number: int, reason: str) -> None:
@@ -32,11 +32,11 @@ class ChatError(ValueError):
 
 @dataclass(frozen=True)
 class LaidOut:
-    """A conversation as tokens, up to the end of its last trained turn.
+    """The tokens of a conversation up to the end of its last trained turn.
 
     Args:
         ids: the tokens.
-        turns: of each trained turn, where its tokens begin and where they end (exclusive).
+        turns: the start and end (exclusive) of each trained turn in ``ids``.
     """
 
     ids: list[int]
@@ -46,21 +46,22 @@ class LaidOut:
 def lay_out(
     conversations: Sequence[Conversation], trained: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
 ) -> list[LaidOut]:
-    """Lay out conversations, and find the tokens of the turns that are trained.
+    """Tokenize conversations and find the tokens of the turns that are trained.
 
-    Where the template marks what is generated (``{% generation %}``), its marks are taken. Otherwise a turn is what the
-    conversation up to and with it has beyond the conversation before it with the start of an answer
-    (``add_generation_prompt``), and the template must lay out each of them as it does the beginning of the whole. A
-    turn then ends with its last special token: templates put a line break behind it, which nobody would wait for.
+    If the template marks generated text (``{% generation %}``), the marks give the turns. Otherwise each turn is found
+    by rendering two prefixes: the messages before it with ``add_generation_prompt``, and the messages up to and
+    including it. The turn is the text that the second has beyond the first. For this, each prefix must be rendered as
+    the start of the whole conversation is. The turn ends with its last special token: the line break that templates
+    put after it is not trained.
 
     Args:
-        conversations: messages with ``role`` and ``content``.
-        trained: of each, the numbers of the assistant's messages that are trained, ascending, at least one.
-        tokenizer: has a chat template.
+        conversations: lists of messages with ``role`` and ``content``.
+        trained: for each conversation the indices of the trained assistant messages, ascending, at least one.
+        tokenizer: a tokenizer with a chat template.
 
     Raises:
-        ChatError: if the template refuses a conversation, in its own words, or lays out the beginning of one otherwise
-            once more follows.
+        ChatError: if the template rejects a conversation (with the template's message), or renders the start of a
+            conversation differently when more messages follow.
     """
     marked: list[LaidOut | None] = [None] * len(conversations)
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
@@ -74,10 +75,10 @@ def lay_out(
 
 
 def prompt_of(number: int, messages: Conversation, turn: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the model is given to answer with message ``turn``: all before it, and the start of an answer.
+    """Return the tokens of the prompt for message ``turn``: all messages before it and the start of an answer.
 
     Raises:
-        ChatError: if the template refuses it.
+        ChatError: if the template rejects the conversation.
     """
     text = _render(number, messages[:turn], tokenizer, add_generation_prompt=True)
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -87,12 +88,12 @@ def prompt_of(number: int, messages: Conversation, turn: int, tokenizer: PreTrai
 def _by_marks(
     number: int, messages: Conversation, trained: Sequence[int], tokenizer: PreTrainedTokenizerBase
 ) -> LaidOut | None:
-    """By the template's own marks; ``None`` where they do not tell the assistant's messages apart."""
+    """Find the turns by the template's marks; ``None`` if the marks do not separate the assistant's messages."""
     messages = messages[: trained[-1] + 1]
     options: dict[str, Any] = {"return_dict": True, "return_assistant_tokens_mask": True}
     try:
         found = tokenizer.apply_chat_template(_bare(messages), **options)
-    except ValueError:  # a tokenizer that does not say which characters its tokens are of
+    except ValueError:  # a tokenizer without offsets of its tokens in the text
         return None
     except Exception as error:
         raise ChatError(number, _refusal(error)) from error
@@ -115,7 +116,7 @@ def _by_prefixes(
 ) -> list[LaidOut]:
     if not conversations:
         return []
-    texts: list[str] = []  # of each conversation: before and up to each turn, the whole being the last of them
+    texts: list[str] = []  # for each turn of each conversation the text before it and the text up to its end
     for number, messages, turns in zip(numbers, conversations, trained, strict=True):
         parts = []
         for turn in turns:
@@ -125,8 +126,8 @@ def _by_prefixes(
             if not longer.startswith(shorter):
                 raise ChatError(
                     number,
-                    "the chat template lays out the start of a conversation differently once more follows, so that an "
-                    "answer cannot be told from the prompt. " + _way_out(len(turns) > 1),
+                    "the chat template renders the start of a conversation differently when more messages follow, so "
+                    "an answer cannot be separated from its prompt. " + _way_out(len(turns) > 1),
                 )
         texts += parts
     tokens: Iterator[list[int]] = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
@@ -135,7 +136,7 @@ def _by_prefixes(
     for turns in trained:
         encoded = [next(tokens) for _ in range(2 * len(turns))]
         ids = encoded[-1]
-        # A token may reach over the end of the shorter text: it is the answer's, of which it holds the beginning.
+        # A token may span the end of the prompt. It then holds the start of the answer and belongs to the answer.
         bounds = [_common(part, ids) for part in encoded]
         spans = [
             (begin, _end_of_turn(ids, begin, end, tokenizer, special))
@@ -146,30 +147,30 @@ def _by_prefixes(
 
 
 def _way_out(several: bool) -> str:
-    marks = "a template that marks what is generated ({% generation %})"
-    return f"Train turns: last, or take {marks}" if several else f"Take {marks}"
+    marks = "a template that marks generated text ({% generation %})"
+    return f"Set turns: last, or use {marks}" if several else f"Use {marks}"
 
 
 def _render(number: int, messages: Conversation, tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
     try:
         text: str = tokenizer.apply_chat_template(_bare(messages), tokenize=False, **options)
-    except Exception as error:  # a template is a program, which may fail in any way
+    except Exception as error:  # a template is a program and may raise anything
         raise ChatError(number, _refusal(error)) from error
     return text
 
 
 def _refusal(error: Exception) -> str:
     kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
-    return f"the chat template refuses the conversation: {kind}{error}"
+    return f"the chat template rejects the conversation: {kind}{error}"
 
 
 def _bare(messages: Conversation) -> list[dict[str, Any]]:
-    """Without what is not the template's."""
+    """Return the messages without ``weight``, which is not for the template."""
     return [{key: value for key, value in message.items() if key != "weight"} for message in messages]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Return the length of the common prefix."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
@@ -191,7 +192,7 @@ def _end_of_turn(
 
 
 def closing_token(laid_out: LaidOut, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that ends the last trained turn; ``None`` if none does."""
+    """Return the special token that ends the last trained turn, or ``None`` if none does."""
     special = _special(tokenizer)
     begin, end = laid_out.turns[-1]
     end = _end_of_turn(laid_out.ids, begin, end, tokenizer, special)

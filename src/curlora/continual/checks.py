@@ -1,4 +1,4 @@
-"""What is checked before a weight is loaded: that every text fits the model, and every method can be put on it."""
+"""Checks before any weights are loaded: every text fits the model, and every method can be applied to it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["Adapted", "check_stream", "check_texts"]
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model on the meta device with a method on it, ready for the last task.
+    """A model on the meta device with a method applied to it, ready for the last task.
 
     Args:
-        model: ``None`` where the method cannot be put on a model without weights.
-        trained: parameters that are trained over all tasks, heads not counted.
+        model: the model; ``None`` if the method cannot be applied to a model without weights.
+        trained: the number of trainable parameters over all tasks, without heads.
         unknown: why there is no model.
-        below: how many of the model's lowest layers stay as they are, where that was asked for.
+        below: the number of the model's lowest layers that the method does not change; 0 unless asked for.
     """
 
     model: nn.Module | None = None
@@ -49,24 +49,24 @@ def check_stream(
     *,
     frozen_layers: bool = False,
 ) -> dict[str, Adapted]:
-    """Check a whole run by its model without weights, each method by putting it on.
+    """Check a whole run with the model on the meta device, applying each method to it.
 
     A method that reads the weights when it starts, such as PiSSA, is not checked.
 
     Args:
-        methods: of the run.
-        texts: scored or gone by in windows.
+        methods: the run's methods.
+        texts: the held-out texts and the guard's text.
         stream: the tasks.
-        load_empty: gives the model on the meta device.
-        seed: of the run.
-        frozen_layers: whether each method has to leave the model's lowest layers as they are, and how many of them.
+        load_empty: returns the model on the meta device.
+        seed: the run's seed.
+        frozen_layers: whether each method must leave some of the model's lowest layers unchanged; they are counted.
 
     Returns:
-        The model with each method, by the method's name. Methods with the same options have the same one.
+        The model with each method, by the method's name. Methods with the same options share one model.
 
     Raises:
         RunError: naming every text and task that is longer than the model has positions, and every method that cannot
-            be put on it.
+            be applied to the model.
     """
     problems = _too_long(load_empty().config, texts, stream)
     found: dict[str, Adapted] = {}
@@ -80,7 +80,7 @@ def check_stream(
                     found[options] = replace(found[options], below=_below(method, found[options], load_empty, seed))
             adapted[method.name] = found[options]
         except ValueError as error:
-            problems.append(f"method {method.name!r} cannot be put on this model: {error}")
+            problems.append(f"method {method.name!r} cannot be applied to this model: {error}")
     if problems:
         raise RunError("\n".join(problems))
     return adapted
@@ -90,8 +90,8 @@ def check_texts(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]
     """Check that no text is longer than the model has positions.
 
     Args:
-        config: the model's, of transformers.
-        texts, stream: as for :func:`check_stream`.
+        config: the model's transformers configuration.
+        texts, stream: see :func:`check_stream`.
 
     Raises:
         RunError: naming every text and task that is longer.
@@ -105,8 +105,8 @@ def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) 
     if positions is None:
         return []
     problems = [
-        f"The text {text.name!r} has windows of {text.longest} tokens, where the model has {positions} positions. Set "
-        f"its window to {positions} or less."
+        f"The text {text.name!r} has windows of {text.longest} tokens, but the model has only {positions} positions. "
+        f"Set its window to {positions} or less."
         for text in texts
         if text.longest > positions
     ]
@@ -116,8 +116,8 @@ def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) 
         longest = max(len(row["input_ids"]) for row in (*part.train, *part.evaluation))
         if longest > positions:
             problems.append(
-                f"Task {part.task.name!r} has a text of {longest} tokens, where the model has {positions} positions. "
-                f"Set max_length to {positions} or less: it is {part.settings.max_length}."
+                f"Task {part.task.name!r} has a text of {longest} tokens, but the model has only {positions} "
+                f"positions. Lower max_length from {part.settings.max_length} to {positions} or less."
             )
     return problems
 
@@ -138,7 +138,7 @@ def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, see
     except ValueError as error:
         listed = "" if "inear layers" in str(error) else f" Linear layers of this model: {_last_parts(layers)}."
         raise ValueError(f"{error}{listed if 'arget modules' in str(error) else ''}") from error
-    except Exception as error:  # whatever PEFT or a model's code says to tensors without values
+    except Exception as error:  # PEFT or a model's code may raise anything on meta tensors
         first = str(error).strip().partition("\n")[0]
         return Adapted(unknown=f"reads the model's weights when it starts ({type(error).__name__}: {first})")
     _check_ranks(method, model)
@@ -148,13 +148,13 @@ def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, see
 def _below(method: Method, adapted: Adapted, load_empty: Callable[[], nn.Module], seed: int) -> int:
     if adapted.model is not None:
         return layers_below(adapted.model)
-    assert isinstance(method, Peft)  # what reads the weights when it starts
+    assert isinstance(method, Peft)  # only an adapter of PEFT reads the weights when it starts
     return layers_below_targets(load_empty(), method.configuration(seed))
 
 
 def _check_targets(targets: Any, base: nn.Module, layers: Sequence[str]) -> None:
-    """Each has to be a module of the model. PEFT is content if one of them is."""
-    if not isinstance(targets, (list, tuple)) or any(p.ndim > 2 for p in base.parameters()):  # such as experts
+    """Check that each target is a module of the model. PEFT accepts the list if one of them is."""
+    if not isinstance(targets, (list, tuple)) or any(p.ndim > 2 for p in base.parameters()):  # fused experts
         return
     names = [name for name, _ in base.named_modules()]
     unknown = [one for one in targets if not any(name == one or name.endswith(f".{one}") for name in names)]
@@ -179,10 +179,14 @@ def _check_ranks(method: Method, model: nn.Module) -> None:
         return
     named = [f"{name.removeprefix('base_model.model.')} ({smaller})" for name, smaller in above.items()]
     some = ", ".join(named[:3]) + (", ..." if len(named) > 3 else "")
-    found = f"its rank is above the smaller side of {len(above)} layer(s): {some}."
+    found = f"its rank is larger than the smaller side of {len(above)} layer(s): {some}."
     if method.kind == "curlora":
-        raise ValueError(f"{found} Choose a smaller r, or give these layers their own in rank_pattern.")
-    warnings.warn(f"method {method.name!r}: {found} No update of theirs needs that much.", RecipeWarning, stacklevel=2)
+        raise ValueError(f"{found} Choose a smaller r, or set one for these layers in rank_pattern.")
+    warnings.warn(
+        f"method {method.name!r}: {found} The rank of their updates cannot exceed that side: a smaller r is enough.",
+        RecipeWarning,
+        stacklevel=2,
+    )
 
 
 def _trained(model: nn.Module) -> int:

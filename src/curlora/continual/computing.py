@@ -1,4 +1,4 @@
-"""How a process computes: on how many threads, and how exactly."""
+"""Number of CPU threads, and precision of float32 matrix products."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _PRECISIONS = {"float32": "ieee", "bfloat16": "bf16"}
 
 @contextlib.contextmanager
 def computing(cpus: int | None, products: str) -> Iterator[None]:
-    """While it lasts torch computes so.
+    """Context manager that sets the number of threads and the precision of matrix products.
 
     Args:
-        cpus: threads; as many as before if ``None``.
-        products: how matrix products of float32 are computed on a CPU: ``"float32"``, or ``"bfloat16"``, in which each
-            factor is rounded and sums are float32. It is quicker on processors with AMX or AVX512-BF16.
+        cpus: number of threads; unchanged if ``None``.
+        products: how float32 matrix products are computed on a CPU: ``"float32"``, or ``"bfloat16"``, which rounds the
+            factors and accumulates in float32. The latter is faster on processors with AMX or AVX512-BF16.
 
     Raises:
-        RunError: if this PyTorch cannot round products.
+        RunError: if this version of PyTorch has no such setting.
     """
     before = torch.get_num_threads()
     matmul: Any = getattr(torch.backends.mkldnn, "matmul", None)
     if products != "float32" and not hasattr(matmul, "fp32_precision"):
-        raise RunError(f"fp32_products: {products} needs PyTorch 2.9 or newer, and this is {torch.__version__}.")
+        raise RunError(f"fp32_products: {products} needs PyTorch 2.9 or newer, but this is {torch.__version__}.")
     precision = getattr(matmul, "fp32_precision", None)
     try:
         if cpus is not None:
@@ -45,6 +45,6 @@ def computing(cpus: int | None, products: str) -> Iterator[None]:
 
 
 def fp32_products() -> str:
-    """How products of float32 are computed on the CPU now."""
+    """Return how float32 matrix products are computed on the CPU now."""
     precision = getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", "")
     return next((name for name, of_torch in _PRECISIONS.items() if of_torch == precision), "float32")

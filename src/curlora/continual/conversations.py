@@ -1,4 +1,4 @@
-"""Conversations, from the layouts that data sets have."""
+"""Read conversations from the layouts that data sets have."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from curlora.continual.row_template import RowTemplate, RowTemplateError
 __all__ = ["LAYOUTS", "Conversation", "fault_of", "read_conversations", "trained_turns"]
 
 Conversation = list[dict[str, Any]]
-"""Messages with ``role`` and ``content``; one of ``weight`` 0 is not trained."""
+"""Messages with ``role`` and ``content``. A message with ``weight`` 0 is not trained."""
 
 LAYOUTS = ("messages", "sharegpt", "alpaca")
 
@@ -40,23 +40,24 @@ def read_conversations(
     prompt: str | None = None,
     completion: str | None = None,
 ) -> list[Conversation]:
-    """The conversations of a table, whichever of these layouts it has.
+    """Read the conversations of a table in one of these layouts.
 
-    ``messages``: a column of lists of messages with ``role`` and ``content``, as of OpenAI and TRL. ``sharegpt``: the
-    same with ``from`` and ``value``. ``alpaca``: the columns ``instruction``, ``input`` (which may be missing or empty)
-    and ``output``. Pairs: ``prompt`` and ``completion``, each a column or template of text, or a column of messages,
-    of which those of the completion are trained.
+    - ``messages``: a column of lists of messages with ``role`` and ``content``, as OpenAI and TRL have it.
+    - ``sharegpt``: the same with ``from`` and ``value``.
+    - ``alpaca``: the columns ``instruction``, ``input`` (which may be missing or empty) and ``output``.
+    - Pairs: ``prompt`` and ``completion``, each a column of text, a template, or a column of messages. Only messages of
+      the completion are trained.
 
     Args:
-        table: what to read.
-        where: names it in errors.
-        number_of: of each row, the number that it has in errors.
-        layout: one of ``LAYOUTS``; recognised if ``None``.
-        column: that holds the messages; the layout's own if ``None``.
-        prompt, completion: where the table holds pairs.
+        table: the table.
+        where: how errors call the table.
+        number_of: returns the number that errors give for a row.
+        layout: one of ``LAYOUTS``; detected from the columns if ``None``.
+        column: the column of messages; the layout's usual one if ``None``.
+        prompt, completion: columns or templates, for a table of pairs.
 
     Raises:
-        DataError: naming the row, if it is no conversation, a role is unknown, or there is nothing of the assistant's
+        DataError: naming the row, if it holds no conversation, a role is unknown, or no message of the assistant's is
             to be trained.
     """
     if prompt is not None and completion is not None:
@@ -83,9 +84,10 @@ def read_conversations(
 
 
 def trained_turns(conversation: Conversation, turns: str = "all") -> list[int]:
-    """Numbers of the messages that are trained: what the assistant answers, all of it or the ``"last"`` alone.
+    """Return the indices of the trained messages: ``"all"`` of the assistant's answers, or only the ``"last"``.
 
-    What the assistant says before anybody has said anything answers nothing, and a message of ``weight`` 0 is context.
+    Assistant messages before the first user or tool message are not answers, and messages with ``weight`` 0 are
+    context: neither is trained.
     """
     roles = [message["role"] for message in conversation]
     asked = next((i for i, role in enumerate(roles) if role in ("user", "tool")), len(roles))
@@ -94,7 +96,7 @@ def trained_turns(conversation: Conversation, turns: str = "all") -> list[int]:
 
 
 def fault_of(conversation: Any) -> str | None:
-    """What is wrong with a conversation, to be read after "row 3"; ``None`` if nothing is."""
+    """Return what is wrong with a conversation, worded to follow "row 3", or ``None`` if nothing is."""
     if not isinstance(conversation, (list, tuple)) or not all(isinstance(m, Mapping) for m in conversation):
         return f"is not a list of messages: {_short(conversation)}"
     if not conversation:
@@ -103,18 +105,18 @@ def fault_of(conversation: Any) -> str | None:
         role, content = message.get("role"), message.get("content")
         if role not in _ROLES:
             return (
-                f"has the unknown role {role!r} in message {number}; known are {', '.join(_ROLES)}, and in ShareGPT's "
-                f"layout {', '.join(_SHAREGPT)}"
+                f"has the unknown role {role!r} in message {number}; known roles are {', '.join(_ROLES)}, and in "
+                f"ShareGPT's layout {', '.join(_SHAREGPT)}"
             )
         if not isinstance(content, str):
             return f"has a message whose content is not text: message {number}, {_short(content)}"
         if any(message.get(key) for key in ("tool_calls", "function_call")):
-            return f"has a call of a tool in message {number}: conversations of text alone are trained"
+            return f"has a tool call in message {number}: only conversations of plain text can be trained"
     if not trained_turns(list(conversation)):
         roles = ", ".join(message["role"] for message in conversation)
         masked = sum(message.get("weight", 1) == 0 for message in conversation)
         more = f", and {masked} of them have weight 0" if masked else ""
-        return f"has no answer of the assistant's to a message of the user's: its roles are {roles}{more}"
+        return f"has no assistant message that answers a user message: its roles are {roles}{more}"
     return None
 
 
@@ -128,8 +130,8 @@ def _recognised(table: Table, where: str) -> Callable[[Mapping[str, Any]], Any]:
     if {"prompt", "completion"} <= columns:
         return _pairs(table, where, "prompt", "completion")
     raise DataError(
-        f"{where}: no layout of conversations is recognised among the columns {', '.join(table.columns)}. Name the "
-        f"column under messages, or a layout ({', '.join(LAYOUTS)}), or give prompt and completion"
+        f"{where}: the columns {', '.join(table.columns)} match no layout of conversations. Set messages to the column "
+        f"that holds them, or set layout ({', '.join(LAYOUTS)}), or set prompt and completion"
     )
 
 
@@ -185,9 +187,9 @@ def _is_messages(value: Any) -> bool:
 
 
 def _conversation(value: Any, layout: str | None) -> Any:
-    """Messages as they are in the layout ``messages``; what is none of that is left for :func:`fault_of`."""
+    """Convert messages to the layout ``messages``; other values are left for :func:`fault_of` to report."""
     if isinstance(value, Mapping) and value and all(isinstance(part, list) for part in value.values()):
-        # How the library datasets gives a sequence of dicts: a dict of lists.
+        # The library datasets returns a sequence of dicts as a dict of lists.
         length = min(len(part) for part in value.values())
         value = [{key: part[i] for key, part in value.items()} for i in range(length)]
     if not isinstance(value, list) or not all(isinstance(message, Mapping) for message in value):
@@ -196,7 +198,7 @@ def _conversation(value: Any, layout: str | None) -> Any:
 
 
 def _laid_out(message: Mapping[str, Any], layout: str | None) -> dict[str, Any]:
-    given = {key: part for key, part in message.items() if part is not None}  # datasets fills in what is not there
+    given = {key: part for key, part in message.items() if part is not None}  # datasets fills missing keys with None
     sharegpt = "from" in given and "role" not in given if layout is None else layout == "sharegpt"
     role, content = (given.get("from"), given.get("value")) if sharegpt else (given.get("role"), given.get("content"))
     if sharegpt:

@@ -1,4 +1,4 @@
-"""The data of a recipe: tasks and held-out texts, from local files or the hub."""
+"""The data of a recipe: tasks and held-out texts, from local files or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -37,15 +37,18 @@ class _Part(BaseModel):
 class Source(Place):
     """The examples of a split.
 
-    Classification: ``text`` is a column, or several that are joined by ``join``, and ``label`` a column;
-    ``label_names`` maps its values to names in the task's ``labels``, without it they are names, or positions.
-    Completion: ``prompt`` and ``completion``, each a column or a template such as
-    ``"Question: {question}\\nAnswer:"`` or ``"{answers[text][0]}"``. Chat: conversations in a ``layout`` that is
-    recognised (:func:`curlora.continual.conversations.read_conversations`), in the column ``messages`` if the layout's
-    own is not meant; or ``prompt`` and ``completion``.
+    Classification: ``text`` is a column, or several that are joined by ``join``. ``label`` is the column of the class.
+    ``label_names`` maps its values to names in the task's ``labels``; without it the values are names or positions.
 
-    ``shuffle`` is the seed of an order to put the rows in. Then the first ``skip`` of them are left, and of the others
-    the first ``limit`` taken.
+    Completion: ``prompt`` and ``completion`` are each a column or a template such as
+    ``"Question: {question}\\nAnswer:"`` or ``"{answers[text][0]}"``.
+
+    Chat: conversations in a ``layout``, which is detected if it is not given (see
+    :func:`curlora.continual.conversations.read_conversations`). ``messages`` names their column if it is not the
+    layout's usual one. ``prompt`` and ``completion`` may be given instead.
+
+    ``shuffle`` is the seed with which the rows are shuffled. The first ``skip`` rows are then skipped, and the next
+    ``limit`` rows used.
     """
 
     text: str | list[str] | None = None
@@ -63,7 +66,10 @@ class Source(Place):
     @model_validator(mode="after")
     def _one_layout(self) -> Source:
         if self.layout == "alpaca" and self.messages is not None:
-            raise ValueError("the layout alpaca has instruction, input and output, and no column of messages")
+            raise ValueError(
+                "the layout alpaca has the columns instruction, input and output: leave out messages, or choose "
+                "another layout"
+            )
         if self.messages is not None or self.layout is not None:
             if self.prompt is not None or self.completion is not None:
                 raise ValueError("give either messages or layout, or prompt and completion")
@@ -87,7 +93,7 @@ _KEYS = {
 def _distinct(labels: list[str]) -> list[str]:
     for label in labels:
         if labels.count(label) > 1:
-            raise ValueError(f"{label!r} is there twice")
+            raise ValueError(f"{label!r} is listed twice")
     return labels
 
 
@@ -95,7 +101,7 @@ _Labels = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
 
 
 class Splits(_Part):
-    """What a task is made of, and how it is trained otherwise."""
+    """The parts of a task that its reference variant may change."""
 
     labels: _Labels | None = None
     train: Source | None = None
@@ -104,15 +110,15 @@ class Splits(_Part):
 
 
 class GeneratePart(_Part):
-    """How answers are generated: greedily, to the end that the model puts, or ``max_new_tokens``."""
+    """Greedy generation until the model ends the answer, or for ``max_new_tokens`` tokens."""
 
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
 
 
 class ScorePart(_Part):
-    """How a task of text is scored by what the model generates.
+    """How the generated answers of a completion or chat task are scored.
 
-    ``normalize`` is ``none``, ``lower``, ``gsm8k`` or a regular expression, see
+    ``normalize`` is ``none``, ``lower``, ``gsm8k`` or a regular expression; see
     :class:`curlora.continual.answer_score.AnswerScore`.
     """
 
@@ -123,7 +129,7 @@ class ScorePart(_Part):
     @field_validator("generate", mode="before")
     @classmethod
     def _with_defaults(cls, value: Any) -> Any:
-        return {} if value in (None, True) else value  # generate: with nothing behind it
+        return {} if value in (None, True) else value  # `generate:` without a value
 
     @model_validator(mode="after")
     def _complete(self) -> ScorePart:
@@ -131,10 +137,10 @@ class ScorePart(_Part):
         return self
 
     def make(self) -> AnswerScore:
-        """What scores.
+        """Return the :class:`AnswerScore`.
 
         Raises:
-            ValueError: if there is no such normalization, or a package is missing.
+            ValueError: if the normalization is unknown, or a package is missing.
         """
         try:
             return AnswerScore(self.generate.max_new_tokens, self.metric, self.normalize)
@@ -145,10 +151,10 @@ class ScorePart(_Part):
 class TaskPart(_Part):
     """A task of the stream.
 
-    ``training`` holds settings that are different for this task. ``too_long`` says what becomes of an example of more
-    than ``max_length`` tokens: ``cut``, and it loses what does not fit, or ``drop``, and it is left out. ``turns`` says
-    which of the assistant's messages of a chat are trained, ``all`` or the ``last``. ``score`` has answers generated
-    and scored. ``reference`` holds what is different where the protocol's ``data`` is ``reference``.
+    ``training`` overrides settings for this task. ``too_long`` says what happens to an example of more than
+    ``max_length`` tokens: ``cut`` removes what does not fit, ``drop`` leaves the example out. ``turns`` says which of
+    the assistant's messages of a chat are trained: ``all`` or only the ``last``. ``score`` generates answers and scores
+    them. ``reference`` is the task's variant for the protocol's ``data: reference``.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
@@ -168,7 +174,7 @@ class TaskPart(_Part):
         if (self.kind == "classification") != bool(self.labels):
             raise ValueError("labels are missing" if not self.labels else f"a task of {self.kind} has no labels")
         if self.kind == "classification" and self.score is not None:
-            raise ValueError("score is for tasks of text: a class is scored by accuracy")
+            raise ValueError("score is for completion and chat tasks; a classification task is scored by accuracy")
         if self.kind != "chat" and self.turns != "all":
             raise ValueError(f"a task of {self.kind} has no turns")
         for split in ("train", "evaluation"):
@@ -197,7 +203,7 @@ class TaskPart(_Part):
                 raise ValueError(f"{split}: label_names: {name!r} is not among the labels {', '.join(labels)}")
 
     def variant(self, reference: bool) -> TaskPart:
-        """The task as the protocol has it."""
+        """Return the task, or its reference variant if ``reference`` is true and there is one."""
         if not reference or self.reference is None:
             return self
         changes = self.reference.model_dump(exclude_none=True)
@@ -205,11 +211,12 @@ class TaskPart(_Part):
 
 
 class HeldOutPart(Place):
-    """A text whose perplexity is followed.
+    """A held-out text whose perplexity is measured.
 
-    A ``.txt`` file, or the column ``text`` of a table, whose rows are joined by ``join``. After the first ``skip``
-    tokens, ``tokens`` of them are scored in windows of ``window`` tokens, one every ``stride`` (a whole window if not
-    given); under ``perplexity: first_chunk`` only ``chunk`` tokens (a whole window if not given), at once.
+    The text is a ``.txt`` file, or the column ``text`` of a table, whose rows are joined by ``join``. The first
+    ``skip`` tokens are skipped, and the next ``tokens`` tokens are scored in windows of ``window`` tokens. A window
+    starts every ``stride`` tokens (``window`` if not given). Under ``perplexity: first_chunk`` only one window of
+    ``chunk`` tokens (``window`` if not given) is scored.
     """
 
     name: str
@@ -229,9 +236,9 @@ class HeldOutPart(Place):
 
 
 class AnswersPart(_Part):
-    """What the base model answers to ``prompts``: a list of them, or a file with one a line.
+    """The base model's answers to ``prompts``, which is a list of prompts or a file with one prompt per line.
 
-    They are sampled once for a run, at temperature 1, and kept in its directory.
+    The answers are sampled once for a run, at temperature 1, and saved in the run directory.
     """
 
     name: str
@@ -241,9 +248,9 @@ class AnswersPart(_Part):
 
 
 class OwnTextPart(_Part):
-    """What the base model writes without being asked, see :func:`curlora.guard.own_text`.
+    """Text that the base model writes without a prompt; see :func:`curlora.guard.own_text`.
 
-    It is sampled once for a run, at temperature 1, and kept in its directory.
+    The text is sampled once for a run, at temperature 1, and saved in the run directory.
     """
 
     name: str
@@ -254,10 +261,10 @@ class OwnTextPart(_Part):
 
 
 def read_prompts(part: AnswersPart) -> tuple[str, ...]:
-    """The prompts of a recipe.
+    """Return the prompts of a recipe.
 
     Raises:
-        DataError: if the file cannot be read or holds none.
+        DataError: if the file cannot be read or holds no prompts.
     """
     if isinstance(part.prompts, list):
         return tuple(part.prompts)
@@ -267,7 +274,7 @@ def read_prompts(part: AnswersPart) -> tuple[str, ...]:
         raise DataError(f"heldout {part.name!r} ({part.prompts}) cannot be read as text: {error}") from error
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
-        raise DataError(f"heldout {part.name!r}: {part.prompts} holds no prompts; one a line is expected")
+        raise DataError(f"heldout {part.name!r}: {part.prompts} holds no prompts; one per line is expected")
     return prompts
 
 
@@ -276,12 +283,12 @@ def read_task(part: TaskPart, reference: bool = False) -> Task:
 
     Args:
         part: the task.
-        reference: take its reference variant, where there is one.
+        reference: read its reference variant if there is one.
 
     Raises:
-        DataError: naming the task and file, if a file is missing or is another kind of file, a column is not there, a
-            row has not what is needed, a label is unknown, or a split is empty. Rows are counted from 0, without the
-            heading, in the order of the file.
+        DataError: naming the task and file, if a file is missing or of another type than its name says, a column is
+            missing, a row lacks a value, a label is unknown, or a split is empty. Rows are counted from 0 in the order
+            of the file, without the header.
     """
     part = part.variant(reference)
     fields: dict[str, Any] = dict(
@@ -311,7 +318,7 @@ def read_text(part: HeldOutPart) -> str:
         except (OSError, UnicodeError) as error:
             raise DataError(f"{where} cannot be read as text: {error}") from error
         if "\0" in text:
-            raise DataError(f"{where} cannot be read as text: it holds NUL characters; say which encoding it is in")
+            raise DataError(f"{where} cannot be read as text: it holds NUL characters. Set encoding to its encoding")
         return text
     table = read_table(part, where)
     table.check_columns([part.text], where)
@@ -326,14 +333,14 @@ def read_text(part: HeldOutPart) -> str:
 
 
 def _examples(task: TaskPart, split: str, source: Source) -> tuple[list[Any], list[int]]:
-    """The examples of a split, and which row of the file each of them is."""
+    """Return the examples of a split and the number of each example's row in the file."""
     where = f"task {task.name!r}, {split} ({source.path or source.hub})"
     table = read_table(source, where)
     numbers = list(range(len(table)))
-    if source.shuffle is not None:  # as datasets.Dataset.shuffle has it
+    if source.shuffle is not None:  # the same order as datasets.Dataset.shuffle
         numbers = numpy.random.default_rng(source.shuffle).permutation(len(table)).tolist()
     if source.skip and source.skip >= len(numbers):
-        raise DataError(f"{where}: skip leaves nothing of {len(numbers):,} rows. Lower it from {source.skip:,}.")
+        raise DataError(f"{where}: skip leaves none of the {len(numbers):,} rows. Lower skip from {source.skip:,}.")
     numbers = numbers[source.skip :][: source.limit]
     if source.shuffle is not None or len(numbers) < len(table):
         table = table.select(numbers)
@@ -387,7 +394,7 @@ def _meant_chat(source: Source, row: Mapping[str, Any]) -> str:
     for column in (source.prompt, source.completion):
         value = row.get(column or "")
         if isinstance(value, list) and value and isinstance(value[0], Mapping) and "role" in value[0]:
-            return ". Messages are for kind: chat"
+            return ". For lists of messages set kind: chat"
     return ""
 
 
@@ -408,14 +415,14 @@ def _conversations(
 def _label(value: Any, source: Source, labels: list[str], at: str) -> int:
     if value is None:
         raise DataError(f"{at} has no label")
-    # A field of a TSV or CSV file is text.
+    # Fields of TSV and CSV files are strings.
     number = int(value) if isinstance(value, str) and value.isdecimal() else value
     if source.label_names is not None:
         names = {str(key): name for key, name in source.label_names.items()}
         if str(value) not in names:
-            raise DataError(f"{at} has label {number!r}, which label_names does not name")
+            raise DataError(f"{at} has label {number!r}, which is not in label_names")
         return labels.index(names[str(value)])
-    if str(value) in labels:  # JSON's 0 and 1, or true and false, are numbers and truth values
+    if str(value) in labels:  # JSON's 0, 1, true and false are no strings
         return labels.index(str(value))
     if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(labels):
         return number

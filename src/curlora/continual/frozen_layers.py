@@ -1,9 +1,9 @@
-"""What the lowest layers of a model put out where no method trains them: computed once for each batch, and kept.
+"""Cache of the outputs of the lowest layers, which no method trains: computed once for each batch.
 
-The states are kept batch by batch, as they were computed. By row they would serve every epoch and seed too, but the
-last bits of a row depend on the batch it is in: matrix products of another height are summed up in another order. So
-what is kept is exactly what the layers would give, and a batch is met again whenever another method, value of a grid
-or order of the tasks trains with the same seed, whenever anything is scored, and whenever a general text is read.
+Hidden states are cached per batch, not per row. A cache per row would also serve other epochs and seeds, but the last
+bits of a row depend on its batch: matrix products of another height are summed in another order. A cache per batch
+returns exactly what the layers would compute. The same batch occurs again when another method, value of a grid or order
+of the tasks trains with the same seed, when anything is scored, and when a general text is read.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from curlora.continual.errors import RunError
 __all__ = ["FOLDER", "keep_frozen_layers", "layers_below", "layers_below_targets"]
 
 FOLDER = ".frozen_layers"
-"""In the run directory; no method can be called so."""
+"""The cache's folder in the run directory. No method can have this name."""
 
-_LEAVE_OUT = "Leave out cache_frozen_layers, or adapt upper layers alone (layers_to_transform)."
+_LEAVE_OUT = "Leave out cache_frozen_layers, or adapt only upper layers (layers_to_transform)."
 
 
 def layers_below(model: nn.Module) -> int:
-    """How many of a causal language model's lowest layers a method leaves as they are.
+    """Return the number of a causal language model's lowest layers that a method does not change.
 
     Args:
-        model: with the method on it, also on the meta device.
+        model: the model with the method applied; it may be on the meta device.
 
     Raises:
-        ValueError: if the decoder's layers are not found, if something below them is trained, if none is left, or if
-            one of them draws random numbers in training.
+        ValueError: if the decoder's layers are not found, something outside them is trained, the lowest layer is
+            trained, or a lower layer draws random numbers in training.
     """
     decoder, layers = _decoder_of(model.get_base_model() if isinstance(model, PeftModel) else model)
     numbers = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
@@ -54,19 +54,21 @@ def layers_below(model: nn.Module) -> int:
 
 
 def layers_below_targets(model: nn.Module, config: Any) -> int:
-    """The same for an adapter that cannot be put on a model without weights, by the names of what it adapts.
+    """Return the same as :func:`layers_below` from the names of an adapter's target modules.
+
+    This is for adapters that cannot be applied to a model without weights.
 
     Args:
-        model: without the adapter, also on the meta device.
-        config: the adapter's, of PEFT.
+        model: the model without the adapter; it may be on the meta device.
+        config: the adapter's PEFT configuration.
 
     Raises:
-        ValueError: as :func:`layers_below`, and if the configuration does not say its ``target_modules``.
+        ValueError: as :func:`layers_below`, and if the configuration does not name its ``target_modules``.
     """
     decoder, layers = _decoder_of(model)
     if not config.target_modules or config.target_modules == "all-linear":
         raise ValueError(
-            f"its layers are not known before it is put on the model: say its target_modules. {_LEAVE_OUT}"
+            f"its layers are not known before it is applied to the model: name its target_modules. {_LEAVE_OUT}"
         )
     numbers = {id(module): number for number, layer in enumerate(layers) for module in layer.modules()}
     names = {id(module): name for name, module in model.named_modules()}
@@ -82,17 +84,19 @@ def _lowest(decoder: nn.Module, layers: nn.ModuleList, changed: Iterable[tuple[s
     lowest = len(layers)
     for name, number in changed:
         if number is None:
-            raise ValueError(f"it trains {name}, which is in none of the model's layers. {_LEAVE_OUT}")
+            raise ValueError(f"it trains {name}, which is outside the model's layers. {_LEAVE_OUT}")
         lowest = min(lowest, number)
     if lowest == 0:
-        raise ValueError(f"it trains the first of the model's {len(layers)} layers: none is below. {_LEAVE_OUT}")
+        raise ValueError(
+            f"it trains the first of the model's {len(layers)} layers, so no layer below can be cached. {_LEAVE_OUT}"
+        )
     beside = [child for child in decoder.children() if child is not layers]
     for module in [decoder, *(inner for part in (*beside, *layers[:lowest]) for inner in part.modules())]:
         rates = [value for key, value in vars(module).items() if "drop" in key or isinstance(module, nn.Dropout)]
         if drawn := [rate for rate in rates if isinstance(rate, float) and rate > 0]:
             raise ValueError(
-                f"the model's lower layers have a dropout of {drawn[0]:g} in training ({type(module).__name__}), and "
-                "so other outputs each time. Leave out cache_frozen_layers."
+                f"the model's lower layers have a dropout of {drawn[0]:g} in training ({type(module).__name__}), so "
+                "their outputs differ each time. Leave out cache_frozen_layers."
             )
     return lowest
 
@@ -103,25 +107,25 @@ def _decoder_of(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     count = getattr(getattr(decoder, "config", None), "num_hidden_layers", None)
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) == count]
     if len(lists) != 1:
-        raise ValueError(f"the layers of a {type(model).__name__} are not found. Leave out cache_frozen_layers.")
+        raise ValueError(f"the layers of a {type(model).__name__} were not found. Leave out cache_frozen_layers.")
     return decoder, lists[0]
 
 
 def keep_frozen_layers(model: nn.Module, below: int, directory: Path) -> nn.Module:
-    """Let a model take from a folder what its lowest layers put out, and add to the folder what is not there.
+    """Make a model read the outputs of its lowest layers from a folder, and add missing ones to it.
 
-    Passes that generate, and any that ask for more than the last layer's output, run all layers as ever.
+    Forward passes that generate, or that ask for more than the last layer's output, run all layers.
 
     Args:
-        model: a causal language model of transformers, without adapters; it is changed.
-        below: how many of its layers stay as they are from now on.
+        model: a causal language model of transformers, without adapters; modified in place.
+        below: the number of lowest layers, which must not change from now on.
         directory: the run directory, which several processes may share.
 
     Returns:
         The model.
 
     Raises:
-        RunError: if the model's upper layers need more of the lower ones than what these put out.
+        RunError: if the model's upper layers need more from the lower layers than their output.
     """
     decoder, layers = _decoder_of(model)
     folder = directory / FOLDER / str(below)
@@ -132,20 +136,20 @@ def keep_frozen_layers(model: nn.Module, below: int, directory: Path) -> nn.Modu
 
 
 class _Files:
-    """States in a folder, each in a file of its own that appears whole or not at all."""
+    """Hidden states in a folder, one file per batch, each written atomically."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def get(self, key: str) -> Tensor | None:
-        """Mapped into memory, and read as it is used."""
+        """Return the hidden states of ``key``, memory-mapped, or ``None``."""
         try:
             return load_file(self.folder / f"{key}.safetensors")["states"]
         except (FileNotFoundError, SafetensorError):
             return None
 
     def __setitem__(self, key: str, states: Tensor) -> None:
-        # Several workers may have computed the same: each writes for itself, and the last one stays.
+        # Several workers may compute the same batch. Each writes its own file, and the last one remains.
         partial = self.folder / f"{key}.{uuid.uuid4().hex}.partial"
         try:
             save_file({"states": states.detach().contiguous()}, partial)
@@ -157,15 +161,15 @@ class _Files:
 
 
 class _Kept:
-    """Stands before each of the lowest layers, and hears of each pass."""
+    """Replaces the ``forward`` of the lowest layers, and is called before each forward pass of the decoder."""
 
     def __init__(self, decoder: nn.Module, layers: nn.ModuleList, below: int, kept: Any) -> None:
         self.kept = kept
-        self.key: str | None = None  # of the pass that is running; none if it runs as ever
+        self.key: str | None = None  # of the current forward pass; None if it runs all layers
         self.states: Tensor | None = None
         self.hook = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         for number, layer in enumerate(layers[:below]):
-            # The layer itself stays where it is: names, hooks and device are its own.
+            # The layer itself is not replaced, so names, hooks and devices stay the same.
             layer.forward = functools.partial(self._run, layer.forward, number == below - 1)
 
     def _begin(self, decoder: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
@@ -185,7 +189,7 @@ class _Kept:
 
 
 def _key(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> str | None:
-    """Of all that decides what the lowest layers put out; none for a pass that wants more of them than that."""
+    """Hash everything that determines the lowest layers' output; ``None`` for a pass that needs more than it."""
     if options.get("use_cache") is not False:
         return None
     digest = hashlib.sha256()
@@ -201,7 +205,7 @@ def _key(arguments: tuple[Any, ...], options: Mapping[str, Any]) -> str | None:
 
 
 def _check_alone(model: Any, decoder: nn.Module, layers: nn.ModuleList, below: int) -> None:
-    """Check on a few tokens that the upper layers go by the lower ones' output alone, and by nothing beside it."""
+    """Check on a few tokens that the upper layers need nothing from the lower ones but their output."""
     ids = torch.arange(4, device=next(model.parameters()).device)[None]
     forwards = [layer.forward for layer in layers[:below]]
     kept: dict[str, Tensor] = {}
@@ -212,7 +216,7 @@ def _check_alone(model: Any, decoder: nn.Module, layers: nn.ModuleList, below: i
         with torch.no_grad():
             first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
         alike = len(kept) == 1 and torch.equal(first, second)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):  # whatever a model's code says
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):  # raised by a model's own code
         alike = False
     finally:
         model.train(training)
@@ -221,6 +225,6 @@ def _check_alone(model: Any, decoder: nn.Module, layers: nn.ModuleList, below: i
             layer.forward = forward
     if not alike:
         raise RunError(
-            f"The upper layers of a {type(model).__name__} need more of the lower ones than what these put out. Leave "
+            f"The upper layers of a {type(model).__name__} need more from the lower layers than their output. Leave "
             "out cache_frozen_layers."
         )

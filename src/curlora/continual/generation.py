@@ -1,4 +1,4 @@
-"""Scoring by generation: the model answers prompts greedily, and its answers are scored."""
+"""Scoring by generation: the model answers prompts with greedy decoding, and the answers are scored."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model is to answer in the evaluation of a task.
+    """The prompts that a model answers in the evaluation of a task.
 
     Args:
         task: the task's name.
-        prompts: what is answered, and how that is scored.
-        batch_size: prompts that are answered together, over all processes.
+        prompts: the prompts, and how the answers are scored.
+        batch_size: prompts in a batch, over all processes.
     """
 
     task: str
@@ -44,38 +44,38 @@ class Generation:
 
     @property
     def longest(self) -> int:
-        """Tokens that the longest prompt has with its answer."""
+        """Tokens of the longest prompt and the longest answer together."""
         return max(map(len, self.prompts.ids)) + self.prompts.score.max_new_tokens
 
     @property
     def steps(self) -> int:
-        """Tokens that each process generates for a row of a batch, one after the other, if no answer ends before."""
+        """Decoding steps of each process if every answer has ``max_new_tokens`` tokens."""
         return -(-len(self.prompts.ids) // self.batch_size) * self.prompts.score.max_new_tokens
 
     def problem_of_positions(self, positions: int | None) -> str | None:
-        """What to say if prompts and answers do not fit into the positions that a model has; it may have any number."""
+        """Return an error message if prompts and answers exceed a model's positions; ``None`` means no limit."""
         if positions is None or self.longest <= positions:
             return None
         new = self.prompts.score.max_new_tokens
         return (
-            f"Task {self.task!r} generates up to {new} tokens after a prompt of {self.longest - new}, where the "
-            f"model has {positions} positions. Lower max_new_tokens or max_length."
+            f"Task {self.task!r} generates up to {new} tokens after a prompt of {self.longest - new} tokens, but the "
+            f"model has only {positions} positions. Lower max_new_tokens or max_length."
         )
 
 
 class GeneratedScore(NamedTuple):
-    """Of all prompts: the mean score, and the share of answers that were cut off at ``max_new_tokens``."""
+    """The mean score over all prompts, and the share of answers that were cut off at ``max_new_tokens``."""
 
     score: float
     unfinished: float
 
 
 class Answer(NamedTuple):
-    """What was generated.
+    """A generated answer.
 
     Args:
-        text: without special tokens.
-        finished: whether it came to an end before ``max_new_tokens``.
+        text: the answer without special tokens.
+        finished: whether the answer ended within ``max_new_tokens``.
     """
 
     text: str
@@ -89,15 +89,15 @@ def score_generated(
     on_steps: Callable[[int], None] = lambda steps: None,
     keep: Path | None = None,
 ) -> GeneratedScore:
-    """Generate and score; in a distributed run every process its share of the prompts.
+    """Generate answers and score them; in a distributed run each process takes its share of the prompts.
 
     Args:
-        model: a causal language model of transformers, with whatever adapters are in it.
+        model: a causal language model of transformers, with or without adapters.
         tokenizer: its tokenizer.
-        generation: what to answer.
-        on_steps: told of tokens of ``generation.steps`` that are done.
-        keep: a file for all of it, if it is to be kept: JSON Lines of ``prompt``, ``expected``, ``generated``,
-            ``score`` and ``finished``, in the order of the prompts.
+        generation: the prompts, and how the answers are scored.
+        on_steps: called with the number of decoding steps that are done, of ``generation.steps``.
+        keep: a file for the answers, or ``None``: JSON Lines of ``prompt``, ``expected``, ``generated``, ``score`` and
+            ``finished``, in the order of the prompts.
 
     Raises:
         RunError: if a prompt and its answer do not fit into the model's positions.
@@ -151,25 +151,25 @@ def generate(
     batch_size: int = 16,
     on_steps: Callable[[int], None] = lambda steps: None,
 ) -> list[Answer]:
-    """Answer prompts greedily, those of about the same length together, padded on the left.
+    """Answer prompts with greedy decoding, in batches of similar lengths, padded on the left.
 
-    An answer ends with any of the tokens in ``stop``, the tokenizer's end of text, and those that the model's
-    generation configuration names. Nothing else of that configuration counts: no sampling, no penalty.
+    An answer ends at a token in ``stop``, at the tokenizer's end-of-text token, or at an end token of the model's
+    generation configuration. Nothing else of that configuration is used: no sampling, no penalty.
 
     Args:
-        model: a causal language model of transformers, with whatever adapters are in it; in evaluation mode meanwhile.
+        model: a causal language model of transformers, with or without adapters; set to evaluation mode meanwhile.
         tokenizer: its tokenizer.
-        prompts: tokens of each, at least one.
-        max_new_tokens: where an answer is cut off.
-        stop: further tokens that end one.
-        batch_size: prompts that are answered together.
-        on_steps: told of tokens that are done, ``max_new_tokens`` for each batch in all.
+        prompts: the tokens of each prompt, at least one.
+        max_new_tokens: the number of tokens after which an answer is cut off.
+        stop: further tokens that end an answer.
+        batch_size: prompts in a batch.
+        on_steps: called with the number of decoding steps that are done; they add up to ``max_new_tokens`` per batch.
 
     Returns:
-        In the order of the prompts.
+        The answers, in the order of the prompts.
     """
     ends = stop | named_ends(model) | ({tokenizer.eos_token_id} - {None})
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # what needs the most memory comes first
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the batch that needs the most memory first
     answers: list[Answer | None] = [None] * len(prompts)
     with generating(model, ends, tokenizer.pad_token_id, max_new_tokens, do_sample=False):
         for begin in range(0, len(order), batch_size):
@@ -187,7 +187,7 @@ def generate(
 
 
 class _Counter(StoppingCriteria):
-    """Stops nothing: hears of every token of a batch."""
+    """Reports every decoding step of a batch; never stops the generation."""
 
     def __init__(self, on_steps: Callable[[int], None], steps: int) -> None:
         self.on_steps = on_steps
@@ -198,7 +198,7 @@ class _Counter(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def finish(self) -> None:
-        """The batch is done, whether or not any answer was as long as it may be."""
+        """Report the remaining steps of the batch, whose answers may all have ended early."""
         self._done(self.left)
 
     def _done(self, steps: int) -> None:

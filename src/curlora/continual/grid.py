@@ -1,4 +1,4 @@
-"""A method's grid: ``{grid: [a, b]}`` in the place of any value stands for one method with ``a`` and one with ``b``."""
+"""Grids of methods: ``{grid: [a, b]}`` in place of a value stands for one method with ``a`` and one with ``b``."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ __all__ = ["expand"]
 
 class _Grid(NamedTuple):
     path: tuple[str | int, ...]
-    """Where it stands in the entry: keys, and places in lists."""
+    """Where the grid stands in the entry: keys, and positions in lists."""
     names: tuple[str, ...]
-    """The same for people: an entry of a list is called by its own name, where it has one."""
+    """The same path for messages: an entry of a list goes by its own name if it has one."""
     choices: list[Any]
 
 
 def expand(method: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The methods that an entry of a recipe stands for: one for each combination of the values in its grids.
+    """Return the methods that an entry of a recipe stands for: one for each combination of its grids' values.
 
-    Each is called as the entry, with the values that it has behind an ``@``, such as ``lora@learning_rate=0.001,r=16``;
-    its ``grid`` holds them by the keys that are named there. An entry without a grid is returned alone.
+    A method's name is the entry's name, ``@``, and its values, such as ``lora@learning_rate=0.001,r=16``. Its ``grid``
+    holds the values by the same keys. An entry without a grid gives one method.
 
     >>> [one["name"] for one in expand({"name": "lora", "options": {"r": {"grid": [8, 16]}}})]
     ['lora@r=8', 'lora@r=16']
 
     Args:
-        method: as the recipe has it, not checked yet.
+        method: the recipe's entry, not validated yet.
 
     Raises:
-        ValueError: if a grid is no list of two or more values that differ.
+        ValueError: if a grid is not a list of two or more distinct values.
     """
     grids = list(_grids(method))
     if not grids:
@@ -54,9 +54,9 @@ def _grids(value: Any, path: tuple[str | int, ...] = (), names: tuple[str, ...] 
     if isinstance(value, Mapping) and path and set(value) == {"grid"}:
         choices = value["grid"]
         if not isinstance(choices, list) or len(choices) < 2:
-            raise ValueError(f"{'.'.join(names)}: a grid is a list of two or more values, got {choices!r}")
+            raise ValueError(f"{'.'.join(names)}: a grid must be a list of two or more values, got {choices!r}")
         if len({json.dumps(choice, sort_keys=True, default=str) for choice in choices}) < len(choices):
-            raise ValueError(f"{'.'.join(names)}: a value is twice in the grid {choices!r}")
+            raise ValueError(f"{'.'.join(names)}: the grid {choices!r} holds a value twice")
         yield _Grid(path, names, choices)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
@@ -68,7 +68,7 @@ def _grids(value: Any, path: tuple[str | int, ...] = (), names: tuple[str, ...] 
 
 
 def _key(grid: _Grid, grids: list[_Grid]) -> str:
-    """Its last name, or as many of them as it takes to tell it from the others."""
+    """Return the shortest end of the grid's path that no other grid shares."""
     others = [other.names for other in grids if other is not grid]
     lengths = range(1, len(grid.names) + 1)
     length = next((n for n in lengths if all(other[-n:] != grid.names[-n:] for other in others)), len(grid.names))
@@ -86,5 +86,5 @@ def _replaced(value: Any, chosen: Mapping[tuple[str | int, ...], Any], path: tup
 
 
 def _plain(value: Any) -> str:
-    """As it may stand in the name of a folder."""
+    """Return the value as text that may be part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")

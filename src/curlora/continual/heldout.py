@@ -1,4 +1,4 @@
-"""What a language model has lost, measured on a text that it is not trained on: perplexity, and drift from the base."""
+"""Perplexity on held-out text, and drift from the base model there."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["HeldOut", "measure", "perplexity"]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A text whose perplexity is followed.
+    """A text whose perplexity is measured.
 
     Args:
-        name: for people; unique in a run.
+        name: the text's name in reports; unique in a run.
         tokens: the text, shape ``(length,)``.
-        window: tokens that are scored together.
-        stride: tokens from one window to the next; ``window`` if ``None``.
-        shown: whether methods are shown it, as plug-ins are the guard's text.
+        window: tokens of a forward pass.
+        stride: tokens from the start of one window to the next; ``window`` if ``None``.
+        shown: whether methods may use the text, as plug-ins use the guard's text.
 
     Raises:
         ValueError: on fewer than two tokens, or a stride outside ``1..window``.
@@ -49,12 +49,12 @@ class HeldOut:
 
     @property
     def step(self) -> int:
-        """Tokens from one window to the next."""
+        """Tokens from the start of one window to the next."""
         return self.window if self.stride is None else self.stride
 
     @property
     def windows(self) -> int:
-        """How many forward passes scoring it takes."""
+        """The number of forward passes that scoring takes."""
         return len(self.scored())
 
     @property
@@ -63,9 +63,9 @@ class HeldOut:
         return min(self.window, len(self.tokens))
 
     def scored(self) -> list[tuple[Tensor, int]]:
-        """What is passed to the model, each with the number of its last tokens that are scored.
+        """Return the windows, each with the number of its last tokens that are scored.
 
-        Windows start every ``stride`` tokens, and each scores those of its tokens that no window before it has scored.
+        A window starts every ``stride`` tokens and scores the tokens that no earlier window has scored.
         """
         passes, last = [], 0
         for begin in range(0, len(self.tokens), self.step):
@@ -79,11 +79,11 @@ class HeldOut:
         return passes
 
     def pieces(self, length: int = 128) -> Sequence[Tensor]:
-        """The text in rows of that many tokens, or of a window's if that is shorter, as calibration takes it."""
+        """Split the text into rows of ``length`` tokens, or of ``window`` tokens if that is less, for calibration."""
         return self.tokens.split(min(length, self.window))
 
     def describe(self) -> str:
-        """What is scored, in words."""
+        """Describe the text and how it is scored."""
         how = "one chunk" if self.windows == 1 else f"windows of {self.window:,}, stride {self.step:,}"
         return f"{self.name} ({len(self.tokens):,} tokens, {how})"
 
@@ -107,26 +107,27 @@ def measure(
     base_logits: Callable[[Tensor, int], Tensor] | None = None,
     on_window: Callable[[], None] = lambda: None,
 ) -> TextScore:
-    """Perplexity on a text, and the drift from a base model on it.
+    """Measure the perplexity on a text and the drift from a base model.
 
-    Perplexity is ``exp`` of the mean negative log-likelihood per token, given all tokens before it in its window
-    (https://huggingface.co/docs/transformers/perplexity). With a stride of a whole window the first
-    token of every window is left out, having nothing before it.
+    Perplexity is ``exp`` of the mean negative log-likelihood per token, given all earlier tokens of the window
+    (https://huggingface.co/docs/transformers/perplexity). If ``stride`` equals ``window``, the first token of every
+    window is not scored, because no token precedes it.
 
-    Drift is the mean over the same positions of the Kullback-Leibler divergence ``KL(base || model)`` between the two
-    predictions of the next token, in nats per token.
+    Drift is the Kullback-Leibler divergence ``KL(base || model)`` between the two distributions of the next token,
+    averaged over the same positions, in nats per token.
 
-    In a distributed run every process scores its share of the windows.
+    In a distributed run each process scores its share of the windows.
 
     Args:
-        model: a causal language model of transformers, adapted or not.
-        text: what to score.
-        base_logits: given ``input_ids`` of shape ``(1, length)`` and a number, the base model's logits at that many
-            last positions; without it there is no drift to be measured and it is reported as 0.
+        model: a causal language model of transformers, with or without adapters.
+        text: the text to score.
+        base_logits: given ``input_ids`` of shape ``(1, length)`` and a number ``k``, returns the base model's logits at
+            the last ``k`` positions, shape ``(1, k, vocabulary)``. If ``None``, drift is not measured and reported as
+            0.
         on_window: called after each window, for progress.
 
     Returns:
-        Both figures; a perplexity too large for a float is infinite.
+        Perplexity and drift. A perplexity too large for a float is infinite.
     """
     device = next(model.parameters()).device
     state = process_state()
@@ -151,12 +152,12 @@ def measure(
 
 
 def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> float:
-    """The perplexity alone; see :func:`measure`."""
+    """Return only the perplexity; see :func:`measure`."""
     return measure(model, HeldOut("text", tokens, window, stride)).perplexity
 
 
 def _divergence(base: Tensor, logits: Tensor) -> float:
-    """Sum over positions of ``KL(base || model)``, a few hundred positions at a time: the vocabulary is large."""
+    """Sum ``KL(base || model)`` over positions, 256 at a time because the vocabulary is large."""
     total = 0.0
     for p, q in zip(base.split(256), logits.split(256), strict=True):
         log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
@@ -165,5 +166,5 @@ def _divergence(base: Tensor, logits: Tensor) -> float:
 
 
 def _floor(drift: float) -> float:
-    """Not below zero, where rounding may take it; a model that diverged has none."""
+    """Replace a negative drift, which is a rounding error, by 0; keep the NaN of a model that diverged."""
     return drift if math.isnan(drift) else max(0.0, drift)

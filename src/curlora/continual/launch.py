@@ -1,4 +1,4 @@
-"""A recipe becomes a run: its data are read, its directory is claimed, and it is run."""
+"""Run a recipe: read its data, claim its run directory, and run its methods."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ __all__ = ["build", "run_recipe"]
 
 
 def build(recipe: Recipe) -> Stream:
-    """Read the data of a recipe, then its tokenizer; the model is loaded when the run begins.
+    """Read the data and the tokenizer of a recipe; the model's weights are loaded when the run starts.
 
     Raises:
-        RecipeError: naming the task or file, if a file is missing, a column is not there, a label is unknown, a
-            split is empty, a held-out text is too short, or it is the guard's: all of that before the model is loaded.
+        RecipeError: naming the task or file, if a file or column is missing, a label is unknown, a split is empty, or a
+            held-out text is too short or the same as the guard's.
     """
     protocol = recipe.switched()
     reference = protocol.data == "reference"
     try:
         own = [recipe.settings().changed(part.variant(reference).training) for part in recipe.tasks]
-        # transformers is asked once for each kind of training, and not for each task.
+        # Check each distinct set of arguments once, not once for each task.
         for settings in {of.model_dump_json(include={"schedule", "trainer"}): of for of in own}.values():
             settings.check_trainer()
         tasks = [read_task(part, reference) for part in recipe.tasks]
@@ -83,25 +83,25 @@ def run_recipe(
     workers: int | None = None,
     address: str | None = None,
 ) -> RunResults:
-    """Run a recipe, or go on with it where ``directory`` holds part of it.
+    """Run a recipe, or resume it if ``directory`` holds a part of the run.
 
-    Methods, seeds and orders may have been added to the recipe since; anything else must be as it was.
+    Between the two, methods, seeds and orders may be added to the recipe; nothing else may change.
 
     Args:
-        recipe: what to run.
-        directory: the run directory; made if missing.
-        progress: given the whole amount of work, gives what hears about it; nobody if not given.
-        workers: how many processes share the methods, orders and seeds; this one runs them itself if ``None``. Needs
-            Ray.
-        address: of a running Ray cluster, whose machines see ``directory`` and the recipe's files; this machine if
-            ``None``.
+        recipe: the recipe to run.
+        directory: the run directory; created if missing.
+        progress: called with the total amount of work; returns the object that is told of the progress.
+        workers: the number of processes that share the methods, orders and seeds, which needs Ray. If ``None``, this
+            process runs them.
+        address: the address of a running Ray cluster, whose machines must see ``directory`` and the recipe's files. If
+            ``None``, this machine is used.
 
     Returns:
-        The measurements, also in ``directory / "results.json"``. They do not depend on ``workers``.
+        The measurements, also saved in ``directory / "results.json"``. They do not depend on ``workers``.
 
     Raises:
-        RecipeError: as :func:`build`.
-        RunError: if ``directory`` holds a run of another recipe, and as :func:`curlora.continual.run.run_stream`.
+        RecipeError: see :func:`build`.
+        RunError: if ``directory`` holds a run of another recipe; also see :func:`curlora.continual.run.run_stream`.
     """
     directory = Path(directory)
     begin = partial(_claim, recipe, directory)
@@ -119,7 +119,7 @@ _SAVED = "recipe.json"
 
 
 def _claim(recipe: Recipe, directory: Path) -> None:
-    """Check that the directory is of this recipe, and write it down."""
+    """Check that the directory is empty or belongs to this recipe, and save the recipe in it."""
     saved = directory / _SAVED
     recipe = recipe.portable()
     if saved.exists():
@@ -127,11 +127,11 @@ def _claim(recipe: Recipe, directory: Path) -> None:
             before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RunError(
-                f"{saved} cannot be read, so whether {directory} is of this recipe cannot be told. Choose another "
-                f"folder, or remove {saved} if you are sure."
+                f"{saved} cannot be read, so it is unknown whether {directory} belongs to this recipe. Choose another "
+                f"folder, or remove {saved} if you are sure that it does."
             ) from error
         changed = _changes(before, recipe, directory)
-        if changed and any(directory.glob("*/seed-*")):  # else nothing was done by the other recipe
+        if changed and any(directory.glob("*/seed-*")):  # else the other recipe has trained nothing
             raise RunError(
                 f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, undo "
                 "the change, or remove the folder."
@@ -143,10 +143,10 @@ def _claim(recipe: Recipe, directory: Path) -> None:
 
 def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     def known(recipe: Recipe) -> dict[str, Any]:
-        """Without what is for people alone."""
+        """Return the parts that figures depend on."""
         tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
         parts = ("model", "heldout", "guard", "protocol", "switches", "reference")
-        training = recipe.training.changed({"cache_frozen_layers": False})  # which changes no figure
+        training = recipe.training.changed({"cache_frozen_layers": False})  # changes no figure
         return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks, "training": training}
 
     def methods(recipe: Recipe) -> dict[str, MethodPart]:
@@ -155,7 +155,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     old, new = known(before), known(now)
     begun = {name: method for name, method in methods(before).items() if (directory / name).exists()}
     changed = [f"method {name!r}" for name, method in begun.items() if methods(now).get(name) != method]
-    # Folders are called by the place of an order, so further ones may only come behind.
+    # Folders are named by the position of an order, so new orders may only be appended.
     reordered = ["orders"] if now.orders[: len(before.orders)] != before.orders else []
     return [part for part in new if old[part] != new[part]] + reordered + changed
 
@@ -163,7 +163,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
 def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
     tokens = torch.tensor(tokenizer(text)["input_ids"])[part.skip :]
     if len(tokens) < 2:
-        raise RecipeError(f"heldout {part.name!r} becomes {len(tokens)} tokens; perplexity needs at least 2")
+        raise RecipeError(f"heldout {part.name!r} has {len(tokens)} tokens after skip; perplexity needs at least 2")
     if protocol.perplexity == "first_chunk":
         asked, given = part.chunk or part.window, part.chunk is not None
         scored = HeldOut(part.name, tokens[:asked], window=max(2, min(asked, len(tokens))))
@@ -171,10 +171,10 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
         asked, given = part.tokens, "tokens" in part.model_fields_set
         scored = HeldOut(part.name, tokens[:asked], part.window, part.stride)
     if given and len(tokens) < asked:
-        behind = f" behind the first {part.skip:,}" if part.skip else ""
+        behind = f" after the first {part.skip:,}" if part.skip else ""
         warnings.warn(
-            f"The text {part.name!r} is shorter than the recipe asks for: {len(tokens):,} tokens{behind}, where "
-            f"{asked:,} are wanted.",
+            f"The text {part.name!r} is shorter than the recipe asks for: it has {len(tokens):,} tokens{behind}, but "
+            f"{asked:,} are asked for.",
             RecipeWarning,
             stacklevel=2,
         )
@@ -182,14 +182,14 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _sampled(part: AnswersPart | OwnTextPart | None) -> PromptList | OwnText | None:
-    """What the base model is to write."""
+    """Return the text that the base model is to write."""
     if isinstance(part, AnswersPart):
         return PromptList(part.name, read_prompts(part), part.max_new_tokens, part.seed)
     return None if part is None else OwnText(part.name, part.tokens, part.max_length, part.seed)
 
 
 def _check_apart(heldout: Sequence[tuple[HeldOutPart, HeldOut]], guard_part: HeldOutPart, guard: HeldOut) -> None:
-    """A text that the guard has been shown says little of any other."""
+    """Refuse a held-out text that the guard uses, and warn of one that overlaps with the guard's."""
     for part, text in heldout:
         ends = part.skip + len(text.tokens), guard_part.skip + len(guard.tokens)
         shared = min(ends) - max(part.skip, guard_part.skip)

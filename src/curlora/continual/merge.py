@@ -1,4 +1,4 @@
-"""Which runs measure the same thing, and those runs as one."""
+"""Merge runs that were measured under the same conditions."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ __all__ = ["definition", "differing", "merge"]
 
 
 def merge(runs: Sequence[RunResults]) -> list[RunResults]:
-    """Unite runs that differ in nothing but methods and seeds.
+    """Merge runs that differ only in methods and seeds.
 
-    Methods of one name, made and trained alike, become one with the seeds of all; of one seed the first is kept.
-    Methods of one name that were not made or trained alike stay apart: the later ones are numbered. Title and tasks
-    are the first run's; dates and versions that differ are listed.
+    Methods with the same name and definition become one method with the seeds of all. If a seed occurs more than once,
+    the first run's result is kept. Methods with the same name but different definitions stay separate, and the later
+    ones are numbered. Title and tasks are the first run's; dates and versions that differ are listed.
 
     Args:
-        runs: in the order in which they count as first.
+        runs: the runs; earlier ones take precedence.
 
     Returns:
-        What remains, in order of the first run of each.
+        The merged runs, in the order of the first run of each.
     """
     groups: list[list[RunResults]] = []
     for run in runs:
@@ -34,7 +34,7 @@ def merge(runs: Sequence[RunResults]) -> list[RunResults]:
 
 
 def differing(runs: Sequence[RunResults]) -> list[str]:
-    """In which of the things that figures depend on, methods and seeds aside, any of the runs differ, in words."""
+    """Name the conditions, apart from methods and seeds, in which any of the runs differ."""
     first, *others = [_conditions(run) for run in runs]
     return [name for name, value in first.items() if any(other[name] != value for other in others)]
 
@@ -45,13 +45,13 @@ _COUNTED.add("evaluation_in_train")
 
 def _conditions(run: RunResults) -> dict[str, Any]:
     recipe = run.recipe or {}
-    model = {key: value for key, value in recipe.get("model", {}).items() if key != "name"}  # the name may be a path
+    model = {key: value for key, value in recipe.get("model", {}).items() if key != "name"}  # it may be a path
     own = {task["name"]: task["training"] for task in recipe.get("tasks", []) if "training" in task}
     return {
         "base model": (run.base_model, run.base_parameters, model),
-        # How many examples were cut follows from the settings; runs of earlier versions do not say it.
+        # These counts follow from the settings; runs of earlier versions do not have them.
         "tasks": [task.model_dump(exclude=_COUNTED) for task in run.tasks],
-        "held-out texts": list(run.heldout.items()),  # the first is the one that summaries show
+        "held-out texts": list(run.heldout.items()),  # in order: summaries show the first
         "protocol": sorted(run.protocol),
         "settings": (run.settings, own),
     }
@@ -93,7 +93,7 @@ def _methods(runs: Sequence[RunResults]) -> list[MethodResult]:
 
 
 def definition(method: MethodResult) -> Any:
-    """How a method was made and trained, its names aside."""
+    """Return everything that defines a method except its names."""
     return method.method, method.options, method.plugins, method.learning_rate, method.training
 
 

@@ -1,4 +1,4 @@
-"""What is measured over a stream of tasks, from the accuracy matrix.
+"""Metrics of continual learning, computed from the accuracy matrix.
 
 ``accuracy[i][j]`` is the accuracy on task ``j`` after training on task ``i``, for ``j <= i``
 (Lopez-Paz and Ranzato 2017, https://arxiv.org/abs/1706.08840, section 3).
@@ -23,7 +23,7 @@ AccuracyMatrix = Sequence[Sequence[float]]
 
 
 def average_accuracy(accuracy: AccuracyMatrix) -> float:
-    """Mean accuracy over all tasks after the last one, ``1/T sum_j a[T, j]`` (Lopez-Paz and Ranzato 2017).
+    """Return the mean accuracy on all tasks after the last one, ``1/T sum_j a[T, j]`` (Lopez-Paz and Ranzato 2017).
 
     Raises:
         ValueError: if the matrix is not lower triangular with at least one row.
@@ -33,7 +33,7 @@ def average_accuracy(accuracy: AccuracyMatrix) -> float:
 
 
 def learning_accuracy(accuracy: AccuracyMatrix) -> float:
-    """Mean accuracy on each task just after it was learned, ``1/T sum_i a[i, i]``: plasticity.
+    """Return the mean accuracy on each task just after it was learned, ``1/T sum_i a[i, i]``: plasticity.
 
     Riemer et al. 2019, https://arxiv.org/abs/1810.11910.
 
@@ -45,12 +45,12 @@ def learning_accuracy(accuracy: AccuracyMatrix) -> float:
 
 
 def forgetting(accuracy: AccuracyMatrix) -> float | None:
-    """Mean loss since the best moment, ``1/(T-1) sum_{j<T} max_{j<=i<T} a[i, j] - a[T, j]``.
+    """Return the mean drop of accuracy from its best, ``1/(T-1) sum_{j<T} max_{j<=i<T} a[i, j] - a[T, j]``.
 
-    Chaudhry et al. 2018, https://arxiv.org/abs/1801.10112. Negative where later tasks helped.
+    Chaudhry et al. 2018, https://arxiv.org/abs/1801.10112. Negative if later tasks improved earlier ones.
 
     Returns:
-        The mean, or ``None`` for a single task, which nothing came after.
+        The mean over all tasks but the last, or ``None`` for a single task.
 
     Raises:
         ValueError: if the matrix is not lower triangular with at least one row.
@@ -65,10 +65,12 @@ def forgetting(accuracy: AccuracyMatrix) -> float | None:
 
 
 def backward_transfer(accuracy: AccuracyMatrix) -> float | None:
-    """What later tasks did to earlier ones, ``1/(T-1) sum_{j<T} a[T, j] - a[j, j]`` (Lopez-Paz and Ranzato 2017).
+    """Return the effect of later tasks on earlier ones, ``1/(T-1) sum_{j<T} a[T, j] - a[j, j]``.
+
+    Lopez-Paz and Ranzato 2017, https://arxiv.org/abs/1706.08840. Negative means forgetting.
 
     Returns:
-        The mean, or ``None`` for a single task. Negative is forgetting.
+        The mean over all tasks but the last, or ``None`` for a single task.
 
     Raises:
         ValueError: if the matrix is not lower triangular with at least one row.
@@ -80,32 +82,36 @@ def backward_transfer(accuracy: AccuracyMatrix) -> float | None:
 
 
 def forward_transfer(before: Sequence[float], base: Sequence[float]) -> float | None:
-    """What earlier tasks did for later ones, ``1/(T-1) sum_{i>1} a[i-1, i] - b[i]`` (Lopez-Paz and Ranzato 2017).
+    """Return the effect of earlier tasks on later ones, ``1/(T-1) sum_{i>1} a[i-1, i] - b[i]``.
 
-    A task with a head of its own is then scored with a fresh head, which knows nothing: the figure says something for
-    tasks that the language model answers itself, and is noise about zero for the others.
+    Lopez-Paz and Ranzato 2017, https://arxiv.org/abs/1706.08840. A task with its own head is scored with an untrained
+    head, so its contribution is noise around zero. The metric is informative for tasks that the language model itself
+    answers.
 
     Args:
         before: accuracy on each task just before it was learned.
         base: accuracy of the base model on each task.
 
     Returns:
-        The mean, or ``None`` for a single task.
+        The mean over all tasks but the first, or ``None`` for a single task.
 
     Raises:
-        ValueError: if the two are not of one length.
+        ValueError: if the two differ in length.
     """
     if len(before) != len(base):
-        raise ValueError(f"accuracies of {len(before)} tasks before they were learned, but of {len(base)} at the start")
+        raise ValueError(
+            f"before and base must cover the same tasks, got {len(before)} accuracies before the tasks were learned "
+            f"and {len(base)} of the base model"
+        )
     if len(before) < 2:
         return None
     return statistics.fmean(now - start for now, start in zip(before[1:], base[1:], strict=True))
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (``n - 1``) over seeds; the latter is ``None`` for one seed.
+    """Return the mean and the sample standard deviation (``n - 1``) over seeds; ``None`` as the latter for one seed.
 
-    Of figures that are not all finite (a run that diverged) the deviation is not a number.
+    The deviation is NaN if a value is not finite, as for a run that diverged.
     """
     if not all(map(math.isfinite, values)):
         return sum(values) / len(values), None if len(values) == 1 else math.nan
@@ -115,4 +121,4 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def _check(accuracy: AccuracyMatrix) -> None:
     if not accuracy or any(len(row) != i + 1 for i, row in enumerate(accuracy)):
         lengths = [len(row) for row in accuracy]
-        raise ValueError(f"the accuracy matrix must be lower triangular, got rows of {lengths} entries")
+        raise ValueError(f"the accuracy matrix must be lower triangular, got rows of lengths {lengths}")

@@ -1,4 +1,4 @@
-"""What a run would do and need, found out without the base model's weights and without a run directory."""
+"""The plan of a run: its steps, tokens and memory, without the base model's weights and without a run directory."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ __all__ = ["MethodPlan", "Plan", "make_plan", "tokens_of"]
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """A method over the whole stream and all seeds.
+    """The plan of one method over the whole stream, all orders and all seeds.
 
     Args:
-        trained: trained parameters, heads not counted; ``None`` where that cannot be told.
+        name: the method's name.
+        label: the method's name in reports.
+        trained: trainable parameters without heads; ``None`` if unknown.
         steps: optimizer steps.
-        tokens: trained on.
-        windows: of the held-out texts that are scored.
-        memory: of the largest step.
+        tokens: tokens that are trained on.
+        windows: windows of held-out text that are scored.
+        memory: memory of the largest step.
     """
 
     name: str
@@ -46,14 +48,14 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole run.
+    """The plan of a whole run.
 
     Args:
-        stream: what is run.
-        tasks: as rows.
-        base_parameters: of the base model.
-        base_windows: held-out windows that are scored on the base model, once for the whole run.
-        methods: in order.
+        stream: the run's stream.
+        tasks: the encoded tasks.
+        base_parameters: the number of the base model's parameters.
+        base_windows: windows of held-out text that are scored with the base model, once for the whole run.
+        methods: the methods' plans, in order.
     """
 
     stream: Stream
@@ -64,13 +66,13 @@ class Plan:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Check a recipe with its data, and count what running it takes.
+    """Check a recipe and its data, and compute what running it takes.
 
     Raises:
-        RecipeError: as :func:`curlora.continual.launch.build`.
-        curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
-        RunError: if a text is longer than the model has positions, a method cannot be put on the model, or the batch
-            size cannot be shared out over the processes.
+        RecipeError: see :func:`curlora.continual.launch.build`.
+        curlora.continual.tasks.TaskError: if an example has no token to learn or score.
+        RunError: if a text is longer than the model has positions, a method cannot be applied to the model, or the
+            batch size is not a multiple of the number of processes.
     """
     stream = build(recipe)
     tasks = encode(stream.tasks, stream.tokenizer, stream.settings)
@@ -109,7 +111,7 @@ def make_plan(recipe: Recipe) -> Plan:
 def _learned(
     method: Method, stream: Stream, tasks: Sequence[Encoded], seed: int
 ) -> Iterator[tuple[Encoded, Sequence[Row]]]:
-    """The tasks that something is trained on, with the rows that are, in the stream's order."""
+    """Yield the tasks that are trained on, with the rows that are trained on, in the stream's order."""
     plugins = [make() for make in method.plugins]
     adding = [plugin for plugin in plugins if type(plugin).training_rows is not Plugin.training_rows]
     nothing = TaskModel(nn.Identity())
@@ -126,5 +128,5 @@ def _learned(
 
 
 def tokens_of(rows: Sequence[Row]) -> int:
-    """How many tokens rows have."""
+    """Return the number of tokens of all rows."""
     return sum(len(row["input_ids"]) for row in rows)

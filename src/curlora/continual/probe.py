@@ -1,8 +1,8 @@
-"""A task's head fitted by itself to the states of the model as it is: a linear probe.
+"""Linear probe: fit a task's head to the hidden states of the unchanged model.
 
-Logistic regression with a ridge has one best answer, which L-BFGS finds: it depends on no learning rate, no order of
-examples and no number of steps. A few hundred steps of Adam from a random start end well short of it on a language
-model's states, a few entries of which are ten times as large as the rest.
+Logistic regression with a ridge penalty has a unique optimum, which L-BFGS finds. The result depends on no learning
+rate, order of examples or number of steps. A few hundred steps of Adam from a random start do not reach it on a
+language model's states, a few entries of which are ten times as large as the rest.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ _ITERATIONS = 200
 
 
 def states_and_labels(model: TaskModel, batches: Iterable[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Of rows with one label each.
+    """Compute the hidden states of rows with one label each.
 
     Args:
-        model: as it is; in evaluation mode meanwhile.
-        batches: of rows of one task with a head.
+        model: the model; set to evaluation mode meanwhile.
+        batches: batches of rows of one task with a head.
 
     Returns:
-        The states that a head answers from, shape ``(n, width)``, at least float32, and the labels, shape ``(n,)``.
+        The states that the head classifies, shape ``(n, width)``, in float32 or float64, and the labels, shape
+        ``(n,)``.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -44,23 +45,27 @@ def states_and_labels(model: TaskModel, batches: Iterable[dict[str, Tensor]]) ->
 
 
 def fit(head: nn.Linear, states: Tensor, labels: Tensor, ridge: float = 0.1) -> None:
-    """Make ``head`` the one that minimizes the mean cross-entropy plus ``ridge ||weight||²`` on standardized states.
+    """Set ``head`` to the minimizer of the mean cross-entropy plus ``ridge ||weight||²`` on standardized states.
 
     Args:
-        head: of shape ``(classes, width)``; what it is before makes no difference.
-        states: shape ``(n, width)``.
-        labels: integers, shape ``(n,)``.
-        ridge: positive. 0.1 was the best of 0.001 to 0.1 for a few hundred to a thousand examples.
+        head: linear layer with a weight of shape ``(classes, width)``; its values before the call do not matter.
+        states: hidden states, shape ``(n, width)``.
+        labels: integer classes, shape ``(n,)``.
+        ridge: weight of the penalty, positive. 0.1 was the best of 0.001 to 0.1 for a few hundred to a thousand
+            examples.
 
     Raises:
         ValueError: if a state is not finite.
     """
     if not bool(states.isfinite().all()):
-        raise ValueError("the model's states of the task are not finite")
-    # Of a few hundred rows, and so on the CPU, where float64 is to be had: the same on every device.
+        raise ValueError(
+            "the model's hidden states on the task's examples are not finite. Lower the learning rate: an earlier task "
+            "may have diverged"
+        )
+    # There are only a few hundred rows. In float64 on the CPU the result is the same for every device.
     states, labels = states.cpu().double(), labels.cpu()
     mean, deviation = states.mean(0), states.std(0, correction=0)
-    # An entry that never changes says nothing.
+    # A constant entry carries no information.
     scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / deviation, 0)
     standard = (states - mean) * scale
     weight = torch.zeros(head.out_features, states.shape[1], dtype=torch.float64, requires_grad=True)

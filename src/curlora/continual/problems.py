@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, in words: where, what was found, and what was probably meant."""
+"""Error messages about a recipe: where the error is, what was found, and what was probably meant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 __all__ = ["at_their_places", "describe_errors", "place", "unknown_names"]
 
-# What a key is called in PEFT, transformers, TRL and Axolotl, and what it is called where it is not known.
+# Keys of PEFT, transformers, TRL and Axolotl, and what the same thing is called here or in another adapter.
 _ELSEWHERE = {
     "adapter": ["method"],
     "alpha": ["lora_alpha"],
@@ -45,7 +45,7 @@ _ELSEWHERE = {
 
 
 def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kind: str = "key") -> str:
-    """Say that ``owner`` has no such names, and which ones it has that are near.
+    """Return a message that ``owner`` has no such names, with similar names that it has.
 
     >>> unknown_names("training", ["epoch"], ["epochs", "batch_size"])
     "training has no key 'epoch'. Did you mean 'epochs'?"
@@ -65,7 +65,7 @@ def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kin
 
 
 def place(location: Sequence[int | str], content: Any) -> str:
-    """Where an entry stands in a recipe, with methods, tasks and texts by their names.
+    """Return where an entry stands in a recipe, with methods, tasks and texts by their names.
 
     >>> place(["tasks", 0, "train", "limit"], {"tasks": [{"name": "sst2"}]})
     "task 'sst2': train.limit"
@@ -81,18 +81,18 @@ def place(location: Sequence[int | str], content: Any) -> str:
 
 
 def at_their_places(lines: Sequence[str]) -> PydanticCustomError:
-    """An error of several, each of which says where it is."""
+    """Make one error of several messages, each of which names its place."""
     return PydanticCustomError("at_their_places", "{lines}", {"lines": "\n".join(lines)})
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], content: Any, within: str = "") -> list[str]:
-    """A line for each thing that pydantic found.
+    """Return a line for each problem that pydantic found.
 
     Args:
-        error: of ``model``.
-        model: what ``content`` is to be.
-        content: as it was given.
-        within: where that stands.
+        error: the error that validating ``content`` raised.
+        model: the model that ``content`` was validated against.
+        content: the input.
+        within: where ``content`` stands in the recipe.
     """
     lines: list[str] = []
     extra: dict[tuple[int | str, ...], tuple[list[int | str], list[str]]] = {}
@@ -119,13 +119,13 @@ def _message(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     found = error["input"]
     if error["type"] == "string_type" and isinstance(found, bool):
-        return f"a text is expected, got {found}. Quote it: YAML reads yes, no, on and off as truth values"
+        return f"a string is expected, got {found}. Quote the value: YAML reads yes, no, on and off as booleans"
     told = error["type"] in ("value_error", "at_their_places") or isinstance(found, (dict, list, tuple, BaseModel))
     return message if told else f"{message}, got {found!r}"
 
 
 def _existing(location: Sequence[int | str], content: Any) -> list[int | str]:
-    """Without what pydantic adds where a value may be of several types."""
+    """Return the location without the names that pydantic adds for unions of types."""
     found: list[int | str] = []
     for number, key in enumerate(location):
         last = number == len(location) - 1
@@ -133,19 +133,19 @@ def _existing(location: Sequence[int | str], content: Any) -> list[int | str]:
             content = content.get(key)
         elif isinstance(content, list) and isinstance(key, int) and key < len(content):
             content = content[key]
-        elif not (isinstance(key, int) and isinstance(content, dict)):  # one, where several may be
+        elif not (isinstance(key, int) and isinstance(content, dict)):  # a single entry in place of a list
             continue
         found.append(key)
     return found
 
 
 def _model_at(model: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel] | None:
-    """The model of what stands there."""
+    """Return the model of the entry at a location."""
     found: type[BaseModel] | None = model
     several: list[type[BaseModel]] = []
     for key in location:
         if (chosen := next((one for one in several if one.__name__ == key), None)) is not None:
-            found = chosen  # by its tag, where one of several is expected
+            found = chosen  # the member of a union, by its tag
         elif found is not None and isinstance(key, str) and key in found.model_fields:
             several = list(_models(found.model_fields[key].annotation))
             found = next(iter(several), None)

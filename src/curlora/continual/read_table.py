@@ -1,4 +1,4 @@
-"""Tables from local files and from the hub, checked while they are read."""
+"""Read tables from local files and from the Hugging Face hub, and check them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["TABLE_SUFFIXES", "Place", "Table", "read_table"]
 class Place(BaseModel):
     """A table: a local ``.tsv``, ``.csv``, ``.jsonl``, ``.json`` or ``.parquet`` file, or a data set of the hub.
 
-    ``quoted`` says whether a TSV or CSV file uses quotation marks to enclose fields (GLUE's do not). ``columns`` names
-    those of a TSV or CSV file that has no heading.
+    ``quoted`` says whether a TSV or CSV file encloses fields in quotation marks (GLUE's files do not). ``columns``
+    names the columns of a TSV or CSV file without a header.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +41,7 @@ class Place(BaseModel):
         try:
             codecs.lookup(value)
         except LookupError as error:
-            raise ValueError(f"Python knows no encoding {value!r}; utf-8, utf-16 and latin-1 are some") from error
+            raise ValueError(f"{value!r} is not an encoding of Python, such as utf-8, utf-16 or latin-1") from error
         return value
 
     @field_validator("columns")
@@ -49,7 +49,7 @@ class Place(BaseModel):
     def _distinct_columns(cls, value: list[str] | None) -> list[str] | None:
         twice = _twice(value or [])
         if twice is not None:
-            raise ValueError(f"{twice!r} is there twice")
+            raise ValueError(f"{twice!r} is listed twice")
         return value
 
     @model_validator(mode="after")
@@ -59,7 +59,7 @@ class Place(BaseModel):
         if self.hub is not None and self.split is None:
             raise ValueError("a data set of the hub needs split")
         if self.columns is not None and (self.path is None or self.path.suffix.lower() not in _SEPARATORS):
-            raise ValueError("columns name those of a TSV or CSV file without a heading")
+            raise ValueError("columns is only for a TSV or CSV file without a header")
         return self
 
 
@@ -68,8 +68,8 @@ class Table:
     """Rows with named columns.
 
     Args:
-        columns: the names. A row may lack some.
-        rows: a mapping each; a sequence, or a data set of the library ``datasets``.
+        columns: the columns' names. A row may lack some of them.
+        rows: a list of mappings, or a data set of the library ``datasets``.
     """
 
     columns: Sequence[str]
@@ -82,15 +82,15 @@ class Table:
         return iter(self.rows)
 
     def select(self, numbers: Sequence[int]) -> Table:
-        """The rows of these numbers, in this order."""
+        """Return a table of the rows with these numbers, in this order."""
         rows = [self.rows[i] for i in numbers] if isinstance(self.rows, list) else self.rows.select(numbers)
         return Table(self.columns, rows)
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
-        """Check that the columns are there.
+        """Check that the columns exist.
 
         Raises:
-            DataError: naming the first that is not.
+            DataError: naming the first missing column.
         """
         for column in columns:
             if column not in self.columns:
@@ -100,25 +100,25 @@ class Table:
 def read_table(place: Place, where: str) -> Table:
     """Read a table.
 
-    Every field of a TSV or CSV file is a string, as it stands there. Text of JSON stays text: nothing is taken for a
-    date or a number that the file has in quotation marks.
+    Every field of a TSV or CSV file is a string, exactly as written. Strings of JSON stay strings: they are not
+    converted to dates or numbers.
 
     Args:
         place: the file or data set.
-        where: names it in errors.
+        where: how errors call it.
 
     Raises:
-        DataError: if it is not there, is no such file, or has no rows; if a row of a TSV or CSV file has more or fewer
-            fields than the heading, with the line; if two columns have one name.
+        DataError: if the file is missing, is of another type than its name says, or has no rows; if a line of a TSV or
+            CSV file has more or fewer fields than the header; or if two columns have the same name.
     """
     if place.hub is not None:
         return _from_hub(place, where)
     assert place.path is not None
     if not place.path.is_file():
-        raise DataError(f"{where}: {'is a folder' if place.path.is_dir() else 'there is no such file'}")
+        raise DataError(f"{where}: {'is a folder, not a file' if place.path.is_dir() else 'there is no such file'}")
     suffix = place.path.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        raise DataError(f"{where}: {suffix or 'no'} is not among the file types that are read: {_listed()}")
+        raise DataError(f"{where}: the file type {suffix or '(none)'} is not supported; supported are {_listed()}")
     try:
         _check_signature(place.path, suffix, where)
         if suffix == ".parquet":
@@ -132,7 +132,7 @@ def read_table(place: Place, where: str) -> Table:
     except UnicodeDecodeError as error:
         raise DataError(
             f"{where}: is not text in the encoding {place.encoding}: {error.reason} at byte {error.start}. If it is "
-            "text in another encoding, say which under encoding"
+            "text in another encoding, set encoding to it"
         ) from error
     except UnicodeError as error:
         raise DataError(f"{where}: is not text in the encoding {place.encoding}: {error}") from error
@@ -146,7 +146,7 @@ def read_table(place: Place, where: str) -> Table:
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLE_SUFFIXES = (".tsv", ".csv", ".jsonl", ".json", ".parquet")
-"""Of files that are read as tables."""
+"""File types that are read as tables."""
 
 _PARQUET = b"PAR1"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -171,52 +171,54 @@ def _listed() -> str:
 
 
 def _check_signature(path: Path, suffix: str, where: str) -> None:
-    """Refuse what is another kind of file than its name says, before a reader makes something else of it."""
+    """Reject a file of another type than its name says, before a reader misreads it."""
     with path.open("rb") as stream:
         start = stream.read(16)
     if not start:
         raise DataError(f"{where}: the file is empty")
     if suffix == ".parquet":
         if not start.startswith(_PARQUET):
-            raise DataError(f"{where}: is no Parquet file, whatever its name says")
+            raise DataError(f"{where}: is not a Parquet file, although its name ends in .parquet")
         return
     for signature, kind in _SIGNATURES.items():
         if start.startswith(signature):
-            raise DataError(f"{where}: is {kind}, where {suffix} is text: save it as {suffix}, or give it its own name")
+            raise DataError(
+                f"{where}: is {kind}, but {suffix} files are text. Save it as {suffix}, or correct its file name"
+            )
 
 
 def _lines(place: Place, where: str, newline: str | None) -> Iterator[str]:
-    """The lines of a text file, checked to be text."""
+    """Yield the lines of a file, checking that it is a text file."""
     assert place.path is not None
     with place.path.open("rb") as raw:
         if raw.read(2) in _UTF16 and "16" not in place.encoding:
-            raise DataError(f"{where}: is text in UTF-16: say encoding: utf-16")
+            raise DataError(f"{where}: is text in UTF-16. Set encoding: utf-16")
     with place.path.open(encoding=place.encoding, newline=newline) as stream:
         for number, line in enumerate(stream, start=1):
             if "\0" in line:
                 raise DataError(
-                    f"{where}: line {number} holds a NUL character, so this is no text file, or text in another "
-                    "encoding: say which under encoding"
+                    f"{where}: line {number} holds a NUL character, so this is not a text file, or its text is in "
+                    "another encoding. Set encoding to it"
                 )
             yield line.removeprefix("\ufeff") if number == 1 else line
 
 
 def _from_csv(place: Place, separator: str, where: str) -> Table:
     quoting: Any = csv.QUOTE_MINIMAL if place.quoted else csv.QUOTE_NONE
-    # Strict: otherwise a quotation mark that is never closed takes all lines up to the next one for one field.
+    # Without strict, a quotation mark that is not closed makes one field of all text up to the next quotation mark.
     reader = csv.reader(_lines(place, where, newline=""), delimiter=separator, quoting=quoting, strict=True)
     columns, named_by = place.columns, "columns names"
     rows: list[dict[str, str]] = []
-    limit = csv.field_size_limit(2**31 - 1)  # the library's is for all readers, and below what a long text has
+    limit = csv.field_size_limit(2**31 - 1)  # a global setting, whose default is too small for long texts
     line = 1
     try:
         for fields in reader:
             if len(fields) > 1 or "".join(fields).strip():  # not a blank line
                 if columns is None:
-                    columns, named_by = _heading(fields, where), "the heading has"
+                    columns, named_by = _heading(fields, where), "the header has"
                 elif len(fields) != len(columns):
                     raise DataError(
-                        f"{where}: line {line} has {_count(len(fields), 'field')}, where {named_by} {len(columns)}"
+                        f"{where}: line {line} has {_count(len(fields), 'field')}, but {named_by} {len(columns)}"
                         + _advice(place, separator, len(fields) > len(columns))
                     )
                 else:
@@ -224,8 +226,8 @@ def _from_csv(place: Place, separator: str, where: str) -> Table:
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{where}: line {line}: {error}. A quotation mark at the start of a field opens it, and must close it; "
-            "where quotation marks enclose nothing, say quoted: false"
+            f"{where}: line {line}: {error}. A field that starts with a quotation mark must end with one. If the file "
+            "does not enclose fields in quotation marks, set quoted: false"
         ) from error
     finally:
         csv.field_size_limit(limit)
@@ -233,9 +235,9 @@ def _from_csv(place: Place, separator: str, where: str) -> Table:
 
 
 def _heading(names: Sequence[str], where: str) -> list[str]:
-    twice = _twice([name for name in names if name])  # a column without a name, as pandas writes its index, is nobody's
+    twice = _twice([name for name in names if name])  # pandas writes its index as a column without a name
     if twice is not None:
-        raise DataError(f"{where}: two columns have the name {twice!r}: rename one of them")
+        raise DataError(f"{where}: two columns have the name {twice!r}. Rename one of them")
     return list(names)
 
 
@@ -244,8 +246,8 @@ def _advice(place: Place, separator: str, more: bool) -> str:
         return ""
     name = "tab" if separator == "\t" else "comma"
     if place.quoted:
-        return f": put a text that holds a {name} in quotation marks"
-    return f": a text that holds a {name} needs quotation marks around it, and quoted: true"
+        return f". Enclose text that holds a {name} in quotation marks"
+    return f". Enclose text that holds a {name} in quotation marks, and set quoted: true"
 
 
 def _from_json(place: Place, where: str) -> Table:
@@ -257,7 +259,7 @@ def _from_json(place: Place, where: str) -> Table:
         try:
             whole = json.loads("".join(lines))
         except ValueError as error:
-            raise DataError(f"{where}: is not JSON: {error}") from error
+            raise DataError(f"{where}: is not valid JSON: {error}") from error
         rows = whole if isinstance(whole, list) else [whole]
     else:
         rows = []
@@ -267,12 +269,12 @@ def _from_json(place: Place, where: str) -> Table:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
                     at = f"{error.msg}, column {error.colno}"
-                    raise DataError(f"{where}: line {number} is not JSON: {at}") from error
-    columns: dict[str, None] = {}  # a set that keeps its order
+                    raise DataError(f"{where}: line {number} is not valid JSON: {at}") from error
+    columns: dict[str, None] = {}  # an ordered set
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(
-                f"{where}: row {number} is {_kind(row)}, where an object is expected that has a value for each column"
+                f"{where}: row {number} is {_kind(row)}, but an object with a value for each column is expected"
             )
         columns.update(dict.fromkeys(row))
     if any("\\ud" in line or "\\uD" in line for line in lines):
@@ -289,12 +291,14 @@ def _is_json(line: str) -> bool:
 
 
 def _check_surrogates(rows: Sequence[Any], where: str) -> None:
-    """JSON can say half of a character, which no tokenizer takes."""
+    """Reject unpaired surrogates, which JSON allows but no tokenizer accepts."""
     for number, row in enumerate(rows):
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{where}: row {number} holds half of a character: {error.reason}") from error
+            raise DataError(
+                f"{where}: row {number} holds half of a character (an unpaired surrogate): {error.reason}"
+            ) from error
 
 
 def _from_parquet(path: Path) -> Table:
@@ -311,7 +315,7 @@ def _from_hub(place: Place, where: str) -> Table:
     try:
         rows = datasets.load_dataset(place.hub, place.subset, split=place.split, revision=place.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{where}: cannot be had from the hub: {error}") from error
+        raise DataError(f"{where}: cannot be loaded from the hub: {error}") from error
     if not len(rows):
         raise DataError(f"{where}: the split has no rows")
     return Table(rows.column_names, rows)
@@ -326,5 +330,5 @@ def _count(number: int, noun: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a text", bool: "a truth value", int: "a number", float: "a number"}
+    names = {list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""A run as a YAML file: the model, the stream of tasks, the methods, the seeds, the held-out texts."""
+"""Recipes: a run as a YAML file with its model, tasks, methods, seeds and held-out texts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """The base model: a folder or a hub id, and a GGUF file in it where there is one.
+    """The base model: a folder or a hub id, and optionally a GGUF file in it.
 
     ``quantization`` is a ``quantization_config`` of transformers, such as
     ``{quant_method: bitsandbytes, load_in_4bit: true}``.
@@ -75,28 +75,28 @@ class ModelPart(_Part):
         return value
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, which can pad."""
+        """Load the model's tokenizer and set a padding token."""
         self._check_folder()
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model.name: the tokenizer of {self.name} cannot be had: {error}") from error
-        if tokenizer.pad_token is None:  # any will do: padding is masked
+            raise RecipeError(f"model.name: the tokenizer of {self.name} cannot be loaded: {error}") from error
+        if tokenizer.pad_token is None:  # any token works, because padding is masked
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         return tokenizer
 
     def load_empty(self) -> torch.nn.Module:
-        """The model on the meta device, of its configuration alone: without weights, and not quantized."""
+        """Make the model from its configuration on the meta device: without weights, and not quantized."""
         self._check_folder()
         try:
             config = AutoConfig.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
         except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model.name: {self.name} cannot be had: {error}") from error
+            raise RecipeError(f"model.name: the configuration of {self.name} cannot be loaded: {error}") from error
 
     def load(self) -> torch.nn.Module:
-        """A fresh model."""
+        """Load a fresh model."""
         given = self.quantization
         self._check_folder()
         try:
@@ -116,9 +116,10 @@ class ModelPart(_Part):
 
 
 class Resources(_Part):
-    """What a method with one seed is given to run on: CPU threads (all of the process's if ``None``) and GPUs.
+    """The CPU threads and GPUs that one method with one seed runs on.
 
-    ``gpus`` counts where a run is shared out over workers; a share such as 0.5 puts two of them on one GPU.
+    ``cpus`` is the number of threads; all of the process's if ``None``. ``gpus`` is used only with workers; 0.5 puts
+    two workers on one GPU.
     """
 
     cpus: Annotated[int, Field(gt=0)] | None = None
@@ -126,11 +127,11 @@ class Resources(_Part):
 
 
 class MethodPart(_Part):
-    """A method: ``frozen``, ``full``, or an adapter of PEFT with its configuration's options; and plug-ins.
+    """A method, ``frozen``, ``full`` or an adapter of PEFT with the options of its configuration, and its plug-ins.
 
-    With ``adapter_per_task`` each task trains an adapter of its own, beside those of earlier tasks. ``training`` holds
-    settings that are different for this method. In the place of any value but a name ``{grid: [...]}`` stands for
-    several methods, one with each of the values; ``grid`` is then what one of them has there.
+    With ``adapter_per_task`` each task trains its own adapter beside those of earlier tasks. ``training`` overrides
+    settings for this method. ``{grid: [...]}`` in place of any value but a name stands for several methods, one for
+    each value; ``grid`` then holds one method's values.
     """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(@[A-Za-z0-9_.,=+-]+)?$")]
@@ -161,7 +162,7 @@ class MethodPart(_Part):
         return self
 
     def make(self, protocol: Protocol) -> Method:
-        """The method under a protocol.
+        """Make the method under a protocol.
 
         Raises:
             ValueError: if the method, a plug-in or one of their options is unknown, missing or not allowed.
@@ -190,25 +191,25 @@ class MethodPart(_Part):
             raise ValueError(f"plugins: a plug-in needs a name: {plugin}")
         name, rest = plugin["name"], {key: value for key, value in plugin.items() if key != "name"}
         if [other.get("name") for other in self.plugins].count(name) > 1:
-            raise ValueError(f"plugins: {name!r} is there twice")
+            raise ValueError(f"plugins: {name!r} is listed twice")
         made = make_plugin(name, rest)
         if made.only_for not in (None, self.method):
-            raise ValueError(f"plug-in {name!r} is for method {made.only_for!r} alone")
+            raise ValueError(f"plug-in {name!r} is only for method {made.only_for!r}, not for {self.method!r}")
         if self.adapter_per_task and made.holds_trained:
             raise ValueError(
-                f"plug-in {name!r} holds what earlier tasks have trained, and with adapter_per_task nothing changes "
-                "that"
+                f"plug-in {name!r} protects what earlier tasks have trained. With adapter_per_task later tasks do not "
+                "change that: leave the plug-in out"
             )
         return lambda: make_plugin(name, rest)
 
 
 def _distinct(values: list[Any]) -> list[Any]:
     names = [getattr(value, "name", value) for value in values]
-    # Folders are called so, and some systems do not tell A from a there.
+    # The names are folder names, and some file systems ignore case.
     plain = [name.casefold() if isinstance(name, str) else name for name in names]
     twice = [name for name, same in zip(names, plain, strict=True) if plain.count(same) > 1]
     if twice:
-        raise ValueError(f"{twice[0]!r} is there twice")
+        raise ValueError(f"{twice[0]!r} is listed twice")
     return values
 
 
@@ -227,22 +228,28 @@ Text = Annotated[
 ]
 
 
-_OF_A_RUN = ("forward_transfer", "cache_frozen_layers", "fp32_products")  # settings that no task has for itself
 
 
 class Recipe(_Part):
-    """A run. Paths in it are relative to the recipe's own folder, and may hold ``${VARIABLES}`` of the environment.
+    """A run.
 
-    A method ``frozen`` (heads only) is added where there is none: no accuracy is shown without the frozen model's.
-    ``output`` is relative to the working directory.
-    ``heldout`` are texts that no method is shown; ``guard`` is a general text that plug-ins go by, another than those
-    that are held out. Either may be what the base model answers to ``prompts`` or writes itself (``written_by``).
-    ``orders`` are further orders of the tasks, each a list of all their names, or ``all`` of them; every method is run
-    in each, beginning with the order in which ``tasks`` stand.
-    ``limits`` are what the report looks for the best of each method within, on the guard's text: ``kl`` from the base
-    model in nats per token, ``perplexity_increase`` as a share.
-    ``switches`` set some switches of the ``protocol`` otherwise; ``reference`` holds what is different in ``training``
-    where the protocol is the paper's.
+    Paths are relative to the recipe's folder and may hold ``${VARIABLES}`` of the environment. ``output`` is relative
+    to the working directory.
+
+    A method ``frozen`` (heads only) is added if there is none, so every accuracy can be compared with the frozen
+    model's.
+
+    ``heldout`` are texts that no method uses. ``guard`` is a general text that plug-ins use; it must differ from the
+    held-out texts. Each of them may also be the base model's answers to ``prompts``, or text that the model writes
+    freely (``written_by``).
+
+    ``orders`` are further orders of the tasks, each a list of all their names, or ``all`` orders. Every method is run
+    in the order of ``tasks`` first and then in each of these.
+
+    ``limits`` are limits on the guard's text: ``kl`` from the base model in nats per token, ``perplexity_increase`` as
+    a fraction. For each limit the report shows the best of each method within it.
+
+    ``switches`` changes switches of the ``protocol``. ``reference`` overrides ``training`` under the paper's protocol.
     """
 
     title: str
@@ -261,7 +268,7 @@ class Recipe(_Part):
     limits: dict[Literal["kl", "perplexity_increase"], list[Annotated[float, Field(gt=0)]]] = {}
     output: Path | None = None
 
-    # Paths as they are used, and as they were written.
+    # Maps the paths in use to the paths as written in the recipe.
     _written: dict[str, str] = PrivateAttr(default_factory=dict)
 
     @field_validator("methods", mode="before")
@@ -269,7 +276,7 @@ class Recipe(_Part):
     def _grids(cls, methods: Any) -> Any:
         if not isinstance(methods, list):
             return methods
-        # An entry that comes with its grid's values has been expanded before.
+        # An entry with the values of its grid is already expanded.
         return [
             one
             for method in methods
@@ -282,7 +289,7 @@ class Recipe(_Part):
         if any(part.method == "frozen" for part in methods):
             return methods
         if any(part.name == "frozen" for part in methods):
-            raise ValueError("the name 'frozen' is for the method that trains the heads alone")
+            raise ValueError("the name 'frozen' is reserved for the method frozen, which trains only the heads")
         return [MethodPart(name="frozen", method="frozen", label="Heads only"), *methods]
 
     @field_validator("orders", mode="before")
@@ -292,7 +299,9 @@ class Recipe(_Part):
         if value != "all":
             return value
         if len(names) > _PERMUTED_AT_MOST:
-            raise ValueError(f"all orders of {len(names)} tasks are too many; name some of them")
+            raise ValueError(
+                f"all orders of {len(names)} tasks are too many (at most {_PERMUTED_AT_MOST} tasks); list some orders"
+            )
         return [list(order) for order in itertools.permutations(names)][1:]
 
     @field_validator("orders")
@@ -301,9 +310,9 @@ class Recipe(_Part):
         names = [task.name for task in info.data.get("tasks", [])]
         for number, order in enumerate(orders):
             if sorted(order) != sorted(names):
-                raise ValueError(f"an order names each task once: {', '.join(names)}; got {', '.join(order)}")
+                raise ValueError(f"an order must name each task once: {', '.join(names)}; got {', '.join(order)}")
             if order == names or order in orders[:number]:
-                raise ValueError(f"the order {', '.join(order)} is there twice (the first is that of tasks)")
+                raise ValueError(f"the order {', '.join(order)} is listed twice (the order of tasks is the first)")
         return orders
 
     @field_validator("heldout", mode="before")
@@ -341,7 +350,7 @@ class Recipe(_Part):
         changes = [(f"task {name!r}: training", variant.training) for name, variant in variants]
         _check_settings(None, changes)
         misplaced = [
-            f"task {task.name!r}: training: {key} is for all tasks alike"
+            f"task {task.name!r}: training: {key} must be the same for all tasks"
             for task in tasks
             for key in sorted(
                 task.training.keys() & {"forward_transfer", "cache_frozen_layers", "fp32_products", *SWITCHES}
@@ -354,15 +363,17 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _guard_is_there(self) -> Recipe:
         if self.guard is not None and self.guard.name in [text.name for text in self.heldout]:
-            raise ValueError(f"guard and heldout: {self.guard.name!r} is there twice; the guard's text is another one")
+            raise ValueError(
+                f"guard and heldout: both have the name {self.guard.name!r}. The guard's text must be another text"
+            )
         lacking = [
-            f"method {method.name!r}: plug-in {plugin['name']!r} goes by a general text: say which, under guard"
+            f"method {method.name!r}: plug-in {plugin['name']!r} needs a general text: name one under guard"
             for method in self.methods
             for plugin in method.plugins
             if PLUGINS[plugin["name"]].needs_guard_text and self.guard is None
         ]
         lacking += [
-            f"method {method.name!r} goes by a general text: say which, under guard"
+            f"method {method.name!r} needs a general text: name one under guard"
             for method in self.methods
             if self.guard is None and method.make(Protocol()).needs_guard_text
         ]
@@ -376,11 +387,13 @@ class Recipe(_Part):
         _check_settings(self.training, [("reference", self.reference)])
         for task in self.tasks:
             if task.kind != "classification" and readout == "last_position":
-                raise ValueError(f"readout: last_position is about classes, and task {task.name!r} is of text")
+                raise ValueError(
+                    f"readout: last_position is for classification tasks, but task {task.name!r} is a {task.kind} task"
+                )
             for variant in (task, task.variant(reference=True)):
                 _check_settings(self.settings(), [(f"task {task.name!r}: training", variant.training)])
         misplaced = [
-            f"method {method.name!r}: training: {key!r} is not a setting of one method: "
+            f"method {method.name!r}: training: {key!r} cannot differ between methods; these settings can: "
             f"{', '.join(sorted(OF_A_METHOD))}"
             for method in self.methods
             for key in sorted(set(method.training) - OF_A_METHOD)
@@ -391,9 +404,9 @@ class Recipe(_Part):
         return self
 
     def portable(self) -> Recipe:
-        """The recipe with its paths as they were written, and a model's folder by its name alone.
+        """Return the recipe with its paths as written and only the name of a model's folder.
 
-        It says what is run and not where the files lie, and is what a run is known by.
+        It says what is run but not where the files are, and identifies a run.
         """
         content = _replaced(self.model_dump(mode="json"), self._written)
         if Path(content["model"]["name"]).is_absolute():
@@ -401,12 +414,12 @@ class Recipe(_Part):
         return Recipe.model_validate(content)
 
     def settings(self) -> Settings:
-        """The settings under the protocol."""
+        """Return the settings under the protocol."""
         changes = self.reference if self.protocol == "paper" else {}
         return self.training.changed({**changes, **self.switched().settings})
 
     def switched(self) -> Protocol:
-        """The protocol with its switches."""
+        """Return the protocol with its switches."""
         try:
             return Protocol.named(self.protocol, **self.switches)
         except ValidationError as error:
@@ -414,7 +427,7 @@ class Recipe(_Part):
 
 
 def _check_settings(settings: Settings | None, changes: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Check settings of which some are changed somewhere; of ``None``, each of the changed ones by itself."""
+    """Check ``settings`` with each of the changes; if ``None``, check each changed entry by itself."""
     problems: list[str] = []
     for where, change in changes:
         try:
@@ -427,9 +440,9 @@ def _check_settings(settings: Settings | None, changes: Sequence[tuple[str, dict
 
 
 def packaged_recipes() -> dict[str, Path]:
-    """The recipes that come with curlora, by name."""
+    """Return the paths of the recipes that come with curlora, by name."""
     folder = Path(str(resources.files("curlora").joinpath("recipes")))
-    # The demo's files have to be fetched first: `curlora demo`.
+    # The demo's recipes are left out: `curlora demo` downloads their files first.
     return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem not in ("demo", "demo-full")}
 
 
@@ -437,13 +450,13 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
     """Read and check a recipe.
 
     Args:
-        path: the YAML file, or the name of one that comes with curlora.
-        changes: ``key.key=value`` each, a number in the place of a key for an entry of a list; the value is YAML.
-        folder: what paths in the recipe are relative to; the recipe's own if ``None``.
+        path: the YAML file, or the name of a recipe that comes with curlora.
+        changes: strings ``key.key=value``, with a number in place of a key for an entry of a list; the value is YAML.
+        folder: the folder that paths in the recipe are relative to; the recipe's own folder if ``None``.
 
     Raises:
-        RecipeError: if the file is not there, is not YAML, or an entry is missing, unknown or not allowed: with
-            every such entry named.
+        RecipeError: if the file does not exist or is not YAML; or naming every entry that is missing, unknown or not
+            allowed.
     """
     path = Path(path)
     if not path.exists() and str(path) in packaged_recipes():

@@ -1,4 +1,4 @@
-"""A recipe's file becomes its content: YAML with variables, changes from the command line, and paths."""
+"""Read a recipe's file: YAML with variables, changes from the command line, and paths."""
 
 from __future__ import annotations
 
@@ -24,23 +24,24 @@ def read_recipe_file(
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Read a YAML file, apply changes to it, fill in its variables, and make its paths absolute.
 
-    Variables are OmegaConf's: ``${training.epochs}`` is another entry, ``${oc.env:NAME}`` a variable of the
-    environment, and ``\\${`` begins none. ``${NAME}`` is short for ``${oc.env:NAME}`` unless a recipe has a key of that
-    name.
+    Variables are OmegaConf's: ``${training.epochs}`` refers to another entry and ``${oc.env:NAME}`` to an environment
+    variable; ``\\${`` is a literal ``${``. ``${NAME}`` is short for ``${oc.env:NAME}`` unless a recipe has a key of
+    that name.
 
     Args:
         path: the file.
-        changes: ``key.key=value`` each, a number in the place of a key for an entry of a list; the value is YAML.
-        folder: what paths are relative to.
-        keys: of a recipe.
+        changes: strings ``key.key=value``, with a number in place of a key for an entry of a list; the value is YAML.
+        folder: the folder that paths are relative to.
+        keys: the keys of a recipe.
 
     Returns:
-        The content; for each path, and the model's folder, how it was written; and what is wrong, by its place: a
-        variable without a value, for which ``None`` stands, and a model's folder that is not there.
+        A triple of the content; a mapping from each path, and the model's folder, to how it was written; and the
+        problems by their places. A problem is a variable without a value, which is ``"???"`` in the content, or a
+        model's folder that does not exist.
 
     Raises:
         OSError: if there is no such file.
-        RecipeError: if it is not YAML, or a change names no place.
+        RecipeError: if the file is not YAML, or a change names no place in it.
     """
     try:
         config = OmegaConf.create(path.read_text(encoding="utf-8"))
@@ -48,7 +49,7 @@ def read_recipe_file(
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(config, DictConfig) or not config:
         raise RecipeError(
-            f"{path} holds no recipe: a mapping with title, model, tasks, methods and heldout is expected"
+            f"{path} is not a recipe: a mapping with title, model, tasks, methods and heldout is expected"
         )
     for change in changes:
         _apply(config, change)
@@ -57,7 +58,7 @@ def read_recipe_file(
     try:
         content = _filled_in(OmegaConf.create(_with_environment(as_written, keys)), as_written, [], keys, wrong)
     except RecursionError:
-        raise RecipeError(f"{path}: a variable refers to what it is a part of") from None
+        raise RecipeError(f"{path}: a variable refers to an entry that contains the variable itself") from None
     written: dict[str, str] = {}
     content = _with_paths(content, as_written, folder, written)
     if isinstance(content.get("output"), str):
@@ -76,12 +77,12 @@ def read_recipe_file(
 def _apply(config: DictConfig, change: str) -> None:
     key, found, text = change.partition("=")
     if not found:
-        raise RecipeError(f"{change!r} is not a change: key.key=value is expected")
+        raise RecipeError(f"{change!r} is not a valid change: key.key=value is expected")
     try:
         value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         OmegaConf.update(config, key, value["value"], merge=False, force_add=True)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{change!r}: what is behind = is not YAML: {error}") from error
+        raise RecipeError(f"{change!r}: the value after = is not YAML: {error}") from error
     except (OmegaConfBaseException, ValueError, IndexError, TypeError, AssertionError) as error:
         raise RecipeError(f"{change!r} names no place in the recipe: {str(error).partition(chr(10))[0]}") from error
 
@@ -90,7 +91,7 @@ _SHORT = re.compile(r"(?<!\\)((?:\\\\)*)\$\{\s*([A-Za-z_][A-Za-z0-9_]*)\s*\}")
 
 
 def _with_environment(content: Any, keys: Collection[str]) -> Any:
-    """With ``${oc.env:NAME}`` for each ``${NAME}`` that is no key of a recipe."""
+    """Replace each ``${NAME}`` that is not a key of a recipe by ``${oc.env:NAME}``."""
     if isinstance(content, dict):
         return {key: _with_environment(value, keys) for key, value in content.items()}
     if isinstance(content, list):
@@ -101,7 +102,7 @@ def _with_environment(content: Any, keys: Collection[str]) -> Any:
 
 
 def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collection[str], wrong: dict[str, str]) -> Any:
-    """Plain values, with each variable filled in that has a value."""
+    """Return plain values, with each variable replaced by its value if it has one."""
     if not isinstance(config, (DictConfig, ListConfig)):
         return config
     values: dict[Any, Any] = {}
@@ -111,14 +112,14 @@ def _filled_in(config: Any, as_written: Any, location: list[Any], keys: Collecti
         try:
             values[key] = _filled_in(config[key], as_written, here, keys, wrong)
         except OmegaConfBaseException as error:
-            values[key] = "???"  # so that nothing else is said of it than what is about to be
+            values[key] = "???"  # any other error about this place is dropped later
             wrong[place(here, as_written)] = _explained(error, keys)
     return values if isinstance(config, DictConfig) else list(values.values())
 
 
 def _explained(error: OmegaConfBaseException, keys: Collection[str]) -> str:
     if isinstance(error, MissingMandatoryValue):
-        return "??? stands for a value that is to be given, such as by --set"
+        return "??? stands for a missing value; give one, for example with --set"
     unset = re.search(r"Environment variable '(.+?)' not found", str(error))
     if unset is None:
         return str(error).strip().partition("\n")[0]
@@ -127,7 +128,7 @@ def _explained(error: OmegaConfBaseException, keys: Collection[str]) -> str:
 
 
 def _with_paths(content: Any, as_written: Any, folder: Path, written: dict[str, str], key: str = "") -> Any:
-    """With absolute paths; ``written`` gets how they were written."""
+    """Return the content with absolute paths, and record in ``written`` how they were written."""
     if isinstance(content, dict):
         before = as_written if isinstance(as_written, dict) else {}
         return {name: _with_paths(v, before.get(name), folder, written, str(name)) for name, v in content.items()}

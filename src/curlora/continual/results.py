@@ -1,4 +1,4 @@
-"""What a run leaves behind in ``results.json``. The fields are described in ``docs/results.md``."""
+"""The contents of ``results.json``. The fields are described in ``docs/results.md``."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 4
-_READ = (3, SCHEMA_VERSION)  # what version 3 lacks has defaults
+_READ = (3, SCHEMA_VERSION)  # fields that version 3 lacks have defaults
 
 
 class ResultsError(ValueError):
-    """A file does not hold the results of a run."""
+    """A file does not hold valid results of a run."""
 
 
 class _Record(BaseModel):
@@ -47,9 +47,10 @@ class _Record(BaseModel):
 class TaskInfo(_Record):
     """A task of the stream, without its texts.
 
-    Examples are those that were used. Of them ``train_cut`` and ``evaluation_cut`` were longer than ``max_length`` and
-    lost what did not fit; beside them ``train_dropped`` and ``evaluation_dropped`` were left out for their length.
-    ``evaluation_in_train`` of those to be scored on are learned from too.
+    ``train_examples`` and ``evaluation_examples`` count the examples that were used. Of these, ``train_cut`` and
+    ``evaluation_cut`` were longer than ``max_length`` and were cut. ``train_dropped`` and ``evaluation_dropped`` count
+    further examples that were left out because of their length. ``evaluation_in_train`` counts evaluation examples that
+    are also in the training split.
     """
 
     name: str
@@ -60,7 +61,7 @@ class TaskInfo(_Record):
     train_examples: int
     evaluation_examples: int
     majority_rate: float
-    train_cut: int = 0  # defaults, so that results from before there were these are read
+    train_cut: int = 0  # defaults: older results lack these fields
     train_dropped: int = 0
     evaluation_cut: int = 0
     evaluation_dropped: int = 0
@@ -68,9 +69,9 @@ class TaskInfo(_Record):
 
 
 class Score(_Record):
-    """Of one task: ``accuracy``, or what the task's metric is, between 0 and 1; the mean ``loss`` per label in nats.
+    """The score on one task: ``accuracy``, or the task's metric, between 0 and 1, and mean ``loss`` per label in nats.
 
-    Where answers were generated, ``unfinished`` is the share of them that were cut off at ``max_new_tokens``.
+    ``unfinished`` is the share of generated answers that were cut off at ``max_new_tokens``.
     """
 
     accuracy: float
@@ -79,7 +80,7 @@ class Score(_Record):
 
     @property
     def perplexity(self) -> float:
-        """``exp(loss)``: of the completions, for tasks that have any."""
+        """``exp(loss)``: for completion and chat tasks, the perplexity of the completions."""
         try:
             return math.exp(self.loss)
         except OverflowError:
@@ -87,7 +88,7 @@ class Score(_Record):
 
 
 class TextScore(_Record):
-    """Of a held-out text: perplexity, and drift from the base model in nats per token."""
+    """The score on a held-out text: perplexity, and drift from the base model in nats per token."""
 
     perplexity: float
     drift: float
@@ -96,10 +97,11 @@ class TextScore(_Record):
 class Guarded(_Record):
     """How a limit on forgetting was kept over one task.
 
-    ``perplexity_rise`` of the guard's own text, relative to the base model, was measured after the task. It is at most
-    ``limit``, or where there is a ``kl``, the divergence from the base model on that text in nats per token, that is.
-    ``scale`` is what was left of the task's change of the model after it was scaled back: 1 is all of it.
-    ``predicted`` is the forgetting that a guard predicted there, in nats per token.
+    ``perplexity_rise`` is the rise of the perplexity of the guard's text relative to the base model, measured after the
+    task. ``kl`` is the KL divergence from the base model on that text in nats per token, if the limit is on it.
+    ``limit`` bounds ``kl`` if it is given, else ``perplexity_rise``. ``scale`` is the fraction of the task's change
+    that was left after it was scaled back; 1 means all of it. ``predicted`` is the drift that a guard predicted, in
+    nats per token.
     """
 
     predicted: float | None = None
@@ -110,16 +112,16 @@ class Guarded(_Record):
 
 
 class SeedResult(_Record):
-    """What one method did over the stream with one seed.
+    """The results of one method over the stream with one seed.
 
-    ``order`` names the tasks in the order in which they were learned, where that is not the stream's own: then ``i``
-    and ``j`` below count in it.
+    ``order`` names the tasks in the order in which they were learned, if that is not the stream's own order. The
+    indices ``i`` and ``j`` below count in this order.
 
-    ``scores[i][j]`` is of task ``j`` after task ``i``. ``before[i]`` is of task ``i`` just before it was learned, and
-    ``base[i]`` of the base model, where that was asked for. ``heldout[name][0]`` is the base model's,
-    ``heldout[name][i + 1]`` the one after task ``i``. ``losses`` are ``(step, loss)`` over the whole stream, and
-    ``drifts`` the drift that a guard predicted at these steps. ``guarded[i]`` is how its budget was kept over task
-    ``i``. Times in seconds.
+    ``scores[i][j]`` is the score on task ``j`` after task ``i``. ``before[i]`` is the score on task ``i`` just before
+    it was learned, and ``base[i]`` the base model's; both are measured only under ``forward_transfer``.
+    ``heldout[name][0]`` is the base model's score on a held-out text, and ``heldout[name][i + 1]`` the score after task
+    ``i``. ``losses`` are pairs ``(step, loss)`` over the whole stream, and ``drifts`` pairs of a step and the drift
+    that a guard predicted there. ``guarded[i]`` says how the limit was kept over task ``i``. Times are in seconds.
     """
 
     seed: int
@@ -129,7 +131,7 @@ class SeedResult(_Record):
     base: list[Score]
     heldout: dict[str, list[TextScore]]
     losses: list[tuple[int, float]]
-    drifts: list[tuple[int, float]] = []  # defaults, so that what was finished before is gone on with
+    drifts: list[tuple[int, float]] = []  # defaults: runs begun by older versions can be resumed
     guarded: list[Guarded] = []
     steps: int
     train_tokens: int
@@ -161,37 +163,37 @@ class SeedResult(_Record):
         return metrics.forward_transfer([s.accuracy for s in self.before], [s.accuracy for s in self.base])
 
     def text(self, name: str | None = None) -> list[TextScore]:
-        """Scores of a held-out text, of the first one if no name is given."""
+        """Return the scores on a held-out text; on the first one if no name is given."""
         return next(iter(self.heldout.values())) if name is None else self.heldout[name]
 
     def lost(self, name: str, figure: Literal["kl", "rise"] = "kl") -> float:
-        """What the whole stream cost on a text: ``KL(base || model)`` in nats per token, or the rise of perplexity."""
+        """Return the forgetting on a text over the stream: KL in nats per token, or the relative rise of perplexity."""
         before, after = self.heldout[name][0], self.heldout[name][-1]
         return after.drift if figure == "kl" else after.perplexity / before.perplexity - 1
 
     @property
     def perplexity_rise(self) -> float:
-        """Relative rise of the first text's perplexity over the whole stream; 0.01 is one per cent."""
+        """Relative rise of the first text's perplexity over the whole stream; 0.01 means 1 %."""
         return self.lost(next(iter(self.heldout)), "rise")
 
 
 class Statistic(_Record):
-    """A figure over seeds: mean, and sample standard deviation where there are several."""
+    """A figure over seeds: mean, and sample standard deviation if there are several seeds."""
 
     mean: float
     deviation: float | None
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Statistic:
-        """Of one figure for each seed."""
+        """Compute the statistic from one value per seed."""
         mean, deviation = metrics.mean_and_deviation(values)
         return cls(mean=mean, deviation=deviation)
 
 
 class MethodResult(_Record):
-    """One method, with every seed.
+    """The results of one method with all seeds.
 
-    ``training`` holds the settings that were different for it, ``grid`` what tells it from the others of its grid.
+    ``training`` holds the settings that were different for this method, and ``grid`` its values in the recipe's grid.
     """
 
     name: str
@@ -208,17 +210,17 @@ class MethodResult(_Record):
 
     @property
     def entry(self) -> str:
-        """What the recipe calls it: the methods of one grid have one entry."""
+        """The name of the method's entry in the recipe; methods of one grid share an entry."""
         return self.name.partition("@")[0]
 
     def over_seeds(self, figure: Callable[[SeedResult], float | None]) -> Statistic | None:
-        """A figure over seeds; ``None`` where a seed has none."""
+        """Return a figure over seeds, or ``None`` if a seed lacks it."""
         values = [figure(seed) for seed in self.seeds]
         known = [value for value in values if value is not None]
         return Statistic.of(known) if len(known) == len(values) else None
 
     def accuracy(self, i: int, j: int) -> Statistic:
-        """Accuracy on task ``j`` after task ``i``."""
+        """Return the accuracy on task ``j`` after task ``i``."""
         return Statistic.of([seed.scores[i][j].accuracy for seed in self.seeds])
 
     @property
@@ -243,12 +245,12 @@ class MethodResult(_Record):
 
     @property
     def perplexity(self) -> Statistic:
-        """Of the first held-out text, after the last task."""
+        """Perplexity of the first held-out text after the last task."""
         return Statistic.of([seed.text()[-1].perplexity for seed in self.seeds])
 
     @property
     def drift(self) -> Statistic:
-        """On the first held-out text, after the last task."""
+        """Drift on the first held-out text after the last task, in nats per token."""
         return Statistic.of([seed.text()[-1].drift for seed in self.seeds])
 
     @property
@@ -256,17 +258,17 @@ class MethodResult(_Record):
         return Statistic.of([seed.perplexity_rise for seed in self.seeds])
 
     def lost(self, name: str, figure: Literal["kl", "rise"] = "kl") -> Statistic:
-        """What the whole stream cost on a text: ``KL(base || model)`` in nats per token, or the rise of perplexity."""
+        """Return the forgetting on a text over the stream: KL in nats per token, or the relative rise of perplexity."""
         return Statistic.of([seed.lost(name, figure) for seed in self.seeds])
 
     def lost_on(
         self, names: Sequence[str], over: Callable[[list[float]], float], figure: Literal["kl", "rise"] = "kl"
     ) -> Statistic:
-        """The same over several texts, such as their mean, or by ``max`` the worst of them, in each run."""
+        """Return the forgetting on several texts, reduced in each run by ``over``, such as ``fmean`` or ``max``."""
         return Statistic.of([over([seed.lost(name, figure) for name in names]) for seed in self.seeds])
 
     def guarded(self, task: int) -> dict[str, Statistic | None] | None:
-        """How the limit was kept over a task, by the fields of :class:`Guarded`; ``None`` where there is no limit."""
+        """Return the fields of :class:`Guarded` for a task over seeds, or ``None`` if there is no limit."""
         records = [seed.guarded[task] for seed in self.seeds if task < len(seed.guarded)]
         if not records:
             return None
@@ -275,21 +277,21 @@ class MethodResult(_Record):
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Trained on, over all seeds."""
+        """Training tokens per second over all seeds."""
         seconds = sum(seed.train_seconds for seed in self.seeds)
         return sum(seed.train_tokens for seed in self.seeds) / seconds if seconds else None
 
     @property
     def seconds(self) -> float:
-        """Mean time of one seed."""
+        """Mean time of one seed in seconds."""
         return Statistic.of([seed.seconds for seed in self.seeds]).mean
 
 
 class RunResults(_Record):
-    """A whole run: one stream, several methods, one or more seeds.
+    """The results of a whole run: one stream, several methods, one or more seeds.
 
-    ``heldout`` describes the texts that are followed, by name; those in ``shown`` plug-ins may go by.
-    ``limits`` are those of the recipe. ``missing`` names what had not been run yet, method and seed.
+    ``heldout`` describes the texts whose perplexity is measured, by name. ``shown`` names those of them that plug-ins
+    may use. ``limits`` are the recipe's limits. ``missing`` names the methods and seeds that have not been finished.
     """
 
     schema_version: int = SCHEMA_VERSION
@@ -315,16 +317,16 @@ class RunResults(_Record):
 
     @property
     def runs(self) -> int:
-        """How many have been finished: each is one method with one seed in one order of the tasks."""
+        """The number of finished runs of one method with one seed in one order of the tasks."""
         return sum(len(method.seeds) for method in self.methods)
 
     @property
     def unseen(self) -> list[str]:
-        """The texts that no method is shown."""
+        """The texts that no method uses."""
         return [name for name in self.heldout if name not in self.shown]
 
     def by_order(self) -> dict[tuple[str, ...], RunResults]:
-        """The run as one for each order of the tasks, by their names; the stream's own order first."""
+        """Split the results by the order of the tasks, given by their names; the stream's own order comes first."""
         own = [task.name for task in self.tasks]
         orders = dict.fromkeys(tuple(seed.order or own) for method in self.methods for seed in method.seeds)
         return {order: self._in_order(order, own) for order in sorted(orders, key=lambda order: order != tuple(own))}
@@ -338,7 +340,7 @@ class RunResults(_Record):
         return self.model_copy(update={"tasks": [self.tasks[own.index(name)] for name in order], "methods": methods})
 
     def unfinished(self, task: int) -> float:
-        """The largest share of a task's generated answers that were cut off, over methods, seeds and stages."""
+        """Return the largest share of a task's generated answers that were cut off, over methods, seeds and stages."""
         name = self.tasks[task].name
         places = [
             (seed, seed.order.index(name) if seed.order else task) for method in self.methods for seed in method.seeds
@@ -346,24 +348,20 @@ class RunResults(_Record):
         return max((row[j].unfinished for seed, j in places for row in seed.scores if j < len(row)), default=0.0)
 
     def save(self, path: Path) -> None:
-        """Write JSON; the file appears whole or not at all."""
+        """Write the results as JSON, atomically."""
         write_whole(path, self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> RunResults:
-        """Read what :meth:`save` wrote.
+        """Read results that :meth:`save` has written.
 
         Raises:
-            ResultsError: if the file is not there, or is not a run's results, naming the file and the field.
+            ResultsError: naming the file and the field, if the file does not exist or does not hold valid results.
         """
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
-            nothing = (
-                "no method of the run in it has been finished yet"
-                if path.parent.is_dir()
-                else "there is no such folder"
-            )
+            nothing = "no method of its run has finished yet" if path.parent.is_dir() else "there is no such folder"
             raise ResultsError(f"{path.parent} holds no results: {nothing}.") from None
         try:
             found = json.loads(text).get("schema_version")
@@ -371,23 +369,23 @@ class RunResults(_Record):
             found = None
         if isinstance(found, int) and found not in _READ:
             raise ResultsError(
-                f"{path} is of version {found} of the schema, where this program reads "
-                f"{' and '.join(map(str, _READ))}. Run the recipe again, or read it with the version of "
-                "curlora that wrote it."
+                f"{path} has version {found} of the schema, but this version of curlora reads only "
+                f"{' and '.join(map(str, _READ))}. Run the recipe again, or read the file with the version of curlora "
+                "that wrote it."
             )
         try:
             return cls.model_validate_json(text)
         except ValueError as error:
-            raise ResultsError(f"{path} does not hold the results of a run: {error}") from error
+            raise ResultsError(f"{path} does not hold valid results of a run: {error}") from error
 
 
 def name_of(method: str, seed: int, order: Sequence[str]) -> str:
-    """One method with one seed, for people; ``order`` is empty where it is the stream's own."""
+    """Return the name of a method with one seed in messages; ``order`` is empty for the stream's own order."""
     return f"{method}, seed {seed}" + (f", in the order {', '.join(order)}" if order else "")
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware, as far as results depend on them."""
+    """Return the versions and hardware that results depend on."""
     packages = ("curlora", "torch", "transformers", "peft", "accelerate")
     return {
         "python": platform.python_version(),

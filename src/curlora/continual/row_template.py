@@ -1,4 +1,4 @@
-"""Texts made of a row's columns, such as ``"Question: {question}"`` or ``"{answers[text][0]}"``."""
+"""Templates of text filled in with a row's columns: ``"Question: {question}"`` or ``"{answers[text][0]}"``."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["RowTemplate", "RowTemplateError"]
 
 
 class RowTemplateError(ValueError):
-    """A template, or a row that it is to be filled in with, is not right; says what."""
+    """A template is invalid, or a row cannot fill it; the message says why."""
 
 
 class RowTemplate(string.Formatter):
-    """A template of Python's format syntax, filled in with the columns of a row.
+    """A template in Python's format syntax, filled in with the columns of a row.
 
-    What is nested is taken by indices: of lists by position, of dicts by key. A value that is neither text, number nor
-    truth value has no text of its own, and is refused, never written as Python would.
+    Indices reach nested values: positions of lists, keys of dicts. Only strings, numbers and booleans can be filled in.
+    Other values are rejected instead of being written in Python's notation.
 
     >>> RowTemplate("{question} {answers[text][0]}", ["question", "answers"]).fill(
     ...     {"question": "Who?", "answers": {"text": ["Ada", "Lovelace"]}}
@@ -31,7 +31,7 @@ class RowTemplate(string.Formatter):
         columns: the names of the table's columns.
 
     Raises:
-        RowTemplateError: if it is not a template, or names what is not a column.
+        RowTemplateError: if it is not a valid template, or names an unknown column.
     """
 
     def __init__(self, given: str, columns: Sequence[str]) -> None:
@@ -40,21 +40,21 @@ class RowTemplate(string.Formatter):
         try:
             names = [name for _, name, _, _ in self.parse(self.template) if name is not None]
         except ValueError as error:
-            raise RowTemplateError(f"{given!r} is not a template: {error}") from error
+            raise RowTemplateError(f"{given!r} is not a valid template: {error}") from error
         for name in names:
             self._split(name)
 
     def fill(self, row: Mapping[str, Any]) -> str:
-        """The text for a row.
+        """Return the text for a row.
 
         Raises:
-            RowTemplateError: if the row has nothing there, or what has no text of its own.
+            RowTemplateError: if the row lacks a value, or has one that is not a string, number or boolean.
         """
         try:
             return self.vformat(self.template, (), row)
         except RowTemplateError:
             raise
-        except ValueError as error:  # such as a format specification that is for numbers
+        except ValueError as error:  # such as a format specification for numbers
             raise RowTemplateError(f"does not fit {self.template!r}: {error}") from error
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, str]:
@@ -65,11 +65,11 @@ class RowTemplate(string.Formatter):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             raise RowTemplateError(f"has no {field_name}")
         if not isinstance(value, (str, int, float)):
-            raise RowTemplateError(f"has {_kind(value)} in {field_name}, which is no text{_advice(field_name, value)}")
+            raise RowTemplateError(f"has {_kind(value)} in {field_name}, not text{_advice(field_name, value)}")
         return value, column
 
     def _split(self, name: str) -> tuple[str, list[str]]:
-        """The column, and the indices into it."""
+        """Return the column and the indices into it."""
         if name in self.columns:
             return name, []
         column, rest = re.fullmatch(r"([^\[]*)(.*)", name, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -77,7 +77,7 @@ class RowTemplate(string.Formatter):
         if column not in self.columns:
             before, dot, after = column.partition(".")
             if dot and before in self.columns:
-                raise RowTemplateError(f"what is in a column is taken by its name in brackets: {before}[{after}]")
+                raise RowTemplateError(f"a value inside a column is written with brackets: {before}[{after}]")
             raise RowTemplateError(f"there is no column {column!r} among {', '.join(self.columns)}")
         if "".join(f"[{key}]" for key in keys) != rest:
             raise RowTemplateError(f"{name!r} is not a column with indices, such as {column}[0]")
@@ -85,7 +85,7 @@ class RowTemplate(string.Formatter):
 
 
 def _item(value: Any, key: str) -> Any:
-    """What is there, or ``None``."""
+    """Return the item at ``key``, or ``None``."""
     if isinstance(value, Mapping):
         return value.get(key)
     if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and re.fullmatch(r"-?\d+", key):
@@ -99,7 +99,7 @@ def _kind(value: Any) -> str:
 
 
 def _advice(name: str, value: Any) -> str:
-    """How to take what is in it."""
+    """Return advice on how to reach text inside the value."""
     start = name
     while True:
         if isinstance(value, Mapping) and value:
@@ -108,4 +108,4 @@ def _advice(name: str, value: Any) -> str:
         elif isinstance(value, list) and value:
             name, value = f"{name}[0]", value[0]
         else:
-            return "" if name == start else f": take what is in it, such as {{{name}}}"
+            return "" if name == start else f": use a value inside it, such as {{{name}}}"

@@ -1,4 +1,4 @@
-"""A whole run: every method with every seed over one stream, into one directory that can be gone on with."""
+"""A whole run: every method with every seed over one stream, in one directory, from which it can be resumed."""
 
 from __future__ import annotations
 
@@ -50,27 +50,27 @@ __all__ = ["Base", "Finished", "Job", "Runner", "Stream", "jobs_of", "measured_b
 
 @dataclass(frozen=True)
 class Stream:
-    """What is run.
+    """A stream of tasks with the methods, texts and settings of a run.
 
     Args:
-        title: of the report.
-        base_model: the model's name, for people.
-        load_model: gives a fresh causal language model each time it is called.
+        title: title of the report.
+        base_model: the model's name in reports.
+        load_model: returns a fresh causal language model each time it is called.
         tokenizer: the model's tokenizer.
-        tasks: in order.
-        methods: each starts from a fresh model; their names differ.
-        heldout: texts whose perplexity is followed; the first is the one that summaries show.
+        tasks: the tasks in order.
+        methods: the methods, with distinct names; each starts from a fresh model.
+        heldout: texts whose perplexity is measured; summaries show the first.
         settings: how to train and score.
-        seeds: each method is run once with each.
-        protocol: further facts for the report: the switches of the protocol.
+        seeds: each method is run once with each seed.
+        protocol: the protocol's switches, for the report.
         recipe: the recipe, for the report.
-        sampled: further texts that are held out, which the base model has to write first.
-        guard_text: a general text for plug-ins that go by one, which the base model may have to write first; it is
-            followed as well.
-        orders: further orders of the tasks, each all of their names; every method is run in each.
-        limits: on forgetting, for the report: see :class:`curlora.continual.recipe.Recipe`.
-        load_empty: gives the model on the meta device, by which the methods are checked before any is run; without it
-            each is found out when it begins.
+        sampled: further held-out texts, which the base model must write first.
+        guard_text: a general text for plug-ins; the base model may have to write it first. Its perplexity is measured
+            too.
+        orders: further orders of the tasks, each a list of all their names; every method is run in each.
+        limits: limits on forgetting, for the report; see :class:`curlora.continual.recipe.Recipe`.
+        load_empty: returns the model on the meta device, with which all methods are checked before any is run. If
+            ``None``, an error of a method shows only when the method starts.
     """
 
     title: str
@@ -92,20 +92,20 @@ class Stream:
 
     @property
     def texts(self) -> list[HeldOut]:
-        """All that are followed and have been written: those that are held out, then the guard's."""
+        """The texts that exist already: the held-out texts, then the guard's."""
         return [*self.heldout, *([self.guard_text] if isinstance(self.guard_text, HeldOut) else [])]
 
     @property
     def unwritten(self) -> list[PromptList | OwnText]:
-        """What the base model has to write first, the guard's last."""
+        """The texts that the base model must write first; the guard's comes last."""
         guard = self.guard_text
         return [*self.sampled, *([] if guard is None or isinstance(guard, HeldOut) else [guard])]
 
     def with_answers(self, directory: Path) -> Stream:
-        """The stream with what the base model writes among its texts.
+        """Return the stream with the base model's texts among its texts.
 
         Args:
-            directory: the run directory, which keeps it.
+            directory: the run directory, in which they are saved.
         """
         if not self.unwritten:
             return self
@@ -121,10 +121,10 @@ class Stream:
         return dataclasses.replace(self, heldout=[*self.heldout, *written], sampled=(), guard_text=guard)
 
     def checked(self, encoded: Sequence[Encoded]) -> dict[str, Adapted]:
-        """The methods on the model without weights, see :func:`curlora.continual.checks.check_stream`.
+        """Check the methods on the model without weights; see :func:`curlora.continual.checks.check_stream`.
 
         Args:
-            encoded: the tasks.
+            encoded: the encoded tasks.
         """
         if self.load_empty is None:
             return {}
@@ -133,19 +133,21 @@ class Stream:
         return check_stream(self.methods, texts, encoded, self.load_empty, seed, frozen_layers=keeping)
 
     def keeping_frozen_layers(self, adapted: Mapping[str, Adapted], directory: Path) -> Stream:
-        """The stream with models that keep what the layers below all methods put out, where the settings say so.
+        """Return the stream with models that cache the outputs of layers that no method trains, if so configured.
 
         Args:
-            adapted: from :meth:`checked`.
+            adapted: the result of :meth:`checked`.
             directory: the run directory.
 
         Raises:
-            RunError: if how many layers these are was not found out.
+            RunError: if ``adapted`` is empty, so the number of these layers is unknown.
         """
         if not self.settings.cache_frozen_layers:
             return self
         if not adapted:
-            raise RunError("cache_frozen_layers goes by the model without weights: say how to get it (load_empty).")
+            raise RunError(
+                "cache_frozen_layers needs the model on the meta device. Pass load_empty, a function that returns it."
+            )
         below = min(of.below for of in adapted.values())
         load = self.load_model
         return dataclasses.replace(self, load_model=lambda: keep_frozen_layers(load(), below, directory))
@@ -153,13 +155,13 @@ class Stream:
 
 @dataclass(frozen=True)
 class Job:
-    """One method with one seed in one order of the tasks: what is run at one go.
+    """The unit of work of a run: one method with one seed in one order of the tasks.
 
     Args:
         method: the method.
-        seed: of the run.
-        order: names of the tasks; empty for the stream's own order.
-        folder: where it is saved, in the run directory.
+        seed: the seed.
+        order: names of the tasks in order; empty for the stream's own order.
+        folder: the job's folder in the run directory.
     """
 
     method: Method
@@ -172,7 +174,7 @@ class Job:
 
 
 def jobs_of(stream: Stream, directory: Path) -> list[Job]:
-    """All that there is to run, in order."""
+    """Return all jobs of a run, in order."""
     return [
         Job(method, seed, tuple(order), directory / method.name / (f"seed-{seed}" + (f"-order-{n}" if n else "")))
         for method in stream.methods
@@ -182,7 +184,7 @@ def jobs_of(stream: Stream, directory: Path) -> list[Job]:
 
 
 Runner = Callable[[Sequence[Job], "Base", Progress], Iterator[tuple[Job, "Finished"]]]
-"""Runs jobs, here or elsewhere, and gives each with its record when it is finished, in any order."""
+"""Runs jobs in this or other processes, and yields each with its record when it is finished, in any order."""
 
 
 def run_stream(
@@ -192,27 +194,27 @@ def run_stream(
     begin: Callable[[], None] = lambda: None,
     runner: Runner | None = None,
 ) -> RunResults:
-    """Run every method and seed that ``directory`` does not hold already.
+    """Run every method and seed whose result is not in ``directory`` yet.
 
-    A finished method and seed is never run again; one that was cut off goes on from its last task or checkpoint.
-    Under ``accelerate launch`` or ``torchrun`` all processes call this together, and one of them writes.
+    A finished method and seed is never run again; an interrupted one resumes from its last task or checkpoint. Under
+    ``accelerate launch`` or ``torchrun`` all processes call this together, and one of them writes the files.
 
     Args:
         stream: what to run.
-        directory: the run directory; made if missing.
-        progress: given the whole amount of work, gives what hears about it.
-        begin: called by the first process once it alone has the directory, before anything is done in it.
-        runner: runs the jobs; one after another in this process if ``None``.
+        directory: the run directory; created if missing.
+        progress: called with the total amount of work; returns the object that is told of the progress.
+        begin: called by the first process after it has locked the directory, before anything is written.
+        runner: runs the jobs; if ``None``, they run one after another in this process.
 
     Returns:
-        The measurements, also in ``directory / "results.json"``, which is written anew whenever a method and seed is
+        The measurements, also saved in ``directory / "results.json"``, which is rewritten whenever a method and seed is
         finished.
 
     Raises:
-        RunError: if a text is longer than the model has positions, a method cannot be put on the model, another
-            process runs in ``directory``, a result in it cannot be read, the disk is full, or the batch size cannot be
-            shared out over the processes.
-        curlora.continual.tasks.TaskError: if an example becomes nothing that can be learned or scored.
+        RunError: if a text is longer than the model has positions, a method cannot be applied to the model, another
+            process uses ``directory``, a result in it cannot be read, the disk is full, or the batch size is not a
+            multiple of the number of processes.
+        curlora.continual.tasks.TaskError: if an example has no token to learn or score.
     """
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in encoded:
@@ -235,7 +237,7 @@ def _run(
     todo = [job for job in jobs if finished[job.folder] is None]
     if process_state().is_main_process:
         for job in jobs:
-            if job not in todo:  # cut off just before this was done
+            if job not in todo:  # the run may have been interrupted before this
                 State(job.folder).forget()
     in_orders = {order: in_order(encoded, order) for order in {job.order for job in todo}}
     listener = progress(sum(work_of(job.method, in_orders[job.order], stream.texts) for job in todo))
@@ -246,7 +248,7 @@ def _run(
     results = None
     for job, record in here if runner is None else runner(todo, base, listener):
         finished[job.folder] = record
-        results = _save_results(stream, encoded, jobs, directory, base, finished)  # a long run is looked at meanwhile
+        results = _save_results(stream, encoded, jobs, directory, base, finished)  # can be read during a long run
     return results or _save_results(stream, encoded, jobs, directory, base, finished)
 
 
@@ -258,7 +260,7 @@ def _save_results(
     base: Base,
     finished: Mapping[Path, Finished | None],
 ) -> RunResults:
-    """Of what has been finished so far."""
+    """Save and return the results of the jobs that are finished."""
     done = {method.name: [finished[job.folder] for job in jobs if job.method is method] for method in stream.methods}
     results = RunResults(
         title=stream.title,
@@ -285,17 +287,17 @@ def _save_results(
 def run_job(
     job: Job, stream: Stream, encoded: Sequence[Encoded], base: Base, directory: Path, listener: Progress
 ) -> Finished:
-    """Run one job, or go on with it, and save its record.
+    """Run or resume one job, and save its record.
 
     Args:
-        job: of :func:`jobs_of`.
-        stream: what it belongs to.
+        job: a job from :func:`jobs_of`.
+        stream: the stream that it belongs to.
         encoded: the stream's tasks in the job's order.
-        base: what is known of the base model.
+        base: the base model's scores.
         directory: the run directory.
-        listener: hears of the progress.
+        listener: is told of the progress.
     """
-    # Measured of all tasks or of none.
+    # The base model was scored on all tasks or on none.
     known = dict(zip((task.name for task in stream.tasks), base.tasks, strict=False))
     result, trainable, size = MethodRun(
         job.method,
@@ -321,7 +323,7 @@ _RESULT, _BASE = "result.json", "base.json"
 
 
 class Base(BaseModel):
-    """What is known of the base model, so that going on does not measure it again."""
+    """The base model's scores, saved so that a resumed run does not measure them again."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -333,7 +335,7 @@ class Base(BaseModel):
 
 
 class Finished(BaseModel):
-    """A method that went through the whole stream with one seed."""
+    """The record of a method that has finished the whole stream with one seed."""
 
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
@@ -343,10 +345,10 @@ class Finished(BaseModel):
 
 
 def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -> Base:
-    """What is known of the base model, from the run directory or measured now.
+    """Return the base model's scores: read from the run directory, or measured now and saved.
 
     Raises:
-        RunError: if the data are others than in the run that the directory holds, or a text is too long for the model.
+        RunError: if the data differ from those of the run in the directory, or a text is too long for the model.
     """
     path = directory / _BASE
     data = _data_digest(encoded, stream.texts)
@@ -354,13 +356,13 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
         try:
             known = Base.model_validate_json(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise RunError(f"{path} cannot be read. Remove it, and the base model is measured again.") from error
+            raise RunError(f"{path} cannot be read. Remove it: the base model is then measured again.") from error
         if known.data == data:
             return known
-        if any(directory.glob("*/seed-*")):  # else nothing was done with other data
+        if any(directory.glob("*/seed-*")):  # else nothing was trained on the other data
             raise RunError(
-                f"The data or the tokenizer have changed since the run in {directory} began, so what it measured "
-                "cannot be compared with what comes. Choose another folder, or undo the change."
+                f"The data or the tokenizer have changed since the run in {directory} began, so earlier and later "
+                "results could not be compared. Choose another folder, or undo the change."
             )
     wanted = [part for part in encoded if part.settings.forward_transfer]
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
@@ -373,11 +375,11 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
         generated = directory / "generated" / f"{part.task.name}.jsonl"
         scores.append(trainer.score(part.evaluation, part.generation, generated))
     if process_state().is_main_process:
-        shutil.rmtree(directory / ".base", ignore_errors=True)  # the Trainer makes one, and nothing comes into it
+        shutil.rmtree(directory / ".base", ignore_errors=True)  # created by the Trainer and left empty
     base = Base(
         data=data,
         model=_model_digest(language_model),
-        parameters=language_model.num_parameters(),  # also right for weights that are packed
+        parameters=language_model.num_parameters(),  # also correct for packed quantized weights
         heldout={text.name: measure(language_model, text) for text in stream.texts},
         tasks=scores,
     )
@@ -387,7 +389,7 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
 
 
 def _data_digest(encoded: Sequence[Encoded], texts: Sequence[HeldOut]) -> str:
-    """Of everything that is trained on, scored or gone by, as tokens."""
+    """Return the SHA-256 of all tokens that are trained on, scored or used by plug-ins."""
     digest = hashlib.sha256()
     for part in encoded:
         digest.update(json.dumps([part.task.name, part.train, part.evaluation]).encode())
@@ -399,7 +401,7 @@ def _data_digest(encoded: Sequence[Encoded], texts: Sequence[HeldOut]) -> str:
 
 
 def _model_digest(model: nn.Module) -> str:
-    """Of names and shapes of a model's weights, and of a few numbers of each."""
+    """Return the SHA-256 of the names and shapes of a model's weights and of at most 16 values of each."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -411,8 +413,8 @@ def _model_digest(model: nn.Module) -> str:
 def _same_model(model: nn.Module, digest: str, directory: Path) -> nn.Module:
     if _model_digest(model) != digest:
         raise RunError(
-            f"The base model is not the one that the run in {directory} began with. Choose another folder, or take "
-            "that model."
+            f"The base model is not the one that the run in {directory} began with. Choose another folder, or use that "
+            "model."
         )
     return model
 
@@ -425,8 +427,8 @@ def _finished(folder: Path) -> Finished | None:
         return Finished.model_validate_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise RunError(
-            f"{path} does not hold the result of a method, or of another version of this program. Remove the folder "
-            f"{path.parent} to run that method again."
+            f"{path} does not hold a valid result of a method, or comes from another version of curlora. Remove the "
+            f"folder {path.parent} to run that method and seed again."
         ) from error
 
 
@@ -465,7 +467,7 @@ def _describe(part: Encoded) -> TaskInfo:
 
 @contextlib.contextmanager
 def _locked(directory: Path, begin: Callable[[], None]) -> Iterator[None]:
-    """One run at a time in a directory; the first process holds the lock for all of its own."""
+    """Lock a directory for one run; the first process holds the lock for all processes of the run."""
     state = process_state()
     refusal: list[str | None] = [None]
     lock = filelock.FileLock(directory / ".lock")
@@ -489,21 +491,21 @@ def _locked(directory: Path, begin: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            with contextlib.suppress(OSError):  # Windows does not remove an open file
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
 
 
 def _disk_full(directory: Path) -> str:
     return (
-        f"The disk that holds {directory} is full. Nothing that was finished is lost: free some space, and the same "
-        "command goes on."
+        f"The disk that holds {directory} is full. Finished results are not lost. Free some space and run the same "
+        "command again: it resumes the run."
     )
 
 
 @contextlib.contextmanager
 def _disk_errors(directory: Path) -> Iterator[None]:
-    """Say it plainly when the disk is full; safetensors and torch have errors of their own for that."""
+    """Raise one clear error if the disk is full; safetensors and torch raise their own errors for it."""
     try:
         yield
     except Exception as error:

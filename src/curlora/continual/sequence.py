@@ -1,4 +1,4 @@
-"""Fine-tune on one task after another with one method and one seed, and measure everything met so far after each."""
+"""Fine-tune on one task after another with one method and one seed, and score all tasks so far after each task."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ __all__ = [
 
 
 class Progress(Protocol):
-    """Hears what a run is doing."""
+    """Interface that is told of a run's progress."""
 
     def stage(self, text: str) -> None:
-        """Something begins."""
+        """Called when a stage of the run starts."""
 
     def advance(self, units: float) -> None:
-        """That much of :func:`work_of` is done."""
+        """Called when ``units`` more of :func:`work_of` are done."""
 
 
 class Silent:
-    """A progress that nobody hears of."""
+    """A progress that reports nothing."""
 
     def stage(self, text: str) -> None: ...
 
@@ -62,7 +62,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class BaseScores:
-    """What is known of the base model before any method begins: each held-out text, and where wanted each task."""
+    """The base model's scores on each held-out text, and, under ``forward_transfer``, on each task."""
 
     heldout: Mapping[str, TextScore]
     tasks: Sequence[Score] = ()
@@ -73,10 +73,14 @@ class Encoded:
     """A task as rows, ready for training and scoring, with its settings.
 
     Args:
-        task: with those examples alone that have a row.
-        generation: what is generated from in scoring, if anything is.
-        too_long: how many examples were cut or left out: ``train_cut``, ``train_dropped``, ``evaluation_cut``,
-            ``evaluation_dropped``.
+        task: the task, with only the examples that have a row.
+        number: the task's number in the stream, from 0.
+        train: the training rows.
+        evaluation: the evaluation rows.
+        settings: the task's settings.
+        generation: the prompts for scoring by generation, if answers are generated.
+        too_long: the numbers of examples that were cut or left out: ``train_cut``, ``train_dropped``,
+            ``evaluation_cut``, ``evaluation_dropped``.
     """
 
     task: Task
@@ -92,7 +96,7 @@ def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: 
     """Tokenize a stream, once for all methods and seeds.
 
     Raises:
-        ValueError: if an example becomes nothing that can be learned or scored.
+        ValueError: if an example has no token to learn or score.
     """
     encoded = []
     for number, task in enumerate(tasks):
@@ -107,7 +111,7 @@ def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: 
             task = task.only(**{name: split.kept for name, split in splits.items()})
         prompts = task.prompts(tokenizer, own.max_length)
         generation = None if prompts is None else Generation(task.name, prompts, _evaluation_batch_size(own))
-        if own.order == "shuffled":  # in order of length, so that batches hold little padding
+        if own.order == "shuffled":  # sorting by length keeps padding low
             splits["evaluation"].rows.sort(key=lambda row: len(row["input_ids"]))
         rows, scored = splits["train"].rows, splits["evaluation"].rows
         encoded.append(Encoded(task, number, rows, scored, own, generation, too_long))
@@ -115,11 +119,11 @@ def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: 
 
 
 def in_order(stream: Sequence[Encoded], order: Sequence[str]) -> list[Encoded]:
-    """The tasks in another order, each with its number there.
+    """Return the tasks in another order, renumbered.
 
     Args:
-        stream: from :func:`encode`.
-        order: names of all its tasks; the stream's own order if empty.
+        stream: the tasks from :func:`encode`.
+        order: the names of all its tasks; the stream's own order if empty.
     """
     names = [part.task.name for part in stream]
     ordered = []
@@ -132,16 +136,16 @@ def in_order(stream: Sequence[Encoded], order: Sequence[str]) -> list[Encoded]:
 
 
 def trained_by(method: Method, stream: Sequence[Encoded]) -> list[Encoded]:
-    """The tasks with the settings that are the method's own."""
+    """Return the tasks with the method's own settings."""
     return [replace(part, settings=part.settings.changed(method.training)) for part in stream]
 
 
-# Units of progress, about equal in time: a training batch runs a backward too.
+# Units of progress, each of about the same time. A training batch also runs a backward pass.
 _TRAIN_UNITS, _WINDOW_UNITS, _TOKEN_UNITS = 3.0, 8.0, 0.125
 
 
 def work_of(method: Method, stream: Sequence[Encoded], heldout: Sequence[HeldOut]) -> float:
-    """Units of progress that :class:`MethodRun` will report."""
+    """Return the units of progress that :class:`MethodRun` will report."""
     stream = trained_by(method, stream)
     plugins = [make() for make in method.plugins]
     numbers = range(len(stream))
@@ -172,26 +176,26 @@ def _evaluation_batch_size(settings: Settings) -> int:
 
 
 class MethodRun:
-    """One method over a stream with one seed, from its beginning or from where it was cut off.
+    """One method over a stream with one seed, started or resumed.
 
-    After each task what was learned and what was measured is saved in ``directory``, and in the course of a task the
-    Trainer's checkpoints; a run that was cut off goes on from there, and gives what it would have given.
+    The weights and the measurements are saved in ``directory`` after each task, and the Trainer's checkpoints within a
+    task. An interrupted run resumes from there with the same results as an uninterrupted one.
 
     Args:
         method: the method.
-        load_model: gives a fresh causal language model.
+        load_model: returns a fresh causal language model.
         tokenizer: its tokenizer.
         stream: the tasks in order, from :func:`encode` or :func:`in_order`.
-        heldout: the texts that are followed.
-        seed: of the method's start, of heads, of the order of examples, of dropout.
-        base: what is known of the base model.
-        directory: where the adapter and the heads are saved; made if missing.
-        progress: hears what happens.
-        guard_text: for plug-ins that go by a general text.
-        order: what results say of the order of the tasks.
+        heldout: the texts whose perplexity is measured.
+        seed: seed of the method's initialization, the heads, the order of examples and dropout.
+        base: the base model's scores.
+        directory: the folder in which the adapter and the heads are saved; created if missing.
+        progress: is told of the progress.
+        guard_text: the general text for plug-ins that need one.
+        order: the order of the tasks that is written to the results.
 
     Raises:
-        RunError: if the method cannot be put on the model.
+        RunError: if the method cannot be applied to the model.
     """
 
     def __init__(
@@ -217,14 +221,14 @@ class MethodRun:
         base_model = load_model()
         try:
             if method.needs_guard_text:
-                base_model.to(process_state().device)  # it is run
+                base_model.to(process_state().device)  # apply() runs the model
             adapted = method.apply(base_model, seed, guard_text)
         except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
-            raise RunError(f"method {method.name!r} cannot be put on this model: {error}") from error
+            raise RunError(f"method {method.name!r} cannot be applied to this model: {error}") from error
         self.model = TaskModel(adapted.to(process_state().device))
         self.state = State(directory)
         self._left = 0.0
-        self._begun = 0  # tasks, the last of them with all that it begins with
+        self._begun = 0  # number of tasks that have begun; the last one with everything it starts with
         self.plugins: list[Plugin] = [make() for make in method.plugins]
         self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
         self.result = SeedResult(
@@ -242,19 +246,19 @@ class MethodRun:
         )
 
     def run(self) -> tuple[SeedResult, int, int]:
-        """Run it, or go on with it.
+        """Start or resume the run.
 
         Returns:
-            The measurements, how many numbers were trained (heads not counted), and the size in bytes of what was saved
-            (heads not counted).
+            The measurements, the number of trained parameters, and the size in bytes of the saved weights, the latter
+            two without heads.
 
         Raises:
-            RunError: if the state of a run that was cut off cannot be read.
+            RunError: if the state of an interrupted run cannot be read.
         """
         label = self.method.label if self.seed == 0 else f"{self.method.label} (seed {self.seed})"
         if self.result.order:
             label += f" ({', '.join(self.result.order)})"
-        learned = 0  # tasks; the last of them may not have been scored
+        learned = 0  # number of learned tasks; the last one may not have been scored
         saved = self.state.load(self.model, self.plugins, self._begin)
         if saved is not None:
             learned, self._begun, self.result = saved
@@ -288,7 +292,7 @@ class MethodRun:
         fresh = part.number >= self._begun
         if fresh:
             self._begin(part.number)
-        if part.settings.forward_transfer and part.number >= len(self.result.before):  # the first is of the base model
+        if part.settings.forward_transfer and part.number >= len(self.result.before):  # the first is the base model's
             before = self._scored(part, f"before-{part.task.name}")
             self._add(before=[*self.result.before, before])
         if not any(p.requires_grad for p in self.model.parameters()):
@@ -311,7 +315,7 @@ class MethodRun:
         for plugin in self.plugins:
             plugin.before_task(context)
         if fresh and since == part.number and any(plugin.changes_start for plugin in self.plugins):
-            # What was found out by measuring may come out otherwise on another machine: a run that goes on takes this.
+            # On another machine the measurements behind this start could differ, so a resumed run loads it from here.
             self._save_weights(part.number, part.number + 1)
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:
@@ -340,9 +344,9 @@ class MethodRun:
         self.state.save_weights(learned, begun, self.model, self.plugins, self.result)
 
     def _with_states(self, rows: Sequence[Row], settings: Settings, collate: Collator) -> list[Row]:
-        """The rows with the hidden state that the head answers from: where nothing else is trained it stays the same.
+        """Add to each row the hidden state that the head classifies, which is constant if only the head is trained.
 
-        Computed in one order whatever happens, and so the same to the bit if the run is cut off and goes on.
+        The states are always computed in the same order, so a resumed run gets bit-identical states.
         """
         device = process_state().device
         states: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -357,7 +361,7 @@ class MethodRun:
 
     def _score(self, part: Encoded) -> None:
         seen = self.stream[: part.number + 1]
-        if not self.method.trains_backbone and self.result.scores:  # nothing that earlier tasks use has changed
+        if not self.method.trains_backbone and self.result.scores:  # scores of earlier tasks cannot have changed
             row = [*self.result.scores[-1], self._scored(part, f"after-{part.task.name}")]
         else:
             row = [self._scored(other, f"after-{part.task.name}") for other in seen]
@@ -403,7 +407,7 @@ class MethodRun:
 
     @contextlib.contextmanager
     def _portion(self, work: float) -> Iterator[None]:
-        """What is done inside counts as ``work``, however little of it was left to do."""
+        """Report ``work`` units in total, even if less was left to do because the run was resumed."""
         self._left = work
         yield
         self._advance(self._left)
@@ -417,5 +421,5 @@ class MethodRun:
         heads = {key: value.contiguous() for key, value in self.model.heads.state_dict().items()}
         save_file(heads, self.directory / "heads.safetensors")
         size = self.method.save(self.model.model, self.directory)
-        sync(self.directory)  # before the result is, which says that they are there
+        sync(self.directory)  # before the result is saved, which implies that these files are complete
         return size

@@ -29,10 +29,10 @@ _OWN_ARGUMENTS = {
 }  # fmt: skip
 
 
-# These follow an evaluation in the course of training.
+# These need an evaluation during training.
 _NOT_BY_STEPS = ("reduce_lr_on_plateau", "greedy")
 
-# What may be different for a method: nothing that changes what is scored, or how.
+# Settings that may differ between methods. Settings that change what is scored, or how, may not.
 OF_A_METHOD = {
     "epochs", "batch_size", "gradient_accumulation_steps", "head_learning_rate", "weight_decay", "max_grad_norm",
     "schedule", "warmup", "trainer",
@@ -40,18 +40,21 @@ OF_A_METHOD = {
 
 
 class Settings(BaseModel):
-    """How every method of a run is trained and measured.
+    """How every method of a run is trained and scored.
 
-    A head has its own learning rate, ``head_learning_rate``, beside the method's. Batch sizes count the examples of one
-    step over all processes together. ``warmup`` is a share of a task's steps if below 1, else a number of steps.
-    ``max_grad_norm`` 0 leaves gradients as they are. ``checkpoint_steps`` is what a kill can cost at most.
-    ``forward_transfer`` scores each task also just before it is learned. ``cache_frozen_layers`` keeps what the layers
-    below those that any method trains put out; see :mod:`curlora.continual.frozen_layers`. ``fp32_products``
-    says how a CPU multiplies float32, see :mod:`curlora.continual.computing`. ``trainer`` holds further arguments of
-    transformers' ``TrainingArguments``, such as ``bf16``, ``gradient_checkpointing`` or ``report_to``.
-
-    ``readout``, ``order``, ``schedule_length``, ``evaluation`` and ``heads`` are switches of the protocol; see
-    :mod:`curlora.continual.protocol`.
+    - ``head_learning_rate`` is the heads' learning rate; a method has its own for everything else.
+    - Batch sizes count the examples of a batch over all processes.
+    - ``warmup`` is a fraction of a task's steps if below 1, else a number of steps.
+    - ``max_grad_norm: 0`` turns gradient clipping off.
+    - ``checkpoint_steps`` is the most steps that an interrupted run loses.
+    - ``forward_transfer`` scores each task also just before it is learned.
+    - ``cache_frozen_layers`` caches the outputs of the lowest layers, which no method trains; see
+      :mod:`curlora.continual.frozen_layers`.
+    - ``fp32_products`` says how a CPU multiplies float32; see :mod:`curlora.continual.computing`.
+    - ``trainer`` holds further arguments of transformers' ``TrainingArguments``, such as ``bf16``,
+      ``gradient_checkpointing`` or ``report_to``.
+    - ``readout``, ``order``, ``schedule_length``, ``evaluation`` and ``heads`` are switches of the protocol; see
+      :mod:`curlora.continual.protocol`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -84,7 +87,9 @@ class Settings(BaseModel):
     def _known_schedule(cls, value: str) -> str:
         known = [kind.value for kind in SchedulerType if kind.value not in _NOT_BY_STEPS]
         if value not in known:
-            raise ValueError(f"{value!r} is not a schedule of transformers that goes by steps: {', '.join(known)}")
+            raise ValueError(
+                f"{value!r} is not a schedule of transformers that depends only on the step: {', '.join(known)}"
+            )
         return value
 
     @field_validator("trainer")
@@ -93,14 +98,14 @@ class Settings(BaseModel):
         known = set(inspect.signature(TrainingArguments).parameters)
         for key in value:
             if key in _OWN_ARGUMENTS:
-                raise ValueError(f"{key!r} is set by the run itself; see the other keys of training")
+                raise ValueError(f"{key!r} is set by the run itself. Use the other keys of training instead")
         if unknown := [key for key in value if key not in known]:
             raise ValueError(unknown_names("transformers' Trainer", unknown, known, "argument"))
         return value
 
     @model_validator(mode="after")
     def _checkpoints_after_logs(self) -> Settings:
-        # A loss is logged as the mean since the last log: going on from between two logs would give another mean.
+        # A logged loss is the mean since the last log. Resuming between two logs would give another mean.
         if self.checkpoint_steps % self.logging_steps:
             raise ValueError(
                 f"checkpoint_steps ({self.checkpoint_steps}) must be a multiple of logging_steps ({self.logging_steps})"
@@ -109,18 +114,18 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _layers_run_once(self) -> Settings:
-        """A layer that is run again in the backward pass, compiled or in pieces is not what would be kept."""
+        """Reject options that recompute, compile or shard the layers, whose outputs could then not be cached."""
         if self.cache_frozen_layers:
             for key in ("gradient_checkpointing", "torch_compile", "fsdp", "deepspeed"):
                 if self.trainer.get(key):
-                    raise ValueError(f"cache_frozen_layers does not go with {key}: leave one of them out")
+                    raise ValueError(f"cache_frozen_layers cannot be combined with {key}: leave one of them out")
         return self
 
     def check_trainer(self) -> None:
-        """Ask transformers whether it takes the ``trainer`` arguments.
+        """Check that transformers accepts the ``trainer`` arguments.
 
         Raises:
-            ValueError: with its answer.
+            ValueError: with transformers' message.
         """
         try:
             with tempfile.TemporaryDirectory() as folder:
@@ -131,10 +136,10 @@ class Settings(BaseModel):
                 kwargs = self.trainer.get("lr_scheduler_kwargs")
                 get_scheduler(self.schedule, optimizer, 1, 2, scheduler_specific_kwargs=kwargs)
         except (ValueError, TypeError, ImportError, RuntimeError, KeyError) as error:
-            raise ValueError(f"training: transformers' Trainer refuses it: {error}") from error
+            raise ValueError(f"training: transformers' Trainer rejects the arguments: {error}") from error
 
     def changed(self, changes: dict[str, Any]) -> Settings:
-        """These settings with some entries changed, checked again."""
+        """Return these settings with some entries changed, validated again."""
         return Settings.model_validate({**self.model_dump(), **changes})
 
 

@@ -1,9 +1,9 @@
-"""What a method and seed have on the disk while they are being run, so that a run that is cut off can go on.
+"""The state on disk of a method and seed that are being run, so that an interrupted run can be resumed.
 
-``progress.json`` says how many tasks have been learned and what was measured, ``weights-<that number>`` holds what was
-learned, or ``weights-<that number>-begun`` that and what the next one begins with. The weights are there before
-``progress.json`` names them, and older ones go after that; weights that it does not name may be replaced.
-``checkpoints`` is transformers' Trainer's, within a task.
+``progress.json`` holds the number of learned tasks and the measurements. ``weights-<number>`` holds the weights after
+that number of tasks, and ``weights-<number>-begun`` also what the next task starts with. Weights are complete before
+``progress.json`` refers to them, and older weights are deleted after that; weights that it does not refer to may be
+replaced. ``checkpoints`` holds the checkpoints of transformers' Trainer within a task.
 """
 
 from __future__ import annotations
@@ -40,34 +40,35 @@ class _Saved(BaseModel):
 
 
 class State:
-    """The state in one folder; written by the first process alone.
+    """The state in one folder; only the first process writes it.
 
     Args:
-        directory: of the method and seed.
+        directory: the folder of the method and seed.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
     def checkpoints(self, task: int) -> Path:
-        """Where the Trainer's checkpoints within the task of that number go."""
+        """Return the folder of the Trainer's checkpoints within task number ``task``."""
         return self.directory / _CHECKPOINTS / f"task-{task}"
 
     def load(
         self, model: TaskModel, plugins: Sequence[Plugin], begin: Callable[[int], None]
     ) -> tuple[int, int, SeedResult] | None:
-        """Take over what was saved, if anything was.
+        """Load the saved state.
 
         Args:
-            model: as a fresh run would begin with it.
-            plugins: as a fresh run would begin with them.
-            begin: puts what the task of a number trains on the model: called for every task that has begun.
+            model: the model as a fresh run starts with it.
+            plugins: the plug-ins as a fresh run starts with them.
+            begin: adds to the model what the task of a number trains; called for every task that has begun.
 
         Returns:
-            How many tasks have been learned, how many have begun, and what was measured.
+            The number of learned tasks, the number of tasks that have begun, and the measurements; ``None`` if nothing
+            was saved.
 
         Raises:
-            RunError: if it cannot be read.
+            RunError: if the state cannot be read.
         """
         path = self.directory / _PROGRESS
         if not path.exists():
@@ -90,7 +91,10 @@ class State:
     def save_weights(
         self, learned: int, begun: int, model: TaskModel, plugins: Sequence[Plugin], result: SeedResult
     ) -> None:
-        """That many tasks have been learned, and as many have begun, or one more with all that it begins with."""
+        """Save the weights and the measurements after ``learned`` tasks.
+
+        ``begun`` is ``learned``, or ``learned + 1`` if the weights include everything that the next task starts with.
+        """
         if process_state().is_main_process:
             state = {f"model.{name}": value for name, value in trained_state(model).items()}
             for number, plugin in enumerate(plugins):
@@ -99,7 +103,7 @@ class State:
         self.save_result(learned, begun, result)
 
     def save_result(self, learned: int, begun: int, result: SeedResult) -> None:
-        """What was measured; ``learned`` and ``begun`` as they were saved with the weights."""
+        """Save the measurements; ``learned`` and ``begun`` are the numbers that the weights were saved with."""
         if process_state().is_main_process:
             saved = _Saved(learned=learned, begun=begun, result=result)
             write_whole(self.directory / _PROGRESS, saved.model_dump_json())
@@ -110,7 +114,7 @@ class State:
         process_state().wait_for_everyone()
 
     def forget(self) -> None:
-        """Remove all of it."""
+        """Delete the state."""
         (self.directory / _PROGRESS).unlink(missing_ok=True)
         for folder in [*self.directory.glob(f"{_WEIGHTS}*"), self.directory / _CHECKPOINTS]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -122,8 +126,8 @@ def _name(learned: int, begun: int) -> str:
 
 def _unreadable(directory: Path, error: Exception) -> RunError:
     return RunError(
-        f"{directory} holds a run that was cut off and whose state cannot be read. Remove that folder to run this "
-        f"method and seed again. ({error})"
+        f"{directory} holds an interrupted run whose state cannot be read. Remove that folder to run this method and "
+        f"seed again. ({error})"
     )
 
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, also when the power goes."""
+"""Files and folders that are written atomically, also if the power fails."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _COMPLETE = "complete"
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether an error is of a full disk; safetensors and torch have errors of their own for that."""
+    """Whether an error means that the disk is full; safetensors and torch raise their own errors for it."""
     return "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
+    """Write a text file atomically: it appears complete or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as stream:
@@ -33,11 +33,11 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def put_folder(final: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder that appears whole or not at all.
+    """Write a folder that appears complete or not at all.
 
     Args:
-        final: the folder; one that is there is replaced, and for a moment neither is.
-        fill: writes the files into the folder that it is given.
+        final: the folder. An existing one is replaced; for a moment neither exists.
+        fill: writes the files into the folder that it is called with.
     """
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -53,7 +53,7 @@ def put_folder(final: Path, fill: Callable[[Path], None]) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Bring every file in a folder to the disk, not only to the system's memory."""
+    """Flush every file in a folder from the system's cache to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
@@ -62,14 +62,14 @@ def sync(folder: Path) -> None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Say that a folder which grew file by file has all of them, once they are on the disk."""
+    """Flush a folder's files to the disk and then mark the folder as complete."""
     sync(folder)
     (folder / _COMPLETE).touch()
     _sync_entry(folder)
 
 
 def newest(parent: Path, prefix: str) -> Path | None:
-    """The complete folder ``<prefix><number>`` with the highest number, if there is any."""
+    """Return the complete folder ``<prefix><number>`` with the highest number, or ``None``."""
     folders = [path for path in parent.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     complete = [path for path in folders if (path / _COMPLETE).exists()]
     return max(complete, key=lambda path: int(path.name.removeprefix(prefix)), default=None)

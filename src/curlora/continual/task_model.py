@@ -1,4 +1,4 @@
-"""A causal language model under a stream of tasks: one backbone, and a head for each task that wants one."""
+"""A causal language model for a stream of tasks: one backbone, and a head for each classification task."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from curlora.continual.tasks import IGNORED
 
 __all__ = ["HEAD_SEED", "Answers", "TaskModel"]
 
-# The paper's seed of a fresh head (section 5).
+# The paper's seed for new heads (section 5).
 HEAD_SEED = 1311
 
 
 class Answers(NamedTuple):
-    """What the model says at the labelled positions of one task: ``n`` of them, in a batch."""
+    """The model's logits at the ``n`` labelled positions of one task in a batch."""
 
     rows: Tensor
-    """Row of the batch, shape ``(n,)``."""
+    """The row of the batch of each position, shape ``(n,)``."""
     logits: Tensor
-    """Shape ``(n, classes)``, or ``(n, vocabulary)``."""
+    """The logits, shape ``(n, classes)`` or ``(n, vocabulary)``."""
     targets: Tensor
-    """Shape ``(n,)``."""
+    """The labels, shape ``(n,)``."""
 
 
 class TaskModel(nn.Module):
-    """Answers each row of a batch by its task: by the task's head, or as the language model that it is.
+    """Answers each row of a batch with the head of its task, or with the language model itself.
 
-    As in the paper each classification task gets a fresh linear head in place of ``lm_head``; heads of earlier tasks
-    are kept, untouched, for later evaluation. ``lm_head`` itself stays on ``model`` and answers completion tasks.
+    As in the paper, each classification task gets a new linear head in place of ``lm_head``. The heads of earlier tasks
+    are kept frozen for later evaluation. ``lm_head`` stays on ``model`` and answers completion and chat tasks.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
     """
 
-    # The loss is divided by the number of labels of a whole step, whatever devices and accumulation steps it spans.
+    # The loss is divided by the number of labels of a whole step, over all devices and accumulation steps.
     accepts_loss_kwargs = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -48,14 +48,14 @@ class TaskModel(nn.Module):
         self._begun_with: set[str] = set()
 
     def begin(self, task: int, classes: int | None, seed: int = HEAD_SEED) -> None:
-        """Begin a task: freeze the heads of others, and add a fresh one unless ``classes`` is ``None``.
+        """Begin a task: freeze the heads of other tasks, and add a new one unless ``classes`` is ``None``.
+
+        If the task has its own adapter, it is added after this.
 
         Args:
-            task: its number in the stream.
-            classes: outputs of its head.
-            seed: that the head's values are drawn with.
-
-        An adapter of its own, where it has one, is added after this.
+            task: the task's number in the stream.
+            classes: the number of outputs of its head.
+            seed: seed of the head's initialization.
         """
         self._begun_with |= self._trained_now()
         self.heads.requires_grad_(False)
@@ -68,11 +68,11 @@ class TaskModel(nn.Module):
 
     @property
     def language_model(self) -> Any:
-        """The transformers model, with whatever adapters are in it."""
+        """The transformers model, with the adapters in it."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What this task trains and what earlier ones have trained, by name; heads excepted."""
+        """Return the parameters that this task trains or earlier tasks have trained, by name, without heads."""
         names = self._begun_with | self._trained_now()
         return {name: p for name, p in self.named_parameters() if name in names}
 
@@ -80,30 +80,30 @@ class TaskModel(nn.Module):
         return {f"model.{name}" for name, p in self.model.named_parameters() if p.requires_grad}
 
     def backbone_parameters(self) -> Iterator[nn.Parameter]:
-        """The trained parameters but for the heads."""
+        """Return the trainable parameters without the heads."""
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def activation_checkpointing_enable(self, **options: Any) -> None:
-        """Asked for by the Trainer."""
+        """Called by the Trainer."""
         self._checkpoint("activation_checkpointing_enable", options)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
-        """Asked for by the Trainer of earlier versions of transformers."""
+        """Called by the Trainer of earlier versions of transformers."""
         self._checkpoint("gradient_checkpointing_enable", options)
 
     def _checkpoint(self, name: str, options: dict[str, Any]) -> None:
         getattr(self.language_model, name)(**options)
-        if isinstance(self.model, PeftModel):  # else a checkpoint whose inputs need no gradient would give none
+        if isinstance(self.model, PeftModel):  # a checkpointed block gives gradients only if its inputs need them
             self.language_model.enable_input_require_grads()
 
     @torch.no_grad()
     def states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, task: Tensor) -> Tensor:
-        """The hidden states that heads answer from, shape ``(batch, width)``, for rows with one label each."""
+        """Return the hidden states that heads classify, shape ``(batch, width)``, for rows with one label each."""
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         return self.language_model.base_model(**inputs).last_hidden_state[labels != IGNORED]
 
-    # Which rows go where is Python's to say, by the numbers of a batch. Compiled with it, each task, and each number of
-    # rows of one, would be another graph; so the language model is compiled alone.
+    # Python code assigns the rows of a batch to heads. Compiling it would give a new graph for each task and number of
+    # rows, so only the language model is compiled.
     @torch.compiler.disable(recursive=False)
     def answers(
         self,
@@ -113,13 +113,14 @@ class TaskModel(nn.Module):
         attention_mask: Tensor | None = None,
         states: Tensor | None = None,
     ) -> list[Answers]:
-        """What the model says wherever a label stands; see :class:`curlora.continual.batches.Collator`.
+        """Compute the logits at labelled positions; see :class:`curlora.continual.batches.Collator`.
 
         Args:
-            labels: shape ``(batch, length)``.
+            labels: labels, -100 at positions without one, shape ``(batch, length)``.
             task: the number of each row's task, shape ``(batch,)``.
-            input_ids, attention_mask: shape ``(batch, length)``.
-            states: in their place what :meth:`states` gave, for rows of one task with a head.
+            input_ids, attention_mask: tokens and mask, shape ``(batch, length)``.
+            states: instead of these two, the result of :meth:`states`, for rows of one task with a head; ``labels``
+                then has shape ``(batch, 1)``.
 
         Returns:
             One entry for each task in the batch.
@@ -140,12 +141,12 @@ class TaskModel(nn.Module):
             if headed[rows[0]]:
                 states = self.language_model.base_model(**inputs).last_hidden_state[row, position]
                 for number in task[rows].unique().tolist():
-                    chosen = task[rows][row] == number  # none, where a batch was filled up with rows without labels
+                    chosen = task[rows][row] == number  # empty if the task has only filler rows without labels
                     head = self.heads[str(number)]
                     logits = head(states[chosen].to(next(head.parameters()).dtype))
                     found.append(Answers(rows[row[chosen]], logits, targets[chosen]))
             else:
-                # The vocabulary is large: only from the first labelled position on.
+                # The vocabulary is large, so logits are computed only from the first labelled position on.
                 kept = input_ids.shape[1] - int(position.min()) if len(position) else 1
                 logits = self.language_model(**inputs, logits_to_keep=kept).logits
                 logits = logits[row, position - (input_ids.shape[1] - kept)]
@@ -162,15 +163,15 @@ class TaskModel(nn.Module):
         states: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """The loss, and in evaluation mode the score of each row.
+        """Compute the loss, and in evaluation mode the score of each row.
 
         Args:
-            labels, task, input_ids, attention_mask, states: as in :meth:`answers`.
-            num_items_in_batch: what the sum of the losses is divided by; the number of labels if ``None``.
+            labels, task, input_ids, attention_mask, states: see :meth:`answers`.
+            num_items_in_batch: the divisor of the sum of losses; the number of labels if ``None``.
 
         Returns:
-            ``loss``: cross-entropy in nats. ``scores``, shape ``(batch, 3)``: the sum of a row's losses, the number of
-            its labels, and 1 if each of them is the most likely answer, else 0.
+            ``loss``: cross-entropy in nats. ``scores``, only in evaluation mode, shape ``(batch, 3)``: the sum of a
+            row's losses, the number of its labels, and 1 if every label has the highest logit, else 0.
         """
         answers = self.answers(labels, task, input_ids, attention_mask, states)
         losses = [

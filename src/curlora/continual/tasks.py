@@ -1,4 +1,4 @@
-"""The tasks of a stream: what is learned from and what is scored."""
+"""The tasks of a stream: their training and evaluation examples, and how these become tokens and labels."""
 
 from __future__ import annotations
 
@@ -30,20 +30,23 @@ __all__ = [
 ]
 
 Row = dict[str, Any]
-"""An encoded example: ``input_ids``, and ``labels``: a class, or for every token what comes next (-100: not scored)."""
+"""An encoded example: ``input_ids``, and ``labels``: a class, or for each token the next token (-100: no label)."""
 
 IGNORED = -100
-"""A label that is not one; the value that torch's losses pass over."""
+"""The label that torch's losses ignore."""
 
 
 class TaskError(ValueError):
-    """A task, or an example of it, is not right; says which and what."""
+    """A task or one of its examples is invalid; the message says which and why."""
 
 
 class EncodedSplit(NamedTuple):
     """A split as rows.
 
-    An example that is too long was cut, or has no row; ``kept`` are the numbers of those that have one.
+    Args:
+        rows: the rows.
+        kept: the number of each row's example in the split; examples that were left out are missing.
+        cut: the number of examples that were cut because they are too long.
     """
 
     rows: list[Row]
@@ -52,13 +55,13 @@ class EncodedSplit(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What the model is given to generate answers to.
+    """Prompts to which answers are generated.
 
     Args:
-        ids: tokens of each prompt.
-        answers: the right answer to each.
+        ids: the tokens of each prompt.
+        answers: the reference answer to each prompt.
         score: how long an answer may be, and how it is scored.
-        stop: tokens of the task's own that end an answer, beside those of the model and the tokenizer.
+        stop: tokens that end an answer, in addition to those of the model and the tokenizer.
     """
 
     ids: list[list[int]]
@@ -68,7 +71,7 @@ class Prompts(NamedTuple):
 
 
 class _Fitted(NamedTuple):
-    """An example within ``max_length``; its row is ``None`` if it was left out."""
+    """An example fitted to ``max_length``; its row is ``None`` if the example was left out."""
 
     row: Row | None
     cut: bool = False
@@ -76,16 +79,16 @@ class _Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What all kinds of tasks share.
+    """Base class of all kinds of tasks.
 
     Args:
-        name: short name, of letters, digits, ``-`` and ``_``; unique in a stream.
-        train: examples to learn from.
-        evaluation: examples to be scored on.
-        description: one sentence for people.
+        name: short name of letters, digits, ``-`` and ``_``; unique in a stream.
+        train: training examples.
+        evaluation: evaluation examples.
+        description: one sentence for the report.
         training: settings that are different for this task.
-        too_long: what becomes of an example of more than ``max_length`` tokens, in both splits: ``cut`` or ``drop``.
-        numbers: by split, which row of its file each example is; its place in the split if not given.
+        too_long: what happens to an example of more than ``max_length`` tokens, in both splits: ``cut`` or ``drop``.
+        numbers: for each split the numbers of the examples' rows in the file; their positions in the split if missing.
 
     Raises:
         TaskError: on a name that cannot be a file name, or an empty split.
@@ -105,45 +108,45 @@ class Task:
         if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise TaskError(f"task name {self.name!r} may only hold letters, digits, '-' and '_'")
         if self.too_long not in ("cut", "drop"):
-            raise TaskError(f"task {self.name!r}: too_long is cut or drop, not {self.too_long!r}")
+            raise TaskError(f"task {self.name!r}: too_long must be cut or drop, got {self.too_long!r}")
         for split in ("train", "evaluation"):
             if not getattr(self, split):
                 raise TaskError(f"task {self.name!r}: the {split} split is empty")
 
     @property
     def metric(self) -> str:
-        """What accuracy means here, for people."""
+        """The name of the task's metric in reports."""
         raise NotImplementedError
 
     @property
     def classes(self) -> int | None:
-        """Classes of the task's own head; ``None`` if the language model itself answers."""
+        """The number of classes of the task's head; ``None`` if the language model itself answers."""
         return None
 
     @property
     def majority_rate(self) -> float:
-        """Score on the evaluation split of always giving its most frequent answer."""
+        """Score of always giving the most frequent answer of the evaluation split."""
         counts = Counter(self._answer(example) for example in self.evaluation)
         return max(counts.values()) / len(self.evaluation)
 
     @functools.cached_property
     def evaluation_in_train(self) -> int:
-        """How many of the examples to be scored on are learned from too."""
+        """The number of evaluation examples that are also in the training split."""
         learned = {json.dumps(example) for example in self.train}
         return sum(json.dumps(example) in learned for example in self.evaluation)
 
     def encode(self, split: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EncodedSplit:
-        """The rows of a split, in its order.
+        """Return the rows of a split, in its order.
 
         Raises:
-            TaskError: if an example becomes nothing that can be learned or scored, or if all are left out because they
-                are too long.
+            TaskError: if an example has no token to learn or score, or if all examples are left out because they are
+                too long.
         """
         fitted = self._fitted(split, tokenizer, max_length)
         kept = [number for number, of in enumerate(fitted) if of.row is not None]
         if not kept:
             raise TaskError(
-                f"task {self.name!r}: no {split} example is left: all {len(fitted)} are too long for max_length "
+                f"task {self.name!r}: no {split} example is left. All {len(fitted)} are too long for max_length "
                 f"{max_length} (too_long: {self.too_long}). Raise max_length"
             )
         rows = [of.row for of in fitted if of.row is not None]
@@ -155,13 +158,13 @@ class Task:
         return EncodedSplit(rows, kept, cut=sum(of.cut for of in fitted if of.row is not None))
 
     def only(self, **kept: Sequence[int]) -> Task:
-        """The task with these examples alone of a split."""
+        """Return the task with only these examples of the given splits."""
         changes: dict[str, Any] = {split: [getattr(self, split)[i] for i in which] for split, which in kept.items()}
         numbers = {split: [self._number(split, i) for i in which] for split, which in kept.items()}
         return replace(self, **changes, numbers={**self.numbers, **numbers})
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Prompts | None:
-        """What is generated from in scoring; ``None`` where nothing is."""
+        """Return the prompts for scoring by generation, or ``None`` if no answers are generated."""
         return None
 
     def _number(self, split: str, place: int) -> int:
@@ -179,16 +182,16 @@ class Task:
 
 @dataclass(frozen=True)
 class ClassificationTask(Task):
-    """Texts with a class each, told by a head of the task's own; scored by accuracy.
+    """Texts with one class each, predicted by the task's own head and scored by accuracy.
 
-    A text that is too long loses its end, or its start with a tokenizer that truncates there.
+    A text that is too long is truncated on the tokenizer's truncation side, by default at the end.
 
     Args:
         train, evaluation: ``(text, class)`` pairs.
         labels: the names of the classes.
 
     Raises:
-        TaskError: also on fewer than two classes, two of one name, or a class out of range.
+        TaskError: also on fewer than two labels, two equal labels, or a class out of range.
     """
 
     kind: ClassVar[str] = "classification"
@@ -200,7 +203,7 @@ class ClassificationTask(Task):
         if len(self.labels) < 2:
             raise TaskError(f"task {self.name!r} needs at least two labels, got {list(self.labels)}")
         if len(set(self.labels)) < len(self.labels):
-            raise TaskError(f"task {self.name!r} has a label twice: {list(self.labels)}")
+            raise TaskError(f"task {self.name!r} lists a label twice: {list(self.labels)}")
         for split in ("train", "evaluation"):
             for place, (_, label) in enumerate(getattr(self, split)):
                 if not 0 <= label < len(self.labels):
@@ -233,21 +236,21 @@ class ClassificationTask(Task):
 
 @dataclass(frozen=True)
 class CompletionTask(Task):
-    """Prompts with a completion each, given by the language model itself; the loss is on the completion alone.
+    """Prompts with one completion each, predicted by the language model itself. Only the completion is trained.
 
-    The end of the text is part of the completion. Scored by exact match: the share of examples whose every token of
-    the completion is the most likely one, which is whether greedy decoding gives the completion token for token; or
-    where ``score`` is given, by what the model generates.
+    The end-of-text token is part of the completion. The metric is exact match: the fraction of examples in which every
+    token of the completion has the highest probability, so that greedy decoding gives exactly the completion. If
+    ``score`` is given, generated answers are scored instead.
 
-    Of an example that is too long, the start of the prompt is cut off, but no more than to half of ``max_length``; then
-    the end of the completion.
+    If an example is too long, the start of its prompt is cut off, but at least half of ``max_length`` tokens of the
+    prompt are kept. Then the end of the completion is cut off.
 
     Args:
         train, evaluation: ``(prompt, completion)`` pairs.
-        score: how generated answers are scored; ``None`` if none are generated.
+        score: how generated answers are scored; ``None`` to generate none.
 
     Raises:
-        TaskError: also on a right answer that nothing can be compared with.
+        TaskError: also on a reference answer with which no answer can be compared.
     """
 
     kind: ClassVar[str] = "completion"
@@ -273,7 +276,7 @@ class CompletionTask(Task):
         return self.score.baseline([self._text(example) for example in self.evaluation])
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Prompts | None:
-        """The prompts of the evaluation split; one longer than ``max_length`` loses its start."""
+        """Return the prompts of the evaluation split; a prompt longer than ``max_length`` loses its start."""
         if self.score is None:
             return None
         ids = [_last(prompt, max_length, tokenizer) for prompt in self._prompt_ids(tokenizer)]
@@ -284,7 +287,7 @@ class CompletionTask(Task):
         return self._text(example)
 
     def _text(self, example: Any) -> str:
-        """The right answer."""
+        """Return the reference answer."""
         return str(example[1])
 
     def _prompt_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -312,9 +315,9 @@ class CompletionTask(Task):
     def _fit_answer(
         self, ids: list[int], trained: range, max_length: int, tokenizer: PreTrainedTokenizerBase
     ) -> _Fitted:
-        """A row of which the last tokens are trained; of one that is too long, both ends of the example are cut."""
+        """Make a row whose last tokens are trained; cut both ends of an example that is too long."""
         prompt, answer = ids[: trained.start], ids[trained.start : trained.stop]
-        if len(prompt) + len(answer) - 1 <= max_length:  # the last token is nobody's context, and so not an input
+        if len(prompt) + len(answer) - 1 <= max_length:  # the last token is only a label, not an input
             return _Fitted(_row([*prompt, *answer], [(len(prompt), len(prompt) + len(answer))]))
         if self.too_long == "drop":
             return _Fitted(None)
@@ -326,20 +329,20 @@ class CompletionTask(Task):
 
 @dataclass(frozen=True)
 class ChatTask(CompletionTask):
-    """Conversations, of which what the assistant answers is the completion.
+    """Conversations, in which the assistant's messages are trained as completions are.
 
-    Laid out by the tokenizer's own chat template, see :func:`curlora.continual.chat.lay_out`. What follows the last
-    trained turn is left out. A conversation that is too long loses its end, and is left out where no answer remains;
-    where the last turn alone is trained, it is cut as a completion is. Answers are generated to all that comes before
-    the last of the assistant's messages.
+    The tokenizer's chat template renders them; see :func:`curlora.continual.chat.lay_out`. Everything after the last
+    trained message is left out. A conversation that is too long loses its end, and is left out if no answer remains.
+    If only the last message is trained, the conversation is cut as a :class:`CompletionTask` is. When answers are
+    generated, the prompt is everything before the assistant's last message.
 
     Args:
-        train, evaluation: lists of messages, ``{"role": ..., "content": ...}``. The assistant's message of ``weight`` 0
-            is not trained, nor what it says before anybody has said anything.
-        turns: whether ``"all"`` of the assistant's messages are trained and scored, or the ``"last"`` alone.
+        train, evaluation: lists of messages ``{"role": ..., "content": ...}``. Assistant messages with ``weight`` 0, or
+            before the first user message, are not trained.
+        turns: whether ``"all"`` of the assistant's messages are trained and scored, or only the ``"last"``.
 
     Raises:
-        TaskError: also on what is no conversation, or has no message of the assistant's to be trained.
+        TaskError: also on an example that is not a conversation, or has no message of the assistant's to train.
     """
 
     kind: ClassVar[str] = "chat"
@@ -348,7 +351,7 @@ class ChatTask(CompletionTask):
 
     def __post_init__(self) -> None:
         if self.turns not in ("all", "last"):
-            raise TaskError(f"task {self.name!r}: turns are all or last, not {self.turns!r}")
+            raise TaskError(f"task {self.name!r}: turns must be all or last, got {self.turns!r}")
         for split in ("train", "evaluation"):
             for place, messages in enumerate(getattr(self, split)):
                 fault = fault_of(messages)
@@ -394,7 +397,9 @@ class ChatTask(CompletionTask):
 
     def _laid_out(self, split: str, tokenizer: PreTrainedTokenizerBase) -> list[LaidOut]:
         if not tokenizer.chat_template:
-            raise TaskError(f"task {self.name!r}: the model's tokenizer has no chat template")
+            raise TaskError(
+                f"task {self.name!r}: the model's tokenizer has no chat template, which a task of kind chat needs"
+            )
         conversations = getattr(self, split)
         turns = [trained_turns(messages, self.turns) for messages in conversations]
         with self._refusals(split):
@@ -402,7 +407,7 @@ class ChatTask(CompletionTask):
 
     @contextlib.contextmanager
     def _refusals(self, split: str) -> Iterator[None]:
-        """The template's refusal becomes the task's own, with the row."""
+        """Turn a :class:`ChatError` into a :class:`TaskError` that names the row."""
         try:
             yield
         except ChatError as error:
@@ -410,7 +415,7 @@ class ChatTask(CompletionTask):
 
 
 def _row(ids: list[int], trained: Sequence[tuple[int, int]]) -> Row:
-    """Inputs, and for each what comes next where that is trained: tokens from one place to another (exclusive)."""
+    """Make a row: inputs, and for each the next token as label if that is within a ``(begin, end)`` of ``trained``."""
     targets = [IGNORED] * len(ids)
     for begin, end in trained:
         targets[begin:end] = ids[begin:end]
@@ -418,7 +423,7 @@ def _row(ids: list[int], trained: Sequence[tuple[int, int]]) -> Row:
 
 
 def _last(prompt: list[int], count: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """At most so many tokens of a prompt: the first, where it begins every text, and the last ones."""
+    """Return at most the last ``count`` tokens of a prompt, but keep a beginning-of-text token."""
     if len(prompt) <= count:
         return prompt
     first = prompt[:1] if prompt[0] == tokenizer.bos_token_id and count > 1 else []
@@ -426,6 +431,6 @@ def _last(prompt: list[int], count: int, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _open_ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Without the end of text that some tokenizers add: a completion follows."""
+    """Remove the end-of-text token that some tokenizers add, because a completion follows."""
     ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     return ids[:-1] if ids and ids[-1] in ends else ids

@@ -1,4 +1,4 @@
-"""What a study asks: how much was learned for what was forgotten, by each method at its best."""
+"""The trade-off between learning and forgetting, and the best of each method within a limit."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Point:
-    """One method, or one of a method's grid, over all its runs.
+    """One method, or one of a grid of methods, over all its runs.
 
     Args:
         method: the method.
-        learned: see :func:`what_is_learned`.
-        limited: ``KL(base || model)`` on the text that limits are about, in nats per token.
-        rise: of that text's perplexity, as a share.
-        mean, worst: the divergence over the texts that no method is shown: their mean, and the worst of them.
-        mean_rise, worst_rise: the same of perplexity.
+        learned: how much was learned; see :func:`what_is_learned`.
+        limited: ``KL(base || model)`` on the text of the limits, in nats per token.
+        rise: rise of that text's perplexity as a fraction.
+        mean, worst: mean and largest ``KL(base || model)`` over the texts that no method uses, in nats per token.
+        mean_rise, worst_rise: mean and largest rise of their perplexity as a fraction.
     """
 
     method: MethodResult
@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit on the guard's text: a divergence in nats per token, or a rise of perplexity as a share."""
+    """A limit on the guard's text: a KL divergence in nats per token, or a rise of perplexity as a fraction."""
 
     figure: Literal["kl", "rise"]
     value: float
@@ -55,12 +55,12 @@ class Limit:
         return f"KL {self.value:g}" if self.figure == "kl" else f"perplexity +{100 * self.value:g} %"
 
     def keeps(self, point: Point) -> bool:
-        """Whether the mean over the point's runs is within."""
+        """Whether the mean over the point's runs is within the limit."""
         return (point.limited if self.figure == "kl" else point.rise).mean <= self.value
 
 
 def limits_of(results: RunResults) -> list[Limit]:
-    """The limits that the recipe names."""
+    """Return the recipe's limits."""
     return [
         *(Limit("kl", value) for value in results.limits.get("kl", [])),
         *(Limit("rise", value) for value in results.limits.get("perplexity_increase", [])),
@@ -68,20 +68,21 @@ def limits_of(results: RunResults) -> list[Limit]:
 
 
 def limited_text(results: RunResults) -> str:
-    """The text that limits are about: the guard's, or without one the first that is held out."""
+    """Return the name of the text to which limits apply: the guard's, or else the first held-out text."""
     return next(iter(results.shown), next(iter(results.heldout)))
 
 
 def what_is_learned(results: RunResults) -> str:
-    """What ``learned`` is, in words.
+    """Return what :attr:`Point.learned` measures, in words.
 
-    Where every task is of text that is not generated, accuracy says little, and the loss on the answers is what falls.
+    It is average accuracy. If every task is a completion or chat task without generated answers, exact match says
+    little, and it is the fall of the mean loss on the answers instead.
     """
     return "fall of loss, nats" if _by_loss(results) else "average accuracy"
 
 
 def points(results: RunResults) -> list[Point]:
-    """One for each method, in the run's order."""
+    """Return one point for each method, in the run's order."""
     base = next((method for method in results.methods if method.method == "frozen"), None)
     limited, unseen = limited_text(results), results.unseen or list(results.heldout)
     by_loss = _by_loss(results) and base is not None
@@ -102,7 +103,7 @@ def points(results: RunResults) -> list[Point]:
 
 
 def best_within(known: Sequence[Point], limit: Limit) -> dict[str, Point | None]:
-    """Of each entry of the recipe the point that has learned most within a limit; ``None`` where none is within."""
+    """Return the point of each entry of the recipe that has learned most within a limit; ``None`` if none is within."""
     best: dict[str, Point | None] = {}
     for point in known:
         entry = point.method.entry
@@ -113,14 +114,14 @@ def best_within(known: Sequence[Point], limit: Limit) -> dict[str, Point | None]
 
 
 def front(known: Sequence[Point], figure: Callable[[Point], Statistic] = lambda point: point.mean) -> list[Point]:
-    """The points that no other of them beats both in what is learned and in what is forgotten.
+    """Return the Pareto front: the points that no other point beats in both learning and forgetting.
 
     Args:
-        known: of one entry.
-        figure: what is forgotten; the mean divergence on the texts that were not shown, unless given.
+        known: the points of one entry.
+        figure: the measure of forgetting; by default the mean divergence on the texts that no method uses.
 
     Returns:
-        In the order of that figure.
+        The points in ascending order of ``figure``.
     """
     kept: list[Point] = []
     for point in sorted(known, key=lambda point: (figure(point).mean, -point.learned.mean)):

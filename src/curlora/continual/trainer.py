@@ -1,4 +1,4 @@
-"""transformers' Trainer on one task: which rows in which order, what is checkpointed, how rows are scored."""
+"""A subclass of transformers' Trainer for one task: the order of rows, checkpoints, and scoring."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SECONDS = "seconds"
 
 
 def steps_of(rows: int, settings: Settings) -> int:
-    """Optimizer steps that training on that many rows takes."""
+    """Return the number of optimizer steps that training on ``rows`` rows takes."""
     batches = -(-rows // settings.batch_size)
     return -(-batches // settings.gradient_accumulation_steps) * settings.epochs
 
@@ -43,17 +43,17 @@ class TaskTrainer(Trainer):
     """Trains a :class:`TaskModel` on one task and scores rows.
 
     Args:
-        model: the model; its current head and whatever else requires a gradient is trained.
-        learning_rate: of everything but the head.
-        rows: what is trained on; empty to score only.
-        tokenizer: pads.
+        model: the model; its current head and all other parameters that require a gradient are trained.
+        learning_rate: learning rate of all parameters but the head's.
+        rows: the training rows; empty to score only.
+        tokenizer: the tokenizer, for padding.
         settings: how to train.
-        seed: of the order of the rows, and of dropout.
-        directory: for checkpoints, each with what training has changed and the state of the training.
-        logs: for what ``report_to`` asks for.
-        plugins: add their penalties, and hear the Trainer's events.
-        on_step, on_prediction_step: called after each.
-        on_generated: told how many tokens have been generated, one after the other.
+        seed: seed of the order of the rows and of dropout.
+        directory: folder for checkpoints, each with the trained parameters and the state of the training.
+        logs: folder for the logs of the trackers in ``report_to``.
+        plugins: plug-ins, whose penalties are added to the loss and which receive the Trainer's events.
+        on_step, on_prediction_step: called after each step of training and of prediction.
+        on_generated: called with the number of decoding steps that are done.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TaskTrainer(Trainer):
         evaluation_batch_size = 1 if one_by_one else max(1, settings.evaluation_batch_size // processes)
         reporting = {"report_to": "none", **settings.trainer} if rows else {**settings.trainer, "report_to": "none"}
         arguments = TrainingArguments(
-            # Integrations log into a folder of this one; checkpoints go where _get_output_dir says.
+            # Trackers write into a subfolder of output_dir; checkpoints go to _get_output_dir().
             output_dir=str(directory if logs is None or reporting["report_to"] == "none" else logs),
             num_train_epochs=settings.epochs,
             per_device_train_batch_size=settings.batch_size // processes,
@@ -91,7 +91,7 @@ class TaskTrainer(Trainer):
             logging_steps=settings.logging_steps,
             save_strategy="steps",
             save_steps=settings.checkpoint_steps,
-            logging_nan_inf_filter=False,  # a loss that is not a number is told as it is
+            logging_nan_inf_filter=False,  # NaN losses are logged as they are
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
@@ -100,7 +100,7 @@ class TaskTrainer(Trainer):
         )
         groups: list[dict[str, Any]] = []
         backbone = list(model.backbone_parameters())
-        if backbone:  # the first: the Trainer logs its learning rate
+        if backbone:  # the first group: the Trainer logs its learning rate
             groups.append({"params": backbone, "lr": learning_rate})
         head = [p for p in model.heads.parameters() if p.requires_grad]
         if head:
@@ -111,8 +111,8 @@ class TaskTrainer(Trainer):
             decay, epsilon = settings.weight_decay, arguments.adam_epsilon
             optimizer = torch.optim.AdamW(groups, betas=betas, eps=epsilon, weight_decay=decay)
         super().__init__(
-            # Accelerate marks the module that it prepares, and would not prepare it again for the next Trainer: several
-            # processes would then not share gradients. Let it mark a shallow copy, which holds the same parameters.
+            # Accelerate marks a module that it has prepared and does not prepare it again for the next Trainer. Several
+            # processes would then not share gradients. It gets a shallow copy to mark, with the same parameters.
             model=copy.copy(model),
             args=arguments,
             train_dataset=[*rows, *_fillers(rows, settings.batch_size, processes)],
@@ -131,9 +131,9 @@ class TaskTrainer(Trainer):
         self.seconds = self._began = 0.0
 
     def train_or_go_on(self) -> None:
-        """Train, from the newest complete checkpoint in the directory if there is one.
+        """Train from the start, or resume from the newest complete checkpoint in the directory.
 
-        ``seconds`` is then what the training took, before the checkpoint and after.
+        ``seconds`` is then the time of the training in seconds, including the time before the checkpoint.
         """
         checkpoint = newest(self.directory, _CHECKPOINT)
         self.seconds = float((checkpoint / _SECONDS).read_text()) if checkpoint else 0.0
@@ -142,9 +142,9 @@ class TaskTrainer(Trainer):
         self.seconds += time.monotonic() - self._began
 
     def score(self, rows: Sequence[Row], generation: Generation | None = None, keep: Path | None = None) -> Score:
-        """The share of rows that are answered right, or what generated answers score; and the mean loss per label.
+        """Return the fraction of correct rows, or the score of generated answers, and the mean loss per label in nats.
 
-        What is generated is written to ``keep``, where that is given.
+        Generated answers are written to ``keep`` if it is given.
         """
         scores = torch.from_numpy(self.predict(list(rows)).predictions).double()
         assert len(scores) == len(rows)
@@ -160,7 +160,7 @@ class TaskTrainer(Trainer):
         if model.training:
             for plugin in self.plugins:
                 penalty = plugin.penalty(self.model)
-                if penalty is not None:  # in full once a step, however many batches make up the step
+                if penalty is not None:  # added once per step, however many batches a step has
                     loss = loss + penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
@@ -195,7 +195,7 @@ class TaskTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random generators
         if not self.is_world_process_zero():
             return
         newest_one = self.directory / f"{_CHECKPOINT}{self.state.global_step}"
@@ -207,9 +207,9 @@ class TaskTrainer(Trainer):
 
 
 def _fillers(rows: Sequence[Row], batch_size: int, processes: int) -> list[Row]:
-    """Rows that make the last batch whole where processes share it, and that teach nothing.
+    """Return rows without labels that fill up the last batch when several processes share it.
 
-    Accelerate would fill it up with rows from the beginning, which would then count twice.
+    Accelerate would fill it up with rows from the start of the data, which would then count twice.
     """
     if processes == 1 or not rows:
         return []
@@ -221,7 +221,7 @@ def _fillers(rows: Sequence[Row], batch_size: int, processes: int) -> list[Row]:
 
 
 def trained_state(model: TaskModel) -> dict[str, Tensor]:
-    """Everything that training has changed or will, all heads, and CURLoRA's columns and rows, by name."""
+    """Return all parameters that are or were trained, all heads, and CURLoRA's columns and rows, by name."""
     trained = model.trained_parameters()
     drawn = (".indices", ".fingerprint")
     state = {
@@ -233,14 +233,16 @@ def trained_state(model: TaskModel) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: TaskModel, state: dict[str, Tensor]) -> None:
-    """Take over what :func:`trained_state` gave.
+    """Load the state that :func:`trained_state` returned.
 
     Raises:
-        ValueError: if the names are not those of what is trained here.
+        ValueError: if the names differ from those of this model's state.
     """
     expected = set(trained_state(model))
     if set(state) != expected:
-        raise ValueError(f"the saved state is of another model: {sorted(set(state) ^ expected)[:5]} are not in both")
+        raise ValueError(
+            f"the saved state belongs to another model: {sorted(set(state) ^ expected)[:5]} are not in both"
+        )
     model.load_state_dict(state, strict=False)
 
 

@@ -1,7 +1,7 @@
-"""A run that is shared out: each method, order and seed is a task of Ray, on this machine or on a cluster.
+"""Run a recipe's jobs with Ray: each method, order and seed is a task of Ray, on this machine or on a cluster.
 
-Nothing of it is kept in Ray. A task runs into its folder of the run directory, as it would in one process; where a
-worker dies, Ray begins the task again on another, and there it goes on from its last checkpoint.
+Ray holds no results. A task writes to its folder of the run directory, as in a run in one process. If a worker dies,
+Ray restarts the task on another worker, where it resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 
 __all__ = ["ray_workers"]
 
-_TRIES = 3  # after the first; a machine that goes away takes its tasks along
-_LISTEN = 0.5  # seconds between two looks at what the workers have done
+_TRIES = 3  # retries of a task whose worker or machine has died
+_LISTEN = 0.5  # seconds between two polls of the workers
 
 
 @contextlib.contextmanager
 def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: str | None) -> Iterator[Runner]:
-    """Ray, started on this machine or joined, as what runs jobs; let go of at the end.
+    """Context manager that starts or joins Ray, yields a runner of jobs, and disconnects at the end.
 
     Args:
-        recipe: what is run. Its ``resources`` are what each job is given.
-        directory: the run directory, which every machine sees.
-        workers: how many jobs run at once, at most; as many as there is room for if ``None``.
-        address: of a running cluster; ``None`` for this machine alone.
+        recipe: the recipe. Each job gets its ``resources``.
+        directory: the run directory, which every machine must see.
+        workers: the most jobs at a time; as many as the resources allow if ``None``.
+        address: the address of a running cluster; ``None`` for this machine alone.
 
     Raises:
-        RunError: if Ray is not installed, the cluster cannot be reached, or nowhere is room for one job.
+        RunError: if Ray is not installed, the cluster cannot be reached, or its resources are too small for one job.
     """
     try:
         import ray
@@ -52,12 +52,12 @@ def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: s
     cpus, gpus = recipe.resources.cpus or 1, recipe.resources.gpus
     options: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
     if address is None:
-        # Cores are not counted: whoever asks for so many workers has them.
+        # The number of workers that was asked for is used, even if it exceeds the machine's cores.
         options |= {"num_cpus": (workers or max(1, (os.cpu_count() or 1) // cpus)) * cpus}
     else:
         options = {"address": address, "logging_level": "error", "log_to_driver": False}
     try:
-        if address is not None and ":" in address:  # Ray itself tries for minutes
+        if address is not None and ":" in address:  # Ray itself would retry for minutes
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(**options)
@@ -67,8 +67,8 @@ def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: s
         there = ray.cluster_resources()
         if there.get("GPU", 0) < gpus or there.get("CPU", 0) < cpus:
             raise RunError(
-                f"The recipe gives each method {cpus} CPUs and {gpus:g} GPUs, and there are {there.get('CPU', 0):g} "
-                f"CPUs and {there.get('GPU', 0):g} GPUs in all."
+                f"The recipe's resources give each method {cpus} CPUs and {gpus:g} GPUs, but Ray has only "
+                f"{there.get('CPU', 0):g} CPUs and {there.get('GPU', 0):g} GPUs in all. Lower the resources."
             )
         yield functools.partial(_run_on_ray, recipe, directory.absolute(), workers, cpus, gpus)
     finally:
@@ -122,12 +122,12 @@ def _record(reference: Any) -> Finished:
         raise cause from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
         raise RunError(
-            f"A worker has died {_TRIES + 1} times over the same method. It may want more memory than there is."
+            f"A worker has died {_TRIES + 1} times on the same method. It may need more memory than there is."
         ) from error
 
 
 def _work(content: str, directory: str, folder: str, cpus: int, heard: Any) -> str:
-    """In a worker: run the job of that folder. Its record as JSON."""
+    """Run the job of a folder in a worker, and return its record as JSON."""
     stream, encoded = _prepared(content, directory)
     job = next(job for job in jobs_of(stream, Path(directory)) if job.folder == Path(directory) / folder)
     speaking = _Speaking(folder, heard)
@@ -139,7 +139,7 @@ def _work(content: str, directory: str, folder: str, cpus: int, heard: Any) -> s
 
 @functools.lru_cache(maxsize=1)
 def _prepared(content: str, directory: str) -> tuple[Stream, list[Encoded]]:
-    """A recipe's data, read once by each worker."""
+    """Read a recipe's data, once in each worker."""
     from curlora.continual.launch import build
     from curlora.continual.recipe import Recipe
 
@@ -150,11 +150,11 @@ def _prepared(content: str, directory: str) -> tuple[Stream, list[Encoded]]:
 
 
 class _Speaking:
-    """A progress that is heard where the run was begun."""
+    """A progress that is sent to the process that started the run."""
 
     def __init__(self, folder: str, heard: Any) -> None:
         self.folder, self.heard = folder, heard
-        self.heard.put((folder, None, 0.0))  # from its beginning, or its last checkpoint
+        self.heard.put((folder, None, 0.0))  # the job starts, or restarts after its worker died
 
     def stage(self, text: str) -> None:
         self.heard.put((self.folder, text, 0.0))
@@ -164,7 +164,7 @@ class _Speaking:
 
 
 class _Combined:
-    """The progress of all workers as one; what a worker that died had done does not count twice."""
+    """The combined progress of all workers; work that is repeated after a worker died is not counted twice."""
 
     def __init__(self, listener: Progress) -> None:
         self.listener = listener

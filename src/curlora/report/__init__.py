@@ -1,4 +1,4 @@
-"""Runs for people: a page, tables on a terminal, and the plan of a run."""
+"""Reports of runs: an HTML page, tables for the terminal, and the plan of a run."""
 
 from curlora.report.page import render, write_report
 

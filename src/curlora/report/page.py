@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows one or several runs: tables and plots, no network needed."""
+"""One self-contained HTML page with the tables and plots of one or several runs; it needs no network."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = ["render", "write_report"]
 
 
 def write_report(runs: Sequence[RunResults], path: Path) -> None:
-    """Write the page; the file appears whole or not at all."""
+    """Write the page to a file, atomically."""
     write_whole(path, render(runs))
 
 
 def render(runs: Sequence[RunResults]) -> str:
-    """The page as a string.
+    """Return the page as a string.
 
-    Runs that differ in nothing but methods and seeds are united first; see :func:`curlora.continual.merge.merge`.
-    Each of the others has a section of its own.
+    Runs that differ only in methods and seeds are merged first; see :func:`curlora.continual.merge.merge`. Each
+    resulting run has its own section.
     """
     runs = merge(runs)
     styles = styles_of(runs)
@@ -77,7 +77,7 @@ def render(runs: Sequence[RunResults]) -> str:
 
 
 def _cell(statistic: Statistic | None, form: Callable[..., str] = format_statistic, **options: Any) -> Markup:
-    """A figure of a table, its deviation in small print."""
+    """Format a table cell: the mean, and the deviation in small print."""
     if statistic is None:
         return Markup("–")
     mean, _, deviation = form(statistic, **options).partition(" ± ")
@@ -89,12 +89,12 @@ def _seeds(results: RunResults) -> list[int]:
 
 
 def _score(method: MethodResult, i: int, j: int, figure: str) -> Statistic:
-    """Of task ``j`` after task ``i``."""
+    """Return a figure of the score on task ``j`` after task ``i``."""
     return Statistic.of([getattr(seed.scores[i][j], figure) for seed in method.seeds])
 
 
 def _text(method: MethodResult, name: str) -> dict[str, Statistic]:
-    """What the whole stream did to a held-out text."""
+    """Return perplexity, its rise, and drift on a held-out text after the whole stream."""
     return {
         "after": Statistic.of([seed.text(name)[-1].perplexity for seed in method.seeds]),
         "rise": method.lost(name, "rise"),

@@ -1,4 +1,4 @@
-"""A plan for people: tables that 80 columns are enough for."""
+"""The plan of a run as tables that fit into 80 columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["plan_tables"]
 
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
-    """What to print, in order: the run, its tasks, its methods, the memory they need, and what is not known."""
+    """Return what to print, in order: the run, its tasks, its methods, the memory they need, and notes."""
     stream, state, methods = plan.stream, process_state(), plan.methods
     processes = "1 process" if state.num_processes == 1 else f"{state.num_processes} processes"
     heading = [

@@ -1,4 +1,4 @@
-"""The plots of the page: what is remembered, learning against forgetting, costs and losses, as SVG."""
+"""The plots of the page as SVG: accuracy over the stream, learning against forgetting, costs and losses."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ __all__ = [
     "svg_panel",
 ]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart. Where colours repeat, markers and lines differ.
+# Okabe and Ito's colours, which colour-blind readers can distinguish. If colours repeat, markers and lines differ.
 _COLOURS = ["#6b7280", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00"]
 _MARKERS = ["s", "^", "o", "D", "v", "P", "X", "<", ">", "p", "*"]
 _LINES = ["-", "--", "-.", ":"]
 _FILLS = ["full", "none", "left", "right", "bottom", "top"]  # one for each run of a page
 _RC = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "curlora", "font.family": "sans-serif"}
-_WIDTH = 3.7  # inches; a telephone's width at full size, and a third of the page's
-_FAR = 1e6  # per cent of perplexity beyond which a plot has no point
+_WIDTH = 3.7  # inches: the width of a phone, and a third of the page
+_FAR = 1e6  # per cent: larger rises of perplexity are not plotted
 
 
 class Style(NamedTuple):
-    """Of a method, in matplotlib's words."""
+    """A method's colour, marker and line style, as matplotlib names them."""
 
     colour: str
     marker: str
@@ -56,7 +56,7 @@ Styles = Mapping[tuple[str, str], Style]
 
 
 class Plot(NamedTuple):
-    """Panels under one title; with a legend of the methods unless each panel names its own."""
+    """Panels under one title, with a legend of the methods unless each panel has its own labels."""
 
     title: str
     text: str
@@ -76,7 +76,7 @@ def _identity(method: MethodResult) -> tuple[str, str]:
 
 
 def styles_of(runs: Sequence[RunResults]) -> Styles:
-    """A style for each method of the page, the same in every run and plot."""
+    """Return a style for each method of the page, the same in every run and plot."""
     identities = dict.fromkeys(_identity(method) for run in runs for method in run.methods)
     turns = len(_COLOURS)
     return {
@@ -86,18 +86,18 @@ def styles_of(runs: Sequence[RunResults]) -> Styles:
 
 
 def fills_of(runs: Sequence[RunResults]) -> list[str]:
-    """How each run's markers are filled where several share a plot."""
+    """Return the fill style of each run's markers, for plots of several runs."""
     return [_FILLS[number % len(_FILLS)] for number in range(len(runs))]
 
 
 def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
-    """All plots of one run, in the order of the page."""
-    results, whole = next(iter(results.by_order().values())), results  # what is about one order shows the first
+    """Return all plots of one run, in the order of the page."""
+    results, whole = next(iter(results.by_order().values())), results  # plots of a single order show the first
     few = len(results.tasks) <= 6
     plots = [
         Plot(
-            "What is remembered",
-            "Accuracy on each task after every stage of the stream, from the moment it was learned. A falling line is "
+            "Accuracy over the stream",
+            "Accuracy on each task after every stage of the stream, starting when it was learned. A falling line means "
             "forgetting. Dotted: always answering the most frequent class." + _bars_text(results),
             [
                 svg_panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
@@ -106,8 +106,8 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
         ),
         Plot(
             "Accuracy matrices",
-            "Down: after which task. Across: on which task. On the diagonal what was learned, below what is left."
-            + (" In per cent." if _in_per_cent(results) else ""),
+            "Rows: after which task. Columns: on which task. The diagonal shows what was learned, and below it what is "
+            "left of that." + (" In per cent." if _in_per_cent(results) else ""),
             [
                 svg_panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
                 for method in results.methods
@@ -116,13 +116,13 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
         ),
         Plot(
             "Learning against forgetting",
-            "Up and to the left is better: final average accuracy against the rise of perplexity on held-out text, and "
-            "accuracy just after learning against forgetting." + _bars_text(results) + _unplotted(results),
+            "Final average accuracy against the rise of perplexity on held-out text, and accuracy just after learning "
+            "against forgetting. Up and to the left is better." + _bars_text(results) + _unplotted(results),
             _trade_offs([whole], styles, ["full"]),
         ),
         Plot(
             "Training",
-            "Training loss over the stream, smoothed; each task that has a head starts with a fresh one.",
+            "Smoothed training loss over the stream. Each classification task starts with a new head.",
             [svg_panel("training loss", partial(_losses, results, styles))],
         ),
     ]
@@ -131,12 +131,12 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
     if any(method.trainable_parameters for method in results.methods):
         height = 0.9 + 0.36 * len(results.methods)
         panel = svg_panel("trained parameters", partial(_trainable, results, styles), height=height)
-        plots.insert(-1, Plot("What it costs", "Heads not counted; a logarithmic scale.", [panel], legend=False))
+        plots.insert(-1, Plot("Trained parameters", "Without heads, on a logarithmic scale.", [panel], legend=False))
     return plots
 
 
 def fronts_of(results: RunResults) -> Plot | None:
-    """What is learned against what is forgotten, each entry of the recipe in a colour; ``None`` without a grid."""
+    """Plot learning against forgetting with one colour per entry of the recipe; ``None`` without a grid."""
     known = points(results)
     entries = dict.fromkeys(point.method.entry for point in known)
     if all(not point.method.grid for point in known):
@@ -152,8 +152,9 @@ def fronts_of(results: RunResults) -> Plot | None:
     elif hidden and hidden != [limited_text(results)]:
         figures[f"KL on {hidden[0]}"] = lambda point: point.mean
     text = (
-        "One point for each value of the grid, joined where no other of its method is better in both. Up and to the "
-        "left is better. KL: of the predictions from the base model's, in nats per token." + _bars_text(results)
+        "One point for each value of the grid. A line joins the points of a method that none of its other points beats "
+        "in both. Up and to the left is better. KL: divergence of the predictions from the base model's, in nats per "
+        "token." + _bars_text(results)
     )
 
     def draw(figure: Callable[[Point], Statistic], label: str, axis: Axes) -> None:
@@ -178,17 +179,17 @@ def fronts_of(results: RunResults) -> Plot | None:
         axis.legend(fontsize=8, frameon=False)
 
     panels = [svg_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
-    return Plot("What is learned for what is forgotten", text, panels, legend=False)
+    return Plot("Learning against forgetting over the grid", text, panels, legend=False)
 
 
 def overview_of(runs: Sequence[RunResults], styles: Styles) -> Plot:
-    """Several runs in one plot."""
+    """Return one plot of several runs."""
     text = "Every method of every run. Up and to the left is better." + "".join(map(_unplotted, runs))
     return Plot("Learning against forgetting", text, _trade_offs(runs, styles, fills_of(runs))[::-1])
 
 
 def _trade_offs(runs: Sequence[RunResults], styles: Styles, fills: Sequence[str]) -> list[Markup]:
-    """Average accuracy against the rise of perplexity; plasticity against forgetting where there is any."""
+    """Plot average accuracy against the rise of perplexity, and learning accuracy against forgetting if it exists."""
     rise, forgetting = [], []
     for run, fill in zip(runs, fills, strict=True):
         for method in run.methods:
@@ -212,11 +213,11 @@ def _bars_text(results: RunResults) -> str:
 
 def _unplotted(results: RunResults) -> str:
     labels = [method.label for method in results.methods if not 100 * method.perplexity_rise.mean < _FAR]
-    return f" Diverged, and without a point on the panel of perplexity: {', '.join(labels)}." if labels else ""
+    return f" Diverged, and not shown on the panel of perplexity: {', '.join(labels)}." if labels else ""
 
 
 def svg_panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, height: float = 3.2) -> Markup:
-    """One plot under a title, ``width`` by ``height`` inches."""
+    """Draw one plot under a title, ``width`` by ``height`` inches."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(figure)
@@ -230,7 +231,7 @@ def svg_panel(title: str, draw: Callable[[Axes], None], width: float = _WIDTH, h
 
 
 def key_of(style: Style, fill: str = "full") -> Markup:
-    """A method's line and marker, for legends."""
+    """Draw a method's line and marker for a legend."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(0.42, 0.17))
         FigureCanvasSVG(figure)
@@ -258,7 +259,7 @@ def _accuracy_over_stream(results: RunResults, styles: Styles, j: int, axis: Axe
     stages = range(j, len(results.tasks))
     for m, method in enumerate(results.methods):
         figures = [method.accuracy(i, j) for i in stages]
-        beside = 0.24 * ((m + 0.5) / len(results.methods) - 0.5)  # so that equal figures do not hide one another
+        beside = 0.24 * ((m + 0.5) / len(results.methods) - 0.5)  # equal figures would hide each other
         axis.errorbar(
             [i + beside for i in stages],
             [figure.mean for figure in figures],
@@ -280,7 +281,7 @@ def _accuracy_over_stream(results: RunResults, styles: Styles, j: int, axis: Axe
 
 
 def _name_ticks(set_ticks: Callable[..., object], names: Sequence[str], crowded: int = 24) -> None:
-    """Names of tasks on a horizontal axis, slanted where they would touch."""
+    """Label a horizontal axis with the names of tasks, slanted if they would touch."""
     slant = 0 if sum(map(len, names)) + len(names) <= crowded else 35 if len(names) <= 6 else 90
     alignment = {"ha": "right", "rotation_mode": "anchor"} if slant == 35 else {}
     set_ticks(range(len(names)), names, fontsize=9, rotation=slant, **alignment)
@@ -340,7 +341,7 @@ def _points(points: Sequence[_Point], x_label: str, y_label: str, axis: Axes) ->
             markersize=8,
             **_look(style._replace(line="none"), fill),
         )
-    if max((abs(point.x.mean) for point in shown), default=0) > 300:  # one that diverged would hide the others
+    if max((abs(point.x.mean) for point in shown), default=0) > 300:  # a diverged run would hide the others
         axis.set_xscale("symlog", linthresh=10)
     else:
         axis.locator_params(axis="x", nbins=4)
@@ -373,14 +374,14 @@ def _losses(results: RunResults, styles: Styles, axis: Axes) -> None:
             style = styles[_identity(method)]
             axis.plot(steps, _smooth(losses), color=style.colour, linestyle=style.line, linewidth=1.4)
             highest = max([highest, *filter(math.isfinite, losses)])
-    if highest > 30:  # one that diverged would hide the others
+    if highest > 30:  # a diverged run would hide the others
         axis.set_yscale("log")
     axis.set_xlabel("optimizer step")
     axis.set_ylabel("nats")
 
 
 def _loss_curve(method: MethodResult) -> list[tuple[int, float]]:
-    """Mean over seeds where they were logged at the same steps, else of the first seed."""
+    """Return the mean loss over seeds if they were logged at the same steps, else the first seed's losses."""
     first, *others = [seed.losses for seed in method.seeds]
     steps = [step for step, _ in first]
     if any([step for step, _ in losses] != steps for losses in others):

@@ -1,4 +1,4 @@
-"""Runs as tables of the command line."""
+"""Tables of runs for the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["comparison", "results_tables", "within_limits"]
 
 
 def results_tables(results: RunResults) -> list[RenderableType]:
-    """A run: accuracy after every stage, what is left after the last, what it cost, and what the figures are."""
+    """Return the tables of a run: accuracy after every stage, a summary, limits, costs, and notes on the figures."""
     orders = list(results.by_order().values())
     guarded = [_guarded(one) for one in orders]
     parts: list[RenderableType | None] = [*map(_matrix, orders), _summary(results), *guarded]
@@ -38,11 +38,11 @@ def results_tables(results: RunResults) -> list[RenderableType]:
 
 
 def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
-    """Runs side by side, a row for each method, and below it what keeps their figures from being compared.
+    """Return a table of runs side by side with a row for each method, and a note if the runs cannot be compared.
 
     Args:
-        runs: one or several.
-        names: of the runs, for people.
+        runs: one or several runs.
+        names: the runs' names in the table.
     """
     letters = [f"{ascii_uppercase[n % 26]}{n // 26 or ''}" for n in range(len(runs))]
     table = _plain("Average accuracy, forgetting and rise of perplexity after the last task")
@@ -52,7 +52,7 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
         _columns(table, ["B - A\naccuracy"])
     rates = [fmean(task.majority_rate for task in run.tasks) for run in runs]
     table.add_row("majority class", *(cell for rate in rates for cell in (f"{rate:.3f}", "", "")))
-    unlike: list[str] = []  # other methods, though of one name
+    unlike: list[str] = []  # different methods with the same name
     for name, label in _labels(runs).items():
         methods = [next((method for method in run.methods if method.name == name), None) for run in runs]
         cells = [cell for method in methods for cell in _compared(method)]
@@ -69,13 +69,13 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
     if reasons:
         lines.append(f"The runs differ in {', '.join(reasons)}: their figures cannot be compared directly.")
     if unlike:
-        lines.append(f"Not the same method in every run, though of one name: {', '.join(unlike)}.")
+        lines.append(f"These names stand for different methods in the runs: {', '.join(unlike)}.")
     table.caption, table.caption_justify = Text("\n".join(lines)), "left"
     return table
 
 
 def within_limits(results: RunResults) -> list[Table]:
-    """For each limit of the recipe the best of each method within it, and what that costs on the other texts."""
+    """Return a table for each limit of the recipe: the best of each method within it, and its forgetting elsewhere."""
     known = points(results)
     tables = []
     for limit in limits_of(results):
@@ -159,7 +159,7 @@ def _guarded(results: RunResults) -> Table | None:
 
 
 def _cost(results: RunResults) -> Table:
-    table = _plain("\nWhat it took")
+    table = _plain("\nCost")
     _columns(table, ["trained\nparameters", "adapter\nfile", "time of\na seed", "tokens a\nsecond"])
     for method in results.methods:
         speed = method.tokens_per_second
@@ -175,7 +175,7 @@ def _cost(results: RunResults) -> Table:
 
 def _notes(results: RunResults) -> list[Text]:
     text = next(iter(results.heldout.values()))
-    lines = [f"Perplexity and drift (nats per token) of {text}. Trained parameters and file without the heads."]
+    lines = [f"Perplexity and drift (nats per token) on {text}. Trained parameters and adapter file without heads."]
     counts = sorted({len(method.seeds) for method in results.methods})
     if counts != [1]:
         lines[0] += (
@@ -191,9 +191,9 @@ def _notes(results: RunResults) -> list[Text]:
     for j, task in enumerate(results.tasks):
         unfinished = results.unfinished(j)
         if unfinished:
-            lines.append(f"Of the answers generated for {task.name} up to {unfinished:.0%} were cut off unfinished.")
+            lines.append(f"Up to {unfinished:.0%} of the answers generated for {task.name} were cut off unfinished.")
     if results.protocol:
-        lines.append(f"As the paper's reference code has it: {', '.join(results.protocol)}.")
+        lines.append(f"These switches follow the paper's reference code: {', '.join(results.protocol)}.")
     return [Text(line, style="dim") for line in lines]
 
 
@@ -217,12 +217,12 @@ def _percent(statistic: Statistic | None) -> str:
 
 
 def _below(figure: str) -> str:
-    """The deviation below the mean, so that a row is narrow."""
+    """Put the deviation below the mean to keep the row narrow."""
     return figure.replace(" ±", "\n±")
 
 
 def _labels(runs: Sequence[RunResults]) -> dict[str, Text]:
-    """By name, every method that is in any run."""
+    """Return the labels of all methods of the runs, by name."""
     labels: dict[str, Text] = {}
     for method in (method for run in runs for method in run.methods):
         labels.setdefault(method.name, Text(method.label))

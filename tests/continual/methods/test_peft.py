@@ -1,4 +1,4 @@
-"""Adapters of PEFT, each through a whole small stream: learned, saved, and told from the base."""
+"""Adapters of PEFT, each over a whole small stream: trained, saved, and compared with the base model."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_a_whole_stream(name, tmp_path):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_drift_is_measured_from_the_base_itself(name):
-    """Whatever the adapter does to the base model's weights at its start, and however far it has been trained."""
+    """This holds even if the adapter changes the base model's weights at its start, and after training."""
     kind, rate, options = ADAPTERS[name]
     method = make_method(kind, "m", "M", rate, options)
     model = method.apply(llama(), seed=0)
@@ -73,7 +73,7 @@ def test_drift_is_measured_from_the_base_itself(name):
 
 @pytest.mark.parametrize("name", ["curlora", "lora"])
 def test_an_adapter_for_each_task(name, tmp_path):
-    """What the first task has trained stays as it is, acts on the second, and is saved beside it."""
+    """The first task's adapter stays unchanged and active in the second task, and both are saved."""
     kind, rate, options = ADAPTERS[name]
     method = make_method(kind, "m", "M", rate, options, adapter_per_task=True)
     first, both = tmp_path / "first", tmp_path / "both"
@@ -91,13 +91,13 @@ def test_an_adapter_for_each_task(name, tmp_path):
     again.base_model.set_adapter(["task0", "task1"])
     last = result.text()[-1]
     assert measure(again.eval().get_base_model(), HELDOUT).perplexity == pytest.approx(last.perplexity, rel=1e-4)
-    if kind == "curlora":  # and was drawn by itself
+    if kind == "curlora":  # and was drawn separately
         drawn = [[layer.basis(task).indices for layer in layers(again)] for task in ("task0", "task1")]
         assert not all(torch.equal(*pair) for pair in zip(*drawn, strict=True))
 
 
 def test_each_tasks_adapter_is_trained_in_its_own_task():
-    """Also after the base model was asked, for which PEFT switches adapters off and on again."""
+    """Also after the base model's logits were computed, for which PEFT disables and enables adapters."""
     method = make_method("lora", "m", "M", 0.1, {"r": 4, **LAYERS}, adapter_per_task=True)
     model = method.apply(llama(), seed=0)
     base_logits = method.base_logits(model, llama)
@@ -141,7 +141,7 @@ def test_not_every_adapter_can_be_had_for_each_task(kind, options, message):
 
 @pytest.mark.parametrize("base", [llama, gpt2])
 def test_the_references_lora_starts_wider(base):
-    """A of variance 1/(3 r) where PEFT's has 1/(3 n)."""
+    """A has variance 1/(3 r), where PEFT's has 1/(3 n)."""
     targets = {"r": 8, "target_modules": ["q_proj"] if base is llama else ["c_attn"]}
     deviations = []
     for start in ("peft", "reference"):
@@ -159,7 +159,7 @@ def test_what_is_no_adapter_is_refused(kind):
 
 
 def test_a_method_of_ones_own_is_one_class(tmp_path):
-    """The biases alone, as BitFit trains them (https://arxiv.org/abs/2106.10199)."""
+    """Trains only the biases, as BitFit does (https://arxiv.org/abs/2106.10199)."""
     from dataclasses import dataclass
 
     from curlora.continual.methods import Full

@@ -1,4 +1,4 @@
-"""A recipe with a general text, for plug-ins that go by one."""
+"""A recipe with a general text, for plug-ins that need one."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from tests.models import word_tokenizer
 
 @pytest.fixture
 def guarded_path(recipe_path):
-    """Plain CURLoRA, and the same with a budget that it would go over, on a text that the model itself wrote."""
+    """CURLoRA without a guard, and with a budget that it would exceed, on text that the model itself wrote."""
     content = yaml.safe_load(recipe_path.read_text())
     model = AutoModelForCausalLM.from_pretrained(recipe_path.parent / "model")
-    model.lm_head.weight.data *= 30  # a model with opinions
+    model.lm_head.weight.data *= 30  # sharpens the model's predictions
     model.save_pretrained(recipe_path.parent / "model")
     torch.manual_seed(0)
     rows = model.generate(

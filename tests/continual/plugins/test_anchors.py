@@ -11,11 +11,11 @@ from tests.models import curlora, llama, word_tokenizer
 
 
 def task_model():
-    # A random model's attention hardly looks at queries: layers that it does use.
+    # A random model's outputs hardly depend on queries, so other layers are adapted.
     model = TaskModel(curlora(llama(), target_modules=["v_proj", "o_proj"], layers_to_transform=[0]).double())
     model.begin(0, 3)
     model.double()
-    model.heads["0"].weight.data.mul_(20)  # with opinions
+    model.heads["0"].weight.data.mul_(20)  # sharpens the head's predictions
     tokenizer = word_tokenizer()
     texts = [" ".join(f"w{(7 * i + 3 * j) % 90}" for j in range(5)) for i in range(200)]
     rows = [{"input_ids": tokenizer(text)["input_ids"], "labels": 1, "task": 0} for text in texts]
@@ -45,7 +45,7 @@ def test_the_penalty_is_the_divergence_of_the_earlier_tasks_answers():
         ratios.append(measured / (float(plugin.penalty(model)) / 2.0))
         for p, was in zip(mixings, moved, strict=True):
             p.data.copy_(was)
-    # One draw an example, and a Kronecker product: of the right size.
+    # One sampled answer per example and a Kronecker product: only the size is right.
     assert all(0.4 < ratio < 2.5 for ratio in ratios), ratios
     assert 0.6 < sum(ratios) / len(ratios) < 1.6, ratios
 

@@ -13,7 +13,7 @@ from tests.models import llama, word_tokenizer
 
 
 class Toy(nn.Module):
-    """What EWC sees of a TaskModel, for a logistic regression on fixed features."""
+    """The part of a TaskModel that EWC uses, for a logistic regression on fixed features."""
 
     def __init__(self, weight):
         super().__init__()
@@ -33,7 +33,7 @@ def fisher_of(model, batches):
 
 
 def test_the_fisher_information_of_a_logistic_regression():
-    """F = E[p (1 - p) x^2], the sampled answers averaging out."""
+    """F = E[p (1 - p) x^2], since sampled answers average out."""
     model = Toy([0.7, -1.2])
     features = torch.tensor([[1.0, 2.0], [0.5, -1.0], [-2.0, 0.3]])
     p = torch.sigmoid(features @ model.model.weight.detach())
@@ -44,7 +44,7 @@ def test_the_fisher_information_of_a_logistic_regression():
 
 
 def test_the_optimum_of_quadratic_tasks_is_the_weighted_mean():
-    """Each task is F (theta - theta_k)^2 / 2: held by its own curvature, the last one ends at the mean of all."""
+    """Each task's loss is F (theta - theta_k)^2 / 2. With EWC the last task ends at the mean weighted by curvature."""
     rng = torch.Generator().manual_seed(1)
     curvature, optimum = torch.rand(3, 5, generator=rng) + 0.1, torch.randn(3, 5, generator=rng)
     ewc = EWC(strength=1.0)
@@ -67,7 +67,7 @@ def test_the_optimum_of_quadratic_tasks_is_the_weighted_mean():
 def test_merging_tasks_is_the_sum_of_their_penalties_up_to_a_constant():
     rng = torch.Generator().manual_seed(2)
     curvature, value = torch.rand(4, 6, generator=rng), torch.randn(4, 6, generator=rng)
-    curvature[:, 0] = 0  # a number that never mattered
+    curvature[:, 0] = 0  # a parameter that matters to no task
     ewc = EWC(strength=3.0)
     for k in range(4):
         ewc.held.merge("weight", curvature[k], value[k])
@@ -92,7 +92,7 @@ def test_heads_are_not_held_and_gradients_are_left_alone():
     assert set(fisher) == {name for name, p in model.model.named_parameters() if p.requires_grad}
     assert all(p.grad is None for p in model.parameters())
     assert fisher["model.layers.0.self_attn.q_proj.weight"].sum() > 0
-    assert (fisher["lm_head.weight"] == 0).all()  # a head answered, not the language model
+    assert (fisher["lm_head.weight"] == 0).all()  # a head answers, not the language model
 
 
 def test_its_state_is_what_it_holds():
@@ -106,7 +106,7 @@ def test_its_state_is_what_it_holds():
 
 
 def test_what_was_read_from_a_file_goes_to_where_the_model_is():
-    """Also in a run that is gone on with where a task has been learned, and nothing has asked for the penalty yet."""
+    """Also in a run that is resumed after a task, before the penalty was computed."""
     ewc = EWC(strength=1.0)
     ewc.held.merge("weight", torch.ones(2), torch.ones(2))
     ewc.held.merge("weight", *torch.ones(2, 2, device="meta"))

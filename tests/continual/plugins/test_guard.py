@@ -45,7 +45,7 @@ def test_the_budget_holds_on_the_guard_text_after_every_task(guarded_path, tmp_p
     assert rises["cur"] > 0.004  # else there is nothing to guard
     assert rises["guarded"] <= 0.002
     frozen, plain, guarded = (method.seeds[0] for method in results.methods)
-    assert [outcome.limit for outcome in guarded.guarded] == [0.001, 0.002]  # by even steps
+    assert [outcome.limit for outcome in guarded.guarded] == [0.001, 0.002]  # in equal steps
     assert all(outcome.perplexity_rise <= outcome.limit and 0 <= outcome.scale <= 1 for outcome in guarded.guarded)
     assert guarded.guarded[-1].perplexity_rise == pytest.approx(rises["guarded"], abs=1e-5)
     assert [step for step, _ in guarded.drifts] == [step for step, _ in guarded.losses]
@@ -85,7 +85,7 @@ def test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share(guarded_p
     assert first is not second
     assert not given[0][2] & given[1][2]
     guarded = results.methods[-1].seeds[0]
-    assert (start, later) == (0.0, guarded.guarded[0].predicted)  # what was learned before counts on
+    assert (start, later) == (0.0, guarded.guarded[0].predicted)  # the prediction includes earlier tasks
     assert guarded.guarded[1].predicted <= later + budget * (1 + 1e-3)
     assert [outcome.limit for outcome in guarded.guarded] == [0.001, 0.002]
     text = guard_text(recipe)
@@ -97,7 +97,7 @@ def test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share(guarded_p
     adapted.base_model.set_adapter(["task0", "task1"])
     rise = measure(adapted, text).perplexity / before_it - 1
     assert rise == pytest.approx(guarded.guarded[-1].perplexity_rise, abs=1e-5)
-    assert guarded.guarded[-1].predicted > 0  # it was trained; the text may have become likelier all the same
+    assert guarded.guarded[-1].predicted > 0  # because it was trained, even if the text's perplexity fell
     assert rise <= 0.002
 
 
@@ -133,7 +133,7 @@ def test_cut_off_while_learning_a_task_and_gone_on_with(guarded_path, tmp_path, 
 
 
 def test_what_looks_at_the_weights_sees_them_within_the_budget(guarded_path, tmp_path, monkeypatch):
-    """EWC's centre is where the guard has left the model, whichever of the two is named first."""
+    """EWC stores the parameters after the guard has scaled them back, whichever plug-in is named first."""
     content = yaml.safe_load(guarded_path.read_text())
     guarded = content["methods"][-1]
     guarded["plugins"] = [{"name": "ewc", "strength": 1.0, "examples": 4}, *guarded["plugins"]]
@@ -144,14 +144,14 @@ def test_what_looks_at_the_weights_sees_them_within_the_budget(guarded_path, tmp
 
     def without_prediction(self, context):
         begin(self, context)
-        self.guard.budget = None  # so that there is something to be taken back after the task
+        self.guard.budget = None  # so the change must be scaled back after the task
 
     monkeypatch.setattr(GuardPlugin, "before_task", without_prediction)
     seen = []
     merge = Consolidated.merge
     monkeypatch.setattr(Consolidated, "merge", lambda self, *given: (seen.append(given[-1]), merge(self, *given)))
     results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
-    assert results.methods[-1].seeds[0].guarded[0].scale < 1  # else the order makes no difference
+    assert results.methods[-1].seeds[0].guarded[0].scale < 1  # else the order would make no difference
     saved = load_file(tmp_path / "run/guarded/seed-0/adapter/adapter_model.safetensors")
     kept = sorted(value.norm().item() for name, value in saved.items() if name.endswith("curlora_U.weight"))
     assert sorted(value.norm().item() for value in seen) == pytest.approx(kept)
@@ -162,15 +162,15 @@ def test_refused_before_anything_is_loaded(guarded_path):
     guarded = content["methods"][-1]
     guard = guarded["plugins"][0]
     for plugins, message in (
-        ([guard, guard], "'guard' is there twice"),
-        ([{**guard, "max_perplexity_increase": 0}], "a limit is positive, got max_perplexity_increase"),
+        ([guard, guard], "'guard' is listed twice"),
+        ([{**guard, "max_perplexity_increase": 0}], "max_perplexity_increase must be positive and finite, got"),
         ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
-        ([{**guard, "spread": "yes"}], "spread is true or false"),
-        ([{"name": "anchors"}], "holds what earlier tasks have trained"),
-        ([{"name": "ewc", "strength": 1}], "holds what earlier tasks have trained"),
+        ([{**guard, "spread": "yes"}], "spread must be true or false"),
+        ([{"name": "anchors"}], "protects what earlier tasks have trained"),
+        ([{"name": "ewc", "strength": 1}], "protects what earlier tasks have trained"),
     ):
-        guarded["adapter_per_task"] = "holds" in message
+        guarded["adapter_per_task"] = "protects" in message
         guarded["plugins"] = plugins
         guarded_path.write_text(yaml.safe_dump(content))
         with pytest.raises(RecipeError, match=message):
@@ -184,7 +184,7 @@ def test_a_window_that_the_model_has_no_positions_for_is_named(guarded_path, tmp
     config["max_position_embeddings"] = 100
     (guarded_path.parent / "model/config.json").write_text(json.dumps(config))
     guarded_path.write_text(yaml.safe_dump(content))
-    with pytest.raises(RunError, match="'more words' has windows of 256 tokens, where the model has 100 positions"):
+    with pytest.raises(RunError, match="'more words' has windows of 256 tokens, but the model has only 100 positions"):
         run_recipe(load_recipe(guarded_path), tmp_path / "run")
 
 

@@ -42,7 +42,7 @@ def test_a_task_without_a_head_is_left_alone():
 def test_a_model_without_finite_states_is_named():
     model = TaskModel(llama())
     model.language_model.model.norm.weight.data.fill_(torch.nan)
-    with pytest.raises(RunError, match="plug-in probe: the model's states of the task are not finite"):
+    with pytest.raises(RunError, match="plug-in probe: the model's hidden states on the task's examples are not"):
         Probe().before_task(context(model))
 
 
@@ -60,7 +60,7 @@ def test_training_begins_from_it_and_goes_on_from_where_it_was_cut_off(recipe_pa
     recipe_path.write_text(yaml.safe_dump(content))
     recipe = load_recipe(recipe_path)
     whole = run_recipe(recipe, tmp_path / "whole")
-    # Heads that are left as they are fitted; fresh ones begin at log 2.
+    # The fitted heads stay good; the loss of untrained heads would start at log 2.
     assert all(loss < 0.1 for _, loss in whole.methods[0].seeds[0].losses)
 
     learn, save = MethodRun._learn, TaskTrainer._save_checkpoint

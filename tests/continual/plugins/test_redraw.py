@@ -1,4 +1,4 @@
-"""Columns and rows for a stream's first task, on a small model."""
+"""Columns and rows are chosen for a stream's first task, on a small model."""
 
 import copy
 import math
@@ -39,7 +39,7 @@ def untrained():
 
 
 def context(model, classes, number=0, text=TEXT):
-    """The words of a small task, with a label at the end or as a text to be continued."""
+    """The rows of a small task: texts with a class, or texts to continue."""
     tokenizer = word_tokenizer()
     rows = []
     for words, label in word_examples(2)[0]:
@@ -72,13 +72,13 @@ def test_it_is_redraw_with_the_tasks_loss(classes, monkeypatch):
     lengths = torch.cat([batch["attention_mask"].sum(1) for batch in batches])
     assert sorted(lengths.tolist()) == sorted(len(row["input_ids"]) for row in task.rows)
     assert torch.equal(torch.cat(general), TEXT.tokens)
-    assert torch.equal(torch.random.get_rng_state(), before)  # the draws of training do not depend on it
+    assert torch.equal(torch.random.get_rng_state(), before)  # training's random numbers do not depend on it
     assert model.training
     if classes:
-        assert loss < 0.8 * math.log(2)  # the head that it is seen through tells the classes apart,
+        assert loss < 0.8 * math.log(2)  # the fitted head separates the classes,
         assert {key: value.tolist() for key, value in model.heads.state_dict().items()} == {
             key: value.tolist() for key, value in fresh.items()
-        }  # and training begins with a fresh one
+        }  # and training starts with an untrained one
 
     other = untrained()
     other.begin(0, classes)
@@ -86,7 +86,7 @@ def test_it_is_redraw_with_the_tasks_loss(classes, monkeypatch):
     each = [
         {key: value[i : i + 1] for key, value in batch.items()} for batch in batches for i in range(len(batch["task"]))
     ]
-    # One by one, and so that every label weighs the same.
+    # One example at a time, with the same weight for every label.
     summed = lambda batch: other(**batch, num_items_in_batch=1)["loss"]  # noqa: E731
     redraw(other.language_model, each, general, loss=summed, seed=0, progress=False)
     assert all(torch.equal(at, indices(other)[name]) for name, at in indices(model).items())
@@ -132,7 +132,7 @@ def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut, per_
     recipe = load_recipe(redrawn_path, [f"methods.0.adapter_per_task={per_task}"])
     whole = run_recipe(recipe, tmp_path / "whole")
     what, number = cut.split()
-    running = []  # the method and the task that is learned
+    running = []  # the method and the task that is being learned
     learn = MethodRun._learn
 
     def learning(run, part):
@@ -154,15 +154,15 @@ def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut, per_
     with pytest.raises(Cut):
         run_recipe(recipe, tmp_path / "cut")
     monkeypatch.undo()
-    if not per_task or number == "1":  # else there is more to be drawn
-        # Elsewhere it might come out otherwise: what was chosen stays chosen.
+    if not per_task or number == "1":  # else another adapter is still to be redrawn
+        # On another machine the choice might differ, so a resumed run must not choose again.
         monkeypatch.setattr("curlora.continual.plugins.redraw.redraw", None)
     assert figures(run_recipe(recipe, tmp_path / "cut")) == figures(whole)
     folders = [Path("redrawn/seed-0/adapter", part) for part in (["task0", "task1"] if per_task else [""])]
     for folder in folders:
         adapters = [load_file(tmp_path / run / folder / "adapter_model.safetensors") for run in ("whole", "cut")]
         assert all(torch.equal(value, adapters[1][key]) for key, value in adapters[0].items())
-    # What was saved is what anyone loads: the choice is in the file.
+    # The choice is in the saved file, so loading the adapter restores it.
     base = AutoModelForCausalLM.from_pretrained(recipe.model.name)
     loaded = PeftModel.from_pretrained(base, tmp_path / "cut" / folders[0])
     drawn = indices(curlora(AutoModelForCausalLM.from_pretrained(recipe.model.name), seed=0))

@@ -48,7 +48,7 @@ def test_its_state_is_what_it_keeps():
 
 
 def test_replaying_everything_keeps_what_contradicts_nothing(tmp_path):
-    """Two tasks for the same weights: without replay the first is overwritten, with all of it it stays."""
+    """Two tasks share weights: without replay the first is overwritten, with replay of all examples it is kept."""
     tokenizer = word_tokenizer()
 
     def mapping(name, first, answers):
@@ -72,5 +72,5 @@ def test_replaying_everything_keeps_what_contradicts_nothing(tmp_path):
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="whole number of examples, at least 1, got 0"):
+    with pytest.raises(ValueError, match="examples to be a whole number of 1 or more, got 0"):
         make_plugin("replay", {"examples": 0})

@@ -1,4 +1,4 @@
-"""Any method scaled back to a limit: the rival of a guard."""
+"""Any method scaled back to a limit: the baseline of a guard."""
 
 import math
 
@@ -102,9 +102,9 @@ def test_gone_on_with_it_is_as_if_uninterrupted(guarded_path, tmp_path):
     [
         ({}, "give one limit: max_perplexity_increase or max_kl"),
         ({"max_perplexity_increase": 0.1, "max_kl": 0.1}, "give one limit"),
-        ({"max_kl": 0}, "a limit is positive, got max_kl 0.0"),
-        ({"max_perplexity_increase": math.inf}, "a limit is positive"),
-        ({"max_kl": 0.1, "spread": 2}, "spread is true or false, got 2"),
+        ({"max_kl": 0}, "max_kl must be positive and finite, got 0.0"),
+        ({"max_perplexity_increase": math.inf}, "must be positive and finite"),
+        ({"max_kl": 0.1, "spread": 2}, "spread must be true or false, got 2"),
     ],
 )
 @pytest.mark.parametrize("name", ["scale_back", "guard"])
@@ -115,9 +115,9 @@ def test_what_is_no_limit_is_refused(name, options, message):
 
 def test_a_recipe_without_a_general_text_is_refused(recipe_path):
     plugin = "methods.1.plugins=[{name: scale_back, max_kl: 0.1}]"
-    with pytest.raises(RecipeError, match="method 'lora': plug-in 'scale_back' goes by a general text"):
+    with pytest.raises(RecipeError, match="method 'lora': plug-in 'scale_back' needs a general text"):
         load_recipe(recipe_path, [plugin])
-    with pytest.raises(RecipeError, match="method 'lora' goes by a general text"):
+    with pytest.raises(RecipeError, match="method 'lora' needs a general text"):
         load_recipe(recipe_path, ["methods.1.options={init_lora_weights: corda, target_modules: [q_proj]}"])
 
 
@@ -133,7 +133,7 @@ def test_corda_begins_as_the_base_model_and_is_measured_from_it(guarded_path, tm
     results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
     untrained, trained = (method.seeds[0] for method in results.methods[1:])
     assert untrained.lost("more words") == pytest.approx(0, abs=1e-5)
-    # What is trained is what the text uses least, and so the text hardly notices.
+    # CorDA trains the part of the weights that the text uses least, so the text is hardly affected.
     assert trained.lost("more words") < 1e-4
     saved = [
         load_file(tmp_path / "run" / name / "seed-0/adapter/adapter_model.safetensors") for name in ("corda", "trained")

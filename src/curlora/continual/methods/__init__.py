@@ -1,4 +1,4 @@
-"""The methods a stream is run with. To add one: a file with a subclass of ``Method``, and a line in ``make_method``."""
+"""The methods of a stream. To add one, write a file with a subclass of ``Method`` and extend ``make_method``."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def make_method(
     training: dict[str, Any] | None = None,
     grid: dict[str, Any] | None = None,
 ) -> Method:
-    """A method by its name: ``"frozen"``, ``"full"``, or an adapter of PEFT such as ``"lora"`` or ``"curlora"``.
+    """Make a method: ``"frozen"``, ``"full"``, or an adapter of PEFT such as ``"lora"`` or ``"curlora"``.
 
     Raises:
-        ValueError: if it is none of these, or an option is unknown or not allowed.
+        ValueError: if there is no such method, or an option is unknown or not allowed.
     """
     fields: dict[str, Any] = dict(
         name=name, label=label, learning_rate=learning_rate, options=options or {}, plugins=plugins,
         training=training or {}, grid=grid or {},
     )  # fmt: skip
     if adapter_per_task and method in ("frozen", "full"):
-        raise ValueError(f"adapter_per_task is for adapters, and {method} has none")
+        raise ValueError(f"adapter_per_task is for adapters, but the method {method} has none")
     if method == "frozen":
         return Frozen(**fields)
     if learning_rate <= 0:

@@ -1,4 +1,4 @@
-"""What a method is to a run."""
+"""The interface of a method."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["Method"]
 
 @dataclass(frozen=True)
 class Method:
-    """A way of fine-tuning: what is put on the base model and what of it is trained.
+    """A method of fine-tuning: what is added to the base model, and which parameters are trained.
 
     Args:
-        name: short name; a folder of the run is called so.
-        label: the name people read.
-        learning_rate: of everything that is trained but the heads.
-        options: of the method; each kind says which it has.
-        plugins: make what is combined with the method, anew for every seed.
+        name: short name, also the name of its folder in the run directory.
+        label: the name in reports.
+        learning_rate: learning rate of all trainable parameters except the heads.
+        options: the method's options; see its class.
+        plugins: functions that make the plug-ins combined with the method; called again for every seed.
         training: settings that are different for this method.
-        grid: where it is one of a recipe's grid, what it has there.
+        grid: the method's values in the recipe's grid, if it is one of a grid.
 
     Raises:
         ValueError: if an option is unknown or not allowed.
@@ -44,50 +44,51 @@ class Method:
 
     @property
     def kind(self) -> str:
-        """What a recipe calls it."""
+        """The method's name in recipes."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """Its options, for the report."""
+        """Return the options for the report."""
         return self.options
 
     @property
     def needs_guard_text(self) -> bool:
-        """Whether :meth:`apply` looks at a general text."""
+        """Whether :meth:`apply` uses a general text."""
         return False
 
     def apply(self, model: nn.Module, seed: int, text: HeldOut | None = None) -> nn.Module:
         """Prepare a fresh base model for training.
 
         Args:
-            model: a causal language model; it is changed.
-            seed: of the run.
-            text: the recipe's ``guard`` text, where it has one.
+            model: a causal language model; modified in place.
+            seed: the run's seed.
+            text: the recipe's ``guard`` text, if it has one.
 
         Returns:
-            What is trained.
+            The model to train.
         """
         raise NotImplementedError
 
     def adapter(self, task: int) -> str:
-        """The name of the adapter that the task of that number trains, where there are adapters."""
+        """Return the name of the adapter that task number ``task`` trains, for methods with adapters."""
         return "default"
 
     def begin_task(self, model: nn.Module, task: int, seed: int) -> None:
-        """Prepare what :meth:`apply` gave for the task of that number; the tasks before it have begun."""
+        """Prepare the model from :meth:`apply` for task number ``task``; called for the tasks in order."""
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:
-        """The base model's predictions, however far ``model`` has been trained.
+        """Return a function that computes the base model's logits while ``model`` is trained.
 
         Args:
-            model: what :meth:`apply` gave.
-            load_model: gives a fresh base model, where there is no other way.
+            model: the model from :meth:`apply`.
+            load_model: returns a fresh base model, for methods that need a second copy.
 
         Returns:
-            Given ``input_ids`` of shape ``(1, length)`` and a number, the logits at that many last positions.
+            A function of ``input_ids`` of shape ``(1, length)`` and a number ``k``. It returns the logits at the last
+            ``k`` positions, shape ``(1, k, vocabulary)``.
         """
         raise NotImplementedError
 
     def save(self, model: nn.Module, directory: Path) -> int:
-        """Save what was trained, but for the heads, and return its size in bytes."""
+        """Save the trained parameters without the heads, and return their size in bytes."""
         raise NotImplementedError

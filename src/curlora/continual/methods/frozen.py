@@ -1,4 +1,4 @@
-"""Heads only: the base model as it is, below which no method should fall."""
+"""Heads only: the baseline that leaves the base model unchanged."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ __all__ = ["Frozen"]
 
 @dataclass(frozen=True)
 class Frozen(Method):
-    """Trains the heads alone. A task without a head is answered by the base model, and trains nothing."""
+    """Trains only the heads. A task without a head is answered by the base model and trains nothing."""
 
     trains_backbone: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.options or self.learning_rate or not all(make().for_heads for make in self.plugins):
-            raise ValueError("frozen trains the heads alone: leave out options, learning_rate and plugins but probe")
+            raise ValueError(
+                "frozen trains only the heads: leave out options, learning_rate, and all plugins except probe"
+            )
 
     @property
     def kind(self) -> str:

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the base model."""
+"""Full fine-tuning of every parameter of the base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Full(Method):
 
     def __post_init__(self) -> None:
         if self.options:
-            raise ValueError(f"options: full has none, and so no {next(iter(self.options))!r}")
+            raise ValueError(f"options: full has no options: leave out {next(iter(self.options))!r}")
 
     @property
     def kind(self) -> str:

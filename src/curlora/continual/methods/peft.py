@@ -1,4 +1,4 @@
-"""Any method of PEFT, CURLoRA among them."""
+"""The adapters of PEFT, CURLoRA among them."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from curlora.guard.evaluating import without_adapters
 
 __all__ = ["Peft", "peft_types"]
 
-# Prompts are put in by PeftModel's own forward, which a task's head is not behind.
+# PeftModel's own forward inserts the prompts, and a task's head does not use that forward.
 _NOT_ADAPTERS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"}
 # These need more than a configuration.
 _NOT_ADAPTERS |= {"CARTRIDGE", "MIXED", "XLORA", "POLY"}
-# Changes its ranks by a call after every step and adds to the loss, neither of which a Trainer does.
+# AdaLoRA needs a call after every step that changes its ranks, and a term in the loss. A Trainer does neither.
 _NOT_ADAPTERS |= {"ADALORA"}
 
 
-# Adapters of which several in a layer act as one whose update is the sum of theirs, and which leave the base model as
-# it is; and the options with which that is so.
+# Adapters whose updates add up if a layer has several of them, and which do not change the base model; and the options
+# for which this holds.
 _SUMS = ("curlora", "lora")
 _SUMMING = {
     "r", "alpha", "lora_alpha", "lora_dropout", "use_rslora", "sampling", "replacement", "target_modules",
@@ -45,7 +45,7 @@ _SUMMING = {
 
 
 def peft_types() -> dict[str, type[PeftConfig]]:
-    """The adapters of PEFT, by their names in small letters."""
+    """Return the configuration classes of PEFT's adapters by their names in lower case."""
     members = PEFT_TYPE_TO_CONFIG_MAPPING.items()
     return {str(kind.value).lower(): cls for kind, cls in members if str(kind.value) not in _NOT_ADAPTERS}
 
@@ -55,17 +55,18 @@ class Peft(Method):
     """An adapter of PEFT.
 
     ``options`` are those of its configuration class. A CURLoRA adapter draws its columns and rows with the run's seed
-    unless ``options`` hold a ``seed``; adapters of later tasks with a seed that is made of the run's and the task.
+    unless ``options`` hold a ``seed``. With ``adapter_per_task`` the later adapters use a seed derived from the run's
+    seed and the task's number.
 
     Args:
         peft_type: the adapter's name, such as ``"lora"``, ``"curlora"`` or ``"osf"``.
-        lora_start: how LoRA's ``A`` starts: ``"peft"``, or as the paper's ``"reference"`` does it.
-        adapter_per_task: whether each task trains an adapter of its own, beside those of earlier tasks, which stay
-            active and are not trained. They are called ``task0``, ``task1`` and so on.
+        lora_start: how LoRA's ``A`` is initialized: as in ``"peft"`` or as in the paper's ``"reference"`` code.
+        adapter_per_task: whether each task trains its own adapter. The adapters of earlier tasks stay active and
+            frozen. The adapters are named ``task0``, ``task1`` and so on.
 
     Raises:
-        ValueError: if the adapter or one of its options is unknown, an option is not allowed, or adapters of the kind
-            do not simply add up where each task is to have one.
+        ValueError: if the adapter or one of its options is unknown, an option is not allowed, or ``adapter_per_task``
+            is set for adapters whose updates do not add up.
     """
 
     peft_type: str = ""
@@ -80,8 +81,8 @@ class Peft(Method):
             raise ValueError(f"adapter_per_task is for {' and '.join(_SUMS)}, whose updates add up")
         if other := sorted(self.options.keys() - _SUMMING):
             raise ValueError(
-                f"adapter_per_task: leave out the option {other[0]}. Adapters must be drawn each for itself, change "
-                f"nothing before they are trained, and add up: it goes with {', '.join(sorted(_SUMMING))}"
+                f"adapter_per_task: leave out the option {other[0]}. Each adapter must be drawn separately, start from "
+                f"zero change, and add to the others, which holds for the options {', '.join(sorted(_SUMMING))}"
             )
 
     @property
@@ -92,7 +93,7 @@ class Peft(Method):
         return {**self.options, **({"adapter_per_task": True} if self.adapter_per_task else {})}
 
     def configuration(self, seed: int) -> PeftConfig:
-        """The adapter's configuration.
+        """Return the adapter's configuration.
 
         Raises:
             ValueError: if the adapter or one of its options is unknown, or an option is not allowed.
@@ -103,7 +104,8 @@ class Peft(Method):
         known = inspect.signature(config_class).parameters
         if "alora_invocation_tokens" in self.options:
             raise ValueError(
-                "alora_invocation_tokens: activated LoRA acts in PeftModel's own forward, which is not used"
+                "alora_invocation_tokens: activated LoRA needs PeftModel's own forward, which is not used here; leave "
+                "it out"
             )
         if unknown := [option for option in self.options if option not in known]:
             raise ValueError(f"options: {unknown_names(config_class.__name__, unknown, known, 'option')}")
@@ -123,7 +125,7 @@ class Peft(Method):
         config = self.configuration(seed)
         if self.needs_guard_text:
             if text is None:
-                raise ValueError("CorDA goes by what a general text uses of the model: say which, under guard")
+                raise ValueError("CorDA needs a general text: name one under guard")
             _prepare_corda(model, config, text)
         adapted = get_peft_model(model, config, adapter_name=self.adapter(0))
         self._start_lora(adapted, self.adapter(0))
@@ -133,7 +135,7 @@ class Peft(Method):
         return f"task{task}" if self.adapter_per_task else "default"
 
     def begin_task(self, model: nn.Module, task: int, seed: int) -> None:
-        """Where each task has an adapter, add one for it. A seed and a task always give the same."""
+        """Add the task's adapter if each task has one. The same seed and task always give the same adapter."""
         if not self.adapter_per_task or task == 0:
             return
         peft_model: Any = model
@@ -152,7 +154,7 @@ class Peft(Method):
             return
         for module in model.modules():
             if isinstance(module, LoraLayer):
-                # kaiming_uniform_(a=sqrt(5)) of an (n x r) matrix takes the rank for its fan-in.
+                # The reference calls kaiming_uniform_(a=sqrt(5)) on an (n, r) matrix, so the rank is its fan-in.
                 weight = module.lora_A[adapter].weight
                 torch.nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[0]), 1 / math.sqrt(weight.shape[0]))
 
@@ -169,7 +171,7 @@ class Peft(Method):
         return logits
 
     def _changes_the_base(self) -> bool:
-        """Whether the adapter switched off is not the base: its weights were changed at the start, or biases are."""
+        """Whether disabling the adapter does not give the base model: its weights or biases are changed."""
         start = str(self.options.get("init_lora_weights", "")).lower()
         return start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) or (
             self.options.get("bias", "none") != "none"
@@ -177,15 +179,16 @@ class Peft(Method):
 
     def save(self, model: nn.Module, directory: Path) -> int:
         peft_model: Any = model
-        # Into the folder itself, or where each task has an adapter into a folder for each.
+        # One adapter goes into the folder itself; several go into a subfolder each.
         peft_model.save_pretrained(directory / "adapter", save_embedding_layers=False)
         return sum(file.stat().st_size for file in (directory / "adapter").rglob(SAFETENSORS_WEIGHTS_NAME))
 
 
 def _prepare_corda(model: nn.Module, config: Any, text: HeldOut) -> None:
-    """Decompose the weights by what a text uses of them (Yang et al. 2024, https://arxiv.org/abs/2406.05223).
+    """Run CorDA's decomposition of the weights on a text (Yang et al. 2024, https://arxiv.org/abs/2406.05223).
 
-    In its knowledge-preserving mode, the default here, the adapter then begins as the part that the text uses least.
+    In the knowledge-preserving mode, the default here, the adapter starts as the part of the weights that the text uses
+    least.
     """
     device = next(model.parameters()).device
 

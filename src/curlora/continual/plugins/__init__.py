@@ -1,4 +1,4 @@
-"""What can be combined with any method. To add one: a file with a subclass of ``Plugin``, and its name below."""
+"""Plug-ins for methods. To add one, write a file with a subclass of ``Plugin`` and list it in ``PLUGINS``."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ __all__ = [
     "make_plugin",
 ]
 
-# In the order in which they act before a task and after it: what changes the model, then its head, then what looks at
-# both.
+# In the order in which they act before and after a task: first what changes the model, then what changes its head,
+# then what reads both.
 PLUGINS: dict[str, type[Plugin]] = {
     "redraw": Redraw,
     "guard": GuardPlugin,
@@ -46,7 +46,7 @@ PLUGINS: dict[str, type[Plugin]] = {
 
 
 def make_plugin(name: str, options: dict[str, Any]) -> Plugin:
-    """A plug-in by its name.
+    """Make a plug-in by its name.
 
     Raises:
         ValueError: if the name or an option is unknown, missing or not allowed.

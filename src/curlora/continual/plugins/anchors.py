@@ -1,4 +1,4 @@
-"""Anchors: what earlier tasks have learned is held where it matters to them, without their data."""
+"""Anchors: a penalty that protects what earlier tasks have learned, without their data."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ __all__ = ["AnchorsPlugin"]
 
 
 class AnchorsPlugin(Plugin):
-    """Adds ``strength`` times the predicted loss of earlier tasks to the loss of every step.
+    """Adds ``strength`` times the predicted divergence of earlier tasks' answers to the loss of every step.
 
-    See :class:`curlora.guard.anchors.Anchors`: in nats for each answer of each earlier task, so that with a strength of
-    1 an earlier task counts as much as the one that is learned.
+    See :class:`curlora.guard.anchors.Anchors`. The divergence is in nats per answer, summed over earlier tasks. With a
+    strength of 1, each earlier task has the same weight as the current one.
 
     Args:
-        strength: of the penalty, beside the mean loss of a batch.
-        examples: of each task's training split that its moments are taken from; all where it has fewer.
+        strength: factor of the penalty relative to the mean loss of a batch.
+        examples: number of training examples of each task from which its moments are estimated; all if the task has
+            fewer.
 
     Raises:
         ValueError: if ``strength`` or ``examples`` is not positive.
@@ -37,9 +38,7 @@ class AnchorsPlugin(Plugin):
     def __init__(self, strength: float = 1.0, examples: int = 200) -> None:
         self.strength = float(strength)
         if not (self.strength > 0 and math.isfinite(self.strength)) or not isinstance(examples, int) or examples < 1:
-            raise ValueError(
-                f"anchors needs a positive strength and 1 of examples or more, got {strength=} {examples=}"
-            )
+            raise ValueError(f"anchors needs a positive strength and at least 1 example, got {strength=} {examples=}")
         self.examples = examples
         self.anchors = Anchors()
 

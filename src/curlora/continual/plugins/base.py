@@ -1,4 +1,4 @@
-"""What can be combined with any method: a plug-in on the trainer."""
+"""The interface of a plug-in, which can be combined with any method."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ __all__ = ["Plugin", "TaskContext"]
 
 @dataclass(frozen=True)
 class TaskContext:
-    """A task that begins or has ended.
+    """A task that is about to be learned or has been learned.
 
     Args:
-        number: of the task in the stream, from 0.
-        model: what is trained.
+        number: the task's number in the stream, from 0.
+        model: the model that is trained.
         rows: the task's own training rows.
         collate: makes a batch of rows.
-        seed: of the run.
-        guard_text: the recipe's general text, where it has one.
-        base_logits: of the base model, as :meth:`curlora.continual.methods.Method.base_logits` gives them; ``None``
-            where the base model is all there is.
-        tasks: how many the stream has.
-        adapter: that is trained, of a method with adapters.
-        adapter_since: the number of the task that this adapter begins with.
+        seed: the run's seed.
+        guard_text: the recipe's general text, if it has one.
+        base_logits: the function from :meth:`curlora.continual.methods.Method.base_logits`; ``None`` if the method
+            trains only heads.
+        tasks: the number of tasks in the stream.
+        adapter: the name of the adapter that is trained, for methods with adapters.
+        adapter_since: the number of the first task that trains this adapter.
     """
 
     number: int
@@ -48,52 +48,53 @@ class TaskContext:
 
 
 class Plugin(TrainerCallback):
-    """Does nothing; a plug-in overrides what it needs, the Trainer's own events among it.
+    """Base class of plug-ins, which does nothing. A plug-in overrides what it needs, also events of the Trainer.
 
-    One object serves a whole stream. What it keeps from task to task is in its state, which the run saves after each
-    task.
+    One object is used for a whole stream. What it keeps from task to task belongs in :meth:`state_dict`, which the run
+    saves after each task.
     """
 
     only_for: ClassVar[str | None] = None
-    """The one method that it can be combined with; any if ``None``."""
+    """The only method that the plug-in can be combined with; any if ``None``."""
     for_heads: ClassVar[bool] = False
-    """Whether it does something where heads are all that is trained."""
+    """Whether the plug-in can be used when only heads are trained."""
     needs_guard_text: ClassVar[bool] = False
+    """Whether the plug-in needs the recipe's ``guard`` text."""
     changes_start: ClassVar[bool] = False
-    """Whether :meth:`before_task` changes the model: then it is saved as it is after that."""
+    """Whether :meth:`before_task` changes the model. The model is then saved before training starts."""
     holds_trained: ClassVar[bool] = False
-    """Whether it keeps later tasks from changing what earlier ones have trained."""
+    """Whether the plug-in keeps later tasks from changing the parameters that earlier tasks have trained."""
 
     def describe(self) -> dict[str, Any]:
-        """Its name and options, for the report."""
+        """Return the plug-in's name and options for the report."""
         raise NotImplementedError
 
     def added_rows(self, task: int) -> int:
-        """How many rows :meth:`training_rows` will add to the task of that number."""
+        """Return the number of rows that :meth:`training_rows` will add to task number ``task``."""
         return 0
 
     def before_task(self, context: TaskContext) -> None:
-        """The task is about to be learned; also where a run that was cut off in the course of it goes on."""
+        """Called before a task is learned, also when a run is resumed within the task."""
 
     def training_rows(self, context: TaskContext) -> Sequence[Row]:
-        """The rows that are trained on; the task's own unless overridden."""
+        """Return the rows that are trained on; the task's own unless overridden."""
         return context.rows
 
     def penalty(self, model: TaskModel) -> Tensor | None:
-        """Added to the loss of every step."""
+        """Return a scalar that is added to the loss of every step, or ``None``."""
         return None
 
     def drift(self) -> float | None:
-        """The forgetting that it predicts, in nats per token, to be logged beside the loss."""
+        """Return the predicted drift in nats per token, which is logged with the loss, or ``None``."""
         return None
 
     def after_task(self, context: TaskContext) -> Guarded | None:
-        """The task has been learned. A plug-in that keeps a budget says how."""
+        """Called after a task was learned. A plug-in that keeps a limit returns how it was kept."""
         return None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is kept."""
+        """Return the state that is kept from task to task."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what :meth:`state_dict` gave."""
+        """Load the state that :meth:`state_dict` returned."""

@@ -1,4 +1,4 @@
-"""The model's own answers to a task's examples: what the Fisher information is made of."""
+"""The model's answers to a task's examples, from which the Fisher information is estimated."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["answering", "diverged", "examples_of", "trained"]
 
 @contextlib.contextmanager
 def answering(model: TaskModel, batches: Iterable[dict[str, Tensor]]) -> Iterator[Iterator[list[Tensor]]]:
-    """The model's logits wherever a label stands, as :func:`curlora.callbacks.ewc.drawn_gradients` takes them.
+    """Yield the model's logits at labelled positions, as :func:`curlora.callbacks.ewc.drawn_gradients` takes them.
 
-    The model is in evaluation mode while it lasts.
+    The model is in evaluation mode within the context.
 
     Args:
         model: the model.
-        batches: of one example each, where it is the gradients of examples that are wanted.
+        batches: the batches; of one example each if per-example gradients are needed.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -37,17 +37,17 @@ def answering(model: TaskModel, batches: Iterable[dict[str, Tensor]]) -> Iterato
 
 
 def diverged(model: TaskModel) -> bool:
-    """Whether what is trained is not finite any more, so that there is nothing to be held of it."""
+    """Whether a trained parameter is not finite, so that there is nothing to protect."""
     return not all(bool(parameter.isfinite().all()) for _, parameter in trained(model))
 
 
 def examples_of(context: TaskContext, count: int) -> tuple[Iterator[dict[str, Tensor]], torch.Generator]:
-    """Up to ``count`` of a task's training rows in random order, a batch each; and what goes on with the same seed."""
+    """Return batches of one random training row each, at most ``count``, and the generator that drew their order."""
     generator = torch.Generator().manual_seed((context.seed * 1_000_003 + context.number) % 2**63)
     order = torch.randperm(len(context.rows), generator=generator)[:count].tolist()
     return (context.collate([context.rows[i]]) for i in order), generator
 
 
 def trained(model: TaskModel) -> list[tuple[str, nn.Parameter]]:
-    """What is trained beside the heads."""
+    """Return the trainable parameters without the heads, by name."""
     return [(name, p) for name, p in model.model.named_parameters() if p.requires_grad]

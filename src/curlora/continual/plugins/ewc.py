@@ -1,4 +1,4 @@
-"""Elastic weight consolidation: what mattered to earlier tasks is held where it was."""
+"""Elastic weight consolidation: a quadratic penalty on changes of the parameters that matter to earlier tasks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ class EWC(Plugin):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3).
 
     While task ``k`` is learned, ``strength / 2 * sum_{j<k} sum_i F_j[i] (theta[i] - theta_j[i])**2`` is added to the
-    loss, with ``F_j`` the diagonal of the Fisher information on task ``j``, and ``theta_j`` what was trained then,
-    heads excepted. The sum over tasks is held as one quadratic: two numbers for each trained one, however many tasks.
+    loss. ``F_j`` is the diagonal of the Fisher information on task ``j``, and ``theta_j`` are the trained parameters
+    after task ``j``, without heads. The sum over tasks is stored as one quadratic function: two values per trainable
+    parameter for any number of tasks.
 
     Args:
-        strength: the paper's lambda, beside the mean loss of a batch.
-        examples: of each task's training split that the Fisher information is taken from; all where it has fewer.
+        strength: the paper's lambda, relative to the mean loss of a batch.
+        examples: number of training examples of each task from which the Fisher information is estimated; all if the
+            task has fewer.
 
     Raises:
         ValueError: if ``strength`` or ``examples`` is not positive.
@@ -32,11 +34,9 @@ class EWC(Plugin):
     holds_trained: ClassVar[bool] = True
 
     def __init__(self, strength: float, examples: int = 200) -> None:
-        strength = float(strength)  # YAML takes 1e3 for a string
+        strength = float(strength)  # YAML reads 1e3 as a string
         if strength <= 0 or not isinstance(examples, int) or examples < 1:
-            raise ValueError(
-                f"ewc needs a positive strength and at least 1 of examples, got {strength=} and {examples=}"
-            )
+            raise ValueError(f"ewc needs a positive strength and at least 1 example, got {strength=} and {examples=}")
         self.strength = strength
         self.examples = examples
         self.held = Consolidated()

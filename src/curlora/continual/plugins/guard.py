@@ -1,4 +1,4 @@
-"""The guard over a stream: calibrated on the base model once, within the budget after every task."""
+"""The guard over a stream: calibrated before an adapter's first task, and within its limit after every task."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ __all__ = ["GuardPlugin"]
 class GuardPlugin(Plugin):
     """Trains a CURLoRA adapter under :class:`curlora.Guard`, with the recipe's ``guard`` text.
 
-    Before an adapter's first task, as a rule the stream's, the model is calibrated as it is then. In training the
-    predicted forgetting stays within the budget. After each task what the text has lost is measured, over all that has
-    been learned so far, and what the task changed is scaled back until it is allowed, as :class:`ScaleBack` does it.
+    The model is calibrated before an adapter's first task, which is usually the first of the stream. During training
+    the predicted drift stays within the guard's budget. After each task the forgetting on the text is measured
+    relative to the base model, and the task's change is scaled back until the limit is met, as in :class:`ScaleBack`.
 
     Args:
-        max_perplexity_increase: of the guard text over the whole stream, relative to the base model: 0.01 for 1 %.
-        max_kl: in its place the most that ``KL(base || model)`` on the text may be, in nats per token.
-        spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it,
-            and each later one can only learn at the cost of those before it; with an adapter for each task, only what
-            they have left of it.
-        slack: the ball that training stays in is so many times as wide, in nats, as the rise that is allowed. What is
-            measured decides in the end: perplexity of a text at hand may rise by less than the model drifts, and the
-            more slack there is, the more of that is found and used.
+        max_perplexity_increase: the largest rise of the guard text's perplexity over the whole stream, relative to the
+            base model: 0.01 for 1 %.
+        max_kl: the alternative limit: the largest ``KL(base || model)`` on the text, in nats per token.
+        spread: whether the limit grows in equal steps from task to task. If false, the first task may use all of it.
+            Later tasks can then learn only by undoing earlier ones, or, with an adapter per task, only with what
+            earlier tasks have left of the limit.
+        slack: factor from the allowed rise, in nats, to the guard's budget during training. The measurement at the end
+            decides: the text's perplexity may rise by less than the drift that the guard predicts. More slack lets
+            training use more of that difference.
         damping: see :class:`curlora.Guard`.
-        batch_size: rows of the text that are calibrated together; 1 for a model whose layers see them mixed, as a
-            mixture of experts does.
+        batch_size: rows of the text in a batch of the calibration; use 1 for a model that mixes the rows of a batch,
+            such as a mixture of experts.
 
     Raises:
-        ValueError: if not exactly one limit is given, or an option is not positive.
+        ValueError: unless exactly one limit is given, or if an option is not positive.
     """
 
     only_for: ClassVar[str | None] = "curlora"
@@ -63,9 +64,9 @@ class GuardPlugin(Plugin):
             raise ValueError(f"guard needs a batch_size of 1 or more, got {batch_size!r}")
         self.batch_size = batch_size
         self.calibration: Calibration | None = None
-        self.calibrated_at = 0  # the task before which it was
-        self.drift_before = 0.0  # predicted of adapters that are not trained any more
-        self.learned = 0.0  # predicted of all of them after the last task
+        self.calibrated_at = 0  # number of the task before which the calibration ran
+        self.drift_before = 0.0  # predicted drift of the adapters that are frozen now
+        self.learned = 0.0  # predicted drift of all adapters after the last task
         self.guard: Guard | None = None
 
     def describe(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A penalty on moving away from the base model on a general text, taken afresh at every step."""
+"""A penalty on the KL divergence from the base model on a general text, computed at every step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["KLToBase"]
 class KLToBase(Plugin):
     """Adds ``strength * KL(base || model)`` on a piece of the recipe's ``guard`` text to the loss of every step.
 
-    As in learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with the general text in
-    the place of the new task's. It costs two more forward passes and a backward at every step. The pieces are those
-    that a guard is calibrated on, taken in turn. Full fine-tuning, and adapters that change the base model's weights,
-    hold a second copy of it for this.
+    This is learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with a general text in
+    place of the new task's data. It costs two more forward passes and one backward pass per step. The pieces of the
+    text are used in turn. Full fine-tuning, and adapters that change the base model's weights, need a second copy of
+    the base model for it.
 
     Args:
-        strength: of the penalty, nats per token, beside the mean loss of a batch.
-        tokens: of the piece at each step, at most.
+        strength: factor of the penalty, which is in nats per token, relative to the mean loss of a batch.
+        tokens: the most tokens of the piece that is used at a step.
 
     Raises:
         ValueError: if ``strength`` is not positive or ``tokens`` less than 2.
@@ -46,15 +46,15 @@ class KLToBase(Plugin):
         return {"name": "kl_to_base", "strength": self.strength, "tokens": self.tokens}
 
     def before_task(self, context: TaskContext) -> None:
-        assert context.guard_text is not None  # the recipe sees to it
+        assert context.guard_text is not None  # checked by the recipe
         self.base_logits = context.base_logits
         self.pieces = pieces_of(context.guard_text.pieces(self.tokens))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.step = state.global_step  # and so the same piece where a run that was cut off goes on
+        self.step = state.global_step  # a resumed run uses the same piece
 
     def penalty(self, model: TaskModel) -> Tensor | None:
-        if self.base_logits is None:  # nothing of the model moves
+        if self.base_logits is None:  # only heads are trained, so the model cannot drift
             return None
         piece = self.pieces[self.step % len(self.pieces)]
         return self.strength * kl_to_base(model.language_model, *piece, self.base_logits)

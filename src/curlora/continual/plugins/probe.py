@@ -1,4 +1,4 @@
-"""A classification task begins with the best head for the model as it is, not with a random one."""
+"""Start a classification task with a head that is fitted to the model, not with a random one."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ __all__ = ["Probe"]
 
 
 class Probe(Plugin):
-    """Before a task its head is fitted to the states of the model, as :mod:`curlora.continual.probe` has it.
+    """Fits a task's head to the model's hidden states before the task, see :mod:`curlora.continual.probe`.
 
-    Then both are trained. Through a random head the first steps would change the model in ways that have nothing to do
-    with the task, and distort what is in it (Kumar et al. 2022, https://arxiv.org/abs/2202.10054). Since the head is
-    good from the beginning, a tenth of the ``head_learning_rate`` that a fresh one wants is enough. With the method
-    ``frozen`` this is a baseline that is as good as heads can be. Tasks without a head are left alone.
+    Model and head are then trained together. With a random head, the first steps would change the model in ways that
+    have nothing to do with the task, and distort its features (Kumar et al. 2022, https://arxiv.org/abs/2202.10054).
+    Since the head is good from the start, a tenth of the usual ``head_learning_rate`` is enough. With the method
+    ``frozen`` this gives the strongest heads-only baseline. Tasks without a head are not changed.
 
     Args:
-        again: whether the head is fitted once more when the task has been learned, to what the model has become. What
-            other plug-ins do to the model then comes first.
         ridge: see :func:`curlora.continual.probe.fit`.
-        batch_size: rows that states are computed of together.
+        batch_size: rows in a batch when hidden states are computed.
+        again: whether the head is fitted again after the task, to the trained model. Other plug-ins change the model
+            before that.
 
     Raises:
-        ValueError: if ``ridge`` is not positive, ``batch_size`` not a whole number of 1 or more, or ``again`` no truth
-            value.
+        ValueError: if ``ridge`` is not positive, ``batch_size`` is not a positive integer, or ``again`` is not a
+            boolean.
     """
 
     for_heads: ClassVar[bool] = True
@@ -42,7 +42,7 @@ class Probe(Plugin):
         if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
             raise ValueError(f"probe needs a batch_size of 1 or more, got {batch_size!r}")
         if not isinstance(again, bool):
-            raise ValueError(f"probe needs again that is true or false, got {again!r}")
+            raise ValueError(f"probe: again must be true or false, got {again!r}")
 
     def describe(self) -> dict[str, Any]:
         return {"name": "probe", "ridge": self.ridge, "batch_size": self.batch_size, "again": self.again}
@@ -60,7 +60,7 @@ class Probe(Plugin):
             return
         head = heads[key]
         assert isinstance(head, nn.Linear)
-        rows = sorted(context.rows, key=lambda row: -len(row["input_ids"]))  # little padding
+        rows = sorted(context.rows, key=lambda row: -len(row["input_ids"]))  # keeps padding low
         pieces = (rows[begin : begin + self.batch_size] for begin in range(0, len(rows), self.batch_size))
         try:
             states, labels = probe.states_and_labels(context.model, map(context.collate, pieces))

@@ -1,4 +1,4 @@
-"""Columns and rows of a CURLoRA adapter by what its first task uses, in the place of the paper's draw."""
+"""Choose a CURLoRA adapter's columns and rows by the gradients of its first task, instead of the paper's draw."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ __all__ = ["Redraw"]
 
 
 class Redraw(Plugin):
-    """Before an adapter's first task, :func:`curlora.redraw` for it; the recipe's ``guard`` text is the general text.
+    """Calls :func:`curlora.redraw` before an adapter's first task, with the recipe's ``guard`` text as general text.
 
-    A classification task is seen through a head that is fitted to the states of the model as it is
-    (:mod:`curlora.continual.probe`): through a fresh one gradients say nothing of the task. Training begins with a
-    fresh one as ever. Later tasks are learned with the same columns and rows, unless each has an adapter of its own.
+    For a classification task, gradients are computed through a head that is fitted to the model's hidden states
+    (:mod:`curlora.continual.probe`): gradients through an untrained head say nothing about the task. Training still
+    starts with an untrained head. Later tasks use the same columns and rows, unless each task has its own adapter.
 
     Args:
-        examples: of the task's training split that are looked at; all where it has fewer.
-        batch_size: rows of the task, and of the text, that gradients are taken of together.
+        examples: number of training examples that are used; all if the task has fewer.
+        batch_size: rows of the task, and of the text, in a batch.
 
     Raises:
-        ValueError: if one of them is not a whole number of 1 or more.
+        ValueError: if an argument is not a positive integer.
     """
 
     only_for: ClassVar[str | None] = "curlora"
@@ -42,19 +42,19 @@ class Redraw(Plugin):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"redraw needs {name} of 1 or more, got {value!r}")
         self.examples, self.batch_size = examples, batch_size
-        self.tasks_drawn = 0  # up to the last that an adapter was redrawn for
+        self.tasks_drawn = 0  # 1 + number of the last task for which an adapter was redrawn
 
     def describe(self) -> dict[str, Any]:
         return {"name": "redraw", "examples": self.examples, "batch_size": self.batch_size}
 
     def before_task(self, context: TaskContext) -> None:
-        if self.tasks_drawn > context.adapter_since:  # for a task before this one, or before the run was cut off
+        if self.tasks_drawn > context.adapter_since:  # redrawn for an earlier task, or before the run was interrupted
             return
-        assert context.guard_text is not None  # the recipe sees to it
+        assert context.guard_text is not None  # checked by the recipe
         model, text = context.model, context.guard_text
         generator = torch.Generator().manual_seed(context.seed)
         order = torch.randperm(len(context.rows), generator=generator)[: self.examples].tolist()
-        # Little padding; the longest first, so that memory that is short is found out at once.
+        # Sorting keeps padding low. With the longest rows first, a lack of memory shows at once.
         order.sort(key=lambda i: -len(context.rows[i]["input_ids"]))
         device = next(model.parameters()).device
         batches = [
@@ -67,7 +67,7 @@ class Redraw(Plugin):
                     model.language_model,
                     batches,
                     text.pieces(),
-                    # Each row's sum over its labels, and so each label weighs the same, whatever batch it is in.
+                    # The sum over a row's labels: each label has the same weight, whichever batch it is in.
                     loss=lambda batch: model(**batch, num_items_in_batch=len(batch["task"]))["loss"],
                     batch_size=self.batch_size,
                     adapter=context.adapter,
@@ -86,14 +86,14 @@ class Redraw(Plugin):
 
     @contextlib.contextmanager
     def _fitted_head(self, context: TaskContext, batches: list[dict[str, Tensor]]) -> Iterator[None]:
-        """While it lasts the task's head is one that has been fitted."""
+        """Replace the task's head by a fitted one within the context."""
         heads, key = context.model.heads, str(context.number)
-        if key not in heads:  # the language model answers itself
+        if key not in heads:  # the language model itself answers
             yield
             return
         fresh = heads[key]
         assert isinstance(fresh, nn.Linear)
-        head = copy.deepcopy(fresh).float()  # a new one would draw numbers
+        head = copy.deepcopy(fresh).float()  # a new head would use the random number generator
         try:
             probe.fit(head, *probe.states_and_labels(context.model, batches))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Replay: a few examples of earlier tasks are trained on again."""
+"""Replay: train on a few examples of earlier tasks again."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["Replay"]
 class Replay(Plugin):
     """Keeps some examples of each task and mixes them into the training of all later ones.
 
-    Experience replay with a fixed share per task (Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486). Heads of
-    earlier tasks answer the replayed examples and are not trained by them. Every label weighs the same, and so an
-    example with a long completion more than one with a class.
+    This is experience replay with a fixed number of examples per task (Chaudhry et al. 2019,
+    https://arxiv.org/abs/1902.10486). The heads of earlier tasks answer the replayed examples and stay frozen. Every
+    label has the same weight, so an example with a long completion has more weight than one with a class.
 
     Args:
-        examples: kept of each task, chosen at random by the run's seed; all where a task has fewer.
+        examples: number of examples kept of each task, chosen at random with the run's seed; all if a task has fewer.
 
     Raises:
         ValueError: if ``examples`` is not positive.
@@ -31,7 +31,7 @@ class Replay(Plugin):
 
     def __init__(self, examples: int) -> None:
         if not isinstance(examples, int) or examples < 1:
-            raise ValueError(f"replay needs a whole number of examples, at least 1, got {examples}")
+            raise ValueError(f"replay needs examples to be a whole number of 1 or more, got {examples!r}")
         self.examples = examples
         self.kept: list[Row] = []
 

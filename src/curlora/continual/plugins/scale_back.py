@@ -1,4 +1,4 @@
-"""After each task what it changed is scaled back until a general text has lost no more than is allowed."""
+"""Scale each task's change of the model back until the forgetting on a general text is within a limit."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["ScaleBack"]
 
 
 class ScaleBack(Plugin):
-    """Limits what any method costs on the recipe's ``guard`` text, by measuring it at the end of each task.
+    """Limits any method's forgetting on the recipe's ``guard`` text, by measuring it after each task.
 
-    Everything that the task trained, heads excepted, is moved back along the straight line to where it was before the
-    task, until the limit is kept (:func:`curlora.guard.scale_to_limit`). This is what a guard does at the end, without
-    what a guard does in training: the simplest rival that keeps to a budget. It holds a copy of the trained
-    parameters.
+    The parameters that the task trained, without heads, are moved back on the straight line to their values before the
+    task until the limit is met (:func:`curlora.guard.scale_to_limit`). This is the last step of a guard without its
+    constraint during training: the simplest baseline that keeps a limit. It holds a copy of the trainable parameters.
 
     Args:
-        max_perplexity_increase: of the text over the whole stream, relative to the base model: 0.01 for 1 %.
-        max_kl: in its place the most that ``KL(base || model)`` on the text may be, in nats per token.
-        spread: whether the limit is reached by even steps from task to task. Without, the first task may use all of it.
+        max_perplexity_increase: the largest rise of the text's perplexity over the whole stream, relative to the base
+            model: 0.01 for 1 %.
+        max_kl: the alternative limit: the largest ``KL(base || model)`` on the text, in nats per token.
+        spread: whether the limit grows in equal steps from task to task. If false, the first task may use all of it.
 
     Raises:
-        ValueError: if not exactly one limit is given, it is not positive, or ``spread`` is no truth value.
+        ValueError: unless exactly one limit is given, if it is not positive, or if ``spread`` is not a boolean.
     """
 
     needs_guard_text: ClassVar[bool] = True
@@ -45,9 +45,9 @@ class ScaleBack(Plugin):
             raise ValueError("give one limit: max_perplexity_increase or max_kl")
         ((name, self.limit),) = given.items()
         if not (self.limit > 0 and math.isfinite(self.limit)):
-            raise ValueError(f"a limit is positive, got {name} {self.limit}")
+            raise ValueError(f"{name} must be positive and finite, got {self.limit}")
         if not isinstance(spread, bool):
-            raise ValueError(f"spread is true or false, got {spread!r}")
+            raise ValueError(f"spread must be true or false, got {spread!r}")
         self.limits_kl, self.spread = name == "max_kl", spread
         self.base_perplexity = math.nan
         self.parameters: list[Tensor] = []
@@ -57,23 +57,23 @@ class ScaleBack(Plugin):
         return {"name": "scale_back", **self.limits()}
 
     def limits(self) -> dict[str, Any]:
-        """The options, for the report."""
+        """Return the options for the report."""
         return {"max_kl" if self.limits_kl else "max_perplexity_increase": self.limit, "spread": self.spread}
 
     def nats(self, context: TaskContext, since: int = 0) -> float:
-        """What may be lost from before the task of number ``since`` to the end of this one, in nats per token."""
+        """Return the limit from before task number ``since`` to the end of this task, in nats per token."""
         limit = self.limit_after(context.number + 1 - since, context.tasks)
         return limit if self.limits_kl else math.log1p(limit)
 
     def limit_after(self, learned: int, tasks: int) -> float:
-        """The limit when so many of the stream's tasks have been learned."""
+        """Return the limit after ``learned`` of the stream's ``tasks`` tasks."""
         return self.limit * learned / tasks if self.spread else self.limit
 
     def before_task(self, context: TaskContext) -> None:
         self.begin(context, list(context.model.backbone_parameters()))
 
     def begin(self, context: TaskContext, parameters: Sequence[Tensor]) -> None:
-        """Remember where ``parameters`` are; before the first task also what the text is like to the base model."""
+        """Copy ``parameters``; before the first task also measure the base model's perplexity on the text."""
         if math.isnan(self.base_perplexity):
             self.base_perplexity = measure(context.model.language_model, text_of(context)).perplexity
         self.parameters = list(parameters)
@@ -109,6 +109,6 @@ class ScaleBack(Plugin):
 
 
 def text_of(context: TaskContext) -> HeldOut:
-    """The recipe's general text, which it has to have."""
+    """Return the recipe's general text, which must be there."""
     assert context.guard_text is not None
     return context.guard_text
