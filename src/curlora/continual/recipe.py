@@ -228,8 +228,6 @@ Text = Annotated[
 ]
 
 
-
-
 class Recipe(_Part):
     """A run.
 
