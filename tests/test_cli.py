@@ -145,7 +145,7 @@ def interrupted(tmp_path, *arguments):
 
 
 def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
-    assert interrupted(tmp_path, "run", "recipe.yaml") == (130, "Interrupted. Nothing was begun.\n")
+    assert interrupted(tmp_path, "run", "recipe.yaml") == (130, "Interrupted before anything was started.\n")
 
 
 def in_process(*arguments):
@@ -156,7 +156,7 @@ def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-FULL = "Error: The disk is full. Nothing that was finished is lost: free some space, and give the same command again.\n"
+FULL = "Error: The disk is full. Finished work is not lost: free some space and run the same command again.\n"
 
 
 def test_a_disk_that_is_full_at_the_end_is_one_sentence(tmp_path, monkeypatch):
@@ -325,7 +325,7 @@ def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=900)
     assert process.returncode == 130
-    assert re.search(r"Interrupted\. The same command with --out .*run goes on", stderr)
+    assert re.search(r"Interrupted\. Run the command again with --out .*run to resume", stderr)
     assert "Traceback" not in stderr
     stamp = (out / "frozen" / "seed-0" / "result.json").stat().st_mtime_ns
     assert run("demo", "--quick", "--out", out).returncode == 0

@@ -1,7 +1,7 @@
 """The ``curlora`` command.
 
-It lies beside the package ``curlora`` and not in it: importing that one registers CURLoRA with PEFT, as users of PEFT
-want it, and so imports torch. Help, completion and the version need none of it.
+It is a package beside ``curlora``, because importing ``curlora`` registers the adapter with PEFT and so imports torch.
+Help, completion and the version do not need torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["libraries_loaded", "main"]
 
 def main() -> None:
     """Entry point of the ``curlora`` command."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have told us to ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell may have set it to be ignored
         signal.signal(signal.SIGINT, _leave)
     from curlora_cli.commands import app
 
@@ -23,14 +23,14 @@ def main() -> None:
 
 
 def libraries_loaded() -> None:
-    """From here on libraries may log again, and Ctrl-C raises ``KeyboardInterrupt``, for there is something to save."""
+    """Let libraries log again, and let Ctrl-C raise ``KeyboardInterrupt``, since there is work to save from here on."""
     logging.disable(logging.NOTSET)
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _leave(*_: object) -> None:
-    """Ctrl-C while libraries are imported: they need not be unwound, nor show where they were."""
+    """Exit at once on Ctrl-C while libraries are imported, without a traceback."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"Interrupted. Nothing was begun.\n")
+        os.write(2, b"Interrupted before anything was started.\n")
     os._exit(130)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from curlora.continual.results import RunResults
     from curlora.train import TrainOptions
 
-# Under torchrun or accelerate launch one process speaks for all.
+# Under torchrun or accelerate launch, only the first process prints.
 _FIRST_PROCESS = os.environ.get("RANK", "0") == "0"
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -38,7 +38,7 @@ errors = Console(stderr=True, quiet=not _FIRST_PROCESS)
 
 @app.callback(invoke_without_command=True)
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    """CURLoRA: fine-tune a language model again and again, and see what it forgets."""
+    """Fine-tune language models within a stated forgetting budget, and measure what they forget."""
     if version:
         print(metadata.version("curlora"))
         raise typer.Exit
@@ -46,16 +46,18 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/demo-<time> if not given.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A smoke run; its figures mean nothing.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/demo-<time>.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A quick check that everything runs. Its figures mean nothing.")
+    ] = False,
     full: Annotated[
-        bool, typer.Option("--full", help="Three tasks one after another, by four methods; takes longer.")
+        bool, typer.Option("--full", help="Train four methods on three tasks in sequence. Takes longer.")
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the run.")] = 0,
 ) -> None:
-    """Let a small language model learn the same by LoRA and within a budget, and see what it forgets."""
+    """Train a small language model with LoRA and within a budget on the same data, and compare what it forgets."""
     out = out or Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    with _errors_for_people(f"The same command with --out {out} goes on."), _quiet_libraries():
+    with _errors_for_people(f"Run the command again with --out {out} to resume."), _quiet_libraries():
         console.print("Loading (the first time fetches a model and texts, about 130 MB) ...")
         from curlora.demo import comparison_table, demo_recipe, replies, replies_table
 
@@ -69,28 +71,32 @@ def demo(
 
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe: a YAML file, or the name of one that comes with curlora.")],
+    recipe: Annotated[
+        Path, typer.Argument(help="A recipe: a YAML file, or the name of a recipe that comes with curlora.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Run directory; the recipe's output, or runs/<its name>, if not given.")
+        Path | None, typer.Option(help="Run directory. Default: the recipe's output, or runs/<recipe name>.")
     ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
-            help="Change an entry: key.key=value, such as training.epochs=3. May be repeated.",
+            help="Override an entry: key.key=value, such as training.epochs=3. May be repeated.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipe and print the plan, no more.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the recipe and print the plan without running it.")
+    ] = False,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Share methods, orders and seeds out over so many processes. Needs Ray."),
+        typer.Option(min=1, help="Distribute methods, orders and seeds over this many processes. Needs Ray."),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="Share them out over a running Ray cluster, such as 10.0.0.1:6379.")
+        str | None, typer.Option(help="Distribute them over a running Ray cluster, such as 10.0.0.1:6379.")
     ] = None,
 ) -> None:
-    """Run a recipe: a stream of tasks by several methods. On a directory that holds part of it, go on."""
-    with _errors_for_people("The same command goes on from the last checkpoint."), _quiet_libraries():
+    """Run a recipe: several methods on a stream of tasks. Resumes a run directory that is not finished."""
+    with _errors_for_people("Run the same command again to resume from the last checkpoint."), _quiet_libraries():
         console.print("Loading ...")
         from curlora.continual.recipe import load_recipe
 
@@ -109,7 +115,7 @@ class Target(str, Enum):
 
 
 class Quantized(str, Enum):
-    """To what the base model is quantized while it is trained."""
+    """The precision to which the base model is quantized for training."""
 
     four = "4bit"
     eight = "8bit"
@@ -131,81 +137,83 @@ def train(
             "of a data set on the hub."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write: the adapter, its card, a report and the figures.")],
+    out: Annotated[Path, typer.Option(help="The folder for the adapter, its model card, the report and the figures.")],
     model: Annotated[
-        str | None, typer.Option(help="The base model's folder or hub id; that of --continue-from, if not given.")
+        str | None, typer.Option(help="The base model's folder or hub id. Default: the base model of --continue-from.")
     ] = None,
     max_forgetting: Annotated[
-        str, typer.Option(help="By how much perplexity on other text may rise: 1% or 0.01.")
+        str, typer.Option(help="The most that perplexity on the guard's text may rise: 1% or 0.01.")
     ] = "1%",
     continue_from: Annotated[
-        str | None, typer.Option(help="Go on from this CURLoRA adapter, and with its ledger.")
+        str | None, typer.Option(help="Continue training this CURLoRA adapter under its ledger.")
     ] = None,
     guard_text: Annotated[
         list[str] | None,
         typer.Option(
-            help="A text file that is not to be forgotten: NAME=PATH or PATH. May be repeated. What the model itself "
-            "writes, if none is given."
+            help="A file of text that the model must not forget: NAME=PATH or PATH. May be repeated. Default: text "
+            "that the model writes itself."
         ),
     ] = None,
     limit: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=1%: what a --guard-text may lose, instead of --max-forgetting. May be repeated."),
+        typer.Option(help="NAME=1%: the limit of one --guard-text, instead of --max-forgetting. May be repeated."),
     ] = None,
     lifetime: Annotated[
-        str | None, typer.Option(help="What all trainings of this adapter may cost together: 3% or 0.03.")
+        str | None, typer.Option(help="The limit over all trainings of this adapter together: 3% or 0.03.")
     ] = None,
     evaluation: Annotated[
         str | None,
-        typer.Option("--eval", help="Examples to score and not to train on; a share of the data, if not given."),
+        typer.Option("--eval", help="Held-out examples. Default: a share of the data."),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set on the hub.")] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a data set on the hub.")] = None,
+    split: Annotated[str, typer.Option(help="The split of a hub data set.")] = "train",
+    subset: Annotated[str | None, typer.Option(help="The subset of a hub data set.")] = None,
     columns: Annotated[
-        str | None, typer.Option(help="PROMPT,COMPLETION: the columns, where they have other names.")
+        str | None, typer.Option(help="PROMPT,COMPLETION: the names of these columns, if they differ.")
     ] = None,
     turns: Annotated[Turns, typer.Option(help="Which of the assistant's messages are trained.")] = Turns.all,
-    epochs: Annotated[int, typer.Option(help="Times that each example is trained on.")] = 3,
-    batch_size: Annotated[int, typer.Option(help="Examples that are computed together.")] = 8,
-    gradient_accumulation: Annotated[int, typer.Option(help="Batches that make up a step.")] = 1,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example; the rest is cut off.")] = 1024,
-    rank: Annotated[int | None, typer.Option(help="Of the adapter; 32 if not given.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training examples.")] = 3,
+    batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 8,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches in an optimizer step.")] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example; longer ones are cut.")] = 1024,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter. Default: 32.")] = None,
     target_modules: Annotated[
         str | None,
-        typer.Option(help="Layers to adapt: names with commas between, a regular expression, or all-linear."),
+        typer.Option(help="Layers to adapt: names separated by commas, a regular expression, or all-linear."),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Set from the budget, the rank and the steps, if not given.")
+        float | None, typer.Option(help="Default: computed from the budget, the rank and the number of steps.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the held-out share, the order and the adapter's draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the held-out split, the order of the examples and the adapter's draws.")
+    ] = 0,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Show replies to this. May be repeated. Three held-out examples', if none is given."),
+        typer.Option(help="Show replies to this prompt. May be repeated. Default: prompts of three held-out examples."),
     ] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of prompts to show replies to, one a line.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of prompts to show replies to, one per line.")] = None,
     quantize: Annotated[
         Quantized | None, typer.Option(help="Quantize the base model with bitsandbytes while training.")
     ] = None,
-    export: Annotated[
-        Target | None, typer.Option(help="Also write the result as LoRA, or merged into the model.")
-    ] = None,
+    export: Annotated[Target | None, typer.Option(help="Also export a LoRA adapter, or the merged model.")] = None,
     report_to: Annotated[
         list[str] | None, typer.Option(help="A tracker of transformers' Trainer, such as tensorboard. May be repeated.")
     ] = None,
     bf16: Annotated[
-        bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16; where a GPU has it, if not given.")
+        bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16. Default: on GPUs that support it.")
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Take less memory and more time; on a GPU, if not given.",
+            help="Use less memory and more time. Default: on GPUs.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan, no more.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan without training.")
+    ] = False,
 ) -> None:
-    """Fine-tune a model on your own data within a budget of forgetting. On a folder that holds part of it, go on."""
-    with _errors_for_people("The same command goes on from the last checkpoint."), _quiet_libraries():
+    """Fine-tune a model on your own data within a forgetting budget. Resumes a folder that is not finished."""
+    with _errors_for_people("Run the same command again to resume from the last checkpoint."), _quiet_libraries():
         console.print("Loading ...")
         from curlora import train as training
 
@@ -263,7 +271,7 @@ def _train(options: TrainOptions, dry_run: bool) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipes, with which editors complete and check them."""
+    """Print the JSON schema of recipes, for completion and checks in editors."""
     with _errors_for_people(), _quiet_libraries():
         from curlora.continual.schema import recipe_schema
 
@@ -272,7 +280,7 @@ def schema() -> None:
 
 
 @app.command()
-def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False) -> None:
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Print versions, platform and devices, to paste into an issue."""
     from curlora_cli.environment import environment
 
@@ -288,10 +296,11 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="As one JSON object
 def report(
     directories: Annotated[list[Path], typer.Argument(help="Run directories, each with its results.json.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page; report.html in the directory, or here for several, if not given.")
+        Path | None,
+        typer.Option(help="The page to write. Default: report.html, in the run directory if there is only one."),
     ] = None,
 ) -> None:
-    """Write one or several runs as one page, and print them."""
+    """Write a report page of one or several runs, and print their tables."""
     with _errors_for_people():
         from curlora.continual.results import RunResults
         from curlora.report import write_report
@@ -309,9 +318,9 @@ def report(
 def compare(
     directories: Annotated[list[Path], typer.Argument(help="Two or more run directories, each with its results.json.")],
 ) -> None:
-    """Print runs side by side: a row for each method, and what keeps the runs from being compared."""
+    """Print runs side by side, a row for each method, and say where they are not comparable."""
     if len(directories) < 2:
-        raise typer.BadParameter("two or more run directories are compared", param_hint="DIRECTORIES")
+        raise typer.BadParameter("give two or more run directories", param_hint="DIRECTORIES")
     with _errors_for_people():
         from curlora.continual.merge import merge
         from curlora.continual.results import RunResults
@@ -324,19 +333,19 @@ def compare(
                 console.print(table)
 
 
-_BASE_HELP = "The base model's folder or hub id; what the adapter names, if not given."
+_BASE_HELP = "The base model's folder or hub id. Default: the one that the adapter names."
 
 
 @app.command()
 def convert(
     adapter: Annotated[str, typer.Argument(help="A saved CURLoRA adapter: a folder, or a hub id.")],
     to: Annotated[
-        Target, typer.Option(help="An ordinary LoRA adapter, or the base model with the update added to it.")
+        Target, typer.Option(help="lora: an ordinary LoRA adapter; merged: the base model with the update added.")
     ],
-    out: Annotated[Path, typer.Option(help="The folder to write; new or empty.")],
+    out: Annotated[Path, typer.Option(help="The folder to write. It must be new or empty.")],
     base: Annotated[str | None, typer.Option(help=_BASE_HELP)] = None,
 ) -> None:
-    """Convert an adapter, exactly, to what knows nothing of CURLoRA can serve."""
+    """Convert an adapter, without loss, to a LoRA adapter or a merged model."""
     with _errors_for_people(), _quiet_libraries():
         from curlora.convert import AdapterError, load_with_base, save_as_lora, save_merged
 
@@ -349,7 +358,7 @@ def convert(
                 save_as_lora(out, model)
             else:
                 save_merged(out, model)
-        except BaseException:  # what is there of it would be taken for all
+        except BaseException:  # a partial result could be mistaken for a complete one
             shutil.rmtree(out, ignore_errors=True)
             raise
     console.print(Text(f"Written: {out}"), soft_wrap=True)
@@ -360,10 +369,10 @@ def inspect(
     adapter: Annotated[Path, typer.Argument(help="The folder of a saved CURLoRA adapter.")],
     base: Annotated[str | None, typer.Option(help=_BASE_HELP)] = None,
     with_base: Annotated[
-        bool, typer.Option("--with-base", help="Load the base model and tell how far each weight is moved.")
+        bool, typer.Option("--with-base", help="Load the base model and print how far each weight moves.")
     ] = False,
 ) -> None:
-    """Print what an adapter holds; with its base model also how far it moves each weight."""
+    """Print what an adapter contains; with its base model also how far it moves each weight."""
     with _errors_for_people(), _quiet_libraries():
         from curlora.inspection import adapter_tables, inspect_adapter
 
@@ -372,7 +381,7 @@ def inspect(
 
 
 def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: str | None = None) -> RunResults | None:
-    """Run it and print what came of it; the results in the first process, and in the others nothing."""
+    """Run a recipe and print its results. Return them in the first process, and ``None`` in the others."""
     from curlora.continual.launch import run_recipe
     from curlora.report import write_report
 
@@ -433,7 +442,7 @@ def _progress_bars() -> Progress:
 
 @contextlib.contextmanager
 def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
-    """Turn what a user can mend into one message and a non-zero exit; let real faults keep their trace."""
+    """Turn errors that a user can fix into one message and a non-zero exit. Other errors keep their traceback."""
     try:
         yield
     except KeyboardInterrupt:
@@ -452,7 +461,7 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         known = (
             AdapterError, AssetError, GuardError, RecipeError, ResultsError, RunError, TaskError, TrainError, OSError
         )  # fmt: skip
-        full = is_disk_full(error) and not isinstance(error, known[:-1])  # these have said which disk
+        full = is_disk_full(error) and not isinstance(error, known[:-1])  # these name the disk
         if not full and not isinstance(error, known):
             raise
         message = _DISK_FULL if full else str(error)
@@ -460,13 +469,13 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-_DISK_FULL = "The disk is full. Nothing that was finished is lost: free some space, and give the same command again."
+_DISK_FULL = "The disk is full. Finished work is not lost: free some space and run the same command again."
 
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' bars and notices off the screen."""
-    logging.disable(logging.WARNING)  # what is said while they are imported is of extensions that are not used
+    """Hide progress bars and notices of other libraries."""
+    logging.disable(logging.WARNING)  # their notices at import are about extensions that are not used
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
@@ -478,7 +487,7 @@ def _quiet_libraries() -> Iterator[None]:
     show, said = warnings.showwarning, set()
 
     def show_for_people(message: Warning | str, category: type[Warning], *where: Any) -> None:
-        # What a callback or a tuner says is said to come from the library that calls it.
+        # A warning of a callback or a tuner is attributed to the library that calls it.
         from_callers = category is UserWarning and {"curlora", "peft", "transformers"} & set(Path(str(where[0])).parts)
         if str(message) in said:
             return

@@ -1,4 +1,4 @@
-"""The versions and devices that an issue should name. Nothing here has to be installed for it to be printed."""
+"""The versions and devices that an issue should state. None of the packages has to be installed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from importlib import metadata
 
 __all__ = ["environment"]
 
-# What decides how an adapter is trained, loaded and computed; then what only some runs use.
+# First the packages that train, load and compute every adapter, then those that only some runs use.
 _PACKAGES = (
     "curlora", "torch", "transformers", "peft", "accelerate", "numpy", "safetensors", "huggingface_hub", "trl",
     "datasets", "bitsandbytes", "torchao", "hqq", "triton", "ray", "deepspeed",
@@ -16,7 +16,7 @@ _PACKAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Names with versions, the platform, devices and threads, in the order in which they are printed."""
+    """Return versions, platform, devices and threads by name, in the order in which they are printed."""
     found = {name: _version(name) for name in _PACKAGES}
     found["Python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     found["platform"] = platform.platform()

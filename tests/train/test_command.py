@@ -212,7 +212,7 @@ def test_killed_at_the_very_end_it_ends_the_same(whole, data, chat_model, guard_
         patch.setattr("curlora.train.run.write_card", killed)
         done = command(data, *SMALL, model=chat_model, out=out, **tells)
     assert done.exit_code == 130
-    assert "Interrupted. The same command goes on from the last checkpoint." in done.stderr
+    assert "Interrupted. Run the same command again to resume from the last checkpoint." in done.stderr
     assert (out / "checkpoints" / "checkpoint-50" / "complete").exists()
     done = command(data, *SMALL, model=chat_model, out=out, **tells)
     assert done.exit_code == 0, done.output
