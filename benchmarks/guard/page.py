@@ -73,7 +73,7 @@ def tables():
         "paired": paired(), "paired_short": paired_short(), "long": long(), "draws": draws(), "choice": choice(),
         "projections": projections(), "rates": rates(), "plain_rates": plain_rates(), "rule": rule(),
         "own_text": own_text(), "five_trainings": five_trainings(), "predictors": predictors(), "scales": scales(),
-        "across": across(), "merging": merging(),
+        "across": across(), "merging": merging(), "directions": directions(), "fixed_basis": fixed_basis(),
     }  # fmt: skip
 
 
@@ -325,6 +325,28 @@ def across():
     rows = [[row["data"], row["rows"], *(f"{row[key]:.3g}" for key in keys)] for row in lines("across_layers")]
     header = ["", "rows of text", "predicted by the guard", "not damped", "by rows, each layer by itself"]
     return table([*header, "by rows, all layers together", "measured"], rows)
+
+
+def directions():
+    """Return a table of the share of the natural gradient that each basis captures, by its rank."""
+    shares = {}
+    for row in lines("directions"):
+        shares.setdefault(row["basis"], {})[row["r"]] = f"{row['share']:.1%}"
+    ranks = [*next(iter(shares.values()))]
+    return table(["", *(f"r = {r}" for r in ranks)], [[basis, *(of[r] for r in ranks)] for basis, of in shares.items()])
+
+
+def fixed_basis():
+    """Return a table of trainings in several bases: learned, and the KL divergence (nats per token)."""
+    texts = ("code", "tweets", "articles", "dialogues")
+    rows = []
+    for row in lines("fixed_basis"):
+        scaled = "" if row["scaled"] == 1 else f", x {row['scaled']:g}"
+        limit = "" if row["limit"] is None else f", limit {row['limit']:g}"
+        mean = sum(row[text] for text in texts) / len(texts)
+        figures = [f"{row['learned']:.3f}", *(f"{kl:.4f}" for kl in (row["own"], mean, row["code"]))]
+        rows.append([row["basis"] + limit + scaled, f"{row['parameters']:,}", *figures])
+    return table(["", "parameters", "learned", "KL, own text", "KL, four texts: mean", "code"], rows)
 
 
 def merging():
