@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 LEVELS = (0.005, 0.01, 0.02, 0.04)  # nats per token
 WITHIN = 0.02
-TICKS = (0.005, 0.01, 0.02, 0.04, 0.08)
+TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 RIVALS = ("lora", "lora-all-linear")
 ASIDE = ("guarded-two-epochs", "guarded-kl")  # in the list of all runs only
 NAMES = {"learning_rate": "rate", "max_kl": "limit", "strength": "strength"}  # of what grids vary
