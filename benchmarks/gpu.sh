@@ -43,8 +43,9 @@ run() { # run gpu.py with a time limit in seconds and the other arguments
 }
 
 install "$site" peft
-# curlora is imported from src/ without being installed, but asks importlib.metadata for its version.
-version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/pyproject.toml")
+# curlora is imported from src/ without being installed, but asks importlib.metadata for its version. The real one is
+# computed from git tags when a wheel is built.
+version=0.0.0
 mkdir -p "$site/curlora-$version.dist-info"
 printf 'Metadata-Version: 2.1\nName: curlora\nVersion: %s\n' "$version" >"$site/curlora-$version.dist-info/METADATA"
 export PYTHONPATH="$root/src:$site" PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1

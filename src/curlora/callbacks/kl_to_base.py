@@ -22,13 +22,13 @@ class KLToBaseCallback(PenaltyCallback):
 
     The steps use the rows in turn. This is learning without forgetting (Li and Hoiem 2016,
     https://arxiv.org/abs/1606.09282) on general text in place of the new task's inputs. Every step runs two more
-    forward passes and one more backward pass.
+    forward passes and one more backward pass, each on one row.
 
     Args:
         rows: rows of general text, int64 tokens, each of shape ``(length,)``; 100 to 200 tokens in a row are enough.
             The penalty is the mean over the tokens that count (:class:`curlora.guard.texts.Rows`, which
             :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
-        strength: the factor of the KL divergence, which is in nats per token.
+        strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
         base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
             fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
 
