@@ -64,7 +64,7 @@ def main():
 
 
 def measure(python, versions, arguments):
-    """What came of one combination, as an entry for ``compat.jsonl``."""
+    """Return the result of one combination, as an entry for ``compat.jsonl``."""
     line = {"python": python, "versions": versions, "date": datetime.date.today().isoformat(),
             "machine": f"{platform.system()} {platform.machine()}", "commit": commit()}  # fmt: skip
     folder = ROOT / "build" / "compat" / f"{python}-{versions}"
@@ -118,7 +118,7 @@ def in_environment(folder, python, versions, arguments):
 
 
 def without_torch(interpreter):
-    """What runs before PyTorch is imported: every file compiles, and the command prints help and its environment."""
+    """Check what needs no PyTorch: every file compiles, and the command prints its help and environment."""
     if uv("pip", "install", "--quiet", "--python", interpreter, "--no-deps", ROOT).returncode:
         return {"without torch": {"failed": "the package does not install"}}
     tools = uv("pip", "install", "--quiet", "--python", interpreter, "typer", "rich")
@@ -149,7 +149,7 @@ def commit():
 
 
 def latest():
-    """The last line of each combination, in the order of Pythons and versions."""
+    """Return the last line of each combination, ordered by Python and versions."""
     rows = [json.loads(line) for line in LINES.read_text().splitlines()] if LINES.exists() else []
     last = {(row["python"].rpartition(".")[0] if row["python"].count(".") > 1 else row["python"], row["versions"]): row
             for row in rows}  # fmt: skip

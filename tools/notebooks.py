@@ -1,8 +1,8 @@
-"""Runs the notebooks of ``notebooks/`` and keeps what they put out; about ten minutes on two CPU threads.
+"""Run the notebooks of ``notebooks/`` and store their outputs; about ten minutes on two CPU threads.
 
     python tools/notebooks.py [notebooks/1-chats-within-a-budget.ipynb ...]
 
-What libraries write to the error stream is not kept.
+What libraries write to stderr is not stored.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def main() -> None:
 
 
 def executed(path: Path, folder: Path, timeout: int = 1200) -> Any:
-    """A notebook with what it puts out when it is run in a folder.
+    """Return a notebook with its outputs after running it in a folder.
 
     Raises:
         nbclient.exceptions.CellExecutionError: if a cell fails.
     """
-    # Commands such as curlora are those of this environment.
+    # Commands such as curlora must come from this environment.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(folder)}}).execute()

@@ -4,8 +4,8 @@
     python upstream/make.py DIRECTORY --into     the same into a checkout of PEFT, and the lines that register it
 
 The files are those of the tuner with other imports, without what PEFT would not take: Triton kernels, the ledger of
-budgets, the model card's words on importing curlora, and the changes to PEFT's own objects that a plug-in needs.
-Whatever is expected in a file and not found there stops it: this script follows the source, or says that it cannot.
+budgets, the model card's words on importing curlora, and the changes to PEFT's own objects that a plug-in needs. The
+script stops with an error if a source file lacks something that it expects to replace.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TUNER = (
     "mixed_batch", "model", "param_wrapper", "sharded", "weight", "weighted",
 )  # fmt: skip
 BESIDE = ("functional", "sampling")
-# What statements speak of that are left out, file by file.
+# Names, by file: statements that mention them are left out.
 LEFT_OUT = {
     "functional": {"kernels", "chosen", "_kernel_backward"},
     "config": {"LEDGER_NAME", "_HOW_TO_LOAD", "beside", "card"},
@@ -83,7 +83,7 @@ def assemble(folder):
 
 
 def without(text, names, path):
-    """``text`` without the statements that speak of ``names``, nor the comments right above them."""
+    """Return ``text`` without the statements that mention ``names`` and the comments right above them."""
     lines, gone, found = text.splitlines(keepends=True), set(), set()
 
     def spoken_of(node):
@@ -123,7 +123,7 @@ def indent(line):
 
 
 def reduced(path, wanted):
-    """A module with those of its functions that are asked for, and what they need in turn."""
+    """Return a module reduced to the requested functions and everything that they use."""
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -159,7 +159,7 @@ def with_imports(text, name):
 
 
 def register(package):
-    """Add the lines by which PEFT knows the method to its own files."""
+    """Add to PEFT's own files the lines that register the method."""
     types = package / "utils" / "peft_types.py"
     text = types.read_text(encoding="utf-8")
     types.write_text(after(r'^    VERA = "VERA"\n', '    CURLORA = "CURLORA"\n', text, types), encoding="utf-8")
@@ -185,7 +185,7 @@ def after(pattern, line, text, path):
 
 
 def listed(opening, form, text, path):
-    """``text`` with the two public classes in a list of names, one a line, in their place in the alphabet."""
+    """Return ``text`` with the two public classes inserted alphabetically into a list with one name per line."""
     match = re.search(opening, text, re.M)
     if match is None:
         raise SystemExit(f"{path} has no {opening!r}: this PEFT is laid out in another way")

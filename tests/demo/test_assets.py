@@ -18,7 +18,7 @@ FILE = "tiny_asset/data.txt"
 
 @pytest.fixture
 def wheelhouse(tmp_path, monkeypatch):
-    """A folder with one wheel, which pip takes for the whole index."""
+    """A folder with one wheel, which pip uses as its only index."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "tiny_asset-1.0-py3-none-any.whl", "w") as archive:

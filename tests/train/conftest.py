@@ -21,7 +21,7 @@ def chat_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def plain_model(tmp_path_factory):
-    """The same without a template."""
+    """The same model, whose tokenizer has no chat template."""
     return str(saved_model(tmp_path_factory.mktemp("model") / "plain", None))
 
 
@@ -37,7 +37,7 @@ def saved_model(folder, template):
 
 
 def conversations(count=60, seed=0):
-    """Whatever is asked, the answer is the asked word's number and one more."""
+    """Every answer is the number of the asked word plus one."""
     chosen = random.Random(seed)
     rows = []
     for _ in range(count):

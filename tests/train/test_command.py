@@ -45,7 +45,7 @@ def record(out):
 
 
 def figures(out):
-    """Without what differs from one time to the next."""
+    """Remove what differs between two runs."""
     outcome = record(out)["outcome"]
     outcome.pop("created")
     outcome["run"].pop("seconds")
@@ -59,7 +59,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(data, chat_model, guard_file, tmp_path_factory):
-    """A training that nothing came between, and what it printed."""
+    """An uninterrupted training, and what it printed."""
     out = tmp_path_factory.mktemp("whole") / "out"
     done = command(data, *SMALL, model=chat_model, out=out, guard_text=f"a novel={guard_file}", export="lora")
     assert done.exit_code == 0, done.output
@@ -75,7 +75,7 @@ def test_what_is_left_behind(whole):
 
 
 def test_the_figures_are_those_of_the_saved_adapter(whole, data, chat_model, guard_file):
-    """Measured again, on the model and the adapter loaded from their folders."""
+    """The reported figures equal those of the model and the adapter loaded from their folders."""
     out, printed = whole
     outcome = record(out)["outcome"]
     _, base, examples, plan, _ = prepare(
@@ -202,7 +202,7 @@ def test_killed_it_goes_on_to_the_same_end(whole, data, chat_model, guard_file, 
 
 
 def test_killed_at_the_very_end_it_ends_the_same(whole, data, chat_model, guard_file, tmp_path, monkeypatch):
-    """After the last checkpoint, which holds what the measurement has let stand."""
+    """Interrupted after the last checkpoint, which is already scaled back to the limit."""
     out, tells = tmp_path / "out", dict(guard_text=f"a novel={guard_file}", export="lora")
 
     def killed(*_):
@@ -220,7 +220,7 @@ def test_killed_at_the_very_end_it_ends_the_same(whole, data, chat_model, guard_
 
 
 def test_it_continues_an_adapter(whole, chat_model, tmp_path):
-    """Its ledger goes on: forgetting counts from the base, and the model's base is the one that the adapter names."""
+    """The ledger continues: forgetting counts from the base model, which the adapter names."""
     new = write_lines(tmp_path / "more.jsonl", conversations(seed=3))
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(" ".join(f"w{(i * j) % 90}" for j in range(20)) for i in range(1, 40)))
@@ -241,7 +241,7 @@ def test_it_continues_an_adapter(whole, chat_model, tmp_path):
 
 
 def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp_path):
-    """And leaves a folder that the same training can be begun in with a larger one."""
+    """The folder that it leaves can be used again with a larger limit."""
     spent = record(whole[0])["outcome"]["budget"]["texts"]["a novel"]["rise"]
     assert spent > 0.0002
     tells = dict(continue_from=whole[0], out=tmp_path / "out", guard_text=f"a novel={guard_file}", epochs=1)
@@ -253,7 +253,7 @@ def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp
 
 
 def test_quantized_and_merged(data, chat_model, guard_file, tmp_path, monkeypatch):
-    """The base is read again in full precision, and what is merged is what the adapter adds."""
+    """The base is read again in full precision, and the merged weights differ from it by the adapter's update."""
     # Where a processor has AVX512-BF16, bitsandbytes refuses layers as narrow as these.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     out = tmp_path / "out"
@@ -309,7 +309,7 @@ def test_each_text_keeps_a_limit_of_its_own(data, chat_model, guard_file, tmp_pa
 
 
 def test_the_bar_moves_with_what_the_guard_does(data, chat_model, tmp_path, monkeypatch):
-    """All stages are named, the bar never goes back or beyond its end, and it moves within each of the guard's."""
+    """All stages are named, the bar never moves back or beyond its end, and it moves within each stage of the guard."""
     from curlora.train import train
 
     monkeypatch.setattr(TrainOptions, "GUARD_TOKENS", 2048)
@@ -357,7 +357,7 @@ def test_the_bar_moves_with_what_the_guard_does(data, chat_model, tmp_path, monk
 
 
 def test_the_loss_is_on_answers_alone(data, chat_model, guard_file, tmp_path):
-    """At the first step, which takes all examples at once, it is the base model's on the answers."""
+    """The loss of the first step, on all examples at once, is the base model's on the answers."""
     out, tells = tmp_path / "out", dict(guard_text=guard_file, epochs=1, rank=4)
     done = command(data, model=chat_model, out=out, batch_size=40, **tells)
     assert done.exit_code == 0, done.output
@@ -370,7 +370,7 @@ def test_the_loss_is_on_answers_alone(data, chat_model, guard_file, tmp_path):
 
 
 def test_a_model_of_few_positions_without_a_template(guard_file, plain_model, tmp_path):
-    """GPT-2, whose layers are transformers' Conv1D; its positions have to do for a prompt and the reply."""
+    """GPT-2 has transformers' Conv1D layers, and few positions for a prompt and its reply."""
     gpt2().save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(plain_model).save_pretrained(tmp_path / "gpt2")
     rows = [{"prompt": " ".join(f"w{(i + j) % 90}" for j in range(62)), "completion": f"w{i}"} for i in range(40)]

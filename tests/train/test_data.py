@@ -20,7 +20,7 @@ def examples(data, model, **options):
 
 
 def texts(rows, model):
-    """Of each row all of it, and what is trained."""
+    """Return each row's whole text, and the part that is trained."""
     tokenizer = find_base(TrainOptions(data="", out="out", model=model)).tokenizer
     trained = [[label for label in row["labels"] if label != IGNORED] for row in rows]
     return [(tokenizer.decode(row["input_ids"]), tokenizer.decode(ids)) for row, ids in zip(rows, trained, strict=True)]
