@@ -15,7 +15,7 @@ from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from curlora.continual import load_recipe
 from curlora.guard import Ledger, perplexity
@@ -163,9 +163,6 @@ def test_the_limit_for_lora_holds(tmp_path, monkeypatch):
     names = {
         "name": str(tmp_path / "base"),
         "conversations": Dataset.from_list([{"prompt": "w1 w2 ", "completion": "w3"}] * 4),
-        "AutoModelForCausalLM": AutoModelForCausalLM,
-        "AutoTokenizer": AutoTokenizer,
-        "get_peft_model": get_peft_model,
     }
     (block,) = (block for block in blocks("trainers.md", "python") if "LoraConfig" in block)
     settings = 'Config("out", bf16=False, logging_steps=1, learning_rate=0.1'

@@ -19,6 +19,7 @@ from chat_data import HELD_OUT, examples
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from curlora.guard.coordinates import coordinates
 from curlora.guard.own_text import own_text
 from results import add
 
@@ -52,6 +53,7 @@ def main():
         if counted[1:].any():
             with of_text as sums:
                 sums.tokens += backward(model, ids, counted, sampled=True)
+    RESULTS.unlink(missing_ok=True)
     shares = {}
     for name in modules:
         for key, value in captured(name, of_task, of_text).items():
@@ -92,11 +94,9 @@ class Sums:
             def back(gradient):
                 through = gradient[0] @ module.weight
                 self.G[name] = self.G.get(name, 0) + through.T @ y0
-                full = (
-                    (y0.T @ y0, through.T @ through) if self.moments else (y0.square().sum(0), through.square().sum(0))
-                )
-                self.A[name] = self.A.get(name, 0) + full[0]
-                self.B[name] = self.B.get(name, 0) + full[1]
+                for total, values in ((self.A, y0), (self.B, through)):
+                    moment = values.T @ values if self.moments else values.square().sum(0)
+                    total[name] = total.get(name, 0) + moment
 
             output.register_hook(back)
 
@@ -106,8 +106,9 @@ class Sums:
 def captured(name, of_task, of_text):
     """Return the natural norm in each basis, of one half's gradient times the other's. ``G`` is the first half's."""
     first, second = (half.G[name].double() / half.tokens for half in of_task)
-    A, B = (damped(side[name].double() / of_text.tokens) for side in (of_text.A, of_text.B))
-    white_A, white_B = inverse_root(A), inverse_root(B)
+    B, A = (side[name].double() / of_text.tokens for side in (of_text.B, of_text.A))
+    white_B, white_A, *roots = coordinates(B, A, DAMPING)
+    B, A = (root @ root for root in roots)  # damped
 
     def norm(P, Q):
         found, other = P.T @ first @ Q, P.T @ second @ Q
@@ -129,15 +130,6 @@ def captured(name, of_task, of_text):
         found["combinations, G", r] = norm(plain.U[:, :r], plain.Vh[:r].T)
         found["combinations, whitened G", r] = norm(white_B @ white.U[:, :r], white_A @ white.Vh[:r].T)
     return found
-
-
-def damped(moment):
-    return moment + DAMPING * moment.diagonal().mean() * torch.eye(len(moment), dtype=moment.dtype)
-
-
-def inverse_root(moment):
-    values, vectors = torch.linalg.eigh(moment)
-    return (vectors * values.rsqrt()) @ vectors.T
 
 
 if __name__ == "__main__":
