@@ -13,7 +13,7 @@ import torch.distributed
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from curlora import CurloraConfig, ForgettingBudget, Guard, GuardCallback, calibrate
@@ -107,6 +107,26 @@ def budgeted(model, folder, **arguments):
         "texts": torch.tensor([[text.before, text.after] for text in outcome.texts.values()]),
         "anchors": Ledger.of(train.model.peft_config["default"]).anchors.state_dict(),
     }  # fmt: skip
+
+
+def penalized(model, folder, **arguments):
+    """LoRA trained under a budget, whose penalty and limit both act."""
+    texts = {"words": tokens(seed=11, batch=9, length=12).unbind(), "others": tokens(seed=12, batch=5).unbind()}
+    callback = ForgettingBudget(0.3, texts=texts, limits={"words": 0.001}, batch_size=2, max_length=12, strength=0.01)
+    train = trainer(model, folder, callbacks=[callback], **arguments)
+    train.train()
+    outcome = callback.outcome
+    trained = {name: p.detach().clone() for name, p in train.model.named_parameters() if p.requires_grad}
+    return {
+        "trained": trained, "figures": torch.tensor([outcome.kept, outcome.learning_rate]),
+        "logs": torch.tensor([log["kl_strength/words"] for log in train.state.log_history if "loss" in log]),
+    }  # fmt: skip
+
+
+def lora(seed=0):
+    model = base()
+    torch.manual_seed(seed)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
 
 
 def written(model):
@@ -210,6 +230,16 @@ def main(kind, folder):
 
     AcceleratorState._reset_state()
     found["budgeted"] = budgeted(differently_seeded(), folder / "budgeted", **{**arguments, "learning_rate": 0.3})
+
+    AcceleratorState._reset_state()
+    arguments |= {"logging_steps": 1, "learning_rate": 0.05}
+    if kind == "ddp":
+        found["penalized"] = penalized(lora(seed=1000 * rank), folder / "penalized", **arguments)
+    else:
+        try:
+            penalized(lora(), folder / "penalized", **arguments)
+        except ValueError as error:
+            found["penalized"] = str(error)
 
     if rank == 0:
         torch.save(found, folder / "found.pt")

@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import kl_div
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 
 from curlora.callbacks import EWCCallback, KLToBaseCallback, PenaltyCallback, ScaleBackCallback, replay
+from curlora.callbacks.kl_to_base import pieces_of
+from curlora.callbacks.strength import AIM, Strength
 from curlora.guard import perplexity
 from curlora.guard.texts import Rows
 from tests.models import classifier, llama, tokens
@@ -42,7 +45,7 @@ def trained(model):
 
 
 def trainer(model, folder, callbacks, dataset=None, **arguments):
-    optimizer = Steepest(trained(model))
+    optimizer = None if "learning_rate" in arguments else Steepest(trained(model))
     dataset = dataset or [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
     given = dict(per_device_train_batch_size=2, max_steps=2, lr_scheduler_type="constant", save_strategy="no",
                  report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1)  # fmt: skip
@@ -81,11 +84,17 @@ def test_clipping_goes_by_the_sum(tmp_path):
     assert norm == pytest.approx(0.5, rel=1e-5)
 
 
-def test_fp16_is_refused(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    arguments.fp16 = True
-    with pytest.raises(ValueError, match="bf16=True, or in float32"):
-        Half().on_train_begin(arguments, None, None)
+def test_in_fp16_the_penalty_is_scaled_as_the_loss_is():
+    """Bitwise equal after unscaling, because a power of two does not round."""
+    model, callback = adapted(), Half()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = AcceleratedOptimizer(torch.optim.SGD(trained(model), lr=1.0), device_placement=False, scaler=scaler)
+    before = [p.detach().clone() for p in trained(model)]
+    callback.on_step_begin(None, TrainerState(), None, model=model, optimizer=optimizer)
+    assert all(torch.equal(p.grad, 2.0**10 * value) for p, value in zip(trained(model), before, strict=True))
+    assert callback.value == pytest.approx(float(0.5 * sum(value.square().sum() for value in before)))
+    scaler.unscale_(optimizer.optimizer)
+    assert all(torch.equal(p.grad, value) for p, value in zip(trained(model), before, strict=True))
 
 
 def divergence(base, model, row, counted=None):
@@ -100,15 +109,17 @@ def divergence(base, model, row, counted=None):
 def test_kl_to_base_is_the_divergence_of_one_row_after_the_other(given, tmp_path):
     base, model = llama(initializer_range=0.2).double(), adapted()
     callback = KLToBaseCallback(ROWS, 3.0, base=base if given == "copy" else None)
+    assert {tuple(row.tolist()) for row, _ in callback.pieces} == {tuple(row.tolist()) for row in ROWS}
     for step in range(4):
         found = callback.penalty(model, step)
-        assert float(found.detach()) == pytest.approx(3.0 * divergence(base, model, ROWS[step % 3]), rel=1e-5)
+        row, _ = callback.pieces[step % 3]
+        assert float(found.detach()) == pytest.approx(3.0 * divergence(base, model, row), rel=1e-5)
     assert trained(model)
     got = torch.autograd.grad(found, trained(model))
 
     def penalty():
-        log_p = base(input_ids=ROWS[0][None]).logits[0, :-1].log_softmax(-1)
-        log_q = model(input_ids=ROWS[0][None]).logits[0, :-1].log_softmax(-1)
+        log_p = base(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
+        log_q = model(input_ids=row[None]).logits[0, :-1].log_softmax(-1)
         return 3.0 * kl_div(log_q, log_p.detach(), reduction="batchmean", log_target=True)
 
     for one, other in zip(got, torch.autograd.grad(penalty(), trained(model)), strict=True):
@@ -120,7 +131,9 @@ def test_kl_to_base_goes_by_the_tokens_that_count():
     base, model = llama(initializer_range=0.2).double(), adapted()
     counted = [torch.arange(len(row)) >= begin for row, begin in zip(ROWS, (3, len(ROWS[1]), 1), strict=True)]
     callback = KLToBaseCallback(Rows(ROWS, counted), 3.0)
-    for step, number in enumerate((0, 2, 0)):  # in row 1 no token counts
+    order = [number for row, _ in callback.pieces for number, one in enumerate(ROWS) if row is one]
+    assert sorted(order) == [0, 2]  # in row 1 no token counts
+    for step, number in enumerate([*order, order[0]]):
         expected = 3.0 * divergence(base, model, ROWS[number], counted[number])
         assert float(callback.penalty(model, step).detach()) == pytest.approx(expected, rel=1e-5)
 
@@ -135,6 +148,95 @@ def test_kl_to_base_keeps_the_model_nearer(tmp_path):
         trainer(model, tmp_path, callbacks, max_steps=8).train()
         drifts.append(sum(divergence(llama(initializer_range=0.2).double(), model, row) for row in ROWS))
     assert drifts[1] < 0.7 * drifts[0]
+
+
+def test_a_short_training_sees_rows_of_every_kind():
+    """The rows of a text are in an order: those that the model itself writes begin with plain text, then chats."""
+    seen = {int(row[0]) for row, _ in pieces_of([torch.tensor([i, 1]) for i in range(100)])[:20]}
+    assert min(seen) < 25
+    assert max(seen) > 75
+
+
+class TestStrength:
+    def run(self, strength, values, state):
+        found = []
+        for value in values:
+            found.append(float(strength.of(torch.tensor(value))) / value)
+            strength.step(state)
+            state.global_step += 1
+        return found
+
+    def test_without_a_limit_it_is_constant(self):
+        assert self.run(Strength(3.0), [0.1, 5.0, 1e-9], TrainerState(max_steps=3)) == pytest.approx([3.0] * 3)
+
+    def test_within_the_limit_it_is_that_of_the_start(self):
+        state = TrainerState(max_steps=50)
+        assert self.run(Strength(3.0, 0.01), [0.79 * 0.01] * 50, state) == pytest.approx([3.0] * 50)
+
+    def test_above_the_limit_it_rises_until_the_divergence_is_within(self):
+        """The divergence falls with the strength, as a power of it."""
+        strength, state, divergence = Strength(1.0, 0.01), TrainerState(max_steps=200), 0.05
+        for _ in range(200):
+            (now,) = self.run(strength, [divergence], state)
+            divergence = 0.05 / now**0.5
+        assert divergence == pytest.approx(AIM * 0.01, rel=0.1)
+        assert now == pytest.approx((0.05 / (AIM * 0.01)) ** 2, rel=0.2)
+
+    def test_it_falls_again_but_not_below_the_start(self):
+        strength, state = Strength(3.0, 0.01), TrainerState(max_steps=100)
+        high = self.run(strength, [0.1] * 20, state)
+        low = self.run(strength, [0.001] * 400, state)
+        assert high == sorted(high)
+        assert high[-1] > 30
+        assert low[-1] == pytest.approx(3.0)
+        assert min(low) >= 3.0
+
+    def test_a_divergence_that_is_not_finite_leaves_it(self):
+        strength, state = Strength(3.0, 0.01), TrainerState(max_steps=10)
+        self.run(strength, [0.1], state)
+        before = strength.value
+        self.run(strength, [math.nan, math.inf], state)
+        assert strength.value == before
+
+    def test_a_checkpoint_keeps_it(self, tmp_path):
+        whole, state = Strength(3.0, 0.01), TrainerState(max_steps=10)
+        self.run(whole, [0.1, 0.02], state)
+        state.save_to_json(str(tmp_path / "state.json"))
+        resumed, loaded = Strength(3.0, 0.01), TrainerState.load_from_json(str(tmp_path / "state.json"))
+        resumed.begin(loaded)
+        assert self.run(resumed, [0.03, 0.04], loaded) == self.run(whole, [0.03, 0.04], state)
+        resumed.begin(TrainerState(max_steps=10))
+        assert resumed.value == 3.0
+
+    @pytest.mark.parametrize("given", [(0.0,), (math.nan,), (1.0, -1.0), (1.0, math.inf)])
+    def test_bad_input(self, given):
+        with pytest.raises(ValueError, match="must be positive"):
+            Strength(*given)
+
+
+def test_kl_to_base_within_a_limit(tmp_path):
+    """The strength rises until the divergence is within the limit, and a resumed training continues with it."""
+
+    def fresh(limit):
+        model = adapted()
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.zeros_(p)
+        return model, KLToBaseCallback(ROWS, 0.1, max_kl=limit)
+
+    free, limited = fresh(None), fresh(0.001)
+    options = dict(max_steps=100, save_strategy="steps", save_steps=50, learning_rate=0.01, lr_scheduler_type="linear")
+    for (model, callback), folder in ((free, "free"), (limited, "limited")):
+        trainer(model, tmp_path / folder, [callback], **options).train()
+    base = llama(initializer_range=0.2).double()
+    found = [max(divergence(base, model, row) for row in ROWS) for model, _ in (free, limited)]
+    assert found[1] < 0.001 < 0.1 < found[0]
+    assert limited[1].strength.value > 1
+    model, callback = fresh(0.001)
+    again = trainer(model, tmp_path / "limited", [callback], **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "limited" / "checkpoint-50"))
+    assert all(torch.equal(p, q) for p, q in zip(trained(model), trained(limited[0]), strict=True))
+    assert callback.strength.value == limited[1].strength.value
 
 
 def test_kl_to_base_without_a_base():

@@ -29,7 +29,11 @@ def one(tmp_path_factory):
     budgeted = processes.budgeted(
         processes.fresh(), tmp_path_factory.mktemp("budgeted"), learning_rate=0.3, use_cpu=True
     )
+    penalized = processes.penalized(
+        processes.lora(), tmp_path_factory.mktemp("penalized"), learning_rate=0.05, logging_steps=1, use_cpu=True
+    )
     return {
+        "penalized": penalized,
         "budgeted": budgeted,
         "U": processes.trained(model),
         "U on bfloat16": processes.trained(half),
@@ -91,6 +95,18 @@ def test_a_budget_is_kept_as_in_one_process(one, two):
     # Which answers are drawn depends on an example's place in its process.
     assert found["anchors"].keys() == expected["anchors"].keys()
     assert all(bool(moment.isfinite().all()) for moment in found["anchors"].values())
+
+
+def test_a_budget_of_lora_is_kept_as_in_one_process(one, two):
+    """Sharded parameters have no whole gradients that a penalty could add to."""
+    expected, found = one["penalized"], two["penalized"]
+    if isinstance(found, str):
+        assert "FSDP or DeepSpeed shards them. Train with DDP" in found
+        return
+    assert 0 < expected["figures"][0] < 1, "the limit should bind"
+    assert expected["logs"].max() > 0.02, "the penalty should have become stronger"
+    for part in ("trained", "figures", "logs"):
+        torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
 
 
 def test_every_process_has_the_text_that_the_base_writes_in_the_first(one, two):

@@ -5,8 +5,9 @@ Importing this package registers the method with PEFT.
 
 from importlib.metadata import version
 
+from curlora.budget import ForgettingBudget
 from curlora.convert import convert_to_lora, save_as_lora
-from curlora.guard import Calibration, ForgettingBudget, Guard, GuardCallback, calibrate, redraw
+from curlora.guard import Calibration, Guard, GuardCallback, calibrate, redraw
 from curlora.tuner import CurloraConfig, CurloraLayer, CurloraModel
 
 __all__ = [

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.callbacks.penalty import PenaltyCallback
+from curlora.callbacks.strength import Strength
 from curlora.guard.evaluating import evaluating, without_adapters
 from curlora.guard.texts import Rows
 
-__all__ = ["KLToBaseCallback", "kl_to_base", "pieces_of"]
+__all__ = ["KLToBaseCallback", "adapter_base_logits", "kl_to_base", "pieces_of"]
 
 
 class KLToBaseCallback(PenaltyCallback):
     """Adds ``strength * KL(base || model)`` on a row of general text to the loss of every step.
 
-    The steps use the rows in turn. This is learning without forgetting (Li and Hoiem 2016,
+    The steps use the rows in turn, in a random order. This is learning without forgetting (Li and Hoiem 2016,
     https://arxiv.org/abs/1606.09282) on general text in place of the new task's inputs. Every step runs two more
     forward passes and one more backward pass, each on one row.
 
@@ -29,49 +30,72 @@ class KLToBaseCallback(PenaltyCallback):
             The penalty is the mean over the tokens that count (:class:`curlora.guard.texts.Rows`, which
             :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
         strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
+        max_kl: the largest KL divergence, in nats per token. The strength rises as far as it takes to train within this
+            limit, see :class:`curlora.callbacks.strength.Strength`. ``None`` for a constant strength.
         base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
             fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
 
     Raises:
-        ValueError: if ``strength`` is not positive, or there is no row with a predicted token that counts.
+        ValueError: if ``strength`` or ``max_kl`` is not positive, or there is no row with a predicted token that
+            counts.
     """
 
     logged_as: ClassVar[str] = "kl_to_base"
 
-    def __init__(self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[Tensor], strength: float, max_kl: float | None = None, base: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        if not (strength > 0 and math.isfinite(strength)):
-            raise ValueError(f"strength must be positive, got {strength}.")
+        self.strength = Strength(strength, max_kl)
         self.pieces = pieces_of(rows)
         if not self.pieces:
             raise ValueError(
                 f"There is no row of two tokens or more among the {len(rows)} rows, so there is nothing to predict. "
                 "Give longer rows."
             )
-        self.strength = strength
         self.base = None if base is None else base.eval().requires_grad_(False)
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:
         if self.base is None and not isinstance(model, PeftModel):
             raise ValueError("The model has no adapter that can be disabled: pass the base model too (base=...).")
 
-        def base_logits(ids: Tensor, kept: int) -> Tensor:
-            if self.base is not None:
-                base: Any = self.base.to(ids.device)
-                return base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
-            with without_adapters(model):
-                return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+        def copy_logits(ids: Tensor, kept: int) -> Tensor:
+            base: Any = self.base
+            return base.to(ids.device)(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
-        return self.strength * kl_to_base(model, *self.pieces[step % len(self.pieces)], base_logits)
+        base_logits = adapter_base_logits(model) if self.base is None else copy_logits
+        return self.strength.of(kl_to_base(model, *self.pieces[step % len(self.pieces)], base_logits))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self.strength.begin(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.strength.step(state)
 
 
-def pieces_of(rows: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return pairs of a row of tokens and the mask of tokens that count.
+def adapter_base_logits(model: nn.Module) -> Callable[[Tensor, int], Tensor]:
+    """Return the function ``base_logits`` of :func:`kl_to_base` for a model with adapters, which it disables."""
 
-    Rows in which no predicted token counts are left out.
+    def base_logits(ids: Tensor, kept: int) -> Tensor:
+        with without_adapters(model):
+            return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+
+    return base_logits
+
+
+def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of a row of tokens and the mask of tokens that count, in a random order.
+
+    In their own order a short training would see the first rows only, and so perhaps only one kind of text. Rows in
+    which no predicted token counts are left out.
     """
     known = rows if isinstance(rows, Rows) else Rows(rows)
-    return [both for both in zip(known, known.counted, strict=True) if bool(both[1][1:].any())]
+    pairs = [both for both in zip(known, known.counted, strict=True) if bool(both[1][1:].any())]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    return [pairs[i] for i in order.tolist()]
 
 
 def kl_to_base(model: nn.Module, row: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:

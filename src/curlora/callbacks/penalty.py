@@ -6,6 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curlora.guard.callback import act_first
@@ -18,8 +20,12 @@ class PenaltyCallback(TrainerCallback):
 
     The gradient is added before the first batch of a step. Gradient accumulation therefore adds it only once, and
     gradient clipping uses the sum of both. The logged loss does not include the penalty, which is logged under the name
-    :attr:`logged_as`. With several processes, all add the same gradient, so their mean is this gradient. Sharded models
-    (FSDP, DeepSpeed) are not supported.
+    :attr:`logged_as`. In fp16 the penalty is scaled as the loss is. With several processes, all add the same gradient,
+    so their mean is this gradient.
+
+    Raises:
+        ValueError: when training begins, if the model is sharded by FSDP or DeepSpeed, whose gradients are not those of
+            whole parameters.
     """
 
     logged_as: ClassVar[str] = "penalty"
@@ -40,11 +46,7 @@ class PenaltyCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.fp16:
-            raise ValueError(
-                f"{type(self).__name__} adds to gradients, which fp16 training scales by a factor unknown to this "
-                "callback. Train with bf16=True, or in float32."
-            )
+        _check_whole(kwargs["model"], args)
         act_first(self)
 
     def on_step_begin(
@@ -56,7 +58,10 @@ class PenaltyCallback(TrainerCallback):
             return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # Not backward(): with several processes, DDP would take it for the end of a batch and reduce the gradients.
-        gradients = torch.autograd.grad(penalty, trained, allow_unused=True)
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)  # of fp16, in Accelerate's optimizer
+        gradients = torch.autograd.grad(
+            penalty if scaler is None else scaler.scale(penalty), trained, allow_unused=True
+        )
         for parameter, gradient in zip(trained, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
@@ -72,3 +77,13 @@ class PenaltyCallback(TrainerCallback):
     ) -> None:
         if logs is not None and "loss" in logs and self.value is not None:
             logs[self.logged_as] = state.log_history[-1][self.logged_as] = self.value
+
+
+def _check_whole(model: nn.Module, args: TrainingArguments) -> None:
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    sharded |= any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if sharded or args.deepspeed:
+        raise ValueError(
+            "A penalty needs whole parameters, and FSDP or DeepSpeed shards them. Train with DDP, or within a "
+            "budget of a CURLoRA adapter, whose guard needs no penalty."
+        )

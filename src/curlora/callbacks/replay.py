@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
 from torch.utils.data import ConcatDataset, Subset
 
 __all__ = ["chosen", "replay"]
@@ -30,6 +29,8 @@ def replay(dataset: Any, *earlier: Any, examples: int, seed: int = 0) -> Any:
     Raises:
         ValueError: if ``examples`` is not positive.
     """
+    from datasets import Dataset, concatenate_datasets  # slow to import, and `import curlora` imports this module
+
     if examples < 1:
         raise ValueError(f"examples must be 1 or more, got {examples}.")
     numbers = [chosen(len(one), examples, seed + task) for task, one in enumerate(earlier)]

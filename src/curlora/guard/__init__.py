@@ -1,7 +1,6 @@
 """The guard: measure what general text uses of a model, and keep training from changing it beyond a stated budget."""
 
 from curlora.guard.anchors import Anchors
-from curlora.guard.budget import ForgettingBudget, Outcome
 from curlora.guard.calibration import Calibration, Moments
 from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
@@ -17,13 +16,11 @@ from curlora.guard.scale_back import scale_to_limit
 __all__ = [
     "Anchors",
     "Calibration",
-    "ForgettingBudget",
     "Guard",
     "GuardCallback",
     "GuardError",
     "Ledger",
     "Moments",
-    "Outcome",
     "TextOutcome",
     "TrainingRecord",
     "calibrate",

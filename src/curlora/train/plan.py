@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora._compat import in_out_features
+from curlora.budget.examples import COUNT
+from curlora.budget.guard_restraint import allowed_nats
+from curlora.budget.work import work_of
 from curlora.continual.memory import UnknownError, kept_for_backward
 from curlora.continual.processes import use_cpu
 from curlora.guard import GuardError, learning_rate
-from curlora.guard.budget import allowed_nats, work_of
-from curlora.guard.examples import COUNT
 from curlora.guard.texts import rows_of
 from curlora.train.data import Examples, Split
 from curlora.train.errors import TrainError
@@ -120,7 +121,11 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
         rank=rank,
         learning_rate=learning_rate(nats, steps, rank),
         guard_work=work_of(
-            sum(sizes.values()), looked_at, written=not options.guard_texts, continued=base.continue_from is not None
+            sum(sizes.values()),
+            looked_at,
+            written=not options.guard_texts,
+            guarded=True,
+            trained_before=base.continue_from is not None,
         ),
         memory=_memory(options, base, plain, model, examples.train),
     )

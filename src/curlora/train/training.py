@@ -31,7 +31,7 @@ _LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "drift")
 
 
 class Ended(NamedTuple):
-    """A finished training: steps, seconds, the budget's :class:`curlora.guard.Outcome`, and the Trainer's log."""
+    """A finished training: steps, seconds, the budget's :class:`curlora.budget.Outcome`, and the Trainer's log."""
 
     steps: int
     seconds: float

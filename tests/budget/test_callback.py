@@ -20,9 +20,9 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from curlora import CurloraConfig, ForgettingBudget, calibrate
+from curlora.budget.callback import STATE_NAME
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
-from curlora.guard.budget import STATE_NAME
 from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import pack, unpack
 from curlora.tuner.config import LEDGER_NAME
@@ -165,7 +165,7 @@ def test_gone_on_with_to_the_bit(tmp_path):
         assert same(again, matrices(model))
         assert second.outcome == callback.outcome
         (where / STATE_NAME).unlink()
-    with pytest.raises(GuardError, match="resumes at step 8, and its calibration was not found"):
+    with pytest.raises(GuardError, match="resumes at step 8, and the state of its budget was not found"):
         train(fresh(), tmp_path, budget(0.01), resume=str(tmp_path / "checkpoint-8"), **arguments)
 
 
@@ -316,7 +316,7 @@ class TestLedger:
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 def test_an_anchor_is_the_divergence_of_the_task(fan_in_fan_out, tmp_path):
     """The penalty against the divergence of the task's own answers, to second order along random directions."""
-    from curlora.guard.budget import _add_anchor
+    from curlora.budget.guard_restraint import add_anchor
     from tests.models import gpt2
 
     model = curlora(gpt2() if fan_in_fan_out else base(), r=2, alpha=1.7)
@@ -328,7 +328,7 @@ def test_an_anchor_is_the_divergence_of_the_task(fan_in_fan_out, tmp_path):
     batches = [{"input_ids": rows[i : i + 50], "labels": labels[i : i + 50]} for i in range(0, 400, 50)]
     task = calibrate(model, batches, progress=False)
     anchors = Anchors()
-    _add_anchor(anchors, task, by_name, "default")
+    add_anchor(anchors, task, by_name, "default")
 
     U = target[0].curlora_U["default"].weight
     start = U.detach().clone()
@@ -386,7 +386,7 @@ class TestRate:
         assert rates["set"] == pytest.approx(rates["chosen"], rel=relative, abs=2e-3)
 
     def test_other_parameters_are_not_trained_at_it(self, tmp_path):
-        with pytest.raises(GuardError, match="parameters that are not the adapter's U are in the same optimizer group"):
+        with pytest.raises(GuardError, match="parameters other than U are in the same optimizer group"):
             train(fresh(modules_to_save=["lm_head"]), tmp_path, budget())
         train(fresh(modules_to_save=["lm_head"]), tmp_path, budget(), learning_rate=0.01)
 

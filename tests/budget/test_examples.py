@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
 
-from curlora.guard.examples import Examples
+from curlora.budget.examples import Examples
 from tests.models import llama
 
 

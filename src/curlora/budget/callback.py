@@ -1,0 +1,445 @@
+"""Fine-tuning within a forgetting budget: one callback for transformers' Trainer and for TRL's trainers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from curlora._compat import scale_base_rate
+from curlora.budget.examples import Examples
+from curlora.budget.guard_restraint import GuardRestraint
+from curlora.budget.outcome import Outcome
+from curlora.budget.penalty_restraint import PenaltyRestraint
+from curlora.budget.restraint import Restraint
+from curlora.budget.start import Start
+from curlora.budget.work import WRITTEN
+from curlora.guard.calibration import adapter_of
+from curlora.guard.callback import act_first
+from curlora.guard.errors import GuardError
+from curlora.guard.ledger import TextOutcome
+from curlora.guard.measured_limit import Kept, MeasuredLimit, log
+from curlora.guard.model_pass import perplexity
+from curlora.guard.own_text import own_text
+from curlora.guard.processes import of_first
+from curlora.guard.progress import Shown, part_of, stage
+from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
+from curlora.tuner.layer import CurloraLayer
+from curlora.tuner.sharded import whole
+
+__all__ = ["ForgettingBudget"]
+
+STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
+_OWN = "own text"
+
+
+class ForgettingBudget(TrainerCallback):
+    """Keeps the forgetting of a training within a budget. All other settings have defaults.
+
+    ```python
+    trainer = SFTTrainer(
+        model, train_dataset=data, peft_config=CurloraConfig(r=32), callbacks=[ForgettingBudget(0.01)]
+    )
+    trainer.train()
+    ```
+
+    When training begins, the callback measures the base model on each text and sets the learning rate, unless one was
+    given. While the model trains, the adapter decides what keeps it near the base model:
+
+    - A CURLoRA adapter trains under a :class:`curlora.Guard`. If it is untrained, its columns and rows are chosen for
+      the task (:func:`curlora.redraw`), and it is calibrated on the texts (:func:`curlora.calibrate`).
+    - LoRA and other adapters of PEFT train under a penalty on the KL divergence from the base model, on a row of the
+      texts at every step. It rises with the divergence (:class:`curlora.callbacks.strength.Strength`). A step takes two
+      more forward passes and one more backward pass over that row.
+
+    After the last step, the callback measures each text, and scales the training's change back until every text is
+    within its limit. This happens before the last evaluation and the last checkpoint, and again if
+    ``load_best_model_at_end`` loads another checkpoint.
+
+    A further training of the adapter still counts forgetting from the base model before the first training. A CURLoRA
+    adapter carries a ledger (:class:`curlora.guard.Ledger`), which is saved with it. With it the next training needs no
+    calibration, and the earlier tasks are protected by their anchors (:class:`curlora.guard.Anchors`), without their
+    data. Other adapters have no ledger: state a ``lifetime`` again in each training.
+
+    To resume a training (``resume_from_checkpoint``), keep the Trainer's ``output_dir`` unchanged.
+
+    Args:
+        max_perplexity_increase: the largest allowed rise of a text's perplexity in this training, relative to the base
+            model: 0.01 for 1 %. On text that the model writes itself, the rise of the log-perplexity estimates the KL
+            divergence from the base model.
+        texts: the guard's texts: a list of texts, conversations or rows of tokens; the path of a text file; or a
+            mapping from names to several of these. A function without arguments is a measurement of your own; its value
+            is positive, and lower is better. If ``None``, the model writes the text itself
+            (:func:`curlora.guard.own_text`).
+        limits: the limits of some texts by name, in place of ``max_perplexity_increase``.
+        lifetime: the largest allowed rise of each text over all trainings of the adapter. A CURLoRA adapter's ledger
+            stores it for later trainings.
+        learning_rate: the adapter's learning rate; for CURLoRA in square roots of nats. If ``None``, the rate of the
+            training arguments if it differs from their default, else that of a rule:
+            :func:`curlora.guard.learning_rate` for CURLoRA, :func:`curlora.budget.lora_learning_rate` for LoRA. For
+            other adapters there is no rule, and the training arguments' rate is used.
+        redraw: for CURLoRA, whether to choose columns and rows for the task.
+        anchors: for CURLoRA, whether to protect the tasks of earlier trainings, and to add this task to them.
+        strength: for other adapters, the lowest strength of the penalty: its factor relative to the mean loss of a
+            batch.
+        tokens: the largest number of tokens of each text. The model's own text may exceed it by less than a row.
+        max_length: the largest number of tokens in a row of text. Perplexity is measured on such rows.
+        batch_size: the number of rows of text, or of training examples, in a forward pass. Examples that are longer
+            than rows form smaller batches.
+        damping: for CURLoRA, see :class:`curlora.Guard`.
+        adapter: the adapter's name; the active one if ``None``.
+        seed: the seed of the model's own text, of drawn answers, and of the choice of training examples.
+        progress: how to show the progress of the guard's own work, see :data:`curlora.guard.progress.Shown`. The work
+            is counted in tokens of a forward pass. If ``None``, bars are shown if the trainer shows its own.
+
+    Attributes:
+        outcome: an :class:`Outcome` after training, ``None`` before.
+
+    Raises:
+        GuardError: if a limit is not a share between 0 and 1, or a text is missing or has the wrong type. When training
+            begins: if there is no adapter, if a text cannot be read, if the ledger belongs to another adapter or base
+            model, if the base model cannot be had by disabling the adapter, or if the lifetime's budget is used up.
+        ValueError: when training begins, if the model is sharded by FSDP or DeepSpeed and the adapter is not CURLoRA.
+    """
+
+    def __init__(
+        self,
+        max_perplexity_increase: float = 0.01,
+        *,
+        texts: Mapping[str, Texts] | Texts | None = None,
+        limits: Mapping[str, float] | None = None,
+        lifetime: float | None = None,
+        learning_rate: float | None = None,
+        redraw: bool = True,
+        anchors: bool = True,
+        strength: float = 3.0,
+        tokens: int = 8192,
+        max_length: int = 128,
+        batch_size: int = 8,
+        damping: float = 0.1,
+        adapter: str | None = None,
+        seed: int = 0,
+        progress: Shown | None = None,
+    ) -> None:
+        self.limit = _share("max_perplexity_increase", max_perplexity_increase)
+        self.texts = {_OWN: None} if texts is None else named_texts(texts)
+        self.limits = {name: _share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
+        if unknown := sorted(set(self.limits) - set(self.texts)):
+            raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}.")
+        self.lifetime = None if lifetime is None else _share("lifetime", lifetime)
+        if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
+            raise GuardError(f"learning_rate must be a positive number, got {learning_rate!r}.")
+        if not (strength > 0 and math.isfinite(strength)):
+            raise GuardError(f"strength must be a positive number, got {strength!r}.")
+        self.strength = strength
+        self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
+        self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
+        self.damping, self.adapter, self.seed = damping, adapter, seed
+        self.progress = progress
+        self._shown: Shown = False
+        self.outcome: Outcome | None = None
+        self._held: _Held | None = None
+        self._start: Start | None = None
+        self._rows: dict[str, Rows] = {}
+        self._measured: dict[str, float] = {}
+        self._rate = math.nan
+
+    # Events
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        model = kwargs["model"]
+        if model is None:  # model_init creates it when training begins
+            return
+        _check_model(model)
+        _trained_adapter(model, self.adapter)
+        # TRL casts the adapter of a quantized base model to bfloat16, where small steps round to zero.
+        for layer in model.modules():
+            if isinstance(layer, CurloraLayer):
+                for parameter in layer.curlora_U.parameters():
+                    if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                        parameter.data = parameter.data.float()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        act_first(self)
+        model, processing = kwargs["model"], kwargs.get("processing_class")
+        _check_model(model)
+        tokenizer = getattr(processing, "tokenizer", processing)
+        tokens = self.batch_size * self.max_length
+        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
+        self._shown = not args.disable_tqdm if self.progress is None else self.progress
+        self.outcome = None
+        self._read_texts(model, tokenizer)
+        restraint = self._restraint_of(model, examples)
+        if state.global_step:
+            self._start = self._found(args, state)
+            restraint.load_state_dict(self._start.restraint)
+            restraint.set_limits(self._start.limits, self.limit)
+        else:
+            self._start = self._begun(model, restraint)
+            self._write(Path(args.output_dir) / STATE_NAME, state)
+        self._held = _Held(restraint, lambda: 1.0 + self._worst(model), self._start.before)
+        self._set_rate(restraint, args, state, kwargs)
+        self._held.on_train_begin(args, state, control, **kwargs)
+        restraint.on_train_begin(args, state, control, **kwargs)
+        self._measured = {}
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._holding.restraint.on_step_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._holding.restraint.on_step_end(args, state, control, **kwargs)
+        self._holding.on_step_end(args, state, control, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._held is not None and logs is not None and "loss" in logs:
+            found = self._held.restraint.logs()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._start is not None and folder.is_dir():
+            self._write(folder / STATE_NAME, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        held, start = self._holding, self._start
+        assert start is not None
+        held.restraint.on_train_end(args, state, control, **kwargs)
+        held.finish()
+        kept = 1.0 if held.kept is None else held.kept.scale
+        texts = {
+            name: TextOutcome(
+                before=before,
+                after=(now := self._measured[name]),
+                rise=now / before - 1,
+                limit=start.limits[name],
+                tokens=sum(map(len, self._rows.get(name, []))),
+                sha256=digest(self._rows[name]) if name in self._rows else None,
+            )
+            for name, before in start.base.items()
+        }
+        predicted = held.restraint.predicted()
+        self.outcome = Outcome(predicted, kept, self._rate, texts)
+        rises = {f"perplexity_rise/{name}": text.rise for name, text in texts.items()}
+        drift = {} if predicted is None else {"drift": predicted}
+        log(self, args, state, control, {**drift, "kept": kept, **rises})
+        held.restraint.record(state.global_step, self.outcome)
+        self._held = None
+
+    # Helpers of the events
+
+    @property
+    def _holding(self) -> _Held:
+        if self._held is None:
+            raise GuardError(
+                "The budget was added to a training that has already begun: pass it to the trainer before train()."
+            )
+        return self._held
+
+    def _restraint_of(self, model: nn.Module, examples: Examples) -> Restraint:
+        """Return the guard of the active CURLoRA adapter, or the penalty on another adapter."""
+        adapter, guarded = _trained_adapter(model, self.adapter)
+        if not guarded:
+            return PenaltyRestraint(model, adapter, self._rows, examples, strength=self.strength)
+        return GuardRestraint(
+            model, adapter, self._rows, examples, redraw=self.redraw, anchors=self.anchors, damping=self.damping,
+            max_length=self.max_length, batch_size=self.batch_size, seed=self.seed, progress=self._shown,
+        )  # fmt: skip
+
+    def _read_texts(self, model: nn.Module, tokenizer: Any) -> None:
+        texts = {name: text for name, text in self.texts.items() if not callable(text)}
+        texts = texts or {_OWN: None}  # with measurements only, the restraint still needs a text
+        tokens, length = self.tokens, self.max_length
+        shown = part_of(self._shown, WRITTEN * tokens)
+        self._rows = {
+            name: own_text(model, tokenizer, tokens=tokens, max_length=length, seed=self.seed, progress=shown)
+            if text is None
+            else rows_of(name, text, tokenizer, tokens=tokens, max_length=length)
+            for name, text in texts.items()
+        }
+
+    def _begun(self, model: nn.Module, restraint: Restraint) -> Start:
+        """Prepare a training that begins: measure the base model, and set the limits."""
+        restraint.prepare(self.lifetime)
+        with restraint.as_base():
+            base = {name: self._measure(model, name) for name in self.texts}
+        spent = {name: self._measure(model, name) for name in self.texts} if restraint.trained_before else base
+        lifetime, limits = restraint.lifetime, {}
+        for name, before in base.items():
+            if not (before > 0 and math.isfinite(before) and math.isfinite(spent[name])):
+                raise GuardError(
+                    f"The measure of {name!r} must be a positive, finite number. It is {before} for the base model and "
+                    f"{spent[name]} before this training. Check the text or the measurement."
+                )
+            used = max(0.0, spent[name] / before - 1)
+            limits[name] = used + self.limits.get(name, self.limit)
+            if lifetime is not None:
+                if used >= lifetime:
+                    raise GuardError(
+                        f"The lifetime's budget is used up: the measure of {name!r} has risen by {used:.2%} since the "
+                        f"adapter's first training, and {lifetime:.2%} is allowed. Give a larger lifetime to "
+                        "train further."
+                    )
+                limits[name] = min(limits[name], lifetime)
+        restraint.set_limits(limits, self.limit)
+        before_training = [whole(parameter.detach()).clone() for parameter in restraint.parameters]
+        return Start(before_training, base, limits, restraint.state_dict())
+
+    def _worst(self, model: nn.Module) -> float:
+        """Measure all texts, and return the largest share of its limit that a text has used."""
+        assert self._start is not None
+        base, limits = self._start.base, self._start.limits
+        # The number of measurements until all limits hold is unknown, so progress counts only the first as work.
+        again = bool(self._measured)
+        self._measured = {name: self._measure(model, name, again) for name in self.texts}
+        return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
+
+    def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
+        text, rows = self.texts[name], self._rows.get(name, Rows([]))
+        shown = part_of(self._shown, 0 if again else sum(map(len, rows)), f"measuring {name}")
+        if callable(text):
+            with stage(shown, f"measuring {name}", None):
+                return float(text())
+        return perplexity(model, rows, max_length=self.max_length, batch_size=self.batch_size, progress=shown)
+
+    def _set_rate(
+        self, restraint: Restraint, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]
+    ) -> None:
+        default = next(f.default for f in dataclasses.fields(type(args)) if f.name == "learning_rate")
+        chosen = args.learning_rate if args.learning_rate != default else None
+        rule = restraint.learning_rate(state.max_steps)
+        rate = self.learning_rate or (rule if chosen is None else None)
+        if rate is None:
+            self._rate = args.learning_rate
+            if chosen is not None and (problem := restraint.problem_of(chosen, state.max_steps)) is not None:
+                warnings.warn(problem, stacklevel=3)
+            return
+        self._rate = rate
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        rated = {id(parameter) for parameter in restraint.rated}
+        for number, group in enumerate(optimizer.param_groups):
+            mine = [id(parameter) in rated for parameter in group["params"]]
+            if any(mine) and not all(mine):
+                raise GuardError(
+                    f"{mine.count(False)} parameters other than {restraint.moved} are in the same optimizer group, "
+                    f"and the budget's learning rate, {rate:.2g}, does not suit them. Leave modules_to_save and "
+                    "trained biases out, or set learning_rate in the training arguments."
+                )
+            if any(mine):
+                scale_base_rate(optimizer, kwargs.get("lr_scheduler"), number, rate)
+
+    # The state that a resumed training needs
+
+    def _write(self, path: Path, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            assert self._start is not None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(path.name + ".partial")
+            partial.write_bytes(self._start.to_bytes())
+            partial.replace(path)
+
+    def _found(self, args: TrainingArguments, state: TrainerState) -> Start:
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        there = (folder / STATE_NAME for folder in folders if (folder / STATE_NAME).exists())
+        path = next(there, None) if state.is_world_process_zero else None
+        content: bytes | None = of_first(None if path is None else path.read_bytes())
+        if content is None:
+            raise GuardError(
+                f"The training resumes at step {state.global_step}, and the state of its budget was not found: "
+                f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Set output_dir to the folder that the "
+                "training began with."
+            )
+        return Start.from_bytes(content, STATE_NAME)
+
+
+class _Held(MeasuredLimit):
+    """A limit whose measure is 1 plus the largest used share of a text's limit, so that its rise is that share.
+
+    Args:
+        restraint: whose parameters are scaled back.
+        measure: the measure.
+        before: the parameters' values before training.
+    """
+
+    def __init__(self, restraint: Restraint, measure: Callable[[], float], before: Sequence[Tensor]) -> None:
+        self.restraint = restraint
+        super().__init__(restraint.model, lambda: restraint.parameters, measure, max_rise=1.0)
+        self.at_start = 1.0
+        self.count_from(before)
+
+    def why_nothing(self, kept: Kept, finite: bool) -> str:
+        return self.restraint.why_nothing(kept) if finite else super().why_nothing(kept, finite)
+
+
+def _check_model(model: nn.Module) -> None:
+    """Check that the model's forgetting can be measured.
+
+    Raises:
+        GuardError: if the model is an encoder-decoder.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise GuardError(
+            f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
+            "model."
+        )
+
+
+def _trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
+    """Return the name of the adapter that trains, and whether it is a CURLoRA adapter.
+
+    Raises:
+        GuardError: if the model has no such adapter, or not exactly one CURLoRA adapter is active.
+    """
+    adapters = {name for layer in model.modules() if isinstance(layer, CurloraLayer) for name in layer.curlora_U}
+    if not isinstance(model, PeftModel):
+        return adapter_of(model, adapter), True
+    active = list(model.active_adapters)
+    if adapters & ({adapter} if adapter is not None else set(active)):
+        return adapter_of(model, adapter), True
+    if adapter is not None and adapter not in active:
+        raise GuardError(f"{adapter!r} is not an active adapter of this model; {active} are active. Name one of these.")
+    return adapter or active[0], False
+
+
+def _share(name: str, value: Any) -> float:
+    """Return a limit as a share, given as a number or as per cent such as ``"1%"``.
+
+    Raises:
+        GuardError: if it is not between 0 and 1.
+    """
+    if isinstance(value, str) and value.strip().endswith("%"):
+        with contextlib.suppress(ValueError):  # raised as a GuardError below
+            value = float(value.strip()[:-1]) / 100
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+        raise GuardError(f'{name} must be a positive share, such as 0.01 or "1%" for 1 %, got {value!r}.')
+    if value >= 1:
+        raise GuardError(
+            f"{name}={value:g} would let perplexity rise by {value:.0%}, which limits nothing. For {value:g} % give "
+            f"{value / 100:g}."
+        )
+    return float(value)

@@ -1,0 +1,40 @@
+"""What a training under a budget begins from, which a resumed training reads again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from curlora.guard.ledger import pack, unpack
+
+__all__ = ["Start"]
+
+
+@dataclasses.dataclass
+class Start:
+    """The state that is fixed when training begins, and that a resumed training needs.
+
+    Args:
+        before: the trained parameters' values, in the order of the restraint.
+        base: the texts' measurements of the base model.
+        limits: the texts' limits, as relative rises since before the first training.
+        restraint: the restraint's state.
+    """
+
+    before: list[Tensor]
+    base: dict[str, float]
+    limits: dict[str, float]
+    restraint: dict[str, Tensor]
+
+    def to_bytes(self) -> bytes:
+        tensors = {f"restraint.{name}": value for name, value in self.restraint.items()}
+        tensors |= {f"before.{number}": value for number, value in enumerate(self.before)}
+        return pack(tensors, {"base": self.base, "limits": self.limits, "parameters": len(self.before)})
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> Start:
+        tensors, about = unpack(content, where)
+        before = [tensors.pop(f"before.{number}") for number in range(about["parameters"])]
+        restraint = {name.removeprefix("restraint."): value for name, value in tensors.items()}
+        return cls(before, about["base"], about["limits"], restraint)

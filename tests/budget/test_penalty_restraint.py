@@ -1,0 +1,220 @@
+"""Trainings of LoRA and other adapters of PEFT under a budget."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from trl import SFTConfig, SFTTrainer
+
+from curlora import ForgettingBudget
+from curlora.budget import lora_learning_rate
+from curlora.guard import GuardError, perplexity
+from tests.budget.test_callback import CHATS, OTHER, TEXT, base, budget, measured, train, with_end
+from tests.models import tokens
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*has new PAD/BOS/EOS tokens")
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def lora(**config):
+    torch.manual_seed(0)
+    return get_peft_model(base(), LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **config}))
+
+
+def weights(model):
+    return [p.detach().clone() for name, p in model.named_parameters() if "lora_" in name]
+
+
+def same(model, others):
+    return all(torch.equal(one, other) for one, other in zip(weights(model), others, strict=True))
+
+
+def test_nothing_else_to_set(tmp_path):
+    model, callback = lora(), ForgettingBudget(0.01, tokens=512, max_length=16)
+    trainer = train(model, tmp_path, callback)
+    ((name, text),) = callback.outcome.texts.items()
+    assert name == "own text"
+    assert text.rise <= text.limit == 0.01
+    assert callback.outcome.predicted is None
+    assert any(B.any() for B in weights(model)[1::2])
+    assert callback.outcome.learning_rate == lora_learning_rate(model.config.hidden_size, 8)
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[0]["learning_rate"] == pytest.approx(callback.outcome.learning_rate)
+    assert logs[-1]["kl_to_base/own text"] > 0
+    assert logs[-1]["kl_strength/own text"] >= 3.0
+
+
+def test_what_is_measured_is_held(tmp_path):
+    wide, model = lora(), lora()
+    options = dict(learning_rate=0.3, strength=1e-3)
+    train(wide, tmp_path / "wide", budget(0.9, **options))
+    assert measured(wide) > 0.03
+    callback = budget(0.02, **options)
+    train(model, tmp_path, callback, save_strategy="steps", save_steps=12)
+    outcome = callback.outcome.texts["words"]
+    assert 0.01 < outcome.rise <= 0.02
+    assert outcome.rise == pytest.approx(measured(model), rel=1e-4)
+    with model.disable_adapter():
+        assert outcome.before == pytest.approx(perplexity(model, TEXT, max_length=16))
+    assert callback.outcome.kept < 1
+    assert same(PeftModel.from_pretrained(base(), tmp_path / "checkpoint-12"), weights(model))
+
+
+def test_the_penalty_keeps_more_of_the_training_than_scaling_back_alone(tmp_path):
+    """Within the same limit, on rows that can be learned by heart."""
+    rows = [{"input_ids": row, "labels": row} for row in tokens(seed=3, batch=8, length=8)]
+    learned = {}
+    for strength in (1e-6, 3.0):
+        model, callback = lora(), budget(0.005, texts={"words": TEXT, "others": OTHER}, strength=strength)
+        if strength < 1:  # hold the strength, so that only scaling back acts
+            callback.on_step_end = lambda args, state, control, callback=callback, **kwargs: callback._held.on_step_end(
+                args, state, control, **kwargs
+            )
+        trainer = train(model, tmp_path / str(strength), callback, rows=rows, max_steps=60, learning_rate=0.02)
+        assert all(text.rise <= text.limit for text in callback.outcome.texts.values())
+        learned[strength] = trainer.evaluate()["eval_loss"]
+    with model.disable_adapter():
+        frozen = trainer.evaluate()["eval_loss"]
+    assert learned[3.0] < learned[1e-6] < frozen
+
+
+def test_every_text_has_its_own_strength(tmp_path):
+    """The penalty of the text whose limit is narrow becomes stronger than that of the other."""
+    model = lora()
+    callback = budget(0.5, texts={"a": TEXT, "b": OTHER, "size": lambda: 1.0}, limits={"b": 1e-4}, learning_rate=0.05)
+    trainer = train(model, tmp_path, callback, max_steps=24)
+    texts = callback.outcome.texts
+    assert {name: text.limit for name, text in texts.items()} == {"a": 0.5, "b": 1e-4, "size": 0.5}
+    assert all(text.rise <= text.limit for text in texts.values())
+    last = [log for log in trainer.state.log_history if "loss" in log][-1]
+    assert last["kl_strength/b"] > 2 * last["kl_strength/a"]
+    assert last["kl_strength/a"] == 3.0
+
+
+def test_gone_on_with_to_the_bit(tmp_path):
+    options = dict(learning_rate=0.1, strength=0.1)
+    model, callback = lora(), budget(0.002, **options)
+    arguments = dict(save_strategy="steps", save_steps=4)
+    whole = train(model, tmp_path, callback, **arguments)
+    again, second = lora(), budget(0.002, **options)
+    resumed = train(again, tmp_path, second, resume=str(tmp_path / "checkpoint-8"), **arguments)
+    assert same(again, weights(model))
+    assert second.outcome == callback.outcome
+    strengths = [
+        [log["kl_strength/words"] for log in trainer.state.log_history if "loss" in log] for trainer in (whole, resumed)
+    ]
+    assert strengths[0] == strengths[1]
+    assert max(strengths[0]) > 0.2
+
+
+class TestAgain:
+    def two(self, path, **options):
+        model, first = lora(), budget(0.01, learning_rate=0.1, strength=0.1)
+        train(model, path / "one", first)
+        model.save_pretrained(path / "saved")
+        model = PeftModel.from_pretrained(base(), path / "saved", is_trainable=True)
+        second = budget(0.01, learning_rate=0.1, strength=0.1, **options)
+        train(model, path / "two", second, seed=4)
+        return model, first.outcome.texts["words"], second.outcome.texts["words"]
+
+    def test_forgetting_counts_from_the_base_model(self, tmp_path):
+        model, one, two = self.two(tmp_path)
+        assert one.rise > 0.002
+        assert two.before == pytest.approx(one.before, rel=1e-6)
+        assert two.limit == pytest.approx(one.rise + 0.01, rel=1e-6)
+        assert two.rise <= two.limit
+        assert two.rise == pytest.approx(measured(model), abs=1e-6)
+
+    def test_a_lifetime_bounds_all_trainings(self, tmp_path):
+        model, _, two = self.two(tmp_path, lifetime=0.012)
+        assert two.limit == 0.012
+        assert measured(model) <= 0.012
+        before = weights(model)
+        with pytest.raises(GuardError, match="The lifetime's budget is used up: the measure of 'words' has risen by"):
+            train(model, tmp_path / "three", budget(lifetime=0.0001))
+        assert same(model, before)
+
+
+class TestRate:
+    def test_the_rule(self):
+        """At a width of 2,000 and alpha 32 it is the rate of the source; wider models train at lower rates."""
+        assert lora_learning_rate(2000, 32) == 5e-4
+        assert lora_learning_rate(2000, 16) == 1e-3
+        assert lora_learning_rate(4096, 32) == pytest.approx(5e-4 * (2000 / 4096) ** 0.78)
+
+    @pytest.mark.parametrize("config", [{"r": 8}, {"r": 16, "use_rslora": True, "lora_alpha": 2}], ids=str)
+    def test_it_does_not_depend_on_the_rank(self, config, tmp_path):
+        callback, model = budget(), lora(**config)
+        train(model, tmp_path, callback)
+        assert callback.outcome.learning_rate == pytest.approx(lora_learning_rate(model.config.hidden_size, 8))
+
+    def test_one_that_was_chosen_is_honoured(self, tmp_path):
+        for options, arguments in (({}, {"learning_rate": 2e-5}), ({"learning_rate": 2e-5}, {})):
+            callback = budget(**options)
+            trainer = train(lora(), tmp_path, callback, **arguments)
+            assert callback.outcome.learning_rate == 2e-5
+            assert trainer.state.log_history[0]["learning_rate"] == pytest.approx(2e-5)
+
+    def test_other_methods_train_at_the_arguments_rate(self, tmp_path):
+        model = get_peft_model(base(), IA3Config(target_modules=["k_proj"], feedforward_modules=[]))
+        callback = budget()
+        trainer = train(model, tmp_path, callback)
+        assert callback.outcome.learning_rate == trainer.args.learning_rate
+        assert callback.outcome.texts["words"].rise <= 0.02
+        assert "kl_to_base/words" in trainer.state.log_history[0]
+
+    def test_other_parameters_are_not_trained_at_it(self, tmp_path):
+        with pytest.raises(GuardError, match="parameters other than the adapter are in the same optimizer group"):
+            train(lora(modules_to_save=["lm_head"]), tmp_path, budget())
+        model, callback = lora(modules_to_save=["lm_head"]), budget(0.005)
+        train(model, tmp_path, callback, learning_rate=0.01)
+        assert measured(model) <= 0.005  # counted from the base model's own head
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}], ids=str)
+def test_trl(tmp_path, options):
+    callback = budget()
+    trainer = SFTTrainer(
+        base(),
+        SFTConfig(str(tmp_path), max_steps=4, per_device_train_batch_size=4, report_to="none", use_cpu=True,
+                  disable_tqdm=True, logging_steps=1, save_strategy="no", max_length=16, bf16=False, **options),
+        train_dataset=Dataset.from_list(CHATS), processing_class=with_end(), callbacks=[callback],
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )  # fmt: skip
+    trainer.train()
+    assert callback.outcome.texts["words"].rise <= 0.02
+    assert callback.outcome.learning_rate == lora_learning_rate(trainer.model.config.hidden_size, 8)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_an_initialization_that_changes_the_base(self, init, tmp_path):
+        with pytest.raises(GuardError, match=f"init_lora_weights='{init}' changes the base model's weights"):
+            train(lora(init_lora_weights=init), tmp_path, budget())
+
+    def test_parameters_outside_the_adapter(self, tmp_path):
+        model = lora()
+        model.get_base_model().lm_head.weight.requires_grad_(True)
+        with pytest.raises(GuardError, match=r"1 trained parameters are not part of an adapter \(.*lm_head"):
+            train(model, tmp_path, budget())
+
+    def test_another_adapter_than_the_active_one(self, tmp_path):
+        with pytest.raises(GuardError, match="'other' is not an active adapter of this model"):
+            train(lora(), tmp_path, budget(adapter="other"))
+
+    def test_answers_that_are_all_masked(self, tmp_path):
+        rows = [{"input_ids": row, "labels": torch.full_like(row, -100)} for row in tokens(batch=8)]
+        with pytest.raises(GuardError, match="Every label of 8 examples is masked"):
+            train(lora(), tmp_path, budget(), rows=rows)
+
+    @pytest.mark.parametrize("strength", [0.0, -1.0, math.nan])
+    def test_a_strength(self, strength):
+        with pytest.raises(GuardError, match="strength must be a positive number"):
+            ForgettingBudget(strength=strength)
