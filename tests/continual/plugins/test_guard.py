@@ -214,9 +214,10 @@ def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_p
 
     plugin = KLToBase(strength=3.0, tokens=8)
     plugin.before_task(TaskContext(0, model, [], lambda rows: {}, 0, text, base_logits))
+    assert sorted(row.tolist() for row, _ in plugin.pieces) == sorted(row.tolist() for row in text.tokens.split(8))
     for number in range(4):
         plugin.step = number
-        piece = HeldOut("piece", text.tokens[8 * (number % 3) :][:8])
+        piece = HeldOut("piece", plugin.pieces[number % 3][0])
         expected = 3.0 * measure(adapted, piece, base_logits).drift
         penalty = plugin.penalty(model)
         assert float(penalty.detach()) == pytest.approx(expected, rel=1e-4)
@@ -236,9 +237,10 @@ def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one(guarded_pat
 
     plugin = KLToBase(strength=3.0, tokens=16)
     plugin.before_task(TaskContext(0, TaskModel(adapted), [], lambda rows: {}, 0, text, base_logits))
-    for number in range(4):
+    order = [i for row, _ in plugin.pieces for i, one in enumerate(text.rows) if torch.equal(row, one)]
+    assert sorted(order) == [0, 1, 2]
+    for number, i in enumerate([*order, order[0]]):
         plugin.step = number
-        i = number % 3
         row = Answers("row", text.rows[i], lengths=lengths[i : i + 1], prompt_lengths=prompts[i : i + 1])
         expected = 3.0 * measure(adapted, row, base_logits).drift
         assert float(plugin.penalty(TaskModel(adapted)).detach()) == pytest.approx(expected, rel=1e-4)
