@@ -21,7 +21,15 @@ from curlora.hub import no_such_folder
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["AdapterError", "adapter_config", "convert_to_lora", "load_with_base", "save_as_lora", "save_merged"]
+__all__ = [
+    "AdapterError",
+    "adapter_config",
+    "config_of",
+    "convert_to_lora",
+    "load_with_base",
+    "save_as_lora",
+    "save_merged",
+]
 
 _PREFIX = "base_model.model."  # prefix of the names in a PeftModel, and of those in an adapter's file
 _AUTO_CLASSES = {
@@ -183,6 +191,17 @@ def adapter_config(adapter: str) -> CurloraConfig:
         AdapterError: if there is no configuration, or it is damaged or of another method.
         OSError: if it cannot be read.
     """
+    found: CurloraConfig = config_of(adapter, CurloraConfig)
+    return found
+
+
+def config_of(adapter: str, *kinds: type[PeftConfig]) -> Any:
+    """Return the configuration of a saved adapter of one of several methods.
+
+    Raises:
+        AdapterError: if there is no configuration, or it is damaged or of another method.
+        OSError: if it cannot be read.
+    """
     try:
         config = PeftConfig.from_pretrained(adapter)
     except (KeyError, TypeError) as error:
@@ -191,9 +210,10 @@ def adapter_config(adapter: str) -> CurloraConfig:
         ) from error
     except ValueError as error:
         raise AdapterError(f"{adapter}: {error}") from error
-    if not isinstance(config, CurloraConfig):
+    if not isinstance(config, kinds):
+        wanted = " or ".join(kind().peft_type.value for kind in kinds)
         raise AdapterError(
-            f"{adapter} is an adapter of type {config.peft_type.value}, not CURLORA. Give a CURLoRA adapter."
+            f"{adapter} is an adapter of type {config.peft_type.value}, not {wanted}. Give an adapter of this type."
         )
     return config
 

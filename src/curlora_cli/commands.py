@@ -114,6 +114,13 @@ class Target(str, Enum):
     merged = "merged"
 
 
+class Adapter(str, Enum):
+    """The kind of an adapter to train."""
+
+    curlora = "curlora"
+    lora = "lora"
+
+
 class Quantized(str, Enum):
     """The precision to which the base model is quantized for training."""
 
@@ -144,9 +151,13 @@ def train(
     max_forgetting: Annotated[
         str, typer.Option(help="The most that perplexity on the guard's text may rise: 1% or 0.01.")
     ] = "1%",
-    continue_from: Annotated[
-        str | None, typer.Option(help="Continue training this CURLoRA adapter under its ledger.")
+    adapter: Annotated[
+        Adapter | None,
+        typer.Option(
+            help="The kind of a new adapter: curlora trains under a guard, lora under a penalty. Default: curlora."
+        ),
     ] = None,
+    continue_from: Annotated[str | None, typer.Option(help="Continue training this CURLoRA or LoRA adapter.")] = None,
     guard_text: Annotated[
         list[str] | None,
         typer.Option(
@@ -175,14 +186,12 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Examples in a batch.")] = 8,
     gradient_accumulation: Annotated[int, typer.Option(help="Batches in an optimizer step.")] = 1,
     max_length: Annotated[int, typer.Option(help="Tokens of an example; longer ones are cut.")] = 1024,
-    rank: Annotated[int | None, typer.Option(help="Rank of the adapter. Default: 32.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the adapter. Default: 32; of LoRA 16.")] = None,
     target_modules: Annotated[
         str | None,
         typer.Option(help="Layers to adapt: names separated by commas, a regular expression, or all-linear."),
     ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Default: computed from the budget, the rank and the number of steps.")
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Default: by a rule for the adapter.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the held-out split, the order of the examples and the adapter's draws.")
     ] = 0,
@@ -222,6 +231,7 @@ def train(
             out=out,
             model=model,
             max_forgetting=training.parse_share(max_forgetting),
+            adapter=adapter and adapter.value,
             continue_from=continue_from,
             guard_texts=training.parse_texts(guard_text or []),
             limits=training.parse_limits(limit or []),

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from peft import PeftModel
+from peft import IA3Config, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from curlora.guard import perplexity
 from curlora.guard.texts import rows_of
 from curlora.train import TrainOptions, prepare
+from curlora.train.folder import Folder
 from curlora.train.measure import measure
 from curlora_cli.commands import app
 from tests.models import gpt2
@@ -108,7 +109,7 @@ def test_the_plan_and_the_table_are_printed(whole):
         r"steps 50: 10 epochs in batches of 8; a checkpoint every 5 steps",
         r"forgetting limit 5\.00 % of perplexity",
         r"measured on a novel",
-        rf"learning rate about {record(out)['outcome']['run']['learning_rate']:.2g}, set from the budget",
+        rf"learning rate about {record(out)['outcome']['run']['learning_rate']:.2g}, set by rule",
         r"perplexity of a novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %",
         r"stated 5\.00 % of perplexity",
         r"predicted \+\d\.\d+ % ",
@@ -238,6 +239,78 @@ def test_it_continues_an_adapter(whole, chat_model, tmp_path):
     assert before.keys() == after.keys()
     assert not all(torch.equal(before[name], after[name]) for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("indices"))
+
+
+class TestLora:
+    """The same command with a LoRA adapter, which trains under a penalty in place of the guard."""
+
+    SMALL = ("--adapter", "lora", "--rank", "4", "--epochs", "6", "--max-forgetting", "2%")
+
+    @pytest.fixture(scope="class")
+    def out(self, data, chat_model, guard_file, tmp_path_factory):
+        out = tmp_path_factory.mktemp("lora") / "out"
+        done = command(data, *self.SMALL, model=chat_model, out=out, guard_text=f"a novel={guard_file}",
+                       export="merged")  # fmt: skip
+        assert done.exit_code == 0, done.output
+        printed = " ".join(done.stdout.split())
+        assert "LoRA, rank 4 on 14 layers" in printed
+        assert "the penalty takes" in printed
+        assert "predicted" not in printed
+        return out
+
+    def test_the_figures_are_those_of_the_saved_adapter(self, out, chat_model, guard_file):
+        outcome = record(out)["outcome"]
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(chat_model), AutoTokenizer.from_pretrained(chat_model)
+        rows = rows_of("novel", guard_file, tokenizer, tokens=8192, max_length=128)
+        text = outcome["budget"]["texts"]["a novel"]
+        assert perplexity(model, rows) == pytest.approx(text["before"], rel=1e-5)
+        adapted = PeftModel.from_pretrained(model, out).eval()
+        assert isinstance(adapted.peft_config["default"], LoraConfig)
+        assert perplexity(adapted, rows) == pytest.approx(text["after"], rel=1e-5)
+        assert text["rise"] <= text["limit"] == 0.02
+        assert outcome["held_out"]["loss_after"] < outcome["held_out"]["loss_before"] - 0.05
+        assert (outcome["adapter"], outcome["budget"]["predicted"]) == ("LoRA", None)
+        merged, ids = AutoModelForCausalLM.from_pretrained(out / "merged"), torch.arange(5, 25)[None]
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
+
+    def test_the_page_and_the_card(self, out, chat_model):
+        page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
+        assert "Divergence from the base model on a novel" in page
+        assert "LoRA, rank 4" in page
+        assert "A LoRA adapter for" in card
+        assert "CURLoRA" not in page + card
+        assert "import curlora" not in card
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        exec(code.replace("this folder or repository", str(out)), {})
+
+    def test_from_a_checkpoint_it_goes_on_to_the_same_end(
+        self, out, data, chat_model, guard_file, tmp_path, monkeypatch
+    ):
+        tells = dict(model=chat_model, out=tmp_path / "out", guard_text=f"a novel={guard_file}", export="merged")
+        mark = Folder.mark_checkpoint
+
+        def interrupted(self, step, seconds):
+            mark(self, step, seconds)
+            if step >= 12:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "mark_checkpoint", interrupted)
+            assert command(data, *self.SMALL, **tells).exit_code != 0
+        assert glob.glob("checkpoints/*/complete", root_dir=tmp_path / "out")
+        done = command(data, *self.SMALL, **tells)
+        assert done.exit_code == 0, done.output
+        assert figures(tmp_path / "out") == figures(out)
+
+    def test_it_continues_an_adapter(self, out, chat_model, guard_file, tmp_path):
+        """Forgetting counts from the base model."""
+        new = write_lines(tmp_path / "more.jsonl", conversations(seed=3))
+        done = command(new, continue_from=out, out=tmp_path / "out", guard_text=f"a novel={guard_file}", epochs=2)
+        assert done.exit_code == 0, done.output
+        before, after = (record(path)["outcome"]["budget"]["texts"]["a novel"] for path in (out, tmp_path / "out"))
+        assert after["before"] == pytest.approx(before["before"], rel=1e-6)
+        assert after["limit"] == pytest.approx(max(before["rise"], 0) + 0.01, rel=1e-5)
+        assert after["rise"] <= after["limit"]
 
 
 def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp_path):
@@ -405,7 +478,8 @@ def test_the_documentation_names_every_option_and_default():
             (parameter,) = [p for p in parameters if option in (*p.opts, *p.secondary_opts)]
             if parameter.default not in (None, False) and not parameter.required:
                 assert str(getattr(parameter.default, "value", parameter.default)) == default.strip("`"), option
-    assert f"{TrainOptions.RANK}, {TrainOptions.TARGET_MODULES} |" in table
+    ranks = TrainOptions.RANKS
+    assert f"{ranks['curlora']} (LoRA: {ranks['lora']}), {TrainOptions.TARGET_MODULES} |" in table
 
 
 def loaded(*_, **__):
@@ -429,6 +503,8 @@ BAD = {
     "targets": ([], {"model": "{chat}", "target_modules": "wq,wk"}, "The adapter cannot be put on"),
     "too long": ([], {"model": "{chat}", "max_length": "3"}, "none of 40 examples is left"),
     "adapter": ([], {"continue_from": "{chat}"}, "--continue-from"),
+    "adapter of another method": ([], {"continue_from": "{ia3}"}, "is an adapter of type IA3, not CURLORA or LORA"),
+    "export of LoRA": ([], {"continue_from": "{lora}", "export": "lora"}, "--export lora is for CURLoRA adapters"),
     "bytes": ([], {"model": "{chat}", "eval": "gone.jsonl"}, "gone.jsonl: there is no such file"),
 }
 
@@ -441,6 +517,10 @@ def models(chat_model, plain_model, tmp_path_factory):
     for name, content in (("word", "w1\n\nw2"), ("nothing", " \n")):
         found[name] = str(folder / f"{name}.txt")
         (folder / f"{name}.txt").write_text(content)
+    for name, config in (("lora", LoraConfig()), ("ia3", IA3Config())):
+        config.base_model_name_or_path = chat_model
+        config.save_pretrained(folder / name)
+        found[name] = str(folder / name)
     for name, config in (("t5", T5Config()), ("vit", ViTConfig())):
         config.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(plain_model).save_pretrained(folder / name)

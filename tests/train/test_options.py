@@ -129,7 +129,10 @@ def test_prompts_of_a_file(tmp_path):
         (dict(lifetime=0.01, guard_texts={"a": "a.txt"}, limits={"a": 0.02}), "--lifetime 0.01 is less than --limit a"),
         (dict(limits={"a": 0.02}), "--limit a=...: no --guard-text has this name; none is given. Name"),
         (dict(limits={"c": 0.1}, guard_texts={"a": "a.txt", "b": "b.txt"}), "has this name; the names are a, b. Name"),
-        (dict(continue_from="adapter", rank=8), "--rank and --target-modules apply to a new adapter only"),
+        (dict(continue_from="adapter", rank=8), "--adapter, --rank and --target-modules apply to a new adapter"),
+        (dict(continue_from="adapter", adapter="lora"), "apply to a new adapter only"),
+        (dict(adapter="dora"), "--adapter must be curlora or lora, got 'dora'"),
+        (dict(adapter="lora", export="lora"), "--export lora is for CURLoRA adapters"),
     ],
 )
 def test_options_that_cannot_be(options, message):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["lora_learning_rate"]
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+__all__ = ["lora_learning_rate", "lora_learning_rate_of"]
 
 _RATE, _WIDTH, _POWER, _ALPHA = 5e-4, 2000, 0.78, 32
 
@@ -20,3 +25,13 @@ def lora_learning_rate(hidden_size: int, alpha: float) -> float:
         alpha: ``lora_alpha``; with another scaling than ``lora_alpha / r``, the scaling times ``r``.
     """
     return _RATE * (_WIDTH / hidden_size) ** _POWER * _ALPHA / alpha
+
+
+def lora_learning_rate_of(model: nn.Module, adapter: str) -> float | None:
+    """Return :func:`lora_learning_rate` for an adapter of a model; ``None`` if the adapter is not LoRA."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and adapter in module.scaling]
+    config: Any = getattr(model, "config", None)
+    width = getattr(getattr(config, "get_text_config", lambda: config)(), "hidden_size", None)
+    if not layers or width is None:
+        return None
+    return lora_learning_rate(width, max(layer.scaling[adapter] * layer.r[adapter] for layer in layers))

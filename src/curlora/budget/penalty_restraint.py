@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.budget.examples import Examples
-from curlora.budget.learning_rate import lora_learning_rate
+from curlora.budget.learning_rate import lora_learning_rate_of
 from curlora.budget.restraint import Restraint
 from curlora.callbacks.kl_to_base import adapter_base_logits, kl_to_base, pieces_of
 from curlora.callbacks.penalty import PenaltyCallback
@@ -63,7 +63,8 @@ class PenaltyRestraint(Restraint):
 
     @property
     def rated(self) -> Sequence[Tensor]:
-        return [parameter for layer in self._lora_layers for parameter in layer.parameters() if parameter.requires_grad]
+        layers = [module for module in self.model.modules() if isinstance(module, LoraLayer)]
+        return [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
 
     def prepare(self, lifetime: float | None) -> None:
         self.examples.check()
@@ -78,13 +79,7 @@ class PenaltyRestraint(Restraint):
         self._penalty = _Penalty(self.rows, strengths)
 
     def learning_rate(self, steps: int) -> float | None:
-        sizes = [
-            layer.scaling[self.adapter] * layer.r[self.adapter]
-            for layer in self._lora_layers
-            if self.adapter in layer.scaling
-        ]
-        width = getattr(getattr(self.model, "config", None), "hidden_size", None)
-        return None if not sizes or width is None else lora_learning_rate(width, max(sizes))
+        return lora_learning_rate_of(self.model, self.adapter)
 
     @property
     def penalty(self) -> _Penalty:
@@ -107,10 +102,6 @@ class PenaltyRestraint(Restraint):
 
     def logs(self) -> dict[str, float]:
         return self.penalty.logs()
-
-    @property
-    def _lora_layers(self) -> list[LoraLayer]:
-        return [module for module in self.model.modules() if isinstance(module, LoraLayer)]
 
 
 class _Penalty(PenaltyCallback):

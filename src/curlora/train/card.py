@@ -23,7 +23,12 @@ def write_card(outcome: TrainOutcome, path: Path) -> None:
         base_model=base,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["curlora", "trl", "sft", *([] if base is None else [f"base_model:adapter:{base}"])],
+        tags=[
+            outcome.adapter.lower(),
+            "trl",
+            "sft",
+            *([] if base is None else [f"base_model:adapter:{base}"]),
+        ],
     )
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template.filters["line"] = _line

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -18,13 +19,15 @@ from transformers import (
 )
 
 from curlora.continual.processes import use_cpu
-from curlora.convert import AdapterError, adapter_config
+from curlora.convert import AdapterError, config_of
 from curlora.hub import no_such_folder
 from curlora.train.errors import TrainError
 from curlora.train.options import TrainOptions
 from curlora.tuner.config import CurloraConfig
 
 __all__ = ["Base", "find_base"]
+
+_ALPHA = 16  # of LoRA, whatever the rank: the best learning rate then hardly depends on the rank
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,20 @@ class Base:
     name: str
     config: Any
     tokenizer: PreTrainedTokenizerBase
-    adapter: CurloraConfig
+    adapter: CurloraConfig | LoraConfig
     continue_from: str | None
     quantize: str | None
     bf16: bool
+
+    @property
+    def kind(self) -> str:
+        """The adapter's method, as users read it."""
+        return "CURLoRA" if self.guarded else "LoRA"
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the adapter trains under a guard, as CURLoRA does; LoRA trains under a penalty."""
+        return isinstance(self.adapter, CurloraConfig)
 
     @property
     def positions(self) -> int | None:
@@ -69,8 +82,7 @@ class Base:
         try:
             with torch.device("meta"):
                 plain, base = (AutoModelForCausalLM.from_config(self.config, dtype=self.dtype) for _ in range(2))
-                config = CurloraConfig.from_pretrained(self.continue_from) if self.continue_from else self.adapter
-                return plain, get_peft_model(base, config)
+                return plain, get_peft_model(base, copy.deepcopy(self.adapter))  # PEFT resolves its names in place
         except (OSError, ValueError) as error:
             raise TrainError(f"The adapter cannot be put on {self.name}: {error}") from error
 
@@ -105,7 +117,7 @@ def find_base(options: TrainOptions) -> Base:
 
     Raises:
         TrainError: if the model is not found or is not a causal language model, if ``continue_from`` is not a CURLoRA
-            adapter, or if ``quantize`` is set and bitsandbytes is not installed.
+            or LoRA adapter, or if ``quantize`` is set and bitsandbytes is not installed.
     """
     if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainError("--quantize needs bitsandbytes, which is not installed: pip install bitsandbytes")
@@ -138,22 +150,25 @@ def find_base(options: TrainOptions) -> Base:
     return Base(name, config, tokenizer, adapter, options.continue_from, options.quantize, bf16)
 
 
-def _adapter(options: TrainOptions) -> CurloraConfig:
+def _adapter(options: TrainOptions) -> CurloraConfig | LoraConfig:
     if options.continue_from is not None:
         try:
-            return adapter_config(options.continue_from)
+            found = config_of(options.continue_from, CurloraConfig, LoraConfig)
         except (AdapterError, OSError) as error:
             raise TrainError(f"--continue-from {options.continue_from}: {_first(error)}") from error
+        if isinstance(found, LoraConfig) and options.export == "lora":
+            raise TrainError(f"--export lora is for CURLoRA adapters, and {options.continue_from} is a LoRA adapter.")
+        found.inference_mode = False
+        return found
+    kind = options.adapter or "curlora"
+    rank = options.RANKS[kind] if options.rank is None else options.rank
     targets: Any = options.target_modules or options.TARGET_MODULES
     if not isinstance(targets, str):
         targets = list(targets)
     try:
-        return CurloraConfig(
-            r=options.RANK if options.rank is None else options.rank,
-            target_modules=targets,
-            seed=options.seed,
-            task_type="CAUSAL_LM",
-        )
+        if kind == "lora":
+            return LoraConfig(r=rank, lora_alpha=_ALPHA, target_modules=targets, task_type="CAUSAL_LM")
+        return CurloraConfig(r=rank, target_modules=targets, seed=options.seed, task_type="CAUSAL_LM")
     except ValueError as error:
         raise TrainError(f"--rank or --target-modules: {error}.") from error
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from curlora.train.errors import TrainError
 
@@ -31,7 +31,8 @@ class TrainOptions:
         out: the output folder.
         model: the base model's folder or hub id. ``None``: the base model that ``continue_from`` names.
         max_forgetting: the largest relative rise of perplexity on each guard text: 0.01 for 1 %.
-        continue_from: a saved CURLoRA adapter whose training is continued. ``None``: train a new adapter.
+        adapter: the kind of a new adapter, ``"curlora"`` or ``"lora"``. ``None``: CURLoRA.
+        continue_from: a saved CURLoRA or LoRA adapter whose training is continued. ``None``: train a new adapter.
         guard_texts: names and text files on which forgetting is limited. Empty: text that the model itself writes.
         limits: limits of single guard texts by name, which replace ``max_forgetting``.
         lifetime: the largest relative rise of perplexity over all trainings of this adapter together.
@@ -40,13 +41,14 @@ class TrainOptions:
         turns: which messages of the assistant are trained: ``"all"``, or the ``"last"`` of each conversation.
         evaluation: a file of held-out examples. ``None``: hold out a share of ``data``.
         quantize: ``"4bit"`` or ``"8bit"``: quantize the base model with bitsandbytes during training.
-        export: ``"lora"`` or ``"merged"``: also export the adapter into the output folder.
+        export: ``"lora"`` (of a CURLoRA adapter) or ``"merged"``: also export into the output folder.
         epochs: number of passes over the training examples.
         batch_size: examples per forward pass.
         gradient_accumulation: batches per optimizer step.
         max_length: longest example, in tokens. Longer examples are truncated.
-        rank, target_modules: options of a new adapter, see :class:`curlora.CurloraConfig`.
-        learning_rate: ``None``: set from the budget.
+        rank, target_modules: options of a new adapter, see :class:`curlora.CurloraConfig` or
+            :class:`peft.LoraConfig`.
+        learning_rate: ``None``: set by the rule for the adapter, see :class:`curlora.ForgettingBudget`.
         seed: seed of the held-out share, the order of examples, and the choice of the adapter's columns and rows.
         prompts: prompts whose replies are shown. Empty: those of the first held-out examples.
         report_to: trackers of transformers' Trainer, such as ``tensorboard``.
@@ -61,6 +63,7 @@ class TrainOptions:
     out: Path
     model: str | None = None
     max_forgetting: float = 0.01
+    adapter: str | None = None
     continue_from: str | None = None
     guard_texts: Mapping[str, Path] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -85,7 +88,7 @@ class TrainOptions:
     bf16: bool | None = None
     gradient_checkpointing: bool | None = None
 
-    RANK = 32
+    RANKS: ClassVar[Mapping[str, int]] = {"curlora": 32, "lora": 16}
     TARGET_MODULES = "all-linear"
     # Without a file of held-out examples, this share of the data is held out, between these numbers of examples.
     HELD_OUT_SHARE = 0.05
@@ -101,11 +104,15 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.model is None and self.continue_from is None:
             raise TrainError("Which model is trained? Give --model, a folder or a hub id.")
-        if self.continue_from is not None and (self.rank is not None or self.target_modules is not None):
+        if self.adapter not in (None, *self.RANKS):
+            raise TrainError(f"--adapter must be {' or '.join(self.RANKS)}, got {self.adapter!r}.")
+        if self.continue_from is not None and (self.adapter, self.rank, self.target_modules) != (None, None, None):
             raise TrainError(
-                "--rank and --target-modules apply to a new adapter only. With --continue-from the adapter's own are "
-                "used: leave both options out."
+                "--adapter, --rank and --target-modules apply to a new adapter only. With --continue-from the "
+                "adapter's own are used: leave these options out."
             )
+        if self.adapter == "lora" and self.export == "lora":
+            raise TrainError("--export lora is for CURLoRA adapters: with --adapter lora, --out is a LoRA adapter.")
         for name in ("epochs", "batch_size", "gradient_accumulation", "max_length"):
             if getattr(self, name) < 1:
                 raise TrainError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
@@ -136,6 +143,7 @@ class TrainOptions:
             "max_forgetting": self.max_forgetting,
             "limits": dict(self.limits) or None,
             "lifetime": self.lifetime,
+            "adapter": self.adapter,
             "continue_from": self.continue_from,
             "quantize": self.quantize,
             "turns": self.turns,

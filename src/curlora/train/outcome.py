@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import BaseModel, ConfigDict
 
 from curlora.guard import TextOutcome
@@ -30,21 +28,16 @@ class Budget(_Part):
     """The forgetting budget, and the forgetting that was predicted and measured.
 
     ``stated``, ``limits`` (the texts with a limit of their own) and ``lifetime`` are relative rises of perplexity.
-    ``predicted`` is in nats per token. ``kept`` is the share of the training's update that was kept to stay within the
-    limits.
+    ``predicted`` is in nats per token, and ``None`` for an adapter without a guard. ``kept`` is the share of the
+    training's update that was kept to stay within the limits.
     """
 
     stated: float
     limits: dict[str, float] = {}
     lifetime: float | None
-    predicted: float
+    predicted: float | None
     kept: float
     texts: dict[str, TextOutcome]
-
-    @property
-    def predicted_rise(self) -> float:
-        """The relative rise of perplexity if the loss on the text rises by ``predicted`` nats per token."""
-        return math.expm1(self.predicted)
 
     @property
     def worst(self) -> tuple[str, TextOutcome]:
@@ -89,6 +82,7 @@ class TrainOutcome(_Part):
     quantize: str | None
     data: str
     layout: str
+    adapter: str = "CURLoRA"
     rank: int
     layers: int
     run: Run

@@ -40,18 +40,16 @@ def render(outcome: TrainOutcome) -> str:
 
 def _plots(outcome: TrainOutcome) -> list[Markup]:
     plots = []
-    for key, title, label in (
-        ("loss", "Training loss", "nats per token"),
-        ("drift", "Predicted forgetting", "nats per token"),
-    ):
+    texts = [(f"kl_to_base/{name}", f"Divergence from the base model on {name}") for name in outcome.budget.texts]
+    for key, title in (("loss", "Training loss"), ("drift", "Predicted forgetting"), *texts):
         points = [(entry["step"], entry[key]) for entry in outcome.run.log if key in entry and "step" in entry]
         if len(points) > 1:
-            plots.append(svg_panel(title, partial(_curve, points, label)))
+            plots.append(svg_panel(title, partial(_curve, points)))
     return plots
 
 
-def _curve(points: Sequence[tuple[float, float]], label: str, axis: Axes) -> None:
+def _curve(points: Sequence[tuple[float, float]], axis: Axes) -> None:
     axis.plot(*zip(*points, strict=True), color="#0072b2", linewidth=1.6)
     axis.set_xlabel("step")
-    axis.set_ylabel(label)
+    axis.set_ylabel("nats per token")
     axis.set_ylim(bottom=0)  # so that a small change does not look large

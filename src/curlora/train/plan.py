@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora._compat import in_out_features
 from curlora.budget.examples import COUNT
 from curlora.budget.guard_restraint import allowed_nats
+from curlora.budget.learning_rate import lora_learning_rate_of
 from curlora.budget.work import work_of
 from curlora.continual.memory import UnknownError, kept_for_backward
 from curlora.continual.processes import use_cpu
@@ -45,7 +47,8 @@ class Memory:
         kept: activations that the forward pass of a step keeps for the backward pass. ``None``: there is no formula for
             the model.
         logits: the piece of the logits that TRL computes at a time, with the intermediate results of the loss.
-        guard: what a pass of the guard before training needs in addition to the weights. ``None`` as for ``kept``.
+        guard: what a pass of the guard before training, or of the penalty in a step, needs in addition to the weights.
+            ``None`` as for ``kept``.
     """
 
     weights: int
@@ -74,7 +77,7 @@ class TrainPlan:
         trained: number of trainable parameters.
         layers: number of layers with an adapter.
         rank: the highest rank of these layers.
-        learning_rate: the approximate learning rate that the budget calls for.
+        learning_rate: the learning rate by the rule for the adapter, approximately; ``None`` without a rule.
         guard_work: the guard's work before training and after it, in tokens of a forward pass.
         memory: peak memory, estimated for the largest step.
     """
@@ -87,7 +90,7 @@ class TrainPlan:
     trained: int
     layers: int
     rank: int
-    learning_rate: float
+    learning_rate: float | None
     guard_work: tuple[float, float]
     memory: Memory
 
@@ -106,8 +109,9 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
     batches = math.ceil(rows / options.batch_size)
     steps = math.ceil(batches / options.gradient_accumulation) * options.epochs
     logging = max(1, steps // 100)
-    adapted = [layer for layer in model.modules() if isinstance(layer, CurloraLayer)]
+    adapted = [layer for layer in model.modules() if isinstance(layer, (CurloraLayer, LoraLayer))]
     rank = max(r for layer in adapted for r in layer.r.values())
+    rate = learning_rate(nats, steps, rank) if base.guarded else lora_learning_rate_of(model, model.active_adapter)
     return TrainPlan(
         steps=steps,
         logging_steps=logging,
@@ -119,13 +123,13 @@ def make_plan(options: TrainOptions, base: Base, examples: Examples) -> TrainPla
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         layers=len(adapted),
         rank=rank,
-        learning_rate=learning_rate(nats, steps, rank),
+        learning_rate=rate,
         guard_work=work_of(
             sum(sizes.values()),
             looked_at,
             written=not options.guard_texts,
-            guarded=True,
-            trained_before=base.continue_from is not None,
+            guarded=base.guarded,
+            trained_before=base.continue_from is not None or not base.guarded,
         ),
         memory=_memory(options, base, plain, model, examples.train),
     )
@@ -170,14 +174,15 @@ def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, train: Sp
     arguments = {"bf16": base.bf16, "gradient_checkpointing": with_checkpointing(options)}
     words = base.config.get_text_config().vocab_size
     logits = min(batch * train.longest, _PIECE[0]) * min(words, _PIECE[1]) * _FLOAT32 * _COPIES[device]
-    looked_at = max(options.GUARD_BATCH * options.GUARD_ROW, train.longest)
+    looked_at = max(options.GUARD_BATCH * options.GUARD_ROW, train.longest) if base.guarded else options.GUARD_ROW
     try:
         kept = kept_for_backward(model, plain, batch, train.longest, arguments, device)
         guard = kept_for_backward(model, plain, 1, looked_at, {"bf16": base.bf16}, device)
     except UnknownError:
         kept = guard = None
-    if guard is not None:  # it keeps the outputs of all adapted layers until it has their gradients
+    if guard is not None:
         size = 2 if base.bf16 else _FLOAT32
+        # The guard keeps the outputs of all adapted layers until it has their gradients.
         outputs = sum(in_out_features(m.get_base_layer())[1] for m in model.modules() if isinstance(m, CurloraLayer))
         guard += looked_at * (outputs * size + words * _FLOAT32 * _GUARD_COPIES)
     return Memory(weights, 4 * _bytes(p for p in model.parameters() if p.requires_grad), kept, logits, guard)

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
 from curlora.continual.sequence import Progress, Silent
-from curlora.convert import load_with_base, save_as_lora, save_merged
+from curlora.convert import save_as_lora, save_merged
 from curlora.guard.progress import Advance
 from curlora.train.card import write_card
 from curlora.train.data import Examples, read_examples
@@ -155,6 +157,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
         quantize=base.quantize,
         data=options.data,
         layout=examples.layout,
+        adapter=base.kind,
         rank=plan.rank,
         layers=plan.layers,
         run=Run(
@@ -230,7 +233,8 @@ def _export(to: str, out: Path, base: Base, model: Any) -> None:
     if to == "lora":
         save_as_lora(partial, model)
     else:  # merge into the stored weights, not into those quantized for training
-        save_merged(partial, load_with_base(str(out), base.name))
+        stored = AutoModelForCausalLM.from_pretrained(base.name, dtype="auto")
+        save_merged(partial, PeftModel.from_pretrained(stored, str(out)).eval())
     partial.rename(final)
 
 

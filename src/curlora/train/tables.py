@@ -41,12 +41,13 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
     kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
     more = f", {format_size(memory.logits)} for logits"
     if memory.guard is not None:
-        more += f"; the guard, before training, takes {format_size(memory.guard)} beside the weights"
+        what = "the guard, before training, takes" if base.guarded else "the penalty takes"
+        more += f"; {what} {format_size(memory.guard)} beside the weights"
     rows = [
         ("base model", ", ".join([base.name, f"{plan.parameters:,} parameters", *filter(None, [base.quantize])])),
         (
             "adapter",
-            f"{'continues ' + base.continue_from + ', ' if base.continue_from else ''}rank {plan.rank} on "
+            f"{base.kind}, {'continues ' + base.continue_from + ', ' if base.continue_from else ''}rank {plan.rank} on "
             f"{plan.layers} layers: {plan.trained:,} trained parameters",
         ),
         ("trained on", f"{_split(train, f' of {options.data}')}; laid out {examples.layout}"),
@@ -59,12 +60,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
         ),
         ("forgetting limit", _stated(options.max_forgetting, options.limits, options.guard_texts) + lifetime),
         ("measured on", texts or "text that the model itself writes"),
-        (
-            "learning rate",
-            f"about {plan.learning_rate:.2g}, set from the budget"
-            if options.learning_rate is None
-            else f"{options.learning_rate:g}, while the budget calls for about {plan.learning_rate:.2g}",
-        ),
+        ("learning rate", _rate(options.learning_rate, plan.learning_rate)),
         (
             "memory",
             ("unknown: " if memory.total is None else f"about {format_size(memory.total)}: ") + sizes + kept
@@ -103,7 +99,6 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
     name, worst = budget.worst
     rows = [
         ("stated", _stated(budget.stated, budget.limits, budget.texts)),
-        ("predicted", f"{percent(budget.predicted_rise, True)} ({budget.predicted:.5f} nats per token)"),
         (
             "measured",
             f"{percent(worst.rise, True)}" + (f" on {name}, the worst" if len(budget.texts) > 1 else f" on {name}"),
@@ -112,6 +107,9 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
         ("learning rate", f"{outcome.run.learning_rate:.3g}"),
         ("time", format_time(outcome.run.seconds)),
     ]
+    if budget.predicted is not None:
+        rise = percent(math.expm1(budget.predicted), True)
+        rows.insert(1, ("predicted", f"{rise} ({budget.predicted:.5f} nats per token)"))
     if budget.lifetime is not None:
         rows.insert(1, ("over all trainings", percent(budget.lifetime) + " of perplexity"))
     return rows
@@ -158,6 +156,13 @@ def _facts(rows: Sequence[tuple[str, str]]) -> Table:
     for name, value in rows:
         table.add_row(Text(name), Text(value))
     return table
+
+
+def _rate(given: float | None, rule: float | None) -> str:
+    """Format the learning rate: the one that was given, beside that of the rule."""
+    if given is None:
+        return "the Trainer's default" if rule is None else f"about {rule:.2g}, set by rule"
+    return f"{given:g}" if rule is None else f"{given:g}; the rule gives about {rule:.2g}"
 
 
 def _stated(stated: float, limits: Mapping[str, float], texts: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -28,6 +28,7 @@ __all__ = ["Ended", "Training"]
 
 # Other logged values start anew when a training resumes in another process.
 _LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "drift")
+_DIVERGENCE = "kl_to_base/"  # and the text's name
 
 
 class Ended(NamedTuple):
@@ -102,6 +103,7 @@ class Training:
             logging_nan_inf_filter=False,  # log a NaN loss as NaN
             dataloader_pin_memory=torch.cuda.is_available(),
         )
+        set_seed(options.seed)  # LoRA's A is drawn when the trainer adds the adapter, before the trainer sets its seed
         self._listener = _Listener(folder, self.checkpoint, on_begin, on_tokens, plan.tokens / plan.steps)
         self.trainer = SFTTrainer(
             model=base.load(),
@@ -129,7 +131,10 @@ class Training:
         """Train to the last step."""
         self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         state = self.trainer.state
-        log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in state.log_history]
+        log = [
+            {name: value for name, value in entry.items() if name in _LOGGED or name.startswith(_DIVERGENCE)}
+            for entry in state.log_history
+        ]
         log = [entry for entry in log if "loss" in entry]
         return Ended(state.global_step, self._listener.seconds, self.budget.outcome, log)
 
