@@ -58,7 +58,7 @@ class ForgettingBudget(TrainerCallback):
     - A CURLoRA adapter trains under a :class:`curlora.Guard`. If it is untrained, its columns and rows are chosen for
       the task (:func:`curlora.redraw`), and it is calibrated on the texts (:func:`curlora.calibrate`).
     - LoRA and other adapters of PEFT train under a penalty on the KL divergence from the base model, on a row of the
-      texts at every step. It rises with the divergence (:class:`curlora.callbacks.strength.Strength`). A step takes two
+      texts at every step. It rises with the divergence (:class:`curlora.callbacks.Strength`). A step takes two
       more forward passes and one more backward pass over that row.
 
     After the last step, the callback measures each text, and scales the training's change back until every text is

@@ -31,7 +31,7 @@ class PenaltyRestraint(Restraint):
     """Adds the KL divergence from the base model on a row of the texts to every step.
 
     The base model is the model with its adapters disabled. Each text's penalty becomes as strong as it takes to keep
-    its divergence within the text's limit (:class:`curlora.callbacks.strength.Strength`).
+    its divergence within the text's limit (:class:`curlora.callbacks.Strength`).
 
     Args:
         model, adapter, rows: see :class:`curlora.budget.restraint.Restraint`.

@@ -31,7 +31,7 @@ class KLToBaseCallback(PenaltyCallback):
             :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
         strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
         max_kl: the largest KL divergence, in nats per token. The strength rises as far as it takes to train within this
-            limit, see :class:`curlora.callbacks.strength.Strength`. ``None`` for a constant strength.
+            limit, see :class:`curlora.callbacks.Strength`. ``None`` for a constant strength.
         base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
             fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
 

@@ -27,7 +27,7 @@ class KLToBase(Plugin):
         strength: factor of the penalty, which is in nats per token, relative to the mean loss of a batch.
         tokens: the most tokens of the piece that is used at a step.
         max_kl: the largest divergence, in nats per token: the strength rises as far as it takes, see
-            :class:`curlora.callbacks.strength.Strength`. ``None`` for a constant strength.
+            :class:`curlora.callbacks.Strength`. ``None`` for a constant strength.
 
     Raises:
         ValueError: if ``strength`` or ``max_kl`` is not positive, or ``tokens`` less than 2.
