@@ -112,14 +112,14 @@ def budgeted(model, folder, **arguments):
 def penalized(model, folder, **arguments):
     """LoRA trained under a budget, whose penalty and limit both act."""
     texts = {"words": tokens(seed=11, batch=9, length=12).unbind(), "others": tokens(seed=12, batch=5).unbind()}
-    callback = ForgettingBudget(0.3, texts=texts, limits={"words": 0.001}, batch_size=2, max_length=12, strength=0.01)
+    callback = ForgettingBudget(0.3, texts=texts, limits={"words": 0.001}, batch_size=2, max_length=12, strength=0.1)
     train = trainer(model, folder, callbacks=[callback], **arguments)
     train.train()
     outcome = callback.outcome
     trained = {name: p.detach().clone() for name, p in train.model.named_parameters() if p.requires_grad}
     return {
         "trained": trained, "figures": torch.tensor([outcome.kept, outcome.learning_rate]),
-        "logs": torch.tensor([log["kl_strength/words"] for log in train.state.log_history if "loss" in log]),
+        "logs": torch.tensor([log["kl_to_base"] for log in train.state.log_history if "loss" in log]),
     }  # fmt: skip
 
 

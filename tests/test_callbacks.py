@@ -1,5 +1,6 @@
 """The callbacks against forgetting, in a Trainer without a recipe."""
 
+import copy
 import math
 
 import pytest
@@ -12,7 +13,6 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from curlora.callbacks import EWCCallback, KLToBaseCallback, PenaltyCallback, ScaleBackCallback, replay
 from curlora.callbacks.kl_to_base import pieces_of
-from curlora.callbacks.strength import AIM, Strength
 from curlora.guard import perplexity
 from curlora.guard.texts import Rows
 from tests.models import classifier, llama, tokens
@@ -45,7 +45,7 @@ def trained(model):
 
 
 def trainer(model, folder, callbacks, dataset=None, **arguments):
-    optimizer = None if "learning_rate" in arguments else Steepest(trained(model))
+    optimizer = Steepest(trained(model))
     dataset = dataset or [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
     given = dict(per_device_train_batch_size=2, max_steps=2, lr_scheduler_type="constant", save_strategy="no",
                  report_to="none", disable_tqdm=True, use_cpu=True, bf16=False, logging_steps=1)  # fmt: skip
@@ -126,6 +126,25 @@ def test_kl_to_base_is_the_divergence_of_one_row_after_the_other(given, tmp_path
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)  # probabilities are float32
 
 
+def test_dropout_is_no_divergence():
+    """An adapter that has learned nothing has none, also in training mode."""
+    model = llama(initializer_range=0.2, attention_dropout=0.5).double()
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.5)).train()
+    assert float(KLToBaseCallback(ROWS, 3.0).penalty(model, 0).detach()) == 0
+    assert model.training
+
+
+def test_a_model_that_deepspeed_shards_is_refused(tmp_path):
+    """transformers gives only its plug-in where Accelerate's configuration asks for DeepSpeed."""
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    for name, value in (("deepspeed", {}), ("deepspeed_plugin", object())):
+        changed = copy.copy(arguments)
+        setattr(changed, name, value or {"zero_optimization": {}})
+        with pytest.raises(ValueError, match="FSDP or DeepSpeed shards them"):
+            Half().on_train_begin(changed, None, None, model=adapted())
+
+
 def test_kl_to_base_goes_by_the_tokens_that_count():
     """The tokens that a chat template adds around a turn do not count, as in a guard's text."""
     base, model = llama(initializer_range=0.2).double(), adapted()
@@ -155,88 +174,6 @@ def test_a_short_training_sees_rows_of_every_kind():
     seen = {int(row[0]) for row, _ in pieces_of([torch.tensor([i, 1]) for i in range(100)])[:20]}
     assert min(seen) < 25
     assert max(seen) > 75
-
-
-class TestStrength:
-    def run(self, strength, values, state):
-        found = []
-        for value in values:
-            found.append(float(strength.of(torch.tensor(value))) / value)
-            strength.step(state)
-            state.global_step += 1
-        return found
-
-    def test_without_a_limit_it_is_constant(self):
-        assert self.run(Strength(3.0), [0.1, 5.0, 1e-9], TrainerState(max_steps=3)) == pytest.approx([3.0] * 3)
-
-    def test_within_the_limit_it_is_that_of_the_start(self):
-        state = TrainerState(max_steps=50)
-        assert self.run(Strength(3.0, 0.01), [0.79 * 0.01] * 50, state) == pytest.approx([3.0] * 50)
-
-    def test_above_the_limit_it_rises_until_the_divergence_is_within(self):
-        """The divergence falls with the strength, as a power of it."""
-        strength, state, divergence = Strength(1.0, 0.01), TrainerState(max_steps=200), 0.05
-        for _ in range(200):
-            (now,) = self.run(strength, [divergence], state)
-            divergence = 0.05 / now**0.5
-        assert divergence == pytest.approx(AIM * 0.01, rel=0.1)
-        assert now == pytest.approx((0.05 / (AIM * 0.01)) ** 2, rel=0.2)
-
-    def test_it_falls_again_but_not_below_the_start(self):
-        strength, state = Strength(3.0, 0.01), TrainerState(max_steps=100)
-        high = self.run(strength, [0.1] * 20, state)
-        low = self.run(strength, [0.001] * 400, state)
-        assert high == sorted(high)
-        assert high[-1] > 30
-        assert low[-1] == pytest.approx(3.0)
-        assert min(low) >= 3.0
-
-    def test_a_divergence_that_is_not_finite_leaves_it(self):
-        strength, state = Strength(3.0, 0.01), TrainerState(max_steps=10)
-        self.run(strength, [0.1], state)
-        before = strength.value
-        self.run(strength, [math.nan, math.inf], state)
-        assert strength.value == before
-
-    def test_a_checkpoint_keeps_it(self, tmp_path):
-        whole, state = Strength(3.0, 0.01), TrainerState(max_steps=10)
-        self.run(whole, [0.1, 0.02], state)
-        state.save_to_json(str(tmp_path / "state.json"))
-        resumed, loaded = Strength(3.0, 0.01), TrainerState.load_from_json(str(tmp_path / "state.json"))
-        resumed.begin(loaded)
-        assert self.run(resumed, [0.03, 0.04], loaded) == self.run(whole, [0.03, 0.04], state)
-        resumed.begin(TrainerState(max_steps=10))
-        assert resumed.value == 3.0
-
-    @pytest.mark.parametrize("given", [(0.0,), (math.nan,), (1.0, -1.0), (1.0, math.inf)])
-    def test_bad_input(self, given):
-        with pytest.raises(ValueError, match="must be positive"):
-            Strength(*given)
-
-
-def test_kl_to_base_within_a_limit(tmp_path):
-    """The strength rises until the divergence is within the limit, and a resumed training continues with it."""
-
-    def fresh(limit):
-        model = adapted()
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.zeros_(p)
-        return model, KLToBaseCallback(ROWS, 0.1, max_kl=limit)
-
-    free, limited = fresh(None), fresh(0.001)
-    options = dict(max_steps=100, save_strategy="steps", save_steps=50, learning_rate=0.01, lr_scheduler_type="linear")
-    for (model, callback), folder in ((free, "free"), (limited, "limited")):
-        trainer(model, tmp_path / folder, [callback], **options).train()
-    base = llama(initializer_range=0.2).double()
-    found = [max(divergence(base, model, row) for row in ROWS) for model, _ in (free, limited)]
-    assert found[1] < 0.001 < 0.1 < found[0]
-    assert limited[1].strength.value > 1
-    model, callback = fresh(0.001)
-    again = trainer(model, tmp_path / "limited", [callback], **options)
-    again.train(resume_from_checkpoint=str(tmp_path / "limited" / "checkpoint-50"))
-    assert all(torch.equal(p, q) for p, q in zip(trained(model), trained(limited[0]), strict=True))
-    assert callback.strength.value == limited[1].strength.value
 
 
 def test_kl_to_base_without_a_base():

@@ -104,7 +104,7 @@ def test_a_budget_of_lora_is_kept_as_in_one_process(one, two):
         assert "FSDP or DeepSpeed shards them. Train with DDP" in found
         return
     assert 0 < expected["figures"][0] < 1, "the limit should bind"
-    assert expected["logs"].max() > 0.02, "the penalty should have become stronger"
+    assert expected["logs"].max() > 0.001, "the penalty should act"
     for part in ("trained", "figures", "logs"):
         torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
 

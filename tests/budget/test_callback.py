@@ -562,7 +562,7 @@ class TestBadInput:
             train(model, tmp_path, budget())
 
     def test_no_adapter(self, tmp_path):
-        with pytest.raises(GuardError, match="no CURLoRA adapter"):
+        with pytest.raises(GuardError, match="The model has no adapter. Add one first"):
             train(base(), tmp_path, budget())
 
     def test_answers_that_are_all_masked(self, tmp_path):
@@ -582,6 +582,13 @@ class TestBadInput:
         trainer.add_callback(Adds())
         with pytest.raises(GuardError, match="added to a training that has already begun"):
             trainer.train()
+
+    def test_a_state_of_an_earlier_version(self, tmp_path):
+        train(fresh(), tmp_path, budget(), save_strategy="steps", save_steps=8)
+        for path in (tmp_path / "checkpoint-8" / STATE_NAME, tmp_path / STATE_NAME):
+            path.write_bytes(pack({"before.layer": torch.zeros(1)}, {"budget": 0.1, "base": {}, "limits": {}}))
+        with pytest.raises(GuardError, match="was written by an earlier version of curlora"):
+            train(fresh(), tmp_path, budget(), resume=str(tmp_path / "checkpoint-8"))
 
     def test_an_optimizer_without_the_adapter(self, tmp_path):
         model = fresh()

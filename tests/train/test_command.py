@@ -275,7 +275,7 @@ class TestLora:
 
     def test_the_page_and_the_card(self, out, chat_model):
         page, card = (out / "report.html").read_text(), (out / "README.md").read_text()
-        assert "Divergence from the base model on a novel" in page
+        assert "Divergence from the base model" in page
         assert "LoRA, rank 4" in page
         assert "A LoRA adapter for" in card
         assert "CURLoRA" not in page + card
@@ -374,7 +374,7 @@ def test_each_text_keeps_a_limit_of_its_own(data, chat_model, guard_file, tmp_pa
     assert {name: text["limit"] for name, text in outcome["budget"]["texts"].items()} == {"novel": 0.05, "other": 0.002}
     assert all(text["rise"] <= text["limit"] for text in outcome["budget"]["texts"].values())
     # The rate of the plan is the one that was set.
-    assert f"about {outcome['run']['learning_rate']:.2g}, set from the budget" in printed
+    assert f"about {outcome['run']['learning_rate']:.2g}, set by rule" in printed
     for name in ("report.html", "README.md"):
         assert "5.00 % of perplexity, 0.20 % of other" in (out / name).read_text()
     again = command(data, *given[:-1], "other=0.3%", **tells)

@@ -19,7 +19,7 @@ from curlora._compat import scale_base_rate
 from curlora.budget.examples import Examples
 from curlora.budget.guard_restraint import GuardRestraint
 from curlora.budget.outcome import Outcome
-from curlora.budget.penalty_restraint import PenaltyRestraint
+from curlora.budget.penalty_restraint import PenaltyRestraint, check_base
 from curlora.budget.restraint import Restraint
 from curlora.budget.start import Start
 from curlora.budget.work import WRITTEN
@@ -58,8 +58,8 @@ class ForgettingBudget(TrainerCallback):
     - A CURLoRA adapter trains under a :class:`curlora.Guard`. If it is untrained, its columns and rows are chosen for
       the task (:func:`curlora.redraw`), and it is calibrated on the texts (:func:`curlora.calibrate`).
     - LoRA and other adapters of PEFT train under a penalty on the KL divergence from the base model, on a row of the
-      texts at every step. It rises with the divergence (:class:`curlora.callbacks.Strength`). A step takes two
-      more forward passes and one more backward pass over that row.
+      texts at every step (:class:`curlora.callbacks.KLToBaseCallback`). A step takes two more forward passes and one
+      more backward pass over that row.
 
     After the last step, the callback measures each text, and scales the training's change back until every text is
     within its limit. This happens before the last evaluation and the last checkpoint, and again if
@@ -89,8 +89,7 @@ class ForgettingBudget(TrainerCallback):
             other adapters there is no rule, and the training arguments' rate is used.
         redraw: for CURLoRA, whether to choose columns and rows for the task.
         anchors: for CURLoRA, whether to protect the tasks of earlier trainings, and to add this task to them.
-        strength: for other adapters, the lowest strength of the penalty: its factor relative to the mean loss of a
-            batch.
+        strength: for other adapters, the penalty's factor relative to the mean loss of a batch.
         tokens: the largest number of tokens of each text. The model's own text may exceed it by less than a row.
         max_length: the largest number of tokens in a row of text. Perplexity is measured on such rows.
         batch_size: the number of rows of text, or of training examples, in a forward pass. Examples that are longer
@@ -159,8 +158,7 @@ class ForgettingBudget(TrainerCallback):
         model = kwargs["model"]
         if model is None:  # model_init creates it when training begins
             return
-        _check_model(model)
-        _trained_adapter(model, self.adapter)
+        _check_model(model, self.adapter)
         # TRL casts the adapter of a quantized base model to bfloat16, where small steps round to zero.
         for layer in model.modules():
             if isinstance(layer, CurloraLayer):
@@ -173,7 +171,7 @@ class ForgettingBudget(TrainerCallback):
     ) -> None:
         act_first(self)
         model, processing = kwargs["model"], kwargs.get("processing_class")
-        _check_model(model)
+        _check_model(model, self.adapter)
         tokenizer = getattr(processing, "tokenizer", processing)
         tokens = self.batch_size * self.max_length
         examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
@@ -262,6 +260,7 @@ class ForgettingBudget(TrainerCallback):
         """Return the guard of the active CURLoRA adapter, or the penalty on another adapter."""
         adapter, guarded = _trained_adapter(model, self.adapter)
         if not guarded:
+            assert isinstance(model, PeftModel)
             return PenaltyRestraint(model, adapter, self._rows, examples, strength=self.strength)
         return GuardRestraint(
             model, adapter, self._rows, examples, redraw=self.redraw, anchors=self.anchors, damping=self.damping,
@@ -282,11 +281,11 @@ class ForgettingBudget(TrainerCallback):
 
     def _begun(self, model: nn.Module, restraint: Restraint) -> Start:
         """Prepare a training that begins: measure the base model, and set the limits."""
-        restraint.prepare(self.lifetime)
+        lifetime = restraint.prepare(self.lifetime)
         with restraint.as_base():
             base = {name: self._measure(model, name) for name in self.texts}
         spent = {name: self._measure(model, name) for name in self.texts} if restraint.trained_before else base
-        lifetime, limits = restraint.lifetime, {}
+        limits: dict[str, float] = {}
         for name, before in base.items():
             if not (before > 0 and math.isfinite(before) and math.isfinite(spent[name])):
                 raise GuardError(
@@ -328,17 +327,24 @@ class ForgettingBudget(TrainerCallback):
         self, restraint: Restraint, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]
     ) -> None:
         default = next(f.default for f in dataclasses.fields(type(args)) if f.name == "learning_rate")
-        chosen = args.learning_rate if args.learning_rate != default else None
-        rule = restraint.learning_rate(state.max_steps)
-        rate = self.learning_rate or (rule if chosen is None else None)
+        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
+        trained = {id(parameter) for parameter in restraint.parameters}
+        given = [
+            group.get("initial_lr", group["lr"])
+            for group in optimizer.param_groups
+            if any(id(parameter) in trained for parameter in group["params"])
+        ]
+        # The user has chosen the rate in the arguments, or made an optimizer.
+        chosen = args.learning_rate != default or any(rate != args.learning_rate for rate in given)
+        rule = None if chosen else restraint.learning_rate(state.max_steps)
+        rate = self.learning_rate or rule
         if rate is None:
-            self._rate = args.learning_rate
-            if chosen is not None and (problem := restraint.problem_of(chosen, state.max_steps)) is not None:
+            self._rate = max(given, default=args.learning_rate)
+            if chosen and (problem := restraint.problem_of(self._rate, state.max_steps)) is not None:
                 warnings.warn(problem, stacklevel=3)
             return
         self._rate = rate
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        rated = {id(parameter) for parameter in restraint.rated}
+        rated = {id(parameter) for parameter in (restraint.parameters if self.learning_rate else restraint.rated)}
         for number, group in enumerate(optimizer.param_groups):
             mine = [id(parameter) in rated for parameter in group["params"]]
             if any(mine) and not all(mine):
@@ -395,11 +401,11 @@ class _Held(MeasuredLimit):
         return self.restraint.why_nothing(kept) if finite else super().why_nothing(kept, finite)
 
 
-def _check_model(model: nn.Module) -> None:
-    """Check that the model's forgetting can be measured.
+def _check_model(model: nn.Module, adapter: str | None) -> None:
+    """Check that the model can have a budget.
 
     Raises:
-        GuardError: if the model is an encoder-decoder.
+        GuardError: if the model is an encoder-decoder, if it has no such adapter, or if its base model cannot be had.
     """
     base: Any = getattr(model, "get_base_model", lambda: model)()
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
@@ -407,6 +413,9 @@ def _check_model(model: nn.Module) -> None:
             f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
             "model."
         )
+    if not _trained_adapter(model, adapter)[1]:
+        assert isinstance(model, PeftModel)
+        check_base(model)
 
 
 def _trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
@@ -417,7 +426,12 @@ def _trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
     """
     adapters = {name for layer in model.modules() if isinstance(layer, CurloraLayer) for name in layer.curlora_U}
     if not isinstance(model, PeftModel):
-        return adapter_of(model, adapter), True
+        if adapters:
+            return adapter_of(model, adapter), True
+        raise GuardError(
+            "The model has no adapter. Add one first: get_peft_model(model, CurloraConfig(...)) or "
+            "get_peft_model(model, LoraConfig(...))."
+        )
     active = list(model.active_adapters)
     if adapters & ({adapter} if adapter is not None else set(active)):
         return adapter_of(model, adapter), True

@@ -103,11 +103,7 @@ class GuardRestraint(Restraint):
     def trained_before(self) -> bool:
         return bool(self.ledger.trainings)
 
-    @property
-    def lifetime(self) -> float | None:
-        return self.ledger.lifetime
-
-    def prepare(self, lifetime: float | None) -> None:
+    def prepare(self, lifetime: float | None) -> float | None:
         ledger = Ledger.of(self._config)
         if ledger is not None:
             ledger.calibration.check(self.model, self.adapter)
@@ -123,6 +119,7 @@ class GuardRestraint(Restraint):
                 self._redraw()
             ledger = Ledger(self._calibrate(self._texts, WITH_BACKWARD * self._tokens), Anchors())
         self._ledger = ledger if lifetime is None else dataclasses.replace(ledger, lifetime=lifetime)
+        return self._ledger.lifetime
 
     def as_base(self) -> AbstractContextManager[None]:
         return self.guard.as_calibrated()
@@ -184,8 +181,9 @@ class GuardRestraint(Restraint):
                 task = self._calibrate(batches, work, "computing the task's anchor", cut=False)
             add_anchor(self.ledger.anchors, task, self.layers, self.adapter)
         assert self.budget is not None
+        assert outcome.predicted is not None
         training = TrainingRecord(
-            steps, outcome.learning_rate, self.budget, self.predicted(), outcome.kept, outcome.texts
+            steps, outcome.learning_rate, self.budget, outcome.predicted, outcome.kept, outcome.texts
         )
         self.ledger.after(training, digest_of(self.layers, self.adapter)).put_beside(self._config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -28,8 +29,15 @@ def lora_learning_rate(hidden_size: int, alpha: float) -> float:
 
 
 def lora_learning_rate_of(model: nn.Module, adapter: str) -> float | None:
-    """Return :func:`lora_learning_rate` for an adapter of a model; ``None`` if the adapter is not LoRA."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer) and adapter in module.scaling]
+    """Return :func:`lora_learning_rate` for an adapter of a model; ``None`` if the adapter is not LoRA.
+
+    AdaLoRA, which scales by ``lora_alpha`` alone and trains singular values, is not LoRA here.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, LoraLayer) and not isinstance(module, AdaLoraLayer) and adapter in module.scaling
+    ]
     config: Any = getattr(model, "config", None)
     width = getattr(getattr(config, "get_text_config", lambda: config)(), "hidden_size", None)
     if not layers or width is None:

@@ -44,7 +44,7 @@ class Restraint(TrainerCallback, ABC):
 
     @property
     def rated(self) -> Sequence[Tensor]:
-        """The parameters that :meth:`learning_rate` is for."""
+        """The parameters that the rate of :meth:`learning_rate` is for."""
         return self.parameters
 
     @property
@@ -52,24 +52,21 @@ class Restraint(TrainerCallback, ABC):
         """Whether the adapter may differ from the base model already."""
         return True
 
-    @property
-    def lifetime(self) -> float | None:
-        """The limit over all trainings, as a relative rise of perplexity, after :meth:`prepare`."""
-        return None
-
     @abstractmethod
-    def prepare(self, lifetime: float | None) -> None:
+    def prepare(self, lifetime: float | None) -> float | None:
         """Prepare a training that begins. Called before anything is measured.
 
         Args:
-            lifetime: the limit over all trainings, if one is given for this training.
+            lifetime: the limit over all trainings, as a relative rise of perplexity, if this training gives one.
+
+        Returns:
+            The limit over all trainings: this one, or one that an earlier training has given.
         """
 
     @abstractmethod
     def as_base(self) -> AbstractContextManager[None]:
         """Make the model the one that forgetting is counted from, for the duration of a ``with`` statement."""
 
-    @abstractmethod
     def set_limits(self, limits: Mapping[str, float], otherwise: float) -> None:
         """Take in the limits of the training.
 
@@ -77,6 +74,7 @@ class Restraint(TrainerCallback, ABC):
             limits: the texts' limits by name: relative rises of perplexity since before the first training.
             otherwise: the limit of a text that has none.
         """
+        return
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a resumed training needs."""

@@ -6,6 +6,7 @@ import dataclasses
 
 from torch import Tensor
 
+from curlora.guard.errors import GuardError
 from curlora.guard.ledger import pack, unpack
 
 __all__ = ["Start"]
@@ -35,6 +36,8 @@ class Start:
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Start:
         tensors, about = unpack(content, where)
+        if "parameters" not in about:
+            raise GuardError(f"{where} was written by an earlier version of curlora. Start this training anew.")
         before = [tensors.pop(f"before.{number}") for number in range(about["parameters"])]
         restraint = {name.removeprefix("restraint."): value for name, value in tensors.items()}
         return cls(before, about["base"], about["limits"], restraint)

@@ -5,6 +5,5 @@ from curlora.callbacks.kl_to_base import KLToBaseCallback
 from curlora.callbacks.penalty import PenaltyCallback
 from curlora.callbacks.replay import replay
 from curlora.callbacks.scale_back import ScaleBackCallback
-from curlora.callbacks.strength import Strength
 
-__all__ = ["EWCCallback", "KLToBaseCallback", "PenaltyCallback", "ScaleBackCallback", "Strength", "replay"]
+__all__ = ["EWCCallback", "KLToBaseCallback", "PenaltyCallback", "ScaleBackCallback", "replay"]

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.callbacks.penalty import PenaltyCallback
-from curlora.callbacks.strength import Strength
 from curlora.guard.evaluating import evaluating, without_adapters
 from curlora.guard.texts import Rows
 
-__all__ = ["KLToBaseCallback", "adapter_base_logits", "kl_to_base", "pieces_of"]
+__all__ = ["KLToBaseCallback", "kl_to_base", "pieces_of"]
 
 
 class KLToBaseCallback(PenaltyCallback):
@@ -30,23 +29,20 @@ class KLToBaseCallback(PenaltyCallback):
             The penalty is the mean over the tokens that count (:class:`curlora.guard.texts.Rows`, which
             :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
         strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
-        max_kl: the largest KL divergence, in nats per token. The strength rises as far as it takes to train within this
-            limit, see :class:`curlora.callbacks.Strength`. ``None`` for a constant strength.
         base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
             fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
 
     Raises:
-        ValueError: if ``strength`` or ``max_kl`` is not positive, or there is no row with a predicted token that
-            counts.
+        ValueError: if ``strength`` is not positive, or there is no row with a predicted token that counts.
     """
 
     logged_as: ClassVar[str] = "kl_to_base"
 
-    def __init__(
-        self, rows: Sequence[Tensor], strength: float, max_kl: float | None = None, base: nn.Module | None = None
-    ) -> None:
+    def __init__(self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None) -> None:
         super().__init__()
-        self.strength = Strength(strength, max_kl)
+        if not (strength > 0 and math.isfinite(strength)):
+            raise ValueError(f"strength must be positive, got {strength}.")
+        self.strength = strength
         self.pieces = pieces_of(rows)
         if not self.pieces:
             raise ValueError(
@@ -59,31 +55,14 @@ class KLToBaseCallback(PenaltyCallback):
         if self.base is None and not isinstance(model, PeftModel):
             raise ValueError("The model has no adapter that can be disabled: pass the base model too (base=...).")
 
-        def copy_logits(ids: Tensor, kept: int) -> Tensor:
-            base: Any = self.base
-            return base.to(ids.device)(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+        def base_logits(ids: Tensor, kept: int) -> Tensor:
+            if self.base is not None:
+                base: Any = self.base.to(ids.device)
+                return base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+            with without_adapters(model):
+                return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
-        base_logits = adapter_base_logits(model) if self.base is None else copy_logits
-        return self.strength.of(kl_to_base(model, *self.pieces[step % len(self.pieces)], base_logits))
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.strength.begin(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.strength.step(state)
-
-
-def adapter_base_logits(model: nn.Module) -> Callable[[Tensor, int], Tensor]:
-    """Return the function ``base_logits`` of :func:`kl_to_base` for a model with adapters, which it disables."""
-
-    def base_logits(ids: Tensor, kept: int) -> Tensor:
-        with without_adapters(model):
-            return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
-
-    return base_logits
+        return self.strength * kl_to_base(model, *self.pieces[step % len(self.pieces)], base_logits)
 
 
 def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -101,8 +80,10 @@ def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tenso
 def kl_to_base(model: nn.Module, row: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Return ``KL(base || model)`` of the next-token predictions: the mean over the tokens that count, in nats.
 
+    Both models run in evaluation mode, without dropout: its noise is no divergence.
+
     Args:
-        model: a causal language model. It runs in its current mode, and is in evaluation mode during ``base_logits``.
+        model: a causal language model.
         row: tokens, shape ``(length,)``, on any device.
         counted: the mask of tokens that count, bool, shape ``(length,)``. A token after the first must count.
         base_logits: called with ``input_ids`` of shape ``(1, length)`` and a number. Returns the base model's logits at
@@ -113,7 +94,8 @@ def kl_to_base(model: nn.Module, row: Tensor, counted: Tensor, base_logits: Call
     """
     device = next(model.parameters()).device
     ids, foretold = row.to(device)[None], counted[1:].to(device)
-    with evaluating(model), torch.no_grad():
-        base = base_logits(ids, ids.shape[1])[0, :-1][foretold].float().log_softmax(-1)
-    logits = model(input_ids=ids, use_cache=False).logits[0, :-1][foretold]
+    with evaluating(model):
+        with torch.no_grad():
+            base = base_logits(ids, ids.shape[1])[0, :-1][foretold].float().log_softmax(-1)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1][foretold]
     return nn.functional.kl_div(logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True)

@@ -82,7 +82,7 @@ class PenaltyCallback(TrainerCallback):
 def _check_whole(model: nn.Module, args: TrainingArguments) -> None:
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     sharded |= any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    if sharded or args.deepspeed:
+    if sharded or args.deepspeed or args.deepspeed_plugin is not None:
         raise ValueError(
             "A penalty needs whole parameters, and FSDP or DeepSpeed shards them. Train with DDP, or within a "
             "budget of a CURLoRA adapter, whose guard needs no penalty."

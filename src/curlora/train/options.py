@@ -143,7 +143,7 @@ class TrainOptions:
             "max_forgetting": self.max_forgetting,
             "limits": dict(self.limits) or None,
             "lifetime": self.lifetime,
-            "adapter": self.adapter,
+            "adapter": None if self.adapter == "curlora" else self.adapter,
             "continue_from": self.continue_from,
             "quantize": self.quantize,
             "turns": self.turns,

@@ -40,8 +40,11 @@ def render(outcome: TrainOutcome) -> str:
 
 def _plots(outcome: TrainOutcome) -> list[Markup]:
     plots = []
-    texts = [(f"kl_to_base/{name}", f"Divergence from the base model on {name}") for name in outcome.budget.texts]
-    for key, title in (("loss", "Training loss"), ("drift", "Predicted forgetting"), *texts):
+    for key, title in (
+        ("loss", "Training loss"),
+        ("drift", "Predicted forgetting"),
+        ("kl_to_base", "Divergence from the base model"),
+    ):
         points = [(entry["step"], entry[key]) for entry in outcome.run.log if key in entry and "step" in entry]
         if len(points) > 1:
             plots.append(svg_panel(title, partial(_curve, points)))

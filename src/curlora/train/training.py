@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["Ended", "Training"]
 
 # Other logged values start anew when a training resumes in another process.
-_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "drift")
-_DIVERGENCE = "kl_to_base/"  # and the text's name
+_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "drift", "kl_to_base")
 
 
 class Ended(NamedTuple):
@@ -131,10 +130,7 @@ class Training:
         """Train to the last step."""
         self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         state = self.trainer.state
-        log = [
-            {name: value for name, value in entry.items() if name in _LOGGED or name.startswith(_DIVERGENCE)}
-            for entry in state.log_history
-        ]
+        log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in state.log_history]
         log = [entry for entry in log if "loss" in entry]
         return Ended(state.global_step, self._listener.seconds, self.budget.outcome, log)
 
