@@ -126,6 +126,22 @@ def test_kl_to_base_is_the_divergence_of_one_row_after_the_other(given, tmp_path
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-7)  # probabilities are float32
 
 
+def test_several_rows_in_a_step():
+    """The mean is over the tokens that count. Rows of different lengths are padded, which changes nothing."""
+    base, model = llama(initializer_range=0.2).double(), adapted()
+    rows = [row[:length] for row, length in zip(ROWS, (9, 4, 6), strict=True)]
+    counted = [torch.arange(len(row)) >= begin for row, begin in zip(rows, (3, 1, 2), strict=True)]
+    callback = KLToBaseCallback(Rows(rows, counted), 3.0, rows_per_step=2)
+    for step in range(3):
+        pairs = [callback.pieces[number % 3] for number in (2 * step, 2 * step + 1)]
+        sizes = [int(mask[1:].sum()) for _, mask in pairs]
+        parts = [divergence(base, model, row, mask) for row, mask in pairs]
+        expected = 3.0 * sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
+        assert float(callback.penalty(model, step).detach()) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="rows_per_step must be 1 or more, got 0"):
+        KLToBaseCallback(rows, 3.0, rows_per_step=0)
+
+
 def test_dropout_is_no_divergence():
     """An adapter that has learned nothing has none, also in training mode."""
     model = llama(initializer_range=0.2, attention_dropout=0.5).double()

@@ -279,3 +279,17 @@ def test_the_files_they_point_to_exist():
     for page in DOCS.rglob("*.md"):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page.name, target)
+
+
+def anchors(page):
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*?)\s*$", text, re.MULTILINE)}  # fmt: skip
+
+
+def test_the_headings_they_point_to_exist():
+    for page in [*DOCS.glob("*.md"), *DOCS.parent.glob("*.md")]:
+        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            to = page.parent / target if target else page
+            assert to.suffix != ".md" or anchor in anchors(to), (page.name, target, anchor)

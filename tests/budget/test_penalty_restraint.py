@@ -93,7 +93,7 @@ def test_every_text_has_its_limit(tmp_path):
 
 
 def test_the_logged_divergence_is_the_mean_of_the_steps(tmp_path):
-    """With one row and a learning rate of 0 in effect, every step measures the same."""
+    """With one row of text and a learning rate of 0 in effect, every step measures the same."""
     model = lora(init_lora_weights=False)
     trainer = train(model, tmp_path, budget(0.9, texts={"a": TEXT[:1]}), learning_rate=1e-12, logging_steps=4)
     with torch.no_grad():

@@ -22,6 +22,7 @@ from curlora.guard.texts import Rows
 __all__ = ["PenaltyRestraint", "check_base"]
 
 # Initializations that change the base model's weights when they are made, so that it is not there to compare with.
+ROWS = 4  # of text in a step
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -48,7 +49,7 @@ class PenaltyRestraint(Restraint):
         super().__init__(model, adapter, rows)
         check_base(model)
         self.examples = examples
-        self.penalty = KLToBaseCallback(Rows.joined(rows.values()), strength)
+        self.penalty = KLToBaseCallback(Rows.joined(rows.values()), strength, rows_per_step=ROWS)
         self._found: list[float] = []
 
     @property

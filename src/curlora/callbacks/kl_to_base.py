@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from curlora.callbacks.penalty import PenaltyCallback
 from curlora.guard.evaluating import evaluating, without_adapters
@@ -18,28 +19,35 @@ __all__ = ["KLToBaseCallback", "kl_to_base", "pieces_of"]
 
 
 class KLToBaseCallback(PenaltyCallback):
-    """Adds ``strength * KL(base || model)`` on a row of general text to the loss of every step.
+    """Adds ``strength * KL(base || model)`` on rows of general text to the loss of every step.
 
     The steps use the rows in turn, in a random order. This is learning without forgetting (Li and Hoiem 2016,
     https://arxiv.org/abs/1606.09282) on general text in place of the new task's inputs. Every step runs two more
-    forward passes and one more backward pass, each on one row.
+    forward passes and one more backward pass, each on these rows.
 
     Args:
         rows: rows of general text, int64 tokens, each of shape ``(length,)``; 100 to 200 tokens in a row are enough.
             The penalty is the mean over the tokens that count (:class:`curlora.guard.texts.Rows`, which
             :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
         strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
+        rows_per_step: the number of rows in a step.
         base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
             fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
 
     Raises:
-        ValueError: if ``strength`` is not positive, or there is no row with a predicted token that counts.
+        ValueError: if ``strength`` or ``rows_per_step`` is not positive, or there is no row with a predicted token that
+            counts.
     """
 
     logged_as: ClassVar[str] = "kl_to_base"
 
-    def __init__(self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None, *, rows_per_step: int = 1
+    ) -> None:
         super().__init__()
+        if rows_per_step < 1:
+            raise ValueError(f"rows_per_step must be 1 or more, got {rows_per_step}.")
+        self.rows_per_step = rows_per_step
         if not (strength > 0 and math.isfinite(strength)):
             raise ValueError(f"strength must be positive, got {strength}.")
         self.strength = strength
@@ -62,7 +70,10 @@ class KLToBaseCallback(PenaltyCallback):
             with without_adapters(model):
                 return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
-        return self.strength * kl_to_base(model, *self.pieces[step % len(self.pieces)], base_logits)
+        count, pieces = self.rows_per_step, self.pieces
+        chosen = [pieces[number % len(pieces)] for number in range(step * count, (step + 1) * count)]
+        ids, counted = (pad_sequence(list(parts), batch_first=True) for parts in zip(*chosen, strict=True))
+        return self.strength * kl_to_base(model, ids, counted, base_logits)
 
 
 def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
@@ -77,25 +88,26 @@ def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tenso
     return [pairs[i] for i in order.tolist()]
 
 
-def kl_to_base(model: nn.Module, row: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
+def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Return ``KL(base || model)`` of the next-token predictions: the mean over the tokens that count, in nats.
 
     Both models run in evaluation mode, without dropout: its noise is no divergence.
 
     Args:
         model: a causal language model.
-        row: tokens, shape ``(length,)``, on any device.
-        counted: the mask of tokens that count, bool, shape ``(length,)``. A token after the first must count.
-        base_logits: called with ``input_ids`` of shape ``(1, length)`` and a number. Returns the base model's logits at
-            that many last positions, shape ``(1, number, vocabulary)``.
+        ids: rows of tokens, shape ``(rows, length)``, on any device. Shorter rows are padded with any token at the end,
+            which no earlier token sees.
+        counted: the mask of tokens that count, bool, shape ``(rows, length)``. A token after a row's first must count.
+        base_logits: called with ``ids`` and a number. Returns the base model's logits at that many last positions,
+            shape ``(rows, number, vocabulary)``.
 
     Returns:
         The divergence, a scalar tensor with a gradient.
     """
     device = next(model.parameters()).device
-    ids, foretold = row.to(device)[None], counted[1:].to(device)
+    ids, foretold = ids.to(device), counted[:, 1:].to(device)
     with evaluating(model):
         with torch.no_grad():
-            base = base_logits(ids, ids.shape[1])[0, :-1][foretold].float().log_softmax(-1)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1][foretold]
+            base = base_logits(ids, ids.shape[1])[:, :-1][foretold].float().log_softmax(-1)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1][foretold]
     return nn.functional.kl_div(logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True)

@@ -56,5 +56,5 @@ class KLToBase(Plugin):
     def penalty(self, model: TaskModel) -> Tensor | None:
         if self.base_logits is None:  # only heads are trained, so the model cannot drift
             return None
-        piece = self.pieces[self.step % len(self.pieces)]
-        return self.strength * kl_to_base(model.language_model, *piece, self.base_logits)
+        row, counted = self.pieces[self.step % len(self.pieces)]
+        return self.strength * kl_to_base(model.language_model, row[None], counted[None], self.base_logits)
