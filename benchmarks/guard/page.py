@@ -74,6 +74,7 @@ def tables():
         "projections": projections(), "rates": rates(), "plain_rates": plain_rates(), "rule": rule(),
         "own_text": own_text(), "five_trainings": five_trainings(), "predictors": predictors(), "scales": scales(),
         "across": across(), "merging": merging(), "directions": directions(), "fixed_basis": fixed_basis(),
+        "train_adapters": train_adapters(),
     }  # fmt: skip
 
 
@@ -347,6 +348,20 @@ def fixed_basis():
         figures = [f"{row['learned']:.3f}", *(f"{kl:.4f}" for kl in (row["own"], mean, row["code"]))]
         rows.append([row["basis"] + limit + scaled, f"{row['parameters']:,}", *figures])
     return table(["", "parameters", "learned", "KL, own text", "KL, four texts: mean", "code"], rows)
+
+
+def train_adapters():
+    """Return a table of `curlora train` with both kinds of adapter: the held-out loss and the measured rise."""
+    rows = [
+        [
+            row["adapter"], "" if row["rows_per_step"] is None else row["rows_per_step"], f"{row['parameters']:,}",
+            f"{row['learning_rate']:.2g}", f"{row['loss_before']:.3f} to {row['loss_after']:.3f}",
+            f"{row['rise']:+.2%}", f"{row['kept']:.0%}",
+        ]
+        for row in lines("train_adapters")
+    ]  # fmt: skip
+    header = ["", "rows of text in a step", "parameters", "learning rate", "held-out loss", "own text", "kept"]
+    return table(header, rows)
 
 
 def merging():

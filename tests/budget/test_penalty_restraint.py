@@ -275,3 +275,8 @@ class TestBadInput:
     def test_a_strength(self, strength):
         with pytest.raises(GuardError, match="strength must be a positive number"):
             ForgettingBudget(strength=strength)
+
+    @pytest.mark.parametrize("rows", [0, 1.5])
+    def test_rows(self, rows):
+        with pytest.raises(GuardError, match="rows_per_step must be 1 or more"):
+            ForgettingBudget(rows_per_step=rows)

@@ -57,9 +57,9 @@ class ForgettingBudget(TrainerCallback):
 
     - A CURLoRA adapter trains under a :class:`curlora.Guard`. If it is untrained, its columns and rows are chosen for
       the task (:func:`curlora.redraw`), and it is calibrated on the texts (:func:`curlora.calibrate`).
-    - LoRA and other adapters of PEFT train under a penalty on the KL divergence from the base model, on a row of the
-      texts at every step (:class:`curlora.callbacks.KLToBaseCallback`). A step takes two more forward passes and one
-      more backward pass over that row.
+    - LoRA and other adapters of PEFT train under a penalty on the KL divergence from the base model, on a few rows of
+      the texts at every step (:class:`curlora.callbacks.KLToBaseCallback`). A step takes two more forward passes and
+      one more backward pass over these rows.
 
     After the last step, the callback measures each text, and scales the training's change back until every text is
     within its limit. This happens before the last evaluation and the last checkpoint, and again if
@@ -90,6 +90,8 @@ class ForgettingBudget(TrainerCallback):
         redraw: for CURLoRA, whether to choose columns and rows for the task.
         anchors: for CURLoRA, whether to protect the tasks of earlier trainings, and to add this task to them.
         strength: for other adapters, the penalty's factor relative to the mean loss of a batch.
+        rows_per_step: for other adapters, the number of rows of text in a step's penalty. A short training needs
+            several: with one row it meets only a part of the text, and forgets the rest.
         tokens: the largest number of tokens of each text. The model's own text may exceed it by less than a row.
         max_length: the largest number of tokens in a row of text. Perplexity is measured on such rows.
         batch_size: the number of rows of text, or of training examples, in a forward pass. Examples that are longer
@@ -121,6 +123,7 @@ class ForgettingBudget(TrainerCallback):
         redraw: bool = True,
         anchors: bool = True,
         strength: float = 3.0,
+        rows_per_step: int = 4,
         tokens: int = 8192,
         max_length: int = 128,
         batch_size: int = 8,
@@ -139,7 +142,9 @@ class ForgettingBudget(TrainerCallback):
             raise GuardError(f"learning_rate must be a positive number, got {learning_rate!r}.")
         if not (strength > 0 and math.isfinite(strength)):
             raise GuardError(f"strength must be a positive number, got {strength!r}.")
-        self.strength = strength
+        if not isinstance(rows_per_step, int) or rows_per_step < 1:
+            raise GuardError(f"rows_per_step must be 1 or more, got {rows_per_step!r}.")
+        self.strength, self.rows_per_step = strength, rows_per_step
         self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
         self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
         self.damping, self.adapter, self.seed = damping, adapter, seed
@@ -261,7 +266,9 @@ class ForgettingBudget(TrainerCallback):
         adapter, guarded = _trained_adapter(model, self.adapter)
         if not guarded:
             assert isinstance(model, PeftModel)
-            return PenaltyRestraint(model, adapter, self._rows, examples, strength=self.strength)
+            return PenaltyRestraint(
+                model, adapter, self._rows, examples, strength=self.strength, rows_per_step=self.rows_per_step
+            )
         return GuardRestraint(
             model, adapter, self._rows, examples, redraw=self.redraw, anchors=self.anchors, damping=self.damping,
             max_length=self.max_length, batch_size=self.batch_size, seed=self.seed, progress=self._shown,

@@ -22,12 +22,11 @@ from curlora.guard.texts import Rows
 __all__ = ["PenaltyRestraint", "check_base"]
 
 # Initializations that change the base model's weights when they are made, so that it is not there to compare with.
-ROWS = 4  # of text in a step
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class PenaltyRestraint(Restraint):
-    """Adds the KL divergence from the base model on a row of the texts to every step.
+    """Adds the KL divergence from the base model on a few rows of the texts to every step.
 
     The base model is the model with its adapters disabled. The strength does not depend on the limits, which the
     scaling back holds: on GSM8K both led along the same front of what is learned and forgotten (docs/research.md).
@@ -35,7 +34,7 @@ class PenaltyRestraint(Restraint):
     Args:
         model, adapter, rows: see :class:`curlora.budget.restraint.Restraint`.
         examples: the task's examples.
-        strength: see :class:`curlora.callbacks.KLToBaseCallback`.
+        strength, rows_per_step: see :class:`curlora.callbacks.KLToBaseCallback`.
 
     Raises:
         GuardError: if the base model cannot be had by disabling the adapter.
@@ -44,12 +43,19 @@ class PenaltyRestraint(Restraint):
     moved: ClassVar[str] = "the adapter"
 
     def __init__(
-        self, model: PeftModel, adapter: str, rows: Mapping[str, Rows], examples: Examples, *, strength: float
+        self,
+        model: PeftModel,
+        adapter: str,
+        rows: Mapping[str, Rows],
+        examples: Examples,
+        *,
+        strength: float,
+        rows_per_step: int,
     ) -> None:
         super().__init__(model, adapter, rows)
         check_base(model)
         self.examples = examples
-        self.penalty = KLToBaseCallback(Rows.joined(rows.values()), strength, rows_per_step=ROWS)
+        self.penalty = KLToBaseCallback(Rows.joined(rows.values()), strength, rows_per_step=rows_per_step)
         self._found: list[float] = []
 
     @property
@@ -84,7 +90,7 @@ class PenaltyRestraint(Restraint):
         self._found.append(self.penalty.value / self.penalty.strength)
 
     def logs(self) -> dict[str, float]:
-        """Return the mean divergence of the steps since the last log, each on its row."""
+        """Return the mean divergence of the steps since the last log, each on its rows."""
         found, self._found = self._found, []
         return {"kl_to_base": sum(found) / len(found)} if found else {}
 
