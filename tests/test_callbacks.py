@@ -154,9 +154,9 @@ def test_dropout_is_no_divergence():
 def test_a_model_that_deepspeed_shards_is_refused(tmp_path):
     """transformers gives only its plug-in where Accelerate's configuration asks for DeepSpeed."""
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
-    for name, value in (("deepspeed", {}), ("deepspeed_plugin", object())):
+    for name, value in (("deepspeed", {"zero_optimization": {}}), ("deepspeed_plugin", object())):
         changed = copy.copy(arguments)
-        setattr(changed, name, value or {"zero_optimization": {}})
+        setattr(changed, name, value)
         with pytest.raises(ValueError, match="FSDP or DeepSpeed shards them"):
             Half().on_train_begin(changed, None, None, model=adapted())
 
@@ -306,12 +306,20 @@ def test_scale_back_measures_what_is_loaded_as_the_best(tmp_path):
         torch.testing.assert_close(now, torch.lerp(old, one, callback.kept.scale), rtol=1e-9, atol=1e-12)
 
 
-def test_scale_back_refuses_what_is_no_limit():
+def test_scale_back_measures_twice_in_the_same_precision(tmp_path):
+    """Under autocast, a model that has not changed has the same perplexity."""
+    model = adapted().float()
+    callback = ScaleBackCallback(model, lambda: perplexity(model, ROWS), max_rise=0.1)
+    trainer(model, tmp_path, [callback], max_steps=2, bf16=True, learning_rate=0.0).train()
+    assert callback.kept == (1.0, 0.0)
+
+
+def test_scale_back_refuses_what_is_no_limit(tmp_path):
     model = adapted()
     with pytest.raises(ValueError, match="max_rise must be a positive number"):
         ScaleBackCallback(model, lambda: 1.0, 0.0)
     with pytest.raises(ValueError, match="is nan before training"):
-        ScaleBackCallback(model, lambda: math.nan, 0.1)
+        trainer(model, tmp_path, [ScaleBackCallback(model, lambda: math.nan, 0.1)]).train()
     with pytest.raises(ValueError, match="no trained parameters"):
         ScaleBackCallback(model.requires_grad_(False), lambda: 1.0, 0.1)
 

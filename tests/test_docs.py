@@ -76,7 +76,7 @@ def test_the_budgets_python_runs(tmp_path, monkeypatch):
     names = {
         "conversations": Dataset.from_list(pairs[:12]),
         "more_conversations": Dataset.from_list(pairs[12:]),
-        "code_files": ["w1 w2 w3"],
+        "code_texts": ["w1 w2 w3"],
         "conversations_to_keep": [[{"role": "user", "content": "w4"}]],
     }
     first, with_lora, several, on = (

@@ -1,8 +1,10 @@
 """Trainings under a budget, in transformers' Trainer and in TRL's."""
 
+import copy
 import math
 import shutil
 
+import numpy
 import pytest
 import torch
 from datasets import Dataset
@@ -14,6 +16,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -88,6 +91,28 @@ def train(model, folder, callback, resume=None, seed=3, rows=None, more=(), **ar
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+class Interrupt(TrainerCallback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            raise KeyboardInterrupt
+
+
+def interrupted(step, model, folder, callback, **arguments):
+    """Interrupt a training at a step, and return its trainer and what has interrupted it."""
+    given = dict(max_steps=12, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=40, length=8)]
+    trainer = Trainer(
+        model, TrainingArguments(str(folder), **{**given, **arguments}), train_dataset=rows,
+        processing_class=with_end(), callbacks=[callback, interrupt := Interrupt(step)],
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer, interrupt
 
 
 def matrices(model):
@@ -167,6 +192,48 @@ def test_gone_on_with_to_the_bit(tmp_path):
         (where / STATE_NAME).unlink()
     with pytest.raises(GuardError, match="resumes at step 8, and the state of its budget was not found"):
         train(fresh(), tmp_path, budget(0.01), resume=str(tmp_path / "checkpoint-8"), **arguments)
+
+
+def test_resumed_from_the_last_step_it_says_what_was_kept(tmp_path):
+    """There the change has been scaled back already."""
+    model, callback = fresh(), budget(0.01, learning_rate=0.5)
+    arguments = dict(save_strategy="steps", save_steps=12)
+    train(model, tmp_path, callback, **arguments)
+    assert callback.outcome.kept < 0.9
+    again, second = fresh(), budget(0.01, learning_rate=0.5)
+    train(again, tmp_path, second, resume=str(tmp_path / "checkpoint-12"), **arguments)
+    assert same(again, matrices(model))
+    assert second.outcome == callback.outcome
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_measurement_that_is_not_a_number_keeps_nothing(tmp_path, first):
+    """Whatever its place among the texts."""
+    taken = []
+
+    def failing():
+        taken.append(math.nan if taken else 1.0)
+        return taken[-1]
+
+    texts = {"mine": failing, "words": TEXT} if first else {"words": TEXT, "mine": failing}
+    model, callback = fresh(), budget(texts=texts)
+    with pytest.warns(UserWarning, match="The measure of a text is not a number after training"):
+        train(model, tmp_path, callback)
+    assert callback.outcome.kept == 0
+    assert not any(U.any() for U in matrices(model))
+    training = Ledger.of(model.peft_config["default"]).trainings[0]
+    assert math.isnan(training.worst)
+    assert math.isnan(Ledger.of(model.peft_config["default"]).after(training, "").left or math.nan)
+
+
+def test_examples_may_be_longer_than_the_models_positions(tmp_path):
+    """Rotary positions have no end. The text of the budget is cut to the number of positions."""
+    model = get_peft_model(llama(max_position_embeddings=16), CurloraConfig(r=4))
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8, length=24)]
+    callback = budget()
+    train(model, tmp_path, callback, rows=rows)
+    assert callback.outcome.texts["words"].rise <= 0.02
+    assert len(Ledger.of(model.peft_config["default"]).anchors) == 1
 
 
 def test_every_text_has_its_limit_and_a_measurement_of_ones_own(tmp_path):
@@ -298,12 +365,44 @@ class TestLedger:
         with pytest.raises(GuardError, match="has been trained since without a budget"):
             train(loaded, tmp_path / "again", budget())
 
-    def test_checkpoints_carry_none_that_is_out_of_date(self, tmp_path):
-        model, *_ = self.two(tmp_path)
+    @pytest.mark.parametrize("trainings", [1, 2])
+    def test_of_the_checkpoints_only_the_last_can_be_trained_further(self, tmp_path, trainings):
+        """The others would count forgetting from the middle of a training."""
+        model = fresh()
+        for _ in range(trainings):
+            train(model, tmp_path, budget(learning_rate=0.3), save_strategy="steps", save_steps=4)
         model.save_pretrained(tmp_path / "saved")
-        loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
-        train(loaded, tmp_path / "three", budget(), save_strategy="steps", save_steps=4)
-        assert not (tmp_path / "three" / "checkpoint-4" / LEDGER_NAME).exists()
+
+        def go_on(folder):
+            train(
+                PeftModel.from_pretrained(base(), folder, is_trainable=True), tmp_path / "again", callback := budget()
+            )
+            return callback.outcome.texts["words"]
+
+        with pytest.raises(GuardError, match="its last training with a budget did not come to its end"):
+            go_on(tmp_path / "checkpoint-4")
+        last, saved = go_on(tmp_path / "checkpoint-12"), go_on(tmp_path / "saved")
+        assert last == saved
+        assert last.before == pytest.approx(perplexity(base(), TEXT, max_length=16))
+
+    def test_an_interrupted_training_is_not_taken_for_a_beginning(self, tmp_path):
+        model, callback = fresh(), budget(learning_rate=0.3)
+        train(model, tmp_path, budget(learning_rate=0.3, lifetime=0.06))
+        trainer, interrupt = interrupted(0, model, tmp_path, callback)
+        assert callback.outcome is None
+        # Nothing had changed yet. So the training can begin again, with the same trainer.
+        interrupt.at = 3
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        for begin in (trainer.train, lambda: train(model, tmp_path, budget())):
+            with pytest.raises(GuardError, match="its last training with a budget did not come to its end"):
+                begin()
+
+    def test_nor_is_a_first_one(self, tmp_path):
+        model = fresh()
+        interrupted(3, model, tmp_path, budget(learning_rate=0.3))
+        with pytest.raises(GuardError, match="its last training with a budget did not come to its end"):
+            train(model, tmp_path, budget())
 
     def test_saved_where_another_was(self, tmp_path):
         model = fresh()
@@ -350,17 +449,18 @@ def test_an_anchor_is_the_divergence_of_the_task(fan_in_fan_out, tmp_path):
 
 
 def test_anchors_hold_what_was_learned_first(tmp_path):
-    """The loss on the first task after the second, with anchors and without, at the same budget."""
-    after = {}
+    """How far the second training moves what matters to the first, with anchors and without, at the same budget."""
     first = [{"input_ids": row, "labels": row} for row in tokens(seed=21, batch=8, length=8)]
     second = [{"input_ids": row, "labels": row} for row in tokens(seed=22, batch=8, length=8)]
+    moved = {}
     for anchors in (True, False):
         model = fresh()
-        options = dict(learning_rate=0.3, anchors=anchors)
-        train(model, tmp_path / "1", budget(0.5, **options), rows=first, max_steps=40)
-        trainer = train(model, tmp_path / "2", budget(0.5, **options), rows=second, max_steps=40)
-        after[anchors] = trainer.evaluate(first)["eval_loss"]
-    assert after[True] < after[False]
+        train(model, tmp_path / "1", budget(0.5, learning_rate=0.3), rows=first, max_steps=40)
+        learned = copy.deepcopy(Ledger.of(model.peft_config["default"]).anchors)
+        train(model, tmp_path / "2", budget(0.5, learning_rate=0.3, anchors=anchors), rows=second, max_steps=40)
+        values = {layer.name: layer.curlora_U["default"].weight.detach() for layer in layers(model)}
+        moved[anchors] = float(learned.penalty(values))
+    assert moved[True] < 0.5 * moved[False]
 
 
 class TestRate:
@@ -373,6 +473,17 @@ class TestRate:
     def test_one_that_does_nothing_is_told(self, tmp_path):
         with pytest.warns(UserWarning, match=r"At learning_rate=2e-05 the adapter will hardly learn"):
             train(fresh(), tmp_path, budget(), learning_rate=2e-5)
+
+    def test_a_trainer_that_trains_again_sets_it_again(self, tmp_path):
+        """The rule goes by the steps. The optimizer is the one of the first time."""
+        callback = budget(0.02)
+        trainer = train(fresh(), tmp_path, callback)
+        first = callback.outcome.learning_rate
+        trainer.args.max_steps = 48
+        trainer.train()
+        allowed = callback.outcome.texts["words"].limit  # what the first has cost, and 2 %
+        assert callback.outcome.learning_rate == pytest.approx(learning_rate(math.log1p(allowed), 48, 4), rel=0.02)
+        assert callback.outcome.learning_rate < 0.8 * first
 
     @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "cosine_with_min_lr"])
     def test_schedules_and_warm_up(self, tmp_path, schedule):
@@ -515,6 +626,7 @@ class TestBadInput:
 
     def test_per_cent(self):
         assert ForgettingBudget("1 %").limit == pytest.approx(0.01)
+        assert ForgettingBudget(numpy.float32(0.25)).limit == 0.25
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -527,6 +639,13 @@ class TestBadInput:
             ({"texts": ["w1 w2"], "limits": {"general text": 2}}, "would let perplexity rise"),
             ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
             ({"lifetime": 1.0}, "lifetime=1 would let"),
+            ({"damping": 0}, "damping must be a positive number"),
+            ({"batch_size": 0}, "batch_size must be a whole number of 1 or more, got 0"),
+            ({"batch_size": 2.5}, "batch_size must be a whole number of 1 or more, got 2.5"),
+            ({"max_length": 1}, "max_length must be a whole number of 2 or more"),
+            ({"tokens": 0}, "tokens must be a whole number of 2 or more"),
+            ({"seed": -1}, "seed must be a whole number of 0 or more"),
+            ({"strength": "3"}, "strength must be a positive number, got '3'"),
         ],
         ids=str,
     )
@@ -567,8 +686,14 @@ class TestBadInput:
 
     def test_answers_that_are_all_masked(self, tmp_path):
         rows = [{"input_ids": row, "labels": torch.full_like(row, -100)} for row in tokens(batch=8)]
+        model = fresh()
         with pytest.raises(GuardError, match="Every label of 8 examples is masked"):
-            train(fresh(), tmp_path, budget(), rows=rows)
+            train(model, tmp_path, budget(), rows=rows)
+        train(model, tmp_path, budget())
+        learned = matrices(model)
+        with pytest.raises(GuardError, match="Every label of 8 examples is masked"):
+            train(model, tmp_path, budget(), rows=rows)
+        assert same(model, learned)
 
     def test_added_too_late(self, tmp_path):
         model = fresh()

@@ -278,5 +278,5 @@ class TestBadInput:
 
     @pytest.mark.parametrize("rows", [0, 1.5])
     def test_rows(self, rows):
-        with pytest.raises(GuardError, match="rows_per_step must be 1 or more"):
+        with pytest.raises(GuardError, match="rows_per_step must be a whole number of 1 or more"):
             ForgettingBudget(rows_per_step=rows)

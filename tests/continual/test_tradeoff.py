@@ -1,5 +1,7 @@
 """Learning against forgetting, computed from known results."""
 
+import math
+
 import pytest
 
 from curlora.continual.results import MethodResult, TextScore
@@ -106,3 +108,15 @@ def test_it_is_in_the_tables_and_on_the_page():
     assert 'id="limit-2"' in page
     assert "Learning against forgetting over the grid" in page
     assert "Learning against forgetting over the grid" not in render([make_results()])
+
+
+def test_a_run_that_diverged_is_on_no_front_and_is_the_worst():
+    results = study()
+    lora = [method for method in results.methods if method.entry == "lora"]
+    broken = [with_texts(seed, math.nan, 0.001, math.nan) for seed in lora[0].seeds]
+    diverged = lora[0].model_copy(update={"name": "lora@lr=9", "grid": {"lr": 9}, "seeds": broken})
+    methods = [diverged, *results.methods, diverged]
+    known = [point for point in points(study(methods=methods)) if point.method.entry == "lora"]
+    assert math.isnan(known[0].worst.mean)
+    assert math.isnan(known[0].mean.mean)
+    assert [point.method.name for point in front(known)] == ["lora@lr=1", "lora@lr=2"]

@@ -40,6 +40,15 @@ def test_of_a_conversation_what_is_said_counts():
     assert found.tokens == 5
 
 
+def test_what_is_said_is_not_looked_for_in_the_template():
+    """The template begins with a system prompt of its own, and names the roles in words that are said, too."""
+    template = "w92 w1 w97 " + TEMPLATE
+    tokenizer, (row,) = rows(talk("w8", "w1", "w90", "w91", ""), template=template)
+    _, found = rows(talk("w8", "w1", "w90", "w91", ""), template=template)
+    assert tokenizer.decode(row) == "w92 w1 w97 w92 w8 w97 w91 w1 w97 w90 w90 w97 w91 w91 w97 w90 w97"
+    assert found.counted[0].nonzero().flatten().tolist() == [7, 10, 13]
+
+
 def test_of_a_template_that_changes_what_is_said_all_counts():
     changing = TEMPLATE.replace("m.content", "(m.content | replace('w3', 'w4'))")
     _, found = rows(talk("w1", "w2 w3", "w5"), template=changing)

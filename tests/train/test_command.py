@@ -166,6 +166,13 @@ def test_a_finished_folder_is_said_to_be_finished(whole, data, chat_model, guard
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+def test_a_finished_folder_without_the_export_says_how_to_get_it(whole, data, chat_model, guard_file):
+    out, _ = whole
+    done = command(data, *SMALL, model=chat_model, out=out, guard_text=f"a novel={guard_file}", export="merged")
+    assert done.exit_code == 1
+    assert f"curlora convert {out} --to merged --out {out}/merged" in done.stderr
+
+
 def test_other_options_or_data_are_refused(whole, data, chat_model, guard_file, tmp_path):
     out, _ = whole
     common = dict(model=chat_model, out=out)
@@ -505,6 +512,10 @@ BAD = {
     "adapter": ([], {"continue_from": "{chat}"}, "--continue-from"),
     "adapter of another method": ([], {"continue_from": "{ia3}"}, "is an adapter of type IA3, not CURLORA or LORA"),
     "export of LoRA": ([], {"continue_from": "{lora}", "export": "lora"}, "--export lora is for CURLoRA adapters"),
+    "targets that name nothing": ([], {"model": "{chat}", "target_modules": ","}, "--target-modules names no layer"),
+    "targets of no expression": ([], {"model": "{chat}", "target_modules": "("}, "is not a valid regular expression"),
+    "seed": ([], {"model": "{chat}", "seed": "4294967296"}, "--seed must be between 0 and 4294967295, got 4294967296"),
+    "tracker": ([], {"model": "{chat}", "report_to": "paper"}, "--report-to paper: paper is not supported"),
     "bytes": ([], {"model": "{chat}", "eval": "gone.jsonl"}, "gone.jsonl: there is no such file"),
 }
 

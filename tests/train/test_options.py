@@ -131,6 +131,8 @@ def test_prompts_of_a_file(tmp_path):
         (dict(limits={"c": 0.1}, guard_texts={"a": "a.txt", "b": "b.txt"}), "has this name; the names are a, b. Name"),
         (dict(continue_from="adapter", rank=8), "--adapter, --rank and --target-modules apply to a new adapter"),
         (dict(continue_from="adapter", adapter="lora"), "apply to a new adapter only"),
+        (dict(target_modules=[]), "--target-modules names no layer"),
+        (dict(seed=-1), "--seed must be between 0 and 4294967295, got -1"),
         (dict(adapter="dora"), "--adapter must be curlora or lora, got 'dora'"),
         (dict(adapter="lora", export="lora"), "--export lora is for CURLoRA adapters"),
     ],

@@ -7,26 +7,27 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curlora._compat import scale_base_rate
+from curlora.budget.adapter import trained_adapter
 from curlora.budget.examples import Examples
 from curlora.budget.guard_restraint import GuardRestraint
 from curlora.budget.outcome import Outcome
-from curlora.budget.penalty_restraint import PenaltyRestraint, check_base
+from curlora.budget.penalty_restraint import PenaltyRestraint
 from curlora.budget.restraint import Restraint
 from curlora.budget.start import Start
 from curlora.budget.work import WRITTEN
-from curlora.guard.calibration import adapter_of
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
-from curlora.guard.ledger import TextOutcome
+from curlora.guard.ledger import TextOutcome, write_whole
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
@@ -138,12 +139,18 @@ class ForgettingBudget(TrainerCallback):
         if unknown := sorted(set(self.limits) - set(self.texts)):
             raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}.")
         self.lifetime = None if lifetime is None else _share("lifetime", lifetime)
-        if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
-            raise GuardError(f"learning_rate must be a positive number, got {learning_rate!r}.")
-        if not (strength > 0 and math.isfinite(strength)):
-            raise GuardError(f"strength must be a positive number, got {strength!r}.")
-        if not isinstance(rows_per_step, int) or rows_per_step < 1:
-            raise GuardError(f"rows_per_step must be 1 or more, got {rows_per_step!r}.")
+        positive = {"strength": strength, "damping": damping}
+        positive |= {} if learning_rate is None else {"learning_rate": learning_rate}
+        for option, number in positive.items():
+            if not isinstance(number, Real) or not (number > 0 and math.isfinite(number)):
+                raise GuardError(f"{option} must be a positive number, got {number!r}.")
+        whole_numbers = {
+            "rows_per_step": (rows_per_step, 1), "tokens": (tokens, 2), "max_length": (max_length, 2),
+            "batch_size": (batch_size, 1), "seed": (seed, 0),
+        }  # fmt: skip
+        for option, (number, least) in whole_numbers.items():
+            if not isinstance(number, int) or number < least:
+                raise GuardError(f"{option} must be a whole number of {least} or more, got {number!r}.")
         self.strength, self.rows_per_step = strength, rows_per_step
         self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
         self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
@@ -163,7 +170,7 @@ class ForgettingBudget(TrainerCallback):
         model = kwargs["model"]
         if model is None:  # model_init creates it when training begins
             return
-        _check_model(model, self.adapter)
+        trained_adapter(model, self.adapter)
         # TRL casts the adapter of a quantized base model to bfloat16, where small steps round to zero.
         for layer in model.modules():
             if isinstance(layer, CurloraLayer):
@@ -175,22 +182,25 @@ class ForgettingBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         act_first(self)
+        if self._held is not None:  # a training that was interrupted
+            self._held.restraint.on_train_end(args, state, control, **kwargs)
+            self._held = None
         model, processing = kwargs["model"], kwargs.get("processing_class")
-        _check_model(model, self.adapter)
+        adapter, guarded = trained_adapter(model, self.adapter)
         tokenizer = getattr(processing, "tokenizer", processing)
         tokens = self.batch_size * self.max_length
         examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
         self._shown = not args.disable_tqdm if self.progress is None else self.progress
         self.outcome = None
         self._read_texts(model, tokenizer)
-        restraint = self._restraint_of(model, examples)
+        restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
         if state.global_step:
             self._start = self._found(args, state)
             restraint.load_state_dict(self._start.restraint)
             restraint.set_limits(self._start.limits, self.limit)
         else:
             self._start = self._begun(model, restraint)
-            self._write(Path(args.output_dir) / STATE_NAME, state)
+            self._write(self._start, Path(args.output_dir) / STATE_NAME, state)
         self._held = _Held(restraint, lambda: 1.0 + self._worst(model), self._start.before)
         self._set_rate(restraint, args, state, kwargs)
         self._held.on_train_begin(args, state, control, **kwargs)
@@ -221,8 +231,9 @@ class ForgettingBudget(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._start is not None and folder.is_dir():
-            self._write(folder / STATE_NAME, state)
+        if self._start is not None and self._held is not None and folder.is_dir():
+            kept = 1.0 if self._held.kept is None else self._held.kept.scale
+            self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -230,8 +241,9 @@ class ForgettingBudget(TrainerCallback):
         held, start = self._holding, self._start
         assert start is not None
         held.restraint.on_train_end(args, state, control, **kwargs)
+        kept = start.kept if held.unchanged() else 1.0  # resumed from the last step, where it was scaled back already
         held.finish()
-        kept = 1.0 if held.kept is None else held.kept.scale
+        kept *= 1.0 if held.kept is None else held.kept.scale
         texts = {
             name: TextOutcome(
                 before=before,
@@ -249,6 +261,8 @@ class ForgettingBudget(TrainerCallback):
         drift = {} if predicted is None else {"drift": predicted}
         log(self, args, state, control, {**drift, "kept": kept, **rises})
         held.restraint.record(state.global_step, self.outcome)
+        if state.is_world_process_zero:
+            held.restraint.save_record(Path(args.output_dir) / f"checkpoint-{state.global_step}")
         self._held = None
 
     # Helpers of the events
@@ -261,14 +275,12 @@ class ForgettingBudget(TrainerCallback):
             )
         return self._held
 
-    def _restraint_of(self, model: nn.Module, examples: Examples) -> Restraint:
-        """Return the guard of the active CURLoRA adapter, or the penalty on another adapter."""
-        adapter, guarded = _trained_adapter(model, self.adapter)
-        if not guarded:
-            assert isinstance(model, PeftModel)
-            return PenaltyRestraint(
-                model, adapter, self._rows, examples, strength=self.strength, rows_per_step=self.rows_per_step
-            )
+    def _penalty(self, model: nn.Module, adapter: str, examples: Examples) -> Restraint:
+        return PenaltyRestraint(
+            model, adapter, self._rows, examples, strength=self.strength, rows_per_step=self.rows_per_step
+        )
+
+    def _guard(self, model: nn.Module, adapter: str, examples: Examples) -> Restraint:
         return GuardRestraint(
             model, adapter, self._rows, examples, redraw=self.redraw, anchors=self.anchors, damping=self.damping,
             max_length=self.max_length, batch_size=self.batch_size, seed=self.seed, progress=self._shown,
@@ -320,7 +332,8 @@ class ForgettingBudget(TrainerCallback):
         # The number of measurements until all limits hold is unknown, so progress counts only the first as work.
         again = bool(self._measured)
         self._measured = {name: self._measure(model, name, again) for name in self.texts}
-        return max((value / base[name] - 1) / limits[name] for name, value in self._measured.items())
+        shares = [(value / base[name] - 1) / limits[name] for name, value in self._measured.items()]
+        return float(numpy.max(shares))  # the built-in max would overlook a measurement that is not a number
 
     def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
         text, rows = self.texts[name], self._rows.get(name, Rows([]))
@@ -341,8 +354,9 @@ class ForgettingBudget(TrainerCallback):
             for group in optimizer.param_groups
             if any(id(parameter) in trained for parameter in group["params"])
         ]
-        # The user has chosen the rate in the arguments, or made an optimizer.
-        chosen = args.learning_rate != default or any(rate != args.learning_rate for rate in given)
+        # The user has chosen the rate in the arguments, or made an optimizer. A Trainer that trains again has the
+        # optimizer of the last time, at the rate that was set then.
+        chosen = args.learning_rate != default or any(rate not in (args.learning_rate, self._rate) for rate in given)
         rule = None if chosen else restraint.learning_rate(state.max_steps)
         rate = self.learning_rate or rule
         if rate is None:
@@ -365,13 +379,10 @@ class ForgettingBudget(TrainerCallback):
 
     # The state that a resumed training needs
 
-    def _write(self, path: Path, state: TrainerState) -> None:
+    def _write(self, start: Start, path: Path, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            assert self._start is not None
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(path.name + ".partial")
-            partial.write_bytes(self._start.to_bytes())
-            partial.replace(path)
+            write_whole(path, start.to_bytes())
 
     def _found(self, args: TrainingArguments, state: TrainerState) -> Start:
         folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)]
@@ -403,48 +414,14 @@ class _Held(MeasuredLimit):
         super().__init__(restraint.model, lambda: restraint.parameters, measure, max_rise=1.0)
         self.at_start = 1.0
         self.count_from(before)
+        self._begun_with = self._now()
+
+    def unchanged(self) -> bool:
+        """Return whether the parameters are as they were when this run of the training began."""
+        return all(map(torch.equal, self._now(), self._begun_with))
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         return self.restraint.why_nothing(kept) if finite else super().why_nothing(kept, finite)
-
-
-def _check_model(model: nn.Module, adapter: str | None) -> None:
-    """Check that the model can have a budget.
-
-    Raises:
-        GuardError: if the model is an encoder-decoder, if it has no such adapter, or if its base model cannot be had.
-    """
-    base: Any = getattr(model, "get_base_model", lambda: model)()
-    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
-        raise GuardError(
-            f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
-            "model."
-        )
-    if not _trained_adapter(model, adapter)[1]:
-        assert isinstance(model, PeftModel)
-        check_base(model)
-
-
-def _trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
-    """Return the name of the adapter that trains, and whether it is a CURLoRA adapter.
-
-    Raises:
-        GuardError: if the model has no such adapter, or not exactly one CURLoRA adapter is active.
-    """
-    adapters = {name for layer in model.modules() if isinstance(layer, CurloraLayer) for name in layer.curlora_U}
-    if not isinstance(model, PeftModel):
-        if adapters:
-            return adapter_of(model, adapter), True
-        raise GuardError(
-            "The model has no adapter. Add one first: get_peft_model(model, CurloraConfig(...)) or "
-            "get_peft_model(model, LoraConfig(...))."
-        )
-    active = list(model.active_adapters)
-    if adapters & ({adapter} if adapter is not None else set(active)):
-        return adapter_of(model, adapter), True
-    if adapter is not None and adapter not in active:
-        raise GuardError(f"{adapter!r} is not an active adapter of this model; {active} are active. Name one of these.")
-    return adapter or active[0], False
 
 
 def _share(name: str, value: Any) -> float:
@@ -456,11 +433,12 @@ def _share(name: str, value: Any) -> float:
     if isinstance(value, str) and value.strip().endswith("%"):
         with contextlib.suppress(ValueError):  # raised as a GuardError below
             value = float(value.strip()[:-1]) / 100
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+    share = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (share > 0 and math.isfinite(share)):
         raise GuardError(f'{name} must be a positive share, such as 0.01 or "1%" for 1 %, got {value!r}.')
-    if value >= 1:
+    if share >= 1:
         raise GuardError(
-            f"{name}={value:g} would let perplexity rise by {value:.0%}, which limits nothing. For {value:g} % give "
-            f"{value / 100:g}."
+            f"{name}={share:g} would let perplexity rise by {share:.0%}, which limits nothing. For {share:g} % give "
+            f"{share / 100:g}."
         )
-    return float(value)
+    return share

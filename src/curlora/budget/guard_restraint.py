@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
-from curlora.guard.ledger import Ledger, TrainingRecord, digest_of
+from curlora.guard.ledger import Ledger, TrainingRecord, digest_of, write_whole
 from curlora.guard.progress import Shown, part_of
 from curlora.guard.redraw import redraw
 from curlora.guard.texts import Rows
@@ -104,20 +105,22 @@ class GuardRestraint(Restraint):
         return bool(self.ledger.trainings)
 
     def prepare(self, lifetime: float | None) -> float | None:
+        self.examples.check()
         ledger = Ledger.of(self._config)
         if ledger is not None:
             ledger.calibration.check(self.model, self.adapter)
             if ledger.adapter != digest_of(self.layers, self.adapter):
                 raise GuardError(
-                    f"The adapter does not match its ledger ({LEDGER_NAME}): the ledger belongs to another adapter, or "
-                    "the adapter has been trained since without a budget. Load the adapter that the last training with "
-                    "a budget saved, or delete the ledger to count forgetting from the present adapter."
+                    f"The adapter does not match its ledger ({LEDGER_NAME}): its last training with a budget did not "
+                    "come to its end, it has been trained since without a budget, or the ledger belongs to another "
+                    "adapter. Resume that training, load the adapter that the last finished training saved, or delete "
+                    "the ledger to count forgetting from the present adapter."
                 )
         else:
-            self.examples.check()
             if self.redraw:
                 self._redraw()
-            ledger = Ledger(self._calibrate(self._texts, WITH_BACKWARD * self._tokens), Anchors())
+            calibration = self._calibrate(self._texts, WITH_BACKWARD * self._tokens)
+            ledger = Ledger(calibration, Anchors(), adapter=digest_of(self.layers, self.adapter))
         self._ledger = ledger if lifetime is None else dataclasses.replace(ledger, lifetime=lifetime)
         return self._ledger.lifetime
 
@@ -158,7 +161,9 @@ class GuardRestraint(Restraint):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._config.beside.pop(LEDGER_NAME, None)  # it does not match the checkpoints of this training
+        # Until the training is recorded the ledger belongs to the adapter as it was before. So a checkpoint, or an
+        # adapter whose training was interrupted, is not taken for one from which forgetting could be counted.
+        self.ledger.put_beside(self._config)
         self.guard.attach(kwargs["optimizer"])
 
     def logs(self) -> dict[str, float]:
@@ -186,6 +191,11 @@ class GuardRestraint(Restraint):
             steps, outcome.learning_rate, self.budget, outcome.predicted, outcome.kept, outcome.texts
         )
         self.ledger.after(training, digest_of(self.layers, self.adapter)).put_beside(self._config)
+
+    def save_record(self, checkpoint: Path) -> None:
+        folder = checkpoint if self.adapter == "default" else checkpoint / self.adapter
+        if (folder / LEDGER_NAME).exists():
+            write_whole(folder / LEDGER_NAME, self._config.beside[LEDGER_NAME])
 
     @property
     def _config(self) -> CurloraConfig:

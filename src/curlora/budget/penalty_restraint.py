@@ -6,23 +6,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.budget.examples import Examples
 from curlora.budget.learning_rate import lora_learning_rate_of
 from curlora.budget.restraint import Restraint
 from curlora.callbacks.kl_to_base import KLToBaseCallback
-from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import without_adapters
 from curlora.guard.texts import Rows
 
-__all__ = ["PenaltyRestraint", "check_base"]
-
-# Initializations that change the base model's weights when they are made, so that it is not there to compare with.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+__all__ = ["PenaltyRestraint"]
 
 
 class PenaltyRestraint(Restraint):
@@ -35,16 +30,13 @@ class PenaltyRestraint(Restraint):
         model, adapter, rows: see :class:`curlora.budget.restraint.Restraint`.
         examples: the task's examples.
         strength, rows_per_step: see :class:`curlora.callbacks.KLToBaseCallback`.
-
-    Raises:
-        GuardError: if the base model cannot be had by disabling the adapter.
     """
 
     moved: ClassVar[str] = "the adapter"
 
     def __init__(
         self,
-        model: PeftModel,
+        model: nn.Module,
         adapter: str,
         rows: Mapping[str, Rows],
         examples: Examples,
@@ -53,7 +45,6 @@ class PenaltyRestraint(Restraint):
         rows_per_step: int,
     ) -> None:
         super().__init__(model, adapter, rows)
-        check_base(model)
         self.examples = examples
         self.penalty = KLToBaseCallback(Rows.joined(rows.values()), strength, rows_per_step=rows_per_step)
         self._found: list[float] = []
@@ -93,37 +84,3 @@ class PenaltyRestraint(Restraint):
         """Return the mean divergence of the steps since the last log, each on its rows."""
         found, self._found = self._found, []
         return {"kl_to_base": sum(found) / len(found)} if found else {}
-
-
-def check_base(model: PeftModel) -> None:
-    """Check that an adapter trains, and that disabling all adapters gives the base model.
-
-    Raises:
-        GuardError: if nothing is trained, if parameters outside the adapters are trained, if an adapter is a prompt, or
-            if an adapter's initialization has changed the base model's weights.
-    """
-    for name, config in model.peft_config.items():
-        init = getattr(config, "init_lora_weights", None)
-        if isinstance(init, str) and init.lower().startswith(_CHANGE_THE_BASE):
-            raise GuardError(
-                f"Adapter {name!r} has init_lora_weights={init!r}, which changes the base model's weights, so the base "
-                "model is not there to compare with. Use another initialization, such as True."
-            )
-    if model.active_peft_config.is_prompt_learning:
-        kind = model.active_peft_config.peft_type.value
-        raise GuardError(
-            f"{kind} trains a prompt, which a penalty on texts does not reach. Use LoRA, CURLoRA or another adapter of "
-            "the model's layers."
-        )
-    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not before:
-        raise GuardError(
-            "The adapter has no trained parameters. Load it with PeftModel.from_pretrained(..., is_trainable=True)."
-        )
-    with without_adapters(model):
-        outside = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name in before]
-    if outside:
-        raise GuardError(
-            f"{len(outside)} trained parameters are not part of an adapter (the first is {outside[0]}). Once they have "
-            "changed, the base model is not there to compare with. Freeze them: for LoRA, use bias='none'."
-        )

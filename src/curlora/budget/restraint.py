@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -104,8 +106,17 @@ class Restraint(TrainerCallback, ABC):
         """Enter a finished training in the adapter's history, if it has one."""
         return
 
+    def save_record(self, checkpoint: Path) -> None:
+        """Save the history in the checkpoint of the last step as well, which was saved before :meth:`record`."""
+        return
+
     def why_nothing(self, kept: Kept) -> str:
         """Return a message that explains why nothing of the training was kept, although its parameters are finite."""
+        if not math.isfinite(kept.rise):
+            return (
+                "The measure of a text is not a number after training, nor when the whole change is taken back. Check "
+                "the measurement."
+            )
         if kept.rise > 1:
             return (
                 f"The measure of a text has risen by {kept.rise:.3g} times its limit, although the whole change of "

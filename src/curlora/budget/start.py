@@ -21,17 +21,21 @@ class Start:
         base: the texts' measurements of the base model.
         limits: the texts' limits, as relative rises since before the first training.
         restraint: the restraint's state.
+        kept: the share of the change that was kept, if the training has come to its last step; else 1.
     """
 
     before: list[Tensor]
     base: dict[str, float]
     limits: dict[str, float]
     restraint: dict[str, Tensor]
+    kept: float = 1.0
 
     def to_bytes(self) -> bytes:
         tensors = {f"restraint.{name}": value for name, value in self.restraint.items()}
         tensors |= {f"before.{number}": value for number, value in enumerate(self.before)}
-        return pack(tensors, {"base": self.base, "limits": self.limits, "parameters": len(self.before)})
+        return pack(
+            tensors, {"base": self.base, "limits": self.limits, "parameters": len(self.before), "kept": self.kept}
+        )
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Start:
@@ -40,4 +44,4 @@ class Start:
             raise GuardError(f"{where} was written by an earlier version of curlora. Start this training anew.")
         before = [tensors.pop(f"before.{number}") for number in range(about["parameters"])]
         restraint = {name.removeprefix("restraint."): value for name, value in tensors.items()}
-        return cls(before, about["base"], about["limits"], restraint)
+        return cls(before, about["base"], about["limits"], restraint, about.get("kept", 1.0))

@@ -15,7 +15,7 @@ from curlora.callbacks.penalty import PenaltyCallback
 from curlora.guard.evaluating import evaluating, without_adapters
 from curlora.guard.texts import Rows
 
-__all__ = ["KLToBaseCallback", "kl_to_base", "pieces_of"]
+__all__ = ["KLToBaseCallback", "kl_to_base", "pieces_at", "pieces_of"]
 
 
 class KLToBaseCallback(PenaltyCallback):
@@ -70,9 +70,7 @@ class KLToBaseCallback(PenaltyCallback):
             with without_adapters(model):
                 return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
 
-        count, pieces = self.rows_per_step, self.pieces
-        chosen = [pieces[number % len(pieces)] for number in range(step * count, (step + 1) * count)]
-        ids, counted = (pad_sequence(list(parts), batch_first=True) for parts in zip(*chosen, strict=True))
+        ids, counted = pieces_at(self.pieces, step, self.rows_per_step)
         return self.strength * kl_to_base(model, ids, counted, base_logits)
 
 
@@ -86,6 +84,13 @@ def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tenso
     pairs = [both for both in zip(known, known.counted, strict=True) if bool(both[1][1:].any())]
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     return [pairs[i] for i in order.tolist()]
+
+
+def pieces_at(pieces: Sequence[tuple[Tensor, Tensor]], step: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Return the next pieces for a step, with their masks, each of shape ``(rows, length)`` and padded at the end."""
+    chosen = [pieces[number % len(pieces)] for number in range(step * rows, (step + 1) * rows)]
+    ids, counted = (pad_sequence(list(parts), batch_first=True) for parts in zip(*chosen, strict=True))
+    return ids, counted
 
 
 def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ class ScaleBackCallback(MeasuredLimit):
 
     Make the callback before training begins, and before a checkpoint is loaded to resume from. The change is counted
     from the parameters at that moment; for a further training, from the end of the last one. The rise of the measure is
-    always counted from that moment.
+    always counted from that moment. It is measured when the first training begins, in the precision of the training.
 
     Args:
         model: the trained model.
@@ -32,7 +32,8 @@ class ScaleBackCallback(MeasuredLimit):
             scaled back to its initial values, it would predict nothing.
 
     Raises:
-        ValueError: if ``max_rise`` or the measure is not positive, or the model has no trained parameters.
+        ValueError: if ``max_rise`` is not positive, or the model has no trained parameters; when training begins, if
+            the measure is not positive and finite.
     """
 
     def __init__(
@@ -46,4 +47,3 @@ class ScaleBackCallback(MeasuredLimit):
         if not moved:
             raise ValueError("The model has no trained parameters: add its adapter before you make this callback.")
         super().__init__(model, lambda: moved, measure, max_rise)
-        self.measure_start()

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curlora.continual.errors import RunError
+from curlora.guard.evaluating import evaluating
 
 __all__ = ["FOLDER", "keep_frozen_layers", "layers_below", "layers_below_targets"]
 
@@ -210,16 +211,13 @@ def _check_alone(model: Any, decoder: nn.Module, layers: nn.ModuleList, below: i
     forwards = [layer.forward for layer in layers[:below]]
     kept: dict[str, Tensor] = {}
     probe = _Kept(decoder, layers, below, kept)
-    training = model.training
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
         alike = len(kept) == 1 and torch.equal(first, second)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError):  # raised by a model's own code
         alike = False
     finally:
-        model.train(training)
         probe.hook.remove()
         for layer, forward in zip(layers, forwards, strict=False):
             layer.forward = forward

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from curlora.continual.processes import process_state
 from curlora.continual.results import TextScore
+from curlora.guard.evaluating import evaluating
 
 __all__ = ["HeldOut", "measure", "perplexity"]
 
@@ -88,19 +88,6 @@ class HeldOut:
         return f"{self.name} ({len(self.tokens):,} tokens, {how})"
 
 
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module):  # type: ignore[no-untyped-def]
-    training = [model.training for model in models]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for model, was in zip(models, training, strict=True):
-            model.train(was)
-
-
 def measure(
     model: nn.Module,
     text: HeldOut,
@@ -132,7 +119,7 @@ def measure(
     device = next(model.parameters()).device
     state = process_state()
     sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, divergence, tokens
-    with _evaluating(model):
+    with evaluating(model), torch.no_grad():
         for number, (tokens, new) in enumerate(text.scored()):
             if number % state.num_processes == state.process_index:
                 ids = tokens.to(device)[None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import IGNORED
+from curlora.guard.evaluating import evaluating
 
 __all__ = ["fit", "states_and_labels"]
 
@@ -32,15 +33,13 @@ def states_and_labels(model: TaskModel, batches: Iterable[dict[str, Tensor]]) ->
         ``(n,)``.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     states, labels = [], []
-    for batch in batches:
-        batch = {key: value.to(device) for key, value in batch.items()}
-        found = model.states(**batch)
-        states.append(found.to(torch.promote_types(found.dtype, torch.float32)))
-        labels.append(batch["labels"][batch["labels"] != IGNORED])
-    model.train(training)
+    with evaluating(model):
+        for batch in batches:
+            batch = {key: value.to(device) for key, value in batch.items()}
+            found = model.states(**batch)
+            states.append(found.to(torch.promote_types(found.dtype, torch.float32)))
+            labels.append(batch["labels"][batch["labels"] != IGNORED])
     return torch.cat(states), torch.cat(labels)
 
 

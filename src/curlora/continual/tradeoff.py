@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
+
+import numpy
 
 from curlora.continual.results import MethodResult, RunResults, SeedResult, Statistic
 
@@ -94,9 +97,9 @@ def points(results: RunResults) -> list[Point]:
             method.lost(limited),
             method.lost(limited, "rise"),
             method.lost_on(unseen, fmean),
-            method.lost_on(unseen, max),
+            method.lost_on(unseen, numpy.max),  # NaN if any is
             method.lost_on(unseen, fmean, "rise"),
-            method.lost_on(unseen, max, "rise"),
+            method.lost_on(unseen, numpy.max, "rise"),
         )
         for method in results.methods
     ]
@@ -116,6 +119,8 @@ def best_within(known: Sequence[Point], limit: Limit) -> dict[str, Point | None]
 def front(known: Sequence[Point], figure: Callable[[Point], Statistic] = lambda point: point.mean) -> list[Point]:
     """Return the Pareto front: the points that no other point beats in both learning and forgetting.
 
+    Runs whose figures are not finite are left out.
+
     Args:
         known: the points of one entry.
         figure: the measure of forgetting; by default the mean divergence on the texts that no method uses.
@@ -124,7 +129,8 @@ def front(known: Sequence[Point], figure: Callable[[Point], Statistic] = lambda 
         The points in ascending order of ``figure``.
     """
     kept: list[Point] = []
-    for point in sorted(known, key=lambda point: (figure(point).mean, -point.learned.mean)):
+    finite = [point for point in known if math.isfinite(figure(point).mean) and math.isfinite(point.learned.mean)]
+    for point in sorted(finite, key=lambda point: (figure(point).mean, -point.learned.mean)):
         if not kept or point.learned.mean > kept[-1].learned.mean:
             kept.append(point)
     return kept

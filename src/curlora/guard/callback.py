@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,10 +61,10 @@ class GuardCallback(MeasuredLimit):
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         act_first(self)
-        if self.measure is not None and math.isnan(self.at_start):
-            with self.guard.as_calibrated():
-                self.measure_start()
         self.guard.attach(kwargs["optimizer"])
+
+    def as_before(self) -> AbstractContextManager[None]:
+        return self.guard.as_calibrated()
 
     def finish(self) -> None:
         self.guard.detach()

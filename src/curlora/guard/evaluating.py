@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-__all__ = ["evaluating", "without_adapters"]
+__all__ = ["changes_the_base", "evaluating", "without_adapters"]
 
 
 @contextlib.contextmanager
@@ -23,6 +24,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def changes_the_base(initialization: Any) -> bool:
+    """Return whether a LoRA adapter with this ``init_lora_weights`` changes the base model's weights when it is made.
+
+    Disabling such an adapter does not give the base model.
+    """
+    changing = ("pissa", "olora", "corda", "loftq", "lora_ga")
+    return isinstance(initialization, str) and initialization.lower().startswith(changing)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -21,7 +22,7 @@ from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
-__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "digest_of", "pack", "unpack"]
+__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "digest_of", "pack", "unpack", "write_whole"]
 
 _VERSION = 2
 _READ = (1, 2)
@@ -71,7 +72,7 @@ class TrainingRecord:
     @property
     def worst(self) -> float:
         """The largest rise among the texts."""
-        return max(text.rise for text in self.texts.values())
+        return float(numpy.max([text.rise for text in self.texts.values()]))  # NaN if any is
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Ledger:
         """The rest of the lifetime's budget, as a relative rise; ``None`` if there is no such budget."""
         if self.lifetime is None:
             return None
-        return self.lifetime - max(0.0, self.trainings[-1].worst) if self.trainings else self.lifetime
+        return self.lifetime - float(numpy.maximum(0, self.trainings[-1].worst)) if self.trainings else self.lifetime
 
     def after(self, training: TrainingRecord, adapter: str) -> Ledger:
         """Return this ledger with one more training.
@@ -187,6 +188,13 @@ def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(about, sort_keys=True)
     return save(tensors, {"about": text, "digest": _digest(tensors, text)})
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears complete or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def unpack(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

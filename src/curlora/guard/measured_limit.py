@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from curlora._compat import callbacks_around
 from curlora.guard.errors import GuardError
-from curlora.guard.scale_back import scale_to_limit
+from curlora.guard.scale_back import scale_to_limit, with_values
 from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["Kept", "MeasuredLimit", "log"]
@@ -63,13 +64,13 @@ class MeasuredLimit(TrainerCallback):
         self._left: list[Tensor] = []
         self.count_from(self._now())
 
-    def measure_start(self) -> None:
-        """Measure the value from which the rise is counted.
+    def as_before(self) -> AbstractContextManager[None]:
+        """Set the parameters to the values from which the rise is counted, for the duration of a ``with`` statement."""
+        return with_values(self._moved(), self._before)
 
-        Raises:
-            GuardError: if the value is not positive and finite.
-        """
-        self.at_start = self._measured()
+    def _measure_start(self) -> None:
+        with self.as_before():
+            self.at_start = self._measured()
         if not (self.at_start > 0 and math.isfinite(self.at_start)):
             raise GuardError(
                 f"The measure must be a positive, finite number, and is {self.at_start} before training. Check the "
@@ -84,6 +85,9 @@ class MeasuredLimit(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.kept, self._left = None, []
+        # The trainer has prepared the model by now: both measurements are in the precision of its autocast.
+        if self.measure is not None and math.isnan(self.at_start):
+            self._measure_start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # before the last evaluation and checkpoint

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,25 @@ from torch import Tensor
 from curlora.guard.processes import of_first
 from curlora.tuner.sharded import laid_out_like, whole
 
-__all__ = ["scale_to_limit"]
+__all__ = ["scale_to_limit", "with_values"]
+
+
+@contextlib.contextmanager
+def with_values(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Set parameters to other values, and restore them afterwards."""
+    now = [parameter.detach().clone() for parameter in parameters]
+
+    def assign(to: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, to, strict=True):
+                # FSDP2 may have sharded the parameter since.
+                parameter.copy_(laid_out_like(value, parameter).to(device=parameter.device, dtype=parameter.dtype))
+
+    try:
+        assign(values)
+        yield
+    finally:
+        assign(now)
 
 
 @torch.no_grad()

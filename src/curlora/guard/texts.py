@@ -139,7 +139,7 @@ def _is_file(path: str | Path) -> bool:
 
 def _paragraphs(name: str, path: Path) -> list[str]:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         raise GuardError(f"texts[{name!r}]: {path} cannot be read as UTF-8 text: {error}") from error
     return [part for part in content.split("\n\n") if part.strip()] or [""]
@@ -179,20 +179,52 @@ def _conversation(messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> tupl
     """Return the tokens of a conversation, and the mask of those that count.
 
     The content of all messages counts, except that of the system. All tokens count if the tokenizer gives no offsets,
-    or if the formatted text does not contain the content of a message.
+    or if the template changes a message's content.
     """
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     known = bool(getattr(tokenizer, "is_fast", False))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=known)
     ids = list(encoded["input_ids"])
-    said, end = [], 0
-    for message in messages:
-        content = message.get("content")
-        content = content.strip() if isinstance(content, str) else None
-        begin = -1 if content is None else text.find(content, end)
-        if content is None or begin < 0 or not known:
-            return ids, [True] * len(ids)
-        end = begin + len(content)
-        if message.get("role") != "system":
-            said.append((begin, end))
-    return ids, [any(a < end and b > begin for begin, end in said) for a, b in encoded["offset_mapping"]]
+    places = _places(text, messages, tokenizer) if known else None
+    if places is None:
+        return ids, [True] * len(ids)
+    said = [place for place, message in zip(places, messages, strict=True) if message.get("role") != "system"]
+    return ids, [any(max(a, begin) < min(b, end) for begin, end in said) for a, b in encoded["offset_mapping"]]
+
+
+def _places(text: str, messages: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[tuple[int, int]] | None:
+    """Return where the content of each message begins and ends in a formatted conversation.
+
+    The template formats the messages once more with other contents, which occur nowhere else. A search for the contents
+    themselves would find a short one in the words of the template.
+
+    Args:
+        text: the formatted conversation.
+        messages: its messages.
+        tokenizer: the model's tokenizer.
+
+    Returns:
+        The places; ``None`` if a content is not a string, or the template changes it by more than the spaces around it.
+    """
+    contents = [message.get("content") for message in messages]
+    marks = [f"\ue000{number}\ue001" for number in range(len(messages))]
+    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
+    try:
+        rest = tokenizer.apply_chat_template(marked, tokenize=False)
+    except Exception:  # a template may raise any exception
+        return None
+    between = []  # what the template puts before each content, and after the last
+    for mark in marks:
+        before, _, rest = rest.partition(mark)
+        between.append(before)
+    between.append(rest)
+    places, end = [], len(between[0])
+    for content, after in zip(contents, between[1:], strict=True):
+        if not isinstance(content, str):
+            return None
+        kept = next((one for one in (content, content.strip()) if text.startswith(one + after, end)), None)
+        if kept is None:
+            return None
+        places.append((end, end + len(kept)))
+        end += len(kept) + len(after)
+    return places if text.startswith(between[0]) and end == len(text) else None

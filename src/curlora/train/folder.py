@@ -81,16 +81,8 @@ class Folder:
         content = {"identity": self.identity, **record}
         write_whole(self.path / _RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def checkpoint(self, steps: int) -> Path | None:
-        """Return the newest complete checkpoint before the last step, and remove all other checkpoints.
-
-        The checkpoint of the last step is not used: it holds the update after the budget's measurement scaled it back,
-        but not by which factor. Training resumes from the checkpoint before it and repeats the last steps.
-
-        Args:
-            steps: number of steps of the whole training.
-        """
-        shutil.rmtree(self.checkpoints / f"{_CHECKPOINT}{steps}", ignore_errors=True)
+    def checkpoint(self) -> Path | None:
+        """Return the newest complete checkpoint, and remove all other checkpoints."""
         found = newest(self.checkpoints, _CHECKPOINT)
         for path in self.checkpoints.glob(f"{_CHECKPOINT}*"):
             if path != found:

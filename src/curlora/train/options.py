@@ -94,10 +94,11 @@ class TrainOptions:
     HELD_OUT_SHARE = 0.05
     HELD_OUT_LEAST = 20
     HELD_OUT_MOST = 200
-    # The tokens taken of each guard text, the tokens of a row, and the rows of a batch.
+    # The tokens taken of each guard text, the tokens of a row, the rows of a batch, and those of a penalty in a step.
     GUARD_TOKENS = 8192
     GUARD_ROW = 128
     GUARD_BATCH = 8
+    PENALTY_ROWS = 4
     REPLIES = 3
     REPLY_TOKENS = 96
 
@@ -116,6 +117,17 @@ class TrainOptions:
         for name in ("epochs", "batch_size", "gradient_accumulation", "max_length"):
             if getattr(self, name) < 1:
                 raise TrainError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.target_modules is not None and not self.target_modules:
+            raise TrainError("--target-modules names no layer: give names separated by commas, or all-linear.")
+        if isinstance(self.target_modules, str):
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise TrainError(
+                    f"--target-modules {self.target_modules!r} is not a valid regular expression: {error}."
+                ) from error
+        if not 0 <= self.seed < 2**32:
+            raise TrainError(f"--seed must be between 0 and {2**32 - 1}, got {self.seed}.")
         if self.max_length < 2:
             raise TrainError("--max-length must be at least 2, a token of the prompt and one of the answer, got 1.")
         if self.learning_rate is not None and not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):

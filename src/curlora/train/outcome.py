@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from pydantic import BaseModel, ConfigDict
 
 from curlora.guard import TextOutcome
@@ -42,7 +44,9 @@ class Budget(_Part):
     @property
     def worst(self) -> tuple[str, TextOutcome]:
         """The name and outcome of the text that is closest to its limit, or furthest above it."""
-        return max(self.texts.items(), key=lambda pair: pair[1].rise - pair[1].limit)
+        beyond = {name: text.rise - text.limit for name, text in self.texts.items()}
+        name = max(beyond, key=lambda name: math.inf if math.isnan(beyond[name]) else beyond[name])
+        return name, self.texts[name]
 
     @property
     def within(self) -> bool:

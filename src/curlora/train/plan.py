@@ -174,18 +174,24 @@ def _memory(options: TrainOptions, base: Base, plain: Any, model: Any, train: Sp
     arguments = {"bf16": base.bf16, "gradient_checkpointing": with_checkpointing(options)}
     words = base.config.get_text_config().vocab_size
     logits = min(batch * train.longest, _PIECE[0]) * min(words, _PIECE[1]) * _FLOAT32 * _COPIES[device]
-    looked_at = max(options.GUARD_BATCH * options.GUARD_ROW, train.longest) if base.guarded else options.GUARD_ROW
+    # A batch of the guard is counted as one row, which is the most that it can need.
+    rows, length = (1, max(options.GUARD_BATCH * options.GUARD_ROW, train.longest)) if base.guarded else (
+        options.PENALTY_ROWS, options.GUARD_ROW
+    )  # fmt: skip
     try:
         kept = kept_for_backward(model, plain, batch, train.longest, arguments, device)
-        guard = kept_for_backward(model, plain, 1, looked_at, {"bf16": base.bf16}, device)
+        guard = kept_for_backward(model, plain, rows, length, {"bf16": base.bf16}, device)
     except UnknownError:
         kept = guard = None
     if guard is not None:
         size = 2 if base.bf16 else _FLOAT32
         # The guard keeps the outputs of all adapted layers until it has their gradients.
         outputs = sum(in_out_features(m.get_base_layer())[1] for m in model.modules() if isinstance(m, CurloraLayer))
-        guard += looked_at * (outputs * size + words * _FLOAT32 * _GUARD_COPIES)
-    return Memory(weights, 4 * _bytes(p for p in model.parameters() if p.requires_grad), kept, logits, guard)
+        guard += rows * length * (outputs * size + words * _FLOAT32 * _GUARD_COPIES)
+    trained = 4 * _bytes(p for p in model.parameters() if p.requires_grad)
+    if guard is not None and not base.guarded:
+        guard += trained  # the penalty runs in a step, beside the optimizer's state
+    return Memory(weights, trained, kept, logits, guard)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
+from transformers.integrations import get_reporting_integration_callbacks
 
 from curlora.continual.sequence import Progress, Silent
 from curlora.convert import save_as_lora, save_merged
@@ -64,6 +65,10 @@ def prepare(options: TrainOptions) -> Prepared:
             "curlora train runs in one process. For several GPUs, pass curlora.ForgettingBudget to TRL's SFTTrainer in "
             "your own script, and start the script with accelerate launch."
         )
+    try:
+        get_reporting_integration_callbacks([name for name in options.report_to if name not in ("none", "all")])
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise TrainError(f"--report-to {' '.join(options.report_to)}: {error}") from error
     base = find_base(options)
     examples = read_examples(options, base)
     folder = Folder(options.out, {**options.identity(), "data": examples.sha256, "guard_texts": _digests(options)})
@@ -75,16 +80,25 @@ def finished(prepared: Prepared) -> TrainOutcome | None:
     """Return the outcome of the training in the output folder; ``None`` if it is not finished.
 
     Raises:
-        TrainError: if the folder belongs to another training, or another version of curlora wrote its outcome.
+        TrainError: if the folder belongs to another training, another version of curlora wrote its outcome, or it
+            lacks the export that is asked for.
     """
     record = prepared.folder.record() or {}
+    if "outcome" not in record:
+        return None
     try:
-        return TrainOutcome.model_validate(record["outcome"]) if "outcome" in record else None
+        outcome = TrainOutcome.model_validate(record["outcome"])
     except ValidationError as error:
         raise TrainError(
             f"--out {prepared.options.out} holds a finished training, but this version of curlora cannot read its "
             "training.json: choose another folder."
         ) from error
+    export, out = prepared.options.export, prepared.options.out
+    if export not in (None, outcome.exported):
+        convert = f"curlora convert {out} --to {export} --out {out / export}"
+        remedy = f"Export its adapter: {convert}" if prepared.base.guarded else "Merge its adapter with PEFT."
+        raise TrainError(f"--out {out} holds a finished training, which was run without --export {export}. {remedy}")
+    return outcome
 
 
 def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: Silent()) -> TrainOutcome:

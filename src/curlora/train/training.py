@@ -74,11 +74,12 @@ class Training:
             tokens=options.GUARD_TOKENS,
             max_length=guard_row(base),
             batch_size=options.GUARD_BATCH,
+            rows_per_step=options.PENALTY_ROWS,
             seed=options.seed,
             progress=guard,
         )
         self.folder = folder
-        self.checkpoint = folder.checkpoint(plan.steps)
+        self.checkpoint = folder.checkpoint()
         arguments = SFTConfig(
             output_dir=str(folder.checkpoints),
             num_train_epochs=options.epochs,

@@ -244,3 +244,16 @@ def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one(guarded_pat
         row = Answers("row", text.rows[i], lengths=lengths[i : i + 1], prompt_lengths=prompts[i : i + 1])
         expected = 3.0 * measure(adapted, row, base_logits).drift
         assert float(plugin.penalty(TaskModel(adapted)).detach()) == pytest.approx(expected, rel=1e-4)
+    single = []
+    for plugin.step in (2, 3):  # the rows of the second step, if each step takes two
+        _, counted = plugin.pieces[plugin.step % 3]
+        single.append((float(plugin.penalty(TaskModel(adapted)).detach()), int(counted[1:].sum())))
+    plugin.rows_per_step, plugin.step = 2, 1
+    expected = sum(found * count for found, count in single) / sum(count for _, count in single)
+    assert float(plugin.penalty(TaskModel(adapted)).detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [{"strength": 0}, {"strength": 1, "tokens": 1}, {"strength": 1, "rows_per_step": 0}])
+def test_the_penalty_refuses_what_it_cannot_do(wrong):
+    with pytest.raises(ValueError, match="kl_to_base needs"):
+        KLToBase(**wrong)

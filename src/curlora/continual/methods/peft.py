@@ -22,7 +22,7 @@ import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 from curlora.continual.problems import unknown_names
-from curlora.guard.evaluating import without_adapters
+from curlora.guard.evaluating import changes_the_base, without_adapters
 
 __all__ = ["Peft", "peft_types"]
 
@@ -172,10 +172,7 @@ class Peft(Method):
 
     def _changes_the_base(self) -> bool:
         """Whether disabling the adapter does not give the base model: its weights or biases are changed."""
-        start = str(self.options.get("init_lora_weights", "")).lower()
-        return start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) or (
-            self.options.get("bias", "none") != "none"
-        )
+        return changes_the_base(self.options.get("init_lora_weights")) or self.options.get("bias", "none") != "none"
 
     def save(self, model: nn.Module, directory: Path) -> int:
         peft_model: Any = model

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from curlora.continual.plugins.base import TaskContext
 from curlora.continual.task_model import TaskModel
+from curlora.guard.evaluating import evaluating
 
 __all__ = ["answering", "diverged", "examples_of", "trained"]
 
@@ -25,15 +26,11 @@ def answering(model: TaskModel, batches: Iterable[dict[str, Tensor]]) -> Iterato
         batches: the batches; of one example each if per-example gradients are needed.
     """
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         yield (
             [answer.logits for answer in model.answers(**{key: value.to(device) for key, value in batch.items()})]
             for batch in batches
         )
-    finally:
-        model.train(training)
 
 
 def diverged(model: TaskModel) -> bool:

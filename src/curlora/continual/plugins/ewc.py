@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -35,7 +36,7 @@ class EWC(Plugin):
 
     def __init__(self, strength: float, examples: int = 200) -> None:
         strength = float(strength)  # YAML reads 1e3 as a string
-        if strength <= 0 or not isinstance(examples, int) or examples < 1:
+        if not (strength > 0 and math.isfinite(strength)) or not isinstance(examples, int) or examples < 1:
             raise ValueError(f"ewc needs a positive strength and at least 1 example, got {strength=} and {examples=}")
         self.strength = strength
         self.examples = examples

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from curlora.callbacks.kl_to_base import kl_to_base, pieces_of
+from curlora.callbacks.kl_to_base import kl_to_base, pieces_at, pieces_of
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.task_model import TaskModel
 
@@ -16,34 +16,42 @@ __all__ = ["KLToBase"]
 
 
 class KLToBase(Plugin):
-    """Adds ``strength * KL(base || model)`` on a piece of the recipe's ``guard`` text to the loss of every step.
+    """Adds ``strength * KL(base || model)`` on pieces of the recipe's ``guard`` text to the loss of every step.
 
     This is learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with a general text in
     place of the new task's data. It costs two more forward passes and one backward pass per step. The pieces of the
-    text are used in turn. Full fine-tuning, and adapters that change the base model's weights, need a second copy of
-    the base model for it.
+    text are used in turn, in a random order. Full fine-tuning, and adapters that change the base model's weights, need
+    a second copy of the base model for it.
 
     Args:
         strength: factor of the penalty, which is in nats per token, relative to the mean loss of a batch.
-        tokens: the most tokens of the piece that is used at a step.
+        tokens: the most tokens of a piece.
+        rows_per_step: the number of pieces in a step.
 
     Raises:
-        ValueError: if ``strength`` is not positive or ``tokens`` less than 2.
+        ValueError: if ``strength`` or ``rows_per_step`` is not positive, or ``tokens`` less than 2.
     """
 
     needs_guard_text: ClassVar[bool] = True
 
-    def __init__(self, strength: float, tokens: int = 128) -> None:
+    def __init__(self, strength: float, tokens: int = 128, rows_per_step: int = 1) -> None:
         self.strength = float(strength)
         if not (self.strength > 0 and math.isfinite(self.strength)) or not isinstance(tokens, int) or tokens < 2:
             raise ValueError(f"kl_to_base needs a positive strength and 2 tokens or more, got {strength=} {tokens=}")
-        self.tokens = tokens
+        if not isinstance(rows_per_step, int) or rows_per_step < 1:
+            raise ValueError(f"kl_to_base needs 1 row per step or more, got {rows_per_step=}")
+        self.tokens, self.rows_per_step = tokens, rows_per_step
         self.pieces: list[tuple[Tensor, Tensor]] = []
         self.step = 0
         self.base_logits: Callable[[Tensor, int], Tensor] | None = None
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "kl_to_base", "strength": self.strength, "tokens": self.tokens}
+        return {
+            "name": "kl_to_base",
+            "strength": self.strength,
+            "tokens": self.tokens,
+            "rows_per_step": self.rows_per_step,
+        }
 
     def before_task(self, context: TaskContext) -> None:
         assert context.guard_text is not None  # checked by the recipe
@@ -56,5 +64,5 @@ class KLToBase(Plugin):
     def penalty(self, model: TaskModel) -> Tensor | None:
         if self.base_logits is None:  # only heads are trained, so the model cannot drift
             return None
-        row, counted = self.pieces[self.step % len(self.pieces)]
-        return self.strength * kl_to_base(model.language_model, row[None], counted[None], self.base_logits)
+        ids, counted = pieces_at(self.pieces, self.step, self.rows_per_step)
+        return self.strength * kl_to_base(model.language_model, ids, counted, self.base_logits)

@@ -1,0 +1,83 @@
+"""The adapter that trains under a budget, and whether it can have one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from curlora.guard.calibration import adapter_of
+from curlora.guard.errors import GuardError
+from curlora.guard.evaluating import changes_the_base, without_adapters
+from curlora.tuner.layer import CurloraLayer
+
+__all__ = ["trained_adapter"]
+
+
+def trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
+    """Return the name of the adapter that trains, and whether it is a CURLoRA adapter.
+
+    Args:
+        model: the model with its adapters.
+        adapter: the adapter's name; the active one if ``None``.
+
+    Raises:
+        GuardError: if the model is an encoder-decoder, if it has no such adapter, if not exactly one CURLoRA adapter is
+            active, or if disabling another adapter does not give the base model.
+    """
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise GuardError(
+            f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
+            "model."
+        )
+    curlora = {name for layer in model.modules() if isinstance(layer, CurloraLayer) for name in layer.curlora_U}
+    if not isinstance(model, PeftModel):
+        if curlora:
+            return adapter_of(model, adapter), True
+        raise GuardError(
+            "The model has no adapter. Add one first: get_peft_model(model, CurloraConfig(...)) or "
+            "get_peft_model(model, LoraConfig(...))."
+        )
+    active = list(model.active_adapters)
+    if curlora & ({adapter} if adapter is not None else set(active)):
+        return adapter_of(model, adapter), True
+    if adapter is not None and adapter not in active:
+        raise GuardError(f"{adapter!r} is not an active adapter of this model; {active} are active. Name one of these.")
+    _check_base(model)
+    return adapter or active[0], False
+
+
+def _check_base(model: PeftModel) -> None:
+    """Check that an adapter trains, and that disabling all adapters gives the base model.
+
+    Raises:
+        GuardError: if nothing is trained, if parameters outside the adapters are trained, if an adapter is a prompt, or
+            if an adapter's initialization has changed the base model's weights.
+    """
+    for name, config in model.peft_config.items():
+        init = getattr(config, "init_lora_weights", None)
+        if changes_the_base(init):
+            raise GuardError(
+                f"Adapter {name!r} has init_lora_weights={init!r}, which changes the base model's weights, so the base "
+                "model is not there to compare with. Use another initialization, such as True."
+            )
+    if model.active_peft_config.is_prompt_learning:
+        kind = model.active_peft_config.peft_type.value
+        raise GuardError(
+            f"{kind} trains a prompt, which a penalty on texts does not reach. Use LoRA, CURLoRA or another adapter of "
+            "the model's layers."
+        )
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not before:
+        raise GuardError(
+            "The adapter has no trained parameters. Load it with PeftModel.from_pretrained(..., is_trainable=True)."
+        )
+    with without_adapters(model):
+        outside = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name in before]
+    if outside:
+        raise GuardError(
+            f"{len(outside)} trained parameters are not part of an adapter (the first is {outside[0]}). Once they have "
+            "changed, the base model is not there to compare with. Freeze them: for LoRA, use bias='none'."
+        )
