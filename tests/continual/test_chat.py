@@ -12,8 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from curlora.continual.chat import closing_token
 from curlora.continual.conversations import trained_turns
 from curlora.continual.data import TaskPart, read_task
-from curlora.continual.tasks import IGNORED, ChatTask, TaskError
+from curlora.continual.tasks import ChatTask, TaskError
 from curlora.demo import assets
+from curlora.guard.texts import IGNORED
 from tests.models import word_tokenizer
 
 CHATML = (

@@ -5,13 +5,17 @@ import math
 import pytest
 import torch
 
-from curlora.continual.heldout import HeldOut, measure, perplexity
+from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import make_method
 from tests.models import VOCABULARY, gpt2, llama
 
 
 def text(length, seed=0):
     return torch.randint(0, VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def perplexity(model, tokens, window, stride=None):
+    return measure(model, HeldOut("text", tokens, window, stride)).perplexity
 
 
 def positions(tokens, window, stride):

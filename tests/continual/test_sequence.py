@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from curlora.continual.heldout import HeldOut, measure, perplexity
+from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import make_method
 from curlora.continual.sequence import BaseScores, MethodRun, encode, work_of
 from curlora.continual.settings import Settings
@@ -102,7 +102,7 @@ def test_the_saved_files_reproduce_the_reported_figures(method, tokenizer, tmp_p
         assert score.accuracy == right / len(task.evaluation)
         assert score.loss == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert result.text()[-1].perplexity == pytest.approx(
-        perplexity(model.language_model, HELDOUT.tokens, window=16), rel=1e-6
+        measure(model.language_model, HeldOut("text", HELDOUT.tokens, window=16)).perplexity, rel=1e-6
     )
 
 

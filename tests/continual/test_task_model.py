@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounter
 from curlora import CurloraConfig
 from curlora.continual.batches import Collator
 from curlora.continual.task_model import TaskModel
-from curlora.continual.tasks import IGNORED, ClassificationTask, CompletionTask
+from curlora.continual.tasks import ClassificationTask, CompletionTask
+from curlora.guard.texts import IGNORED
 from tests.models import BASES, llama, word_tokenizer
 
 

@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curlora.continual.tasks import IGNORED, ChatTask, ClassificationTask, CompletionTask, TaskError
+from curlora.continual.tasks import ChatTask, ClassificationTask, CompletionTask, TaskError
+from curlora.guard.texts import IGNORED
 from tests.models import word_tokenizer
 
 

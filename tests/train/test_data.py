@@ -8,8 +8,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from curlora.guard.texts import IGNORED
 from curlora.train import TrainError, TrainOptions
-from curlora.train.data import IGNORED, read_examples
+from curlora.train.data import read_examples
 from curlora.train.model import find_base
 from tests.train.conftest import conversations, write_lines
 

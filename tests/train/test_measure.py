@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from curlora.train.data import IGNORED, Prompt, Split
+from curlora.guard.texts import IGNORED
+from curlora.train.data import Prompt, Split
 from curlora.train.measure import measure
 from tests.models import llama, word_tokenizer
 

@@ -11,11 +11,11 @@ from torch.utils.data import IterableDataset
 
 from curlora.guard.errors import GuardError
 from curlora.guard.processes import rank_and_count
+from curlora.guard.texts import IGNORED
 
 __all__ = ["Examples"]
 
 COUNT = 128
-_IGNORED = -100
 
 
 class Examples:
@@ -66,7 +66,7 @@ class Examples:
             GuardError: if every label is masked.
         """
         batches = self._batches
-        if self.problem is None and not any(bool((batch["labels"] != _IGNORED).any()) for batch in batches):
+        if self.problem is None and not any(bool((batch["labels"] != IGNORED).any()) for batch in batches):
             raise GuardError(
                 f"Every label of {len(self._chosen)} examples is masked (-100), so there is nothing to learn: are "
                 "the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
@@ -118,5 +118,5 @@ def _labelled(batch: Any) -> dict[str, Tensor] | None:
             return None
         half = len(mask) // 2  # TRL puts the rejected answers into the second half
         found = {key: value[:half] for key, value in found.items()}
-        found["labels"] = found["input_ids"].masked_fill(mask[:half] == 0, _IGNORED)
+        found["labels"] = found["input_ids"].masked_fill(mask[:half] == 0, IGNORED)
     return found if found["labels"].shape == found["input_ids"].shape else None

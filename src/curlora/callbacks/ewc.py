@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from curlora.callbacks.penalty import PenaltyCallback
 from curlora.guard.evaluating import evaluating
+from curlora.guard.texts import IGNORED
 
 __all__ = ["Consolidated", "EWCCallback", "drawn_gradients", "fisher_diagonal"]
-
-_IGNORED = -100
 
 
 class EWCCallback(PenaltyCallback):
@@ -214,5 +213,5 @@ def _answered(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
     labels = moved.pop("labels")
     logits: Tensor = model(**moved).logits
     if logits.ndim == 2:
-        return logits[labels != _IGNORED]
-    return logits[:, :-1][labels[:, 1:] != _IGNORED]  # a causal model predicts the next token
+        return logits[labels != IGNORED]
+    return logits[:, :-1][labels[:, 1:] != IGNORED]  # a causal model predicts the next token

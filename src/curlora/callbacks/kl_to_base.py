@@ -63,12 +63,12 @@ class KLToBaseCallback(PenaltyCallback):
         if self.base is None and not isinstance(model, PeftModel):
             raise ValueError("The model has no adapter that can be disabled: pass the base model too (base=...).")
 
-        def base_logits(ids: Tensor, kept: int) -> Tensor:
+        def base_logits(ids: Tensor) -> Tensor:
             if self.base is not None:
                 base: Any = self.base.to(ids.device)
-                return base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+                return base(input_ids=ids, use_cache=False).logits
             with without_adapters(model):
-                return model(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
+                return model(input_ids=ids, use_cache=False).logits
 
         ids, counted = pieces_at(self.pieces, step, self.rows_per_step)
         return self.strength * kl_to_base(model, ids, counted, base_logits)
@@ -93,7 +93,7 @@ def pieces_at(pieces: Sequence[tuple[Tensor, Tensor]], step: int, rows: int) -> 
     return ids, counted
 
 
-def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Callable[[Tensor, int], Tensor]) -> Tensor:
+def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Callable[[Tensor], Tensor]) -> Tensor:
     """Return ``KL(base || model)`` of the next-token predictions: the mean over the tokens that count, in nats.
 
     Both models run in evaluation mode, without dropout: its noise is no divergence.
@@ -103,8 +103,7 @@ def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Call
         ids: rows of tokens, shape ``(rows, length)``, on any device. Shorter rows are padded with any token at the end,
             which no earlier token sees.
         counted: the mask of tokens that count, bool, shape ``(rows, length)``. A token after a row's first must count.
-        base_logits: called with ``ids`` and a number. Returns the base model's logits at that many last positions,
-            shape ``(rows, number, vocabulary)``.
+        base_logits: called with ``ids``. Returns the base model's logits, shape ``(rows, length, vocabulary)``.
 
     Returns:
         The divergence, a scalar tensor with a gradient.
@@ -113,6 +112,6 @@ def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Call
     ids, foretold = ids.to(device), counted[:, 1:].to(device)
     with evaluating(model):
         with torch.no_grad():
-            base = base_logits(ids, ids.shape[1])[:, :-1][foretold].float().log_softmax(-1)
+            base = base_logits(ids)[:, :-1][foretold].float().log_softmax(-1)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1][foretold]
     return nn.functional.kl_div(logits.float().log_softmax(-1), base, reduction="batchmean", log_target=True)

@@ -11,7 +11,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from curlora.continual.tasks import IGNORED, Row
+from curlora.continual.tasks import Row
+from curlora.guard.texts import IGNORED
 
 __all__ = ["Collator", "LengthGrouped"]
 

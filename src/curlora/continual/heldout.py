@@ -14,7 +14,7 @@ from curlora.continual.processes import process_state
 from curlora.continual.results import TextScore
 from curlora.guard.evaluating import evaluating
 
-__all__ = ["HeldOut", "measure", "perplexity"]
+__all__ = ["HeldOut", "measure"]
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,6 @@ def measure(
         return TextScore(perplexity=math.exp(loss / count), drift=_floor(divergence / count))
     except OverflowError:  # a model that diverged
         return TextScore(perplexity=math.inf, drift=divergence / count)
-
-
-def perplexity(model: nn.Module, tokens: Tensor, *, window: int = 512, stride: int | None = None) -> float:
-    """Return only the perplexity; see :func:`measure`."""
-    return measure(model, HeldOut("text", tokens, window, stride)).perplexity
 
 
 def _divergence(base: Tensor, logits: Tensor) -> float:

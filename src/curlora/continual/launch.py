@@ -21,9 +21,9 @@ from curlora.continual.protocol import Protocol
 from curlora.continual.recipe import MethodPart, Recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
-from curlora.continual.sequence import Progress, Silent
 from curlora.continual.storage import write_whole
 from curlora.continual.workers import ray_workers
+from curlora.guard.progress import Progress, Silent
 
 __all__ = ["build", "run_recipe"]
 

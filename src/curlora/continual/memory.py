@@ -16,7 +16,8 @@ from curlora.continual.checks import Adapted
 from curlora.continual.methods import Method
 from curlora.continual.processes import process_state
 from curlora.continual.sequence import Encoded
-from curlora.continual.tasks import IGNORED, Row
+from curlora.continual.tasks import Row
+from curlora.guard.texts import IGNORED
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["Memory", "UnknownError", "estimate", "kept_for_backward"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from curlora.continual.task_model import TaskModel
-from curlora.continual.tasks import IGNORED
 from curlora.guard.evaluating import evaluating
+from curlora.guard.texts import IGNORED
 
 __all__ = ["fit", "states_and_labels"]
 

@@ -37,13 +37,14 @@ from curlora.continual.results import (
     environment,
     name_of,
 )
-from curlora.continual.sequence import BaseScores, Encoded, MethodRun, Progress, Silent, encode, in_order, work_of
+from curlora.continual.sequence import BaseScores, Encoded, MethodRun, encode, in_order, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
 from curlora.continual.storage import is_disk_full, write_whole
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, Task
 from curlora.continual.trainer import TaskTrainer
+from curlora.guard.progress import Progress, Silent
 
 __all__ = ["Base", "Finished", "Job", "Runner", "Stream", "jobs_of", "measured_base", "run_job", "run_stream"]
 

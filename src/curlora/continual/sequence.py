@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -28,36 +27,17 @@ from curlora.continual.storage import sync
 from curlora.continual.task_model import HEAD_SEED, TaskModel
 from curlora.continual.tasks import Row, Task
 from curlora.continual.trainer import TaskTrainer, steps_of
+from curlora.guard.progress import Portion, Progress
 
 __all__ = [
     "BaseScores",
     "Encoded",
     "MethodRun",
-    "Progress",
-    "Silent",
     "encode",
     "in_order",
     "trained_by",
     "work_of",
 ]
-
-
-class Progress(Protocol):
-    """Interface that is told of a run's progress."""
-
-    def stage(self, text: str) -> None:
-        """Called when a stage of the run starts."""
-
-    def advance(self, units: float) -> None:
-        """Called when ``units`` more of :func:`work_of` are done."""
-
-
-class Silent:
-    """A progress that reports nothing."""
-
-    def stage(self, text: str) -> None: ...
-
-    def advance(self, units: float) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -227,7 +207,7 @@ class MethodRun:
             raise RunError(f"method {method.name!r} cannot be applied to this model: {error}") from error
         self.model = TaskModel(adapted.to(process_state().device))
         self.state = State(directory)
-        self._left = 0.0
+        self._part = Portion(progress.advance)
         self._begun = 0  # number of tasks that have begun; the last one with everything it starts with
         self.plugins: list[Plugin] = [make() for make in method.plugins]
         self.base_logits = method.base_logits(self.model.model, load_model) if method.trains_backbone else None
@@ -371,7 +351,9 @@ class MethodRun:
             if self.base_logits is None:
                 scores[text.name] = [*known, known[0]]
             else:
-                new = measure(self.model.language_model, text, self.base_logits, lambda: self._advance(_WINDOW_UNITS))
+                new = measure(
+                    self.model.language_model, text, self.base_logits, lambda: self._part.advance(_WINDOW_UNITS)
+                )
                 scores[text.name] = [*known, new]
         self._add(scores=[*self.result.scores, row], heldout=scores)
 
@@ -391,9 +373,9 @@ class MethodRun:
             self.state.checkpoints(part.number),
             self.directory / "logs" / part.task.name,
             self.plugins,
-            on_step=lambda: self._advance(units),
-            on_prediction_step=lambda: self._advance(1.0),
-            on_generated=lambda tokens: self._advance(tokens * _TOKEN_UNITS),
+            on_step=lambda: self._part.advance(units),
+            on_prediction_step=lambda: self._part.advance(1.0),
+            on_generated=lambda tokens: self._part.advance(tokens * _TOKEN_UNITS),
         )
 
     def _add(self, **changes: object) -> None:
@@ -408,14 +390,9 @@ class MethodRun:
     @contextlib.contextmanager
     def _portion(self, work: float) -> Iterator[None]:
         """Report ``work`` units in total, even if less was left to do because the run was resumed."""
-        self._left = work
+        self._part = Portion(self.progress.advance, work)
         yield
-        self._advance(self._left)
-
-    def _advance(self, units: float) -> None:
-        units = min(units, self._left)
-        self._left -= units
-        self.progress.advance(units)
+        self._part.end()
 
     def _finish(self) -> int:
         heads = {key: value.contiguous() for key, value in self.model.heads.state_dict().items()}

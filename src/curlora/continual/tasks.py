@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from curlora.continual.answer_score import AnswerScore
 from curlora.continual.chat import ChatError, LaidOut, closing_token, lay_out, prompt_of
 from curlora.continual.conversations import Conversation, fault_of, trained_turns
+from curlora.guard.texts import IGNORED
 
 __all__ = [
-    "IGNORED",
     "ChatTask",
     "ClassificationTask",
     "CompletionTask",
@@ -32,7 +32,6 @@ __all__ = [
 Row = dict[str, Any]
 """An encoded example: ``input_ids``, and ``labels``: a class, or for each token the next token (-100: no label)."""
 
-IGNORED = -100
 """The label that torch's losses ignore."""
 
 

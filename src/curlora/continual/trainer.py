@@ -24,7 +24,8 @@ from curlora.continual.results import Score
 from curlora.continual.settings import Settings
 from curlora.continual.storage import mark_complete, newest
 from curlora.continual.task_model import TaskModel
-from curlora.continual.tasks import IGNORED, Row
+from curlora.continual.tasks import Row
+from curlora.guard.texts import IGNORED
 
 __all__ = ["TaskTrainer", "steps_of"]
 

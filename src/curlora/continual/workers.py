@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from curlora.continual.computing import computing
 from curlora.continual.errors import RunError
 from curlora.continual.run import Base, Finished, Job, Runner, jobs_of, measured_base, run_job
-from curlora.continual.sequence import Encoded, Progress, encode, in_order
+from curlora.continual.sequence import Encoded, encode, in_order
+from curlora.guard.progress import Progress
 
 if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe

@@ -19,7 +19,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import evaluating
 from curlora.guard.processes import rank_and_count, sum_over_processes
 from curlora.guard.progress import Shown, stage
-from curlora.guard.texts import Rows
+from curlora.guard.texts import IGNORED, Rows
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
@@ -27,7 +27,6 @@ from curlora.tuner.sharded import reshard
 __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready"]
 
 
-_IGNORED = -100
 _NOTHING = (
     "The text has no two tokens in a row, so there is nothing to predict. Is the text empty, or does the tokenizer "
     "drop it?"
@@ -84,7 +83,7 @@ def pass_over(
     rank, processes = rank_and_count()
     # torch sums the gradient of a parameter over a batch, so the gradient of each row needs batches of one row.
     one_by_one = any(isinstance(layer, ParamWrapper) for layer in layers.values())
-    batches, count = _batches(data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
+    batches, count = _batches(model, data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
     if one_by_one:
         batches, count = _in_rows(batches), None
     device = next(model.parameters()).device
@@ -132,15 +131,15 @@ def perplexity(
             is longer than the model's maximum length.
     """
     rank, processes = rank_and_count()
-    batches, count = _batches(data, tokenizer, max_length, batch_size, rank, processes)
+    batches, count = _batches(model, data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
     loss = torch.zeros(2, dtype=torch.float64, device="cpu")
     with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
         for _, ids, _, answered, logits in _run(model, batches, device):
-            answers = ids[:, 1:].masked_fill(~answered, _IGNORED)
+            answers = ids[:, 1:].masked_fill(~answered, IGNORED)
             for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # row by row, because the logits are large
-                lost = cross_entropy(of_row.float(), answer, ignore_index=_IGNORED, reduction="sum")
-                loss += torch.stack([lost, (answer != _IGNORED).sum()]).cpu()
+                lost = cross_entropy(of_row.float(), answer, ignore_index=IGNORED, reduction="sum")
+                loss += torch.stack([lost, (answer != IGNORED).sum()]).cpu()
             advance(1)
     (loss,) = sum_over_processes([loss], device)
     total, count = loss.tolist()
@@ -170,7 +169,7 @@ def _run(
         begin(mask)
         answered = mask[:, :-1] & mask[:, 1:]  # shape (batch, length - 1)
         if (labels := batch.get("labels")) is not None:
-            answered &= torch.as_tensor(labels, device=device)[:, 1:] != _IGNORED
+            answered &= torch.as_tensor(labels, device=device)[:, 1:] != IGNORED
         yield numbers, inputs["input_ids"], mask, answered, _logits_of(model(**inputs, use_cache=False), mask)
 
 
@@ -242,22 +241,29 @@ def _inputs(
             f"input_ids and attention_mask must both have shape (batch, length), found {tuple(ids.shape)} and "
             f"{tuple(mask.shape)}."
         )
-    base = getattr(model, "get_base_model", lambda: model)()
-    most = getattr(getattr(base, "config", None), "max_position_embeddings", None)
-    # Batches with labels are of a training, which models with rotary positions run beyond this number.
-    if most is not None and "labels" not in batch and ids.shape[1] > most:
-        raise GuardError(
-            f"A row of the text has {ids.shape[1]:,} tokens; the model has {most:,} positions. Give shorter rows, or "
-            "lower max_length."
-        )
+    if "labels" not in batch:  # else it is a batch of a training, which rotary positions let run beyond the number
+        _check_length(model, ids.shape[1])
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"].to(device)
         if given is None:  # packed examples: transformers separates them by positions only if there is no mask
             del inputs["attention_mask"]
-    elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(base.forward).parameters:
+    elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(_base(model).forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
     return inputs, mask.bool() if len(numbers) else torch.zeros_like(mask, dtype=torch.bool)
+
+
+def _base(model: Any) -> Any:
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def _check_length(model: nn.Module, length: int) -> None:
+    most = getattr(getattr(_base(model), "config", None), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise GuardError(
+            f"A row of the text has {length:,} tokens; the model has {most:,} positions. Give shorter rows, or lower "
+            "max_length."
+        )
 
 
 def _logits_of(output: Any, mask: Tensor) -> Tensor:
@@ -301,7 +307,7 @@ def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], se
 
 
 def _batches(
-    data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
+    model: nn.Module, data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
 ) -> tuple[Iterator[tuple[Sequence[int], Mapping[str, Tensor]]], int | None]:
     """Return this process's batches with the numbers of their rows, and the number of batches if it is known.
 
@@ -334,6 +340,7 @@ def _batches(
         for ids, mask in zip(texts, counted, strict=True)
         for i in range(0, len(ids), max_length)
     ]
+    _check_length(model, max((len(ids) for ids, _ in rows), default=0))
     useful = [(number, row) for number, row in enumerate(rows) if len(row[0]) > 1]
     mine = sorted(useful[rank::processes], key=lambda numbered: len(numbered[1][0]))  # by length: less padding
     groups = [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
@@ -380,9 +387,9 @@ def _padded(rows: Sequence[tuple[Sequence[int], Any]]) -> dict[str, Tensor]:
     """
     length = max(len(row) for row, _ in rows)
     ids = torch.zeros(len(rows), length, dtype=torch.long, device="cpu")
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, _IGNORED)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
     for i, (row, counted) in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
-        labels[i, : len(row)] = ids[i, : len(row)].masked_fill(~torch.as_tensor(counted, device="cpu"), _IGNORED)
+        labels[i, : len(row)] = ids[i, : len(row)].masked_fill(~torch.as_tensor(counted, device="cpu"), IGNORED)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -1,14 +1,15 @@
-"""Progress of the guard's own work: as a bar in the terminal, or reported to a function."""
+"""Progress: of a whole run, of a part of it whose work is estimated, and of the stages of the guard's own work."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Protocol
 
 from curlora.guard.processes import rank_and_count
 
-__all__ = ["Advance", "Shown", "part_of", "stage"]
+__all__ = ["Advance", "Portion", "Progress", "Shown", "Silent", "part_of", "stage"]
 
 Advance = Callable[[float], None]
 """A function that is called with the amount of work done since the last call."""
@@ -19,6 +20,46 @@ Shown = bool | Callable[[str, float | None], AbstractContextManager[Advance]]
 The function is called with the name and the total work of each stage; the total is ``None`` if it is unknown. It
 returns a context manager that is open during the stage and yields an :data:`Advance`.
 """
+
+
+class Progress(Protocol):
+    """Interface that is told of a run's progress."""
+
+    def stage(self, text: str) -> None:
+        """Called when a stage of the run starts."""
+
+    def advance(self, units: float) -> None:
+        """Called when ``units`` more of the run's work are done."""
+
+
+class Silent:
+    """A progress that reports nothing."""
+
+    def stage(self, text: str) -> None: ...
+
+    def advance(self, units: float) -> None: ...
+
+
+class Portion:
+    """A part of a run whose work is only estimated: it reports the estimate in total, whatever is done.
+
+    Args:
+        advance: called with the amount of work done since the last call.
+        work: the estimate.
+    """
+
+    def __init__(self, advance: Advance, work: float = 0.0) -> None:
+        self._report, self.left = advance, work
+
+    def advance(self, units: float) -> None:
+        """Report more work, as much as is left of the estimate at most."""
+        units = min(units, self.left)
+        self.left -= units
+        self._report(units)
+
+    def end(self) -> None:
+        """Report all that is left of the estimate."""
+        self.advance(self.left)
 
 
 @contextlib.contextmanager
@@ -39,9 +80,9 @@ def stage(shown: Shown, text: str, total: float | None) -> Iterator[Advance]:
         with shown(text, total) as advance:
             yield advance
     else:
-        from rich.progress import Progress  # here, because it would slow down the import of curlora
+        from rich.progress import Progress as Bars  # here, because it would slow down the import of curlora
 
-        with Progress(transient=True, disable=not shown) as bars:
+        with Bars(transient=True, disable=not shown) as bars:
             task = bars.add_task(text[:1].upper() + text[1:], total=total)
             yield lambda units: bars.advance(task, units)
 
@@ -61,16 +102,9 @@ def part_of(shown: Shown, work: float, name: str | None = None) -> Shown:
 
     @contextlib.contextmanager
     def show(text: str, total: float | None) -> Iterator[Advance]:
-        done = 0.0
         with shown(name or text, work) as advance:
-
-            def told(units: float) -> None:
-                nonlocal done
-                share = min(work * units / total, work - done) if total else 0.0
-                done += share
-                advance(share)
-
-            yield told
-            advance(work - done)
+            part = Portion(advance, work)
+            yield lambda units: part.advance(work * units / total if total else 0.0)
+            part.end()
 
     return show

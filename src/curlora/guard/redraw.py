@@ -16,6 +16,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.model_pass import backward, pass_over, ready
 from curlora.guard.processes import sum_over_processes
 from curlora.guard.progress import Shown, stage
+from curlora.guard.texts import IGNORED
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.weight import device_of, read
@@ -26,7 +27,6 @@ __all__ = ["redraw"]
 _FLOOR = 0.01
 # Relative to the largest gradient of a token in a row. Smaller gradients are rounding errors of float32.
 _ROUNDING = 1e-5
-_IGNORED = -100
 
 
 def redraw(
@@ -143,7 +143,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Any], device: torch.device) -> T
 def _loss_scale(batch: Any) -> float:
     """Return the number of labels that the mean is over, rounded to a power of two to scale without rounding errors."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    count = int((labels != _IGNORED).sum()) if isinstance(labels, Tensor) else 1
+    count = int((labels != IGNORED).sum()) if isinstance(labels, Tensor) else 1
     return 2.0 ** round(math.log2(max(1, count)))
 
 

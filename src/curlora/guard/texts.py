@@ -12,7 +12,10 @@ from torch import Tensor
 
 from curlora.guard.errors import GuardError
 
-__all__ = ["Rows", "Texts", "digest", "named_texts", "rows_of"]
+__all__ = ["IGNORED", "Rows", "Texts", "digest", "named_texts", "rows_of"]
+
+IGNORED = -100
+"""The label of a token that is not learned, as in transformers and in torch's cross-entropy."""
 
 Texts = str | Path | Sequence[Any] | Callable[[], float]
 """The path of a text file; a list of texts, conversations or rows of tokens; or a function that measures the model."""

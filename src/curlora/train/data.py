@@ -15,14 +15,14 @@ from curlora.continual.chat import ChatError, closing_token, lay_out, prompt_of
 from curlora.continual.conversations import Conversation, read_conversations, trained_turns
 from curlora.continual.errors import DataError
 from curlora.continual.read_table import TABLE_SUFFIXES, Place, Table, read_table
+from curlora.guard.texts import IGNORED
 from curlora.hub import no_such_folder
 from curlora.train.errors import TrainError
 from curlora.train.model import Base
 from curlora.train.options import TrainOptions
 
-__all__ = ["IGNORED", "Examples", "Prompt", "Split", "read_examples"]
+__all__ = ["Examples", "Prompt", "Split", "read_examples"]
 
-IGNORED = -100
 """The label of a token that does not count toward the loss: the default ``ignore_index`` of torch's losses."""
 
 Row = dict[str, list[int]]

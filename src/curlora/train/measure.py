@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.generation import generate
 from curlora.guard.evaluating import evaluating
-from curlora.train.data import IGNORED, Prompt, Row, Split
+from curlora.guard.model_pass import perplexity
+from curlora.guard.progress import Advance
+from curlora.guard.texts import IGNORED, Rows
+from curlora.train.data import Prompt, Split
 
 __all__ = ["Measured", "measure"]
 
@@ -41,7 +44,7 @@ def measure(
     reply_tokens: int,
     batch_size: int,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    on_tokens: Callable[[int], None] = lambda tokens: None,
+    on_tokens: Callable[[float], None] = lambda tokens: None,
 ) -> Measured:
     """Compute the loss on held-out examples, and generate greedy replies to prompts.
 
@@ -58,29 +61,16 @@ def measure(
         autocast: returns the context manager that sets the precision.
         on_tokens: called after each batch with the number of tokens that were scored.
     """
-    total = count = 0.0
+    rows = Rows(
+        (torch.tensor(row["input_ids"]) for row in held_out.rows),
+        (torch.tensor(row["labels"]) != IGNORED for row in held_out.rows),
+    )
+
+    @contextmanager
+    def told(_: str, batches: float | None) -> Iterator[Advance]:
+        yield lambda done: on_tokens(held_out.tokens * done / (batches or 1))
+
     with evaluating(model), torch.no_grad(), autocast():
-        for ids, mask, labels in _batches(held_out.rows, batch_size, tokenizer.pad_token_id):
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-            answers = labels[:, 1:].to(logits.device)
-            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # row by row, to save memory
-                trained = answer != IGNORED
-                total += float(cross_entropy(of_row[trained].float(), answer[trained], reduction="sum").double())
-                count += float(trained.sum())
-            on_tokens(int(mask.sum()))
+        found = perplexity(model, rows, max_length=max(2, *map(len, rows)), batch_size=batch_size, progress=told)
         replies = generate(model, tokenizer, [prompt.ids for prompt in prompts], max_new_tokens=reply_tokens, stop=stop)
-    return Measured(total / count, [reply.text for reply in replies])
-
-
-def _batches(rows: Sequence[Row], size: int, pad: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Yield tokens, attention mask and labels, each of shape ``(batch, length)``, with rows sorted by length."""
-    ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
-    for begin in range(0, len(ordered), size):
-        chosen = ordered[begin : begin + size]
-        length = len(chosen[0]["input_ids"])
-        filled = {
-            name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in chosen])
-            for name, value in (("input_ids", pad), ("labels", IGNORED))
-        }
-        mask = torch.tensor([[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in chosen])
-        yield filled["input_ids"], mask, filled["labels"]
+    return Measured(math.log(found), [reply.text for reply in replies])

@@ -20,9 +20,8 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 from transformers.integrations import get_reporting_integration_callbacks
 
-from curlora.continual.sequence import Progress, Silent
 from curlora.convert import save_as_lora, save_merged
-from curlora.guard.progress import Advance
+from curlora.guard.progress import Advance, Portion, Progress, Silent
 from curlora.train.card import write_card
 from curlora.train.data import Examples, read_examples
 from curlora.train.errors import TrainError
@@ -132,10 +131,10 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     options, base, examples, plan, folder = prepared
     replies = len(examples.prompts) * examples.reply_tokens * _WRITING
     bar = progress(_TRAINING * plan.tokens + 2 * (examples.held_out.tokens + replies) + sum(plan.guard_work))
-    guard = _Share(bar)
+    guard = _Guarding(bar)
 
     def begin() -> None:
-        guard.end()
+        guard.part.end()
         bar.stage("training")
         guard.begin(plan.guard_work[1])
 
@@ -158,7 +157,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     before = measured()
     bar.stage("preparing the training")
     ended = training.run()
-    guard.end()
+    guard.part.end()
     bar.stage("held-out examples, after")
     after = measured()
 
@@ -215,28 +214,24 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     return outcome
 
 
-class _Share:
-    """A part of the progress bar whose work is only estimated. :meth:`end` moves the bar to the end of the part."""
+class _Guarding:
+    """The parts of the progress bar that the budget's own work takes.
+
+    Args:
+        bar: the progress bar.
+    """
 
     def __init__(self, bar: Progress) -> None:
-        self.bar, self.left = bar, 0.0
+        self.bar, self.part = bar, Portion(bar.advance)
 
     def begin(self, work: float) -> None:
-        self.left = work
-
-    def end(self) -> None:
-        self.advance(self.left)
-
-    def advance(self, units: float) -> None:
-        units = min(units, self.left)
-        self.left -= units
-        self.bar.advance(units)
+        self.part = Portion(self.bar.advance, work)
 
     @contextlib.contextmanager
     def stage(self, text: str, work: float | None) -> Iterator[Advance]:
         """See :data:`curlora.guard.progress.Shown`."""
         self.bar.stage(text)
-        yield self.advance
+        yield self.part.advance
 
 
 def _export(to: str, out: Path, base: Base, model: Any) -> None:

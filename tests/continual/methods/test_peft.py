@@ -8,9 +8,10 @@ from torch import nn
 
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import make_method
-from curlora.continual.sequence import BaseScores, MethodRun, Silent, encode
+from curlora.continual.sequence import BaseScores, MethodRun, encode
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ClassificationTask
+from curlora.guard.progress import Silent
 from tests.models import VOCABULARY, gpt2, layers, llama, word_examples, word_tokenizer
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}

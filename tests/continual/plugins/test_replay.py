@@ -3,10 +3,11 @@ import torch
 
 from curlora.continual.methods import make_method
 from curlora.continual.plugins import Replay, TaskContext, make_plugin
-from curlora.continual.sequence import BaseScores, MethodRun, Silent, encode
+from curlora.continual.sequence import BaseScores, MethodRun, encode
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import CompletionTask
+from curlora.guard.progress import Silent
 from tests.models import WORDS, llama, word_tokenizer
 
 

@@ -65,4 +65,5 @@ class KLToBase(Plugin):
         if self.base_logits is None:  # only heads are trained, so the model cannot drift
             return None
         ids, counted = pieces_at(self.pieces, self.step, self.rows_per_step)
-        return self.strength * kl_to_base(model.language_model, ids, counted, self.base_logits)
+        logits = self.base_logits
+        return self.strength * kl_to_base(model.language_model, ids, counted, lambda ids: logits(ids, ids.shape[1]))
