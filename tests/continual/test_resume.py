@@ -93,8 +93,7 @@ def test_cut_off_at_one_write_after_another(recipe, tmp_path, monkeypatch):
     # Files, folders and marks are written to the disk with these functions.
     monkeypatch.setattr(storage.os, "replace", wrap(os.replace))
     monkeypatch.setattr(storage, "mark_complete", wrap(storage.mark_complete))
-    monkeypatch.setattr("curlora.continual.trainer.mark_complete", wrap(storage.mark_complete))
-    monkeypatch.setattr("curlora.continual.trainer.shutil.rmtree", wrap(shutil.rmtree))
+    monkeypatch.setattr(storage.shutil, "rmtree", wrap(shutil.rmtree))
     out = tmp_path / "cut"
     cuts, steps = 0, 0
     for step in [1, 2, 3, 4, 5, 7, 3, 8, 2, 6, 9, 1, 10, 4, 12, 5, 11] + [13] * 30:

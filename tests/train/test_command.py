@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from curlora.continual.storage import Checkpoints
 from curlora.guard import perplexity
 from curlora.guard.texts import rows_of
 from curlora.train import TrainOptions, prepare
-from curlora.train.folder import Folder
 from curlora.train.measure import measure
 from curlora_cli.commands import app
 from tests.models import gpt2
@@ -107,11 +107,11 @@ def test_the_plan_and_the_table_are_printed(whole):
         r"trained on 40 examples of .*chat <b>\.jsonl: 400 tokens, 160 in answers; laid out by the model's chat templ",
         r"held out 20 examples: 200 tokens, 80 in answers; split off .*chat <b>.jsonl by seed 0",
         r"steps 50: 10 epochs in batches of 8; a checkpoint every 5 steps",
-        r"forgetting limit 5\.00 % of perplexity",
+        r"forgetting limit perplexity may rise by 5\.00 %",
         r"measured on a novel",
         rf"learning rate about {record(out)['outcome']['run']['learning_rate']:.2g}, set by rule",
         r"perplexity of a novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %",
-        r"stated 5\.00 % of perplexity",
+        r"stated perplexity may rise by 5\.00 %",
         r"predicted \+\d\.\d+ % ",
         r"measured [+-]\d\.\d+ % on a novel",
     ):
@@ -294,15 +294,15 @@ class TestLora:
         self, out, data, chat_model, guard_file, tmp_path, monkeypatch
     ):
         tells = dict(model=chat_model, out=tmp_path / "out", guard_text=f"a novel={guard_file}", export="merged")
-        mark = Folder.mark_checkpoint
+        complete = Checkpoints.complete
 
         def interrupted(self, step, seconds):
-            mark(self, step, seconds)
+            complete(self, step, seconds)
             if step >= 12:
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patched:
-            patched.setattr(Folder, "mark_checkpoint", interrupted)
+            patched.setattr(Checkpoints, "complete", interrupted)
             assert command(data, *self.SMALL, **tells).exit_code != 0
         assert glob.glob("checkpoints/*/complete", root_dir=tmp_path / "out")
         done = command(data, *self.SMALL, **tells)
@@ -372,8 +372,8 @@ def test_each_text_keeps_a_limit_of_its_own(data, chat_model, guard_file, tmp_pa
     done = command(data, *given, **tells)
     assert done.exit_code == 0, done.output
     printed = " ".join(done.stdout.split())
-    assert "forgetting limit 5.00 % of perplexity, 0.20 % of other" in printed
-    assert "stated 5.00 % of perplexity, 0.20 % of other" in printed
+    assert "forgetting limit perplexity may rise by 5.00 %, by 0.20 % on other" in printed
+    assert "stated perplexity may rise by 5.00 %, by 0.20 % on other" in printed
     assert re.search(r"perplexity of novel [\d.]+ [\d.]+ [+-]\d\.\d+ % 5\.00 %", printed)
     assert re.search(r"perplexity of other [\d.]+ [\d.]+ [+-]\d\.\d+ % 0\.20 %", printed)
     outcome = record(out)["outcome"]
@@ -383,7 +383,7 @@ def test_each_text_keeps_a_limit_of_its_own(data, chat_model, guard_file, tmp_pa
     # The rate of the plan is the one that was set.
     assert f"about {outcome['run']['learning_rate']:.2g}, set by rule" in printed
     for name in ("report.html", "README.md"):
-        assert "5.00 % of perplexity, 0.20 % of other" in (out / name).read_text()
+        assert "perplexity may rise by 5.00 %, by 0.20 % on other" in (out / name).read_text()
     again = command(data, *given[:-1], "other=0.3%", **tells)
     assert (again.exit_code, "limits is {'other': 0.003} and was {'other': 0.002}" in again.stderr) == (1, True)
 

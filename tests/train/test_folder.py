@@ -55,17 +55,19 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 
 def test_the_newest_complete_checkpoint(tmp_path):
     folder = Folder(tmp_path, {})
-    assert folder.checkpoint() is None
-    assert folder.seconds(None) == 0
+    checkpoints = folder.checkpoints
+    assert checkpoints.newest() is None
+    assert checkpoints.seconds(None) == 0
     for step in (9, 10, 20):
-        (folder.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+        (checkpoints.folder / f"checkpoint-{step}").mkdir(parents=True)
     for step in (9, 10):
-        folder.mark_checkpoint(step, step / 2)
-    found = folder.checkpoint()  # 20 was cut off
-    assert found == folder.checkpoints / "checkpoint-10"
-    assert folder.seconds(found) == 5
-    assert [path.name for path in folder.checkpoints.iterdir()] == ["checkpoint-10"]
+        checkpoints.complete(step, step / 2)
+    found = checkpoints.newest()  # 20 was cut off
+    assert found == checkpoints.folder / "checkpoint-10"
+    assert checkpoints.seconds(found) == 5
+    checkpoints.keep_only(found)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["checkpoint-10"]
     folder.remove_checkpoints()
-    assert not folder.checkpoints.exists()
+    assert not checkpoints.folder.exists()
     folder.write({"outcome": {}})
     assert json.loads((tmp_path / "training.json").read_text())["outcome"] == {}

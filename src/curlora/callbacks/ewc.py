@@ -63,8 +63,7 @@ class EWCCallback(PenaltyCallback):
         rows = itertools.islice(_rows(batches), self.examples)
         with evaluating(model):
             fisher = fisher_diagonal(trained, ([_answered(model, row)] for row in rows), self.generator)
-        for name, parameter in trained.items():
-            self.held.merge(name, fisher[name], parameter.detach().float().clone())
+        self.held.add(trained, fisher)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the penalty's tensors by name, to be saved with the model."""
@@ -81,6 +80,16 @@ class Consolidated:
     def __init__(self) -> None:
         self.curvature: dict[str, Tensor] = {}
         self.centre: dict[str, Tensor] = {}
+
+    def add(self, trained: Mapping[str, Tensor], fisher: Mapping[str, Tensor]) -> None:
+        """Add a learned task to the penalty.
+
+        Args:
+            trained: the trained parameters at the end of the task, by name.
+            fisher: the diagonals of their Fisher information by name.
+        """
+        for name, parameter in trained.items():
+            self.merge(name, fisher[name], parameter.detach().float().clone())
 
     def merge(self, name: str, fisher: Tensor, value: Tensor) -> None:
         """Add ``1/2 fisher * (theta - value)**2`` to the penalty, up to a constant.

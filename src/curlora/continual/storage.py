@@ -10,7 +10,9 @@ from pathlib import Path
 
 __all__ = ["is_disk_full", "mark_complete", "newest", "put_folder", "sync", "write_whole"]
 
+_CHECKPOINT = "checkpoint-"
 _COMPLETE = "complete"
+_SECONDS = "seconds"
 
 
 def is_disk_full(error: Exception) -> bool:
@@ -73,6 +75,39 @@ def newest(parent: Path, prefix: str) -> Path | None:
     folders = [path for path in parent.glob(f"{prefix}*") if path.name.removeprefix(prefix).isdigit()]
     complete = [path for path in folders if (path / _COMPLETE).exists()]
     return max(complete, key=lambda path: int(path.name.removeprefix(prefix)), default=None)
+
+
+class Checkpoints:
+    """The checkpoints of a training, each with the seconds that the training had taken up to it.
+
+    Args:
+        folder: the folder of the checkpoints, which the Trainer names by their steps.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def newest(self) -> Path | None:
+        """Return the newest complete checkpoint, or ``None``."""
+        return newest(self.folder, _CHECKPOINT)
+
+    def complete(self, step: int, seconds: float) -> Path:
+        """Mark the checkpoint of a step as complete, and store its seconds."""
+        checkpoint = self.folder / f"{_CHECKPOINT}{step}"
+        (checkpoint / _SECONDS).write_text(str(seconds), encoding="utf-8")
+        mark_complete(checkpoint)
+        return checkpoint
+
+    @staticmethod
+    def seconds(checkpoint: Path | None) -> float:
+        """Return the seconds that the training had taken up to a checkpoint; 0 without one."""
+        return 0.0 if checkpoint is None else float((checkpoint / _SECONDS).read_text(encoding="utf-8"))
+
+    def keep_only(self, kept: Path | None) -> None:
+        """Remove all other checkpoints."""
+        for path in self.folder.glob(f"{_CHECKPOINT}*"):
+            if path != kept:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync_entry(folder: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,16 +21,14 @@ from curlora.continual.plugins import Plugin
 from curlora.continual.processes import process_state, use_cpu
 from curlora.continual.results import Score
 from curlora.continual.settings import Settings
-from curlora.continual.storage import mark_complete, newest
+from curlora.continual.storage import Checkpoints
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row
 from curlora.guard.texts import IGNORED
 
 __all__ = ["TaskTrainer", "steps_of"]
 
-_CHECKPOINT = "checkpoint-"
 _WEIGHTS = "model.safetensors"
-_SECONDS = "seconds"
 
 
 def steps_of(rows: int, settings: Settings) -> int:
@@ -125,7 +122,7 @@ class TaskTrainer(Trainer):
         self.rows = rows
         self.settings = settings
         self.seed = seed
-        self.directory = directory
+        self.checkpoints = Checkpoints(directory)
         self.plugins = plugins
         self.tokenizer = tokenizer
         self.on_generated = on_generated
@@ -136,8 +133,8 @@ class TaskTrainer(Trainer):
 
         ``seconds`` is then the time of the training in seconds, including the time before the checkpoint.
         """
-        checkpoint = newest(self.directory, _CHECKPOINT)
-        self.seconds = float((checkpoint / _SECONDS).read_text()) if checkpoint else 0.0
+        checkpoint = self.checkpoints.newest()
+        self.seconds = self.checkpoints.seconds(checkpoint)
         self._began = time.monotonic()
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         self.seconds += time.monotonic() - self._began
@@ -184,7 +181,7 @@ class TaskTrainer(Trainer):
         return LengthGrouped(lengths, step, self.seed, fillers=len(self.train_dataset) - len(lengths))
 
     def _get_output_dir(self, trial: Any = None) -> str:
-        return str(self.directory)
+        return str(self.checkpoints.folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         assert output_dir is not None
@@ -199,12 +196,8 @@ class TaskTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # each process writes the state of its random generators
         if not self.is_world_process_zero():
             return
-        newest_one = self.directory / f"{_CHECKPOINT}{self.state.global_step}"
-        (newest_one / _SECONDS).write_text(str(self.seconds + time.monotonic() - self._began))
-        mark_complete(newest_one)
-        for older in self.directory.glob(f"{_CHECKPOINT}*"):
-            if older != newest_one:
-                shutil.rmtree(older)
+        seconds = self.seconds + time.monotonic() - self._began
+        self.checkpoints.keep_only(self.checkpoints.complete(self.state.global_step, seconds))
 
 
 def _fillers(rows: Sequence[Row], batch_size: int, processes: int) -> list[Row]:

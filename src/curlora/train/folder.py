@@ -11,15 +11,13 @@ from typing import Any
 
 import filelock
 
-from curlora.continual.storage import is_disk_full, mark_complete, newest, write_whole
+from curlora.continual.storage import Checkpoints, is_disk_full, write_whole
 from curlora.train.errors import TrainError
 
 __all__ = ["Folder", "claim"]
 
 _RECORD = "training.json"
 _LOCK = ".lock"
-_CHECKPOINT = "checkpoint-"
-_SECONDS = "seconds"
 
 
 class Folder:
@@ -38,9 +36,9 @@ class Folder:
         self.identity = dict(identity)
 
     @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints, which is removed when the training is finished."""
-        return self.path / "checkpoints"
+    def checkpoints(self) -> Checkpoints:
+        """The checkpoints, which are removed when the training is finished."""
+        return Checkpoints(self.path / "checkpoints")
 
     def record(self) -> dict[str, Any] | None:
         """Return the content of ``training.json``; ``None`` if no training has left anything in the folder.
@@ -67,7 +65,7 @@ class Folder:
             for name in dict.fromkeys([*before, *self.identity])
             if before.get(name) != self.identity.get(name)
         ]
-        if changed and "outcome" not in found and not any(self.checkpoints.glob(f"{_CHECKPOINT}*")):
+        if changed and "outcome" not in found and not any(self.checkpoints.folder.glob("*")):
             return None  # the other training has left nothing that could be lost
         if changed:
             raise TrainError(
@@ -81,28 +79,9 @@ class Folder:
         content = {"identity": self.identity, **record}
         write_whole(self.path / _RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
-    def checkpoint(self) -> Path | None:
-        """Return the newest complete checkpoint, and remove all other checkpoints."""
-        found = newest(self.checkpoints, _CHECKPOINT)
-        for path in self.checkpoints.glob(f"{_CHECKPOINT}*"):
-            if path != found:
-                shutil.rmtree(path, ignore_errors=True)
-        return found
-
-    def mark_checkpoint(self, step: int, seconds: float) -> None:
-        """Mark a checkpoint as complete, and store the seconds that training has taken up to it."""
-        folder = self.checkpoints / f"{_CHECKPOINT}{step}"
-        (folder / _SECONDS).write_text(str(seconds), encoding="utf-8")
-        mark_complete(folder)
-
-    @staticmethod
-    def seconds(checkpoint: Path | None) -> float:
-        """Return the seconds that training had taken up to a checkpoint; 0 without one."""
-        return 0.0 if checkpoint is None else float((checkpoint / _SECONDS).read_text(encoding="utf-8"))
-
     def remove_checkpoints(self) -> None:
         """Remove all checkpoints."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -34,9 +34,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
     options, base, examples, plan, _ = prepared
     train, held_out, memory = examples.train, examples.held_out, plan.memory
     texts = ", ".join(f"{name} ({path})" for name, path in options.guard_texts.items())
-    lifetime = (
-        "" if options.lifetime is None else f", and {percent(options.lifetime)} over all trainings of the adapter"
-    )
+    lifetime = "" if options.lifetime is None else f", and by {percent(options.lifetime)} over all its trainings"
     sizes = f"{format_size(memory.weights)} of frozen weights, {format_size(memory.trained)} for what is trained"
     kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
     more = f", {format_size(memory.logits)} for logits"
@@ -167,10 +165,10 @@ def _rate(given: float | None, rule: float | None) -> str:
 
 def _stated(stated: float, limits: Mapping[str, float], texts: Iterable[str]) -> str:
     """Format the budget, with the limits of single texts."""
-    parts = [f"{percent(limit)} of {name}" for name, limit in limits.items()]
+    parts = [f"by {percent(limit)} on {name}" for name, limit in limits.items()]
     if not limits or set(texts) - set(limits):
-        parts.insert(0, f"{percent(stated)} of perplexity")
-    return ", ".join(parts)
+        parts.insert(0, f"by {percent(stated)}")
+    return f"perplexity may rise {', '.join(parts)}"
 
 
 def _split(split: Split, of: str = "") -> str:

@@ -79,9 +79,10 @@ class Training:
             progress=guard,
         )
         self.folder = folder
-        self.checkpoint = folder.checkpoint()
+        self.checkpoint = folder.checkpoints.newest()
+        folder.checkpoints.keep_only(self.checkpoint)
         arguments = SFTConfig(
-            output_dir=str(folder.checkpoints),
+            output_dir=str(folder.checkpoints.folder),
             num_train_epochs=options.epochs,
             per_device_train_batch_size=options.batch_size,
             gradient_accumulation_steps=options.gradient_accumulation,
@@ -155,7 +156,7 @@ class _Listener(TrainerCallback):
         self.tokens_a_step = tokens_a_step
         self._step = 0
         self._began = time.monotonic()
-        self._before = folder.seconds(checkpoint)
+        self._before = folder.checkpoints.seconds(checkpoint)
 
     @property
     def seconds(self) -> float:
@@ -171,4 +172,4 @@ class _Listener(TrainerCallback):
         self._step = state.global_step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.folder.mark_checkpoint(state.global_step, self.seconds)
+        self.folder.checkpoints.complete(state.global_step, self.seconds)

@@ -56,8 +56,7 @@ class EWC(Plugin):
         parameters = dict(trained(context.model))
         with answering(context.model, batches) as answered:
             fisher = fisher_diagonal(parameters, answered, generator)
-        for name, parameter in parameters.items():
-            self.held.merge(name, fisher[name], parameter.detach().float().clone())
+        self.held.add(parameters, fisher)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.held.state_dict()
