@@ -20,23 +20,27 @@ TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 RIVALS = ("lora", "lora-all-linear")
 ASIDE = ("guarded-two-epochs", "guarded-kl")  # in the list of all runs only
 NAMES = {"learning_rate": "rate", "max_kl": "limit", "strength": "strength"}  # of what grids vary
+UNITS = {"max_kl": " nats"}
 MARKERS = "osD^vPX*"
 
 
 def tables():
     entries = by_entry()
     compared = compared_of(entries)
-    return {"proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared)}
+    return {
+        "proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared),
+        "proof_seeds": over_seeds(by_entry("seeds")),
+    }  # fmt: skip
 
 
 def figures(docs):
     tradeoff(compared_of(by_entry()), docs / "proof.svg")
 
 
-def by_entry():
-    """The points of each entry of the recipe, without the frozen model's."""
+def by_entry(study="gsm8k"):
+    """The points of each entry of a study's recipe, without the frozen model's."""
     found = {}
-    for point in points(RunResults.load(HERE / "gsm8k" / "results.json")):
+    for point in points(RunResults.load(HERE / study / "results.json")):
         if point.method.method != "frozen":
             found.setdefault(point.method.entry, []).append(point)
     return found
@@ -59,6 +63,13 @@ def every_run(entries):
     return table(HEADER, [cells(known, point) for known in entries.values() for point in known])
 
 
+def over_seeds(entries):
+    """Every run, with the number of its seeds."""
+    header = [*HEADER[:3], "seeds", *HEADER[3:]]
+    rows = [(cells(known, point), point) for known in entries.values() for point in known]
+    return table(header, [[*shown[:3], len(point.method.seeds), *shown[3:]] for shown, point in rows])
+
+
 def within(entries):
     """Of each entry what has learned most while the texts that were not shown moved by no more than ``WITHIN``."""
     kept = {entry: [point for point in known if point.mean.mean <= WITHIN] for entry, known in entries.items()}
@@ -68,7 +79,7 @@ def within(entries):
 
 def cells(known, point):
     method = point.method
-    grid = ", ".join(f"{NAMES[name]} {value:g}" for name, value in method.grid.items())
+    grid = ", ".join(f"{NAMES[name]} {value:g}{UNITS.get(name, '')}" for name, value in method.grid.items())
     figures = [shown(point.learned, 3), *(shown(kl, 4) for kl in (point.limited, point.mean, point.worst))]
     return [label(known), grid, f"{method.trainable_parameters:,}", *figures]
 

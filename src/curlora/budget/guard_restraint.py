@@ -113,8 +113,8 @@ class GuardRestraint(Restraint):
                 raise GuardError(
                     f"The adapter does not match its ledger ({LEDGER_NAME}): its last training with a budget did not "
                     "come to its end, it has been trained since without a budget, or the ledger belongs to another "
-                    "adapter. Resume that training, load the adapter that the last finished training saved, or delete "
-                    "the ledger to count forgetting from the present adapter."
+                    "adapter. Resume that training, or begin again with a new adapter or the one that the last "
+                    "finished training saved, or delete the ledger to count forgetting from the present adapter."
                 )
         else:
             if self.redraw:
