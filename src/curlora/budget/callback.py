@@ -241,7 +241,9 @@ class ForgettingBudget(TrainerCallback):
         held, start = self._holding, self._start
         assert start is not None
         held.restraint.on_train_end(args, state, control, **kwargs)
-        kept = start.kept if held.unchanged() else 1.0  # resumed from the last step, where it was scaled back already
+        kept = (
+            start.kept if held.unchanged(held.begun_with) else 1.0
+        )  # resumed from the last step, where it was scaled back already
         held.finish()
         kept *= 1.0 if held.kept is None else held.kept.scale
         texts = {
@@ -414,11 +416,7 @@ class _Held(MeasuredLimit):
         super().__init__(restraint.model, lambda: restraint.parameters, measure, max_rise=1.0)
         self.at_start = 1.0
         self.count_from(before)
-        self._begun_with = self._now()
-
-    def unchanged(self) -> bool:
-        """Return whether the parameters are as they were when this run of the training began."""
-        return all(map(torch.equal, self._now(), self._begun_with))
+        self.begun_with = self._now()
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         return self.restraint.why_nothing(kept) if finite else super().why_nothing(kept, finite)

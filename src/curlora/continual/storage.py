@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["is_disk_full", "mark_complete", "newest", "put_folder", "sync", "write_whole"]
+__all__ = ["Checkpoints", "is_disk_full", "mark_complete", "newest", "put_folder", "sync", "write_whole"]
 
 _CHECKPOINT = "checkpoint-"
 _COMPLETE = "complete"
@@ -87,6 +87,10 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def all(self) -> list[Path]:
+        """Return all checkpoints, complete or not."""
+        return list(self.folder.glob(f"{_CHECKPOINT}*"))
+
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, or ``None``."""
         return newest(self.folder, _CHECKPOINT)
@@ -105,7 +109,7 @@ class Checkpoints:
 
     def keep_only(self, kept: Path | None) -> None:
         """Remove all other checkpoints."""
-        for path in self.folder.glob(f"{_CHECKPOINT}*"):
+        for path in self.all():
             if path != kept:
                 shutil.rmtree(path, ignore_errors=True)
 

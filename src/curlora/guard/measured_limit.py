@@ -102,10 +102,14 @@ class MeasuredLimit(TrainerCallback):
 
     def finish(self) -> None:
         """Scale back once more if the parameters have changed since the last time."""
-        if not (self._left and all(map(_same, self._now(), self._left))):
+        if not (self._left and self.unchanged(self._left)):
             self._hold()
         self.count_from(self._now())
         self._left = []
+
+    def unchanged(self, since: Sequence[Tensor]) -> bool:
+        """Return whether the parameters have these values, on whatever device."""
+        return all(map(_same, self._now(), since))
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         """Return a warning message that explains why nothing of the training was kept."""

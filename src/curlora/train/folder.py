@@ -65,7 +65,7 @@ class Folder:
             for name in dict.fromkeys([*before, *self.identity])
             if before.get(name) != self.identity.get(name)
         ]
-        if changed and "outcome" not in found and not any(self.checkpoints.folder.glob("*")):
+        if changed and "outcome" not in found and not self.checkpoints.all():
             return None  # the other training has left nothing that could be lost
         if changed:
             raise TrainError(
