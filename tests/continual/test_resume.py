@@ -116,14 +116,28 @@ def files_in(folder):
     return set(glob.glob("**/*", root_dir=folder, recursive=True))
 
 
-def test_killed_at_random_moments(recipe, recipe_path, tmp_path):
+KILLS = os.environ.get("CURLORA_KILLS", "")
+long = pytest.mark.skipif(not KILLS, reason="takes several minutes: set CURLORA_KILLS=20 to kill a study twenty times")
+
+
+@pytest.mark.parametrize("workers", [None, pytest.param(2, marks=long)])
+def test_killed_at_random_moments(workers, recipe, recipe_path, tmp_path):
+    options = []
+    if workers:
+        pytest.importorskip("ray", reason="needs Ray")
+        content = yaml.safe_load(recipe_path.read_text())
+        content["methods"][2]["learning_rate"] = {"grid": [0.2, 0.3]}
+        content["resources"] = {"cpus": 1}
+        recipe_path.write_text(yaml.safe_dump(content))
+        recipe = load_recipe(recipe_path)
+        options = ["--workers", str(workers)]
     whole = run_recipe(recipe, tmp_path / "whole")
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", str(out)]
+    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", str(out), *options]
     environment = {**os.environ, "COLUMNS": "100"}
     chance = random.Random(20)
     kills = 0
-    for _ in range(4):
+    for _ in range(int(KILLS or 4)):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
         deadline = time.monotonic() + 900
         before = {"recipe.json", *files_in(out)}

@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import OwnText, PromptList, kept_answers
 from curlora.continual.checks import Adapted, check_stream, check_texts
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeWarning, RunError
 from curlora.continual.frozen_layers import keep_frozen_layers
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
@@ -249,8 +250,25 @@ def _run(
     results = None
     for job, record in here if runner is None else runner(todo, base, listener):
         finished[job.folder] = record
+        _warn_of_lost_tasks(job, in_orders[job.order], record.result)
         results = _save_results(stream, encoded, jobs, directory, base, finished)  # can be read during a long run
     return results or _save_results(stream, encoded, jobs, directory, base, finished)
+
+
+def _warn_of_lost_tasks(job: Job, encoded: Sequence[Encoded], result: SeedResult) -> None:
+    """Warn of tasks whose training a limit on forgetting has taken back as a whole.
+
+    The run's own process warns, because nobody reads the output of workers.
+    """
+    limited = zip(encoded, result.guarded, strict=bool(result.guarded))  # without a limit there are no records
+    lost = [part.task.name for part, kept in limited if not kept.scale]
+    if lost and process_state().is_main_process:
+        warnings.warn(
+            f"{job}: no part of the change by {', '.join(map(repr, lost))} keeps the limit on the guard's text, so all "
+            "of it was taken back. Allow more forgetting, or lower the learning rate.",
+            RecipeWarning,
+            stacklevel=2,
+        )
 
 
 def _save_results(
