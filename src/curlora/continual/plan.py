@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from curlora.continual.batches import Collator
+from curlora.continual.heldout import HeldOut
 from curlora.continual.launch import build
 from curlora.continual.memory import Memory, estimate
 from curlora.continual.methods import Method
@@ -115,13 +116,14 @@ def _learned(
     plugins = [make() for make in method.plugins]
     adding = [plugin for plugin in plugins if type(plugin).training_rows is not Plugin.training_rows]
     nothing = TaskModel(nn.Identity())
+    text = stream.guard_text if isinstance(stream.guard_text, HeldOut) else None
     for part in tasks:
         if not method.trains_backbone and part.task.classes is None:
             continue
         collate = Collator(stream.tokenizer, part.settings.readout)
         rows: Sequence[Row] = part.train
         for plugin in adding:
-            rows = plugin.training_rows(TaskContext(part.number, nothing, rows, collate, seed))
+            rows = plugin.training_rows(TaskContext(part.number, nothing, rows, collate, seed, text))
         yield part, rows
         for plugin in adding:
             plugin.after_task(TaskContext(part.number, nothing, part.train, collate, seed))

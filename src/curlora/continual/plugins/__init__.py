@@ -13,6 +13,7 @@ from curlora.continual.plugins.kl_to_base import KLToBase
 from curlora.continual.plugins.probe import Probe
 from curlora.continual.plugins.redraw import Redraw
 from curlora.continual.plugins.replay import Replay
+from curlora.continual.plugins.replay_text import ReplayText
 from curlora.continual.plugins.scale_back import ScaleBack
 from curlora.continual.problems import unknown_names
 
@@ -26,6 +27,7 @@ __all__ = [
     "Probe",
     "Redraw",
     "Replay",
+    "ReplayText",
     "ScaleBack",
     "TaskContext",
     "make_plugin",
@@ -41,6 +43,7 @@ PLUGINS: dict[str, type[Plugin]] = {
     "ewc": EWC,
     "anchors": AnchorsPlugin,
     "replay": Replay,
+    "replay_text": ReplayText,
     "kl_to_base": KLToBase,
 }
 
