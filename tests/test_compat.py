@@ -176,7 +176,7 @@ def test_whoever_reads_a_configuration_has_its_digest_checked(there, monkeypatch
             PeftConfig.from_pretrained(tmp_path)
     else:
         monkeypatch.setattr(PeftConfig, "from_pretrained", None)
-        _compat.check_whoever_reads(CurloraConfig)
+        _compat.check_digests_on_read(CurloraConfig)
         assert PeftConfig.from_pretrained is None
 
 
@@ -190,12 +190,12 @@ class Hook:
 def test_where_an_offloaded_layer_runs_and_its_bias():
     layer = nn.Linear(2, 3)
     assert _compat.execution_device(layer) == torch.device("cpu")
-    assert _compat.brought_bias(layer) is None
+    assert _compat.offloaded_bias(layer) is None
     layer._hf_hook = Hook()
     assert _compat.execution_device(layer) == torch.device("meta")
-    assert _compat.brought_bias(layer) is None
+    assert _compat.offloaded_bias(layer) is None
     layer._hf_hook = Hook(weights_map={"bias": torch.ones(3)}, execution_device=None)
-    assert torch.equal(_compat.brought_bias(layer), torch.ones(3))
+    assert torch.equal(_compat.offloaded_bias(layer), torch.ones(3))
 
 
 @PRIVATE
@@ -229,7 +229,7 @@ def test_tying(there, monkeypatch):
     names = ("_add_modules_to_save_to_tie", "_add_targets_to_tie")
     take_away(monkeypatch, there, peft.tuners.lora.LoraModel, *names)
     taker = type("Taker", (), {})
-    _compat.tie_as_lora_does(taker)
+    _compat.tie_like_lora(taker)
     for name in names:  # without the name, the method of every tuner remains, which warns
         warns = getattr(taker, name) is getattr(peft.tuners.tuners_utils.BaseTuner, name)
         assert warns == (not there)

@@ -24,6 +24,10 @@ def test_the_table_is_of_the_lines_that_were_measured():
     assert compat.table(compat.latest()) in PAGE
 
 
+def test_the_tests_that_are_measured_exist():
+    assert [name for name in compat.TESTS if not (ROOT / name).exists()] == []
+
+
 def test_the_present_format_is_the_last_in_the_table():
     assert max(map(int, re.findall(r"^\| (\d) \|", PAGE, re.MULTILINE))) == file_format.VERSION
 

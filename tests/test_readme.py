@@ -33,7 +33,7 @@ def test_the_python_runs(tmp_path, monkeypatch):
     names = {"conversations": Dataset.from_list([{"prompt": f"w{i} w2 ", "completion": "w3"} for i in range(12)])}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=32", "(r=4")
-        exec(code.replace('Config("out"', 'Config("out", bf16=False, use_cpu=True'), names)
+        exec(re.sub(r'SFTConfig\("out"\),  # on a CPU: (.*)', r"\1,", code), names)
     assert len(Ledger.load("my-adapter").trainings) == 1
     trained = [layer.curlora_U["default"].weight for layer in layers(names["trainer"].model)]
     assert any(U.any() for U in trained)

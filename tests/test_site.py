@@ -83,13 +83,14 @@ def test_nothing_is_loaded_from_another_host(pages):
 
 def test_every_public_name_is_in_the_reference(pages):
     import curlora
+    import curlora.budget
     import curlora.callbacks
     import curlora.continual
     import curlora.guard
     import curlora.train
 
     ids = set().union(*(page.ids for page in pages.values()))
-    for package in (curlora, curlora.callbacks, curlora.continual, curlora.guard, curlora.train):
+    for package in (curlora, curlora.budget, curlora.callbacks, curlora.continual, curlora.guard, curlora.train):
         for name in package.__all__:
             thing = getattr(package, name)
             if name != "__version__":

@@ -30,7 +30,18 @@ LEFT_OUT = {
 }
 # Where PEFT's own modules have what `from peft import` gives to others.
 HOMES = {"PeftConfig": "peft.config", "PeftType": "peft.utils"}
-WORDS = [("curlora.Curlora", "peft.Curlora"), ("this curlora reads", "this PEFT reads")]
+# What the text says of this package, and what it says instead.
+WORDS = [
+    ("curlora.Curlora", "peft.Curlora"),
+    ("this curlora reads", "this PEFT reads"),
+    ('update "\n                "curlora to load it."', 'update "\n                "PEFT to load it."'),
+    (" :func:`curlora.convert_to_lora` is exact and faster.", ""),
+    (', as CURLoRA or as "\n            "LoRA (curlora.save_as_lora)."', '."'),
+    (" It is the reference for the kernels, and it runs wherever", ""),
+    ("\n:func:`curlora.kernels.chosen` does not choose a kernel.", ""),
+    ("curlora.tuner.", "peft.tuners.curlora."),
+    ("curlora.sampling", "peft.tuners.curlora.sampling"),
+]  # fmt: skip
 LICENSE = "# SPDX-License-Identifier: Apache-2.0\n"
 INIT = f"""{LICENSE}
 from peft.utils import register_peft_method
@@ -53,9 +64,10 @@ def main():
     arguments = parser.parse_args()
     package = arguments.directory / "src" / "peft"
     assemble(package / "tuners" / "curlora")
-    tests = arguments.directory / "tests"
-    tests.mkdir(parents=True, exist_ok=True)
-    (tests / "test_curlora.py").write_text((HERE / "tests" / "test_curlora.py").read_text(encoding="utf-8"))
+    test = arguments.directory / "tests" / "test_curlora.py"
+    test.parent.mkdir(parents=True, exist_ok=True)
+    test.write_text((HERE / "tests" / "test_curlora.py").read_text(encoding="utf-8"))
+    tidy(arguments.directory, package / "tuners" / "curlora", test)
     if arguments.into:
         register(package)
 
@@ -73,13 +85,21 @@ def assemble(folder):
     for name, text in written.items():
         (folder / f"{name}.py").write_text(LICENSE + with_imports(text, name), encoding="utf-8")
     (folder / "__init__.py").write_text(INIT, encoding="utf-8")
-    for command in (["check", "--fix", "--quiet", "--select", "F401,F841,I"], ["format", "--quiet"]):
-        subprocess.run(
-            [sys.executable, "-m", "ruff", *command, "--isolated", "--line-length", "119", folder], check=True
-        )
+    everything = "".join(written[name] for name in sorted(written))
+    for old, _ in WORDS:
+        if old not in everything:
+            raise SystemExit(f"no file says {old!r} any more: see WORDS in {__file__}")
     for path in folder.glob("*.py"):
-        if re.search(r"^\s*(from|import) curlora\b", path.read_text(encoding="utf-8"), re.M):
-            raise SystemExit(f"{path} still imports curlora")
+        if re.search(r"(?<!tuners\.)\bcurlora\.\w|^\s*(from|import) curlora\b", path.read_text(encoding="utf-8"), re.M):
+            raise SystemExit(f"{path} still names or imports curlora")
+
+
+def tidy(directory, *paths):
+    """Remove imports that nothing uses any more, and format, by the checkout's own configuration if there is one."""
+    own = directory / "pyproject.toml"
+    options = ["--config", own] if own.exists() else ["--isolated", "--line-length", "119"]
+    for command in (["check", "--fix", "--quiet", "--select", "F401,F841,I,RUF100"], ["format", "--quiet"]):
+        subprocess.run([sys.executable, "-m", "ruff", *command, *options, *paths], check=True)
 
 
 def without(text, names, path):
@@ -114,7 +134,7 @@ def without(text, names, path):
 
     visit(ast.parse(text).body)
     if found != names:
-        raise SystemExit(f"{path} speaks no more of {', '.join(sorted(names - found))}: see LEFT_OUT in {__file__}")
+        raise SystemExit(f"{path} no longer mentions {', '.join(sorted(names - found))}: see LEFT_OUT in {__file__}")
     return "".join(line for i, line in enumerate(lines) if i not in gone)
 
 
@@ -138,7 +158,7 @@ def reduced(path, wanted):
         if is_all or (isinstance(node, ast.FunctionDef) and node.name not in kept):
             del lines[node.lineno - 1 : node.end_lineno]
     first = tree.body[0]
-    docstring = '"""What leans on private names of other libraries, each with what happens where it is gone."""\n'
+    docstring = '"""What depends on private names of other libraries, each with what happens where it is gone."""\n'
     return docstring + "".join(lines[first.end_lineno :])
 
 

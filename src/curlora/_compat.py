@@ -25,20 +25,20 @@ from transformers import TrainerCallback
 __all__ = [
     "add_peft_type",
     "attention_implementation",
-    "brought_bias",
     "callbacks_around",
-    "check_whoever_reads",
+    "check_digests_on_read",
     "convert_expert_names",
     "copy_into",
     "execution_device",
     "explain_unreadable_configurations",
     "in_out_features",
+    "offloaded_bias",
     "refuse_what_reads_the_weight",
     "scale_base_rate",
     "shallow_twin",
     "support_hotswapping",
     "support_mixed_models",
-    "tie_as_lora_does",
+    "tie_like_lora",
     "transformed_by_torch_func",
     "unpacked_4bit",
 ]
@@ -100,7 +100,7 @@ def explain_unreadable_configurations() -> None:
     PeftConfig._get_peft_type = get_peft_type
 
 
-def check_whoever_reads(config_class: Any) -> None:
+def check_digests_on_read(config_class: Any) -> None:
     """Make ``PeftConfig.from_pretrained`` read a CURLoRA adapter as ``config_class.from_pretrained`` does.
 
     transformers' ``load_adapter`` calls ``PeftConfig.from_pretrained``, which only builds a ``config_class`` from the
@@ -168,7 +168,7 @@ def attention_implementation(config: Any) -> str:
     return getattr(config, "_attn_implementation", None) or "sdpa"
 
 
-def brought_bias(layer: nn.Module) -> Tensor | None:
+def offloaded_bias(layer: nn.Module) -> Tensor | None:
     """Return a bias that Accelerate has offloaded, without loading the weight; ``None`` without Accelerate's hook."""
     kept: Any = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
     if kept is None:
@@ -199,7 +199,7 @@ def copy_into(tensors: list[Tensor], values: list[Tensor]) -> None:
         tensor.copy_(value)
 
 
-def tie_as_lora_does(model_class: Any) -> None:
+def tie_like_lora(model_class: Any) -> None:
     """Give the tuner LoRA's methods that tie the adapters of shared weights (``ensure_weight_tying``).
 
     These methods change only the configuration, in the same way for every PEFT method. Without them PEFT warns that

@@ -88,7 +88,9 @@ class TestCurlora:
             assert torch.equal(model(X), mlp()(X))
 
     def test_default_targets_of_a_language_model(self):
-        sizes = dict(vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
-        model = get_peft_model(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), CurloraConfig(r=2))
+        base = LlamaConfig(
+            vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        )
+        model = get_peft_model(AutoModelForCausalLM.from_config(base), CurloraConfig(r=2))
         adapted = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, CurloraLayer)}
         assert adapted == {"q_proj", "k_proj", "v_proj"}

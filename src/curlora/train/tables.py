@@ -101,7 +101,7 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
             "measured",
             f"{percent(worst.rise, True)}" + (f" on {name}, the worst" if len(budget.texts) > 1 else f" on {name}"),
         ),
-        ("kept of what was learned", percent(budget.kept)),
+        ("share of the change kept", percent(budget.kept)),
         ("learning rate", f"{outcome.run.learning_rate:.3g}"),
         ("time", format_time(outcome.run.seconds)),
     ]

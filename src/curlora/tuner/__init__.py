@@ -11,9 +11,9 @@ from curlora.tuner.layer import CurloraLayer  # noqa: E402
 from curlora.tuner.model import CurloraModel, swap_adapter  # noqa: E402
 
 register_peft_method(name="curlora", config_cls=CurloraConfig, model_cls=CurloraModel)
-_compat.tie_as_lora_does(CurloraModel)
+_compat.tie_like_lora(CurloraModel)
 _compat.explain_unreadable_configurations()
-_compat.check_whoever_reads(CurloraConfig)
+_compat.check_digests_on_read(CurloraConfig)
 _compat.support_mixed_models(CurloraConfig, CurloraModel, CurloraLayer)
 _compat.support_hotswapping(CurloraConfig, swap_adapter)
 

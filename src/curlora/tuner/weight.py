@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from curlora._compat import brought_bias, in_out_features, shallow_twin, unpacked_4bit
+from curlora._compat import in_out_features, offloaded_bias, shallow_twin, unpacked_4bit
 from curlora.sampling import squared_norms
 from curlora.tuner.sharded import whole
 
@@ -181,7 +181,7 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     """Return the layer's bias. An offloaded bias is loaded without the weight."""
     bias = getattr(layer, "bias", None)
     if isinstance(bias, Tensor) and bias.is_meta:
-        bias = brought_bias(layer)
+        bias = offloaded_bias(layer)
     return bias if isinstance(bias, Tensor) else None
 
 
