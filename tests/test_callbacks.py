@@ -138,7 +138,7 @@ def test_several_rows_in_a_step():
         parts = [divergence(base, model, row, mask) for row, mask in pairs]
         expected = 3.0 * sum(size * part for size, part in zip(sizes, parts, strict=True)) / sum(sizes)
         assert float(callback.penalty(model, step).detach()) == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="rows_per_step must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="rows_per_step must be a whole number of 1 or more, got 0"):
         KLToBaseCallback(rows, 3.0, rows_per_step=0)
 
 
@@ -340,3 +340,30 @@ def test_replay_mixes_some_of_each_earlier_task():
     assert len(replay(tasks[1], tasks[0], examples=99)) == 40
     with pytest.raises(ValueError, match="1 or more"):
         replay(tasks[1], tasks[0], examples=0)
+
+
+@pytest.mark.parametrize("options", [dict(init_lora_weights="pissa"), dict(bias="all")])
+def test_kl_needs_the_base_where_an_adapter_has_changed_it(options):
+    """Without the adapter the model is then another one than the base."""
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj"], **options))
+    callback = KLToBaseCallback(list(tokens(batch=2)), 1.0)
+    with pytest.raises(ValueError, match=r"changes the base model itself \(.*pass the base model too"):
+        callback.penalty(model, 0)
+    whole = KLToBaseCallback(list(tokens(batch=2)), 1.0, base=llama())
+    assert float(whole.penalty(model, 0)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KLToBaseCallback([torch.arange(4)], "1"), "strength must be a positive number, got '1'"),
+        (lambda: KLToBaseCallback(["a text"], 1.0), "must be a tensor of tokens of shape .*, got 'a text'"),
+        (lambda: KLToBaseCallback([[1, 2, 3]], 1.0), r"must be a tensor of tokens of shape .*, got \[1, 2, 3\]"),
+        (lambda: KLToBaseCallback([torch.arange(4)], 1.0, rows_per_step=1.5), "a whole number of 1 or more, got 1.5"),
+        (lambda: EWCCallback(1.0, examples=1.5), "examples must be a whole number of 1 or more, got 1.5"),
+        (lambda: EWCCallback("1"), "strength must be a positive number, got '1'"),
+    ],
+)
+def test_options_of_callbacks(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

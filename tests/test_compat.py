@@ -13,7 +13,14 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from torch import nn
-from transformers import DefaultFlowCallback, LlamaConfig, MambaConfig, MambaForCausalLM, TrainerCallback
+from transformers import (
+    DefaultFlowCallback,
+    LlamaConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import CallbackHandler
 
@@ -264,3 +271,23 @@ def test_another_base_rate(there, wrapped):
     optimizer.step()
     scheduler.step()
     assert scheduler.get_last_lr() == pytest.approx([0.2, 0.2 / 3])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_one_gpu_of_several(there):
+    """A Trainer in one process would give each its share of a larger batch."""
+    arguments = types.SimpleNamespace(n_gpu=4, **({"_n_gpu": 4} if there else {}))
+    _compat.use_one_gpu(arguments)
+    assert getattr(arguments, "_n_gpu", None) == (1 if there else None)
+    alone = types.SimpleNamespace(n_gpu=0, _n_gpu=0)
+    _compat.use_one_gpu(alone)
+    assert alone._n_gpu == 0
+
+
+def test_the_trainers_batch_is_of_one_gpu(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", per_device_train_batch_size=4)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2  # as on a machine with two
+    assert arguments.train_batch_size == 8
+    _compat.use_one_gpu(arguments)
+    assert arguments.train_batch_size == 4

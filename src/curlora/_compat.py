@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 __all__ = [
     "add_peft_type",
@@ -41,6 +41,7 @@ __all__ = [
     "tie_like_lora",
     "transformed_by_torch_func",
     "unpacked_4bit",
+    "use_one_gpu",
 ]
 
 
@@ -209,6 +210,15 @@ def tie_like_lora(model_class: Any) -> None:
         method = getattr(LoraModel, name, None)
         if method is not None:
             setattr(model_class, name, method)
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Make a Trainer in one process use one GPU, where it would divide each batch among all that it sees.
+
+    Without the private attribute nothing is changed, and batches are as many times as large as there are GPUs.
+    """
+    if arguments.n_gpu > 1 and hasattr(arguments, "_n_gpu"):
+        arguments._n_gpu = 1
 
 
 def unpacked_4bit(weight: Any) -> Any:

@@ -311,7 +311,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a report page of one or several runs, and print their tables."""
-    with _errors_for_people():
+    with _errors_for_people(), _quiet_libraries():
         from curlora.continual.results import RunResults
         from curlora.report import write_report
 
@@ -331,15 +331,16 @@ def compare(
     """Print runs side by side, a row for each method, and say where they are not comparable."""
     if len(directories) < 2:
         raise typer.BadParameter("give two or more run directories", param_hint="DIRECTORIES")
-    with _errors_for_people():
+    with _errors_for_people(), _quiet_libraries():
         from curlora.continual.merge import merge
         from curlora.continual.results import RunResults
         from curlora.report.tables import comparison, within_limits
 
         runs = [RunResults.load(directory / "results.json") for directory in directories]
         console.print(comparison(runs, [str(directory) for directory in directories]))
-        for results in merge(runs):
-            for table in within_limits(results):
+        merged = merge(runs)
+        for results in merged:
+            for table in within_limits(results, of=results.title if len(merged) > 1 else ""):
                 console.print(table)
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import IterableDataset
 
 from curlora.budget.examples import Examples
 from tests.models import llama
@@ -25,3 +26,17 @@ def test_each_example_is_in_one_batch_and_long_ones_are_fewer(lengths, tokens):
     assert all(ids.numel() <= tokens or len(ids) == 1 for ids in batches)
     assert all(len(ids) <= 8 for ids in batches)
     assert found.tokens == sum(ids.numel() for ids in batches)
+
+
+def test_a_stream_that_can_be_read_only_once_is_left_to_the_training():
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.rows = iter([{"input_ids": torch.arange(4)}] * 9)
+
+        def __iter__(self):
+            return self.rows
+
+    stream = Stream()
+    found = Examples(SimpleNamespace(dataset=stream, collate_fn=collate), 8, 100, seed=0)
+    assert found.problem == "the data can be iterated only once"
+    assert len(list(stream)) == 9

@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from curlora import ForgettingBudget
 from curlora.budget import lora_learning_rate
 from curlora.guard import GuardError, perplexity
-from tests.budget.test_callback import CHATS, OTHER, TEXT, base, budget, measured, train, with_end
+from tests.budget.test_callback import CHATS, OTHER, TEXT, base, budget, interrupted, measured, train, with_end
 from tests.models import tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*has new PAD/BOS/EOS tokens")
@@ -146,6 +146,26 @@ class TestAgain:
         assert two.rise <= two.limit
         assert two.rise == pytest.approx(measured(model), abs=1e-6)
 
+    def test_what_it_has_cost_before_is_told(self, tmp_path):
+        model = lora()
+        train(model, tmp_path, budget(0.05, learning_rate=0.3, strength=1e-3))
+        with pytest.warns(UserWarning, match="has already risen by .* This training may add 0.10%. .* give lifetime"):
+            train(model, tmp_path, budget(0.001))
+
+    def test_an_interrupted_training_is_not_taken_for_a_beginning(self, tmp_path):
+        model, callback = lora(), budget(0.01, learning_rate=0.3)
+        trainer, interrupt = interrupted(4, model, tmp_path, callback)
+        interrupt.at = -1
+        with pytest.raises(GuardError, match="did not come to its end and has changed the adapter"):
+            trainer.train()
+
+    def test_one_that_was_interrupted_before_a_step_may_be_repeated(self, tmp_path):
+        model, callback = lora(), budget(0.01)
+        trainer, interrupt = interrupted(0, model, tmp_path, callback)
+        interrupt.at = -1
+        trainer.train()
+        assert callback.outcome.texts["words"].limit == 0.01
+
     def test_a_lifetime_bounds_all_trainings(self, tmp_path):
         model, _, two = self.two(tmp_path, lifetime=0.012)
         assert two.limit == 0.012
@@ -255,6 +275,17 @@ class TestBadInput:
         with pytest.raises(GuardError, match="init_lora_weights='pissa'"):
             Trainer(lora(init_lora_weights="pissa"), TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"),
                     processing_class=with_end(), callbacks=[budget()])  # fmt: skip
+
+    def test_an_optimizer_without_all_of_the_adapter(self, tmp_path):
+        model = lora()
+        some = [p for p in model.parameters() if p.requires_grad][:5]
+        rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+        trainer = Trainer(
+            model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"), train_dataset=rows,
+            optimizers=(torch.optim.AdamW(some, lr=0.1), None), callbacks=[budget()],
+        )  # fmt: skip
+        with pytest.raises(GuardError, match=r"does not train \d+ of the \d+ trained parameters of the adapter"):
+            trainer.train()
 
     def test_parameters_outside_the_adapter(self, tmp_path):
         model = lora()

@@ -1,5 +1,7 @@
 """A run and a plan report errors before weights are loaded, and for every method before the first one runs."""
 
+import re
+
 import pytest
 from typer.testing import CliRunner
 
@@ -110,6 +112,33 @@ def test_ranks_of_layers_of_their_own_are_right(unreadable):
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{r: four}", "TypeError: .*'str' and 'int'"),
+        ("{r: 4, bias: everything}", "NotImplementedError: Requested bias: everything"),
+        ("{r: 4, target_modules: 5}", "TypeError: 'int' object is not iterable"),
+        ("{r: 4, init_lora_weights: pissa, lora_alpha: x}", "TypeError"),
+        ("{r: 4, init_lora_weights: pissa, target_modules: [nope]}", "the model has no module 'nope'"),
+        ("{r: 4, init_lora_weights: corda, target_modules: [nope]}", "the model has no module 'nope'"),
+        ("{r: 99, init_lora_weights: corda, target_modules: [q_proj]}", "A decomposition of the weights has no more"),
+        ("{r: 99, init_lora_weights: olora, target_modules: [q_proj]}", "A decomposition of the weights has no more"),
+    ],
+)
+def test_options_that_fail_when_a_method_is_applied(unreadable, tmp_path, options, message):
+    """A failure on a model without weights is not taken for a method that needs the weights."""
+    (unreadable.parent / "guard.txt").write_text("w3 w4 " * 60)
+    changes = ["guard={name: general, path: guard.txt, tokens: 90, window: 30}", f"methods.1.options={options}"]
+    found = refused(load_recipe(unreadable, changes), tmp_path / "run")
+    assert re.fullmatch(rf"method 'lora' cannot be applied to this model: .*{message}.*", found)
+
+
+def test_a_method_that_trains_nothing(unreadable, tmp_path):
+    osf = "{name: osf, method: osf, learning_rate: 0.1, options: {target_modules: [q_proj], effective_rank: 999}}"
+    message = refused(load_recipe(unreadable, [f"methods=[{osf}]"]), tmp_path / "run")
+    assert message == "method 'osf' cannot be applied to this model: with these options it trains no parameter"
+
+
 GUARD = "guard={name: general, path: text.txt, skip: %d, tokens: %d, window: 16}"
 
 
@@ -126,6 +155,25 @@ def test_a_copy_of_the_guards_text(unreadable, tmp_path):
     (unreadable.parent / "copy.txt").write_text((unreadable.parent / "text.txt").read_text())
     changes = [(GUARD % (0, 50)).replace("text.txt", "copy.txt")]
     assert "50 of 50" in refused(load_recipe(unreadable, changes), tmp_path / "run", RecipeError)
+
+
+def test_a_part_of_a_copy_of_the_guards_text(unreadable):
+    """Wherever in the other file it stands."""
+    words = (unreadable.parent / "text.txt").read_text()
+    (unreadable.parent / "copy.txt").write_text(f"w1 w2 w3 {words}")
+    changes = [(GUARD % (0, 30)).replace("text.txt", "copy.txt")]
+    with pytest.warns(RecipeWarning, match="have 16 of 50 tokens in common"):
+        make_plan(load_recipe(unreadable, changes))
+
+
+@pytest.mark.parametrize(
+    "text", ["prompts: [w1 w2, w3], max_new_tokens: %d", "written_by: model, max_length: 16, tokens: %d"]
+)
+def test_texts_of_the_base_model_that_are_the_same(unreadable, tmp_path, text):
+    both = [f"guard={{name: g, {text % 9}}}", f"heldout={{name: h, {text % 5}}}"]
+    message = refused(load_recipe(unreadable, both), tmp_path / "run", RecipeError)
+    assert message.startswith("heldout 'h' and guard 'g' are the same text of the base model")
+    make_plan(load_recipe(unreadable, [f"{both[0][:-1]}, seed: 1}}", both[1]]))
 
 
 def test_a_text_that_shares_some_tokens_with_the_guards(unreadable):

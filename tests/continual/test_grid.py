@@ -53,6 +53,7 @@ def test_keys_of_one_name_are_told_apart_by_what_they_are_in():
         (5, "learning_rate: a grid must be a list of two or more values, got 5"),
         ([1e-3], "a grid must be a list of two or more values"),
         ([1e-3, 0.001], "holds a value twice"),
+        ({}, "a grid must be a list of two or more values"),
     ],
 )
 def test_what_is_no_grid_is_refused(grid, message, recipe_path):
@@ -61,16 +62,66 @@ def test_what_is_no_grid_is_refused(grid, message, recipe_path):
         expand(entry)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"options": {"r": {"Grid": [4, 8]}}}, r"options.r: a grid is written {grid: \[...\]} and stands alone"),
+        (
+            {"options": {"r": {"grid": [4, 8], "x": 1}}},
+            r"options.r: a grid is written {grid: \[...\]} and stands alone",
+        ),
+        ({"label": {"grid": ["a", "b"]}}, "label: a grid may not stand here"),
+    ],
+)
+def test_what_is_nearly_a_grid(entry, message):
+    with pytest.raises(ValueError, match=message):
+        expand({"name": "lora", **entry})
+
+
 def test_a_recipe_says_where_its_grid_is_wrong(recipe_path):
-    with pytest.raises(RecipeError, match=r"methods.*learning_rate: a grid must be a list of two or more .*, got 3"):
+    with pytest.raises(RecipeError, match=r"method 'lora': learning_rate: a grid must be a list of two .*, got 3"):
         load_recipe(recipe_path, ["methods.1.learning_rate={grid: 3}"])
 
 
 def test_values_of_a_grid_are_checked_like_any_other(recipe_path):
     with pytest.raises(RecipeError, match=r"has no option 'rank'"):
         load_recipe(recipe_path, ["methods.1.options={rank: {grid: [1, 2]}}"])
-    with pytest.raises(RecipeError, match="'lora@r=4' is listed twice"):
-        load_recipe(recipe_path, ["methods.1.options={r: {grid: [4, '4']}}"])
+    with pytest.raises(RecipeError, match=r"method 'lora': learning_rate: Input should be greater than 0, got -0.02"):
+        load_recipe(recipe_path, ["methods.1.learning_rate={grid: [0.01, -0.02]}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("methods.2.optoins={r: 4}", "method 'cur' has no key 'optoins'. Did you mean 'options'"),
+        ("methods.2.learning_rate=-1", "method 'cur': learning_rate: Input should be greater than 0, got -1"),
+        ("methods.2.plugins=[{name: ewc}]", "method 'cur': plug-in 'ewc' needs strength"),
+    ],
+)
+def test_errors_beside_a_grid_name_the_right_method_once(change, message, recipe_path):
+    with pytest.raises(RecipeError, match=message) as raised:
+        load_recipe(recipe_path, ["methods.1.learning_rate={grid: [0.01, 0.02]}", change])
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_an_error_outside_of_the_grids_values_is_named_once(recipe_path):
+    with pytest.raises(RecipeError, match="method 'lora' has no key 'optons'") as raised:
+        load_recipe(recipe_path, ["methods.1.learning_rate={grid: [0.01, 0.02]}", "methods.1.optons={r: 4}"])
+    assert len(str(raised.value).splitlines()) == 2
+
+
+def test_values_that_look_alike_have_names_of_their_own():
+    entry = {"name": "c", "options": {"target_modules": {"grid": [".*(q)_proj", ".*[q]_proj"]}}}
+    one, two = names(entry)
+    assert one != two
+    assert names(entry) == [one, two]  # the same in every run
+
+
+def test_a_name_is_that_of_a_folder():
+    entry = {"name": "c", "options": {"layers_to_transform": {"grid": [[0], list(range(120))]}}}
+    short, long = names(entry)
+    assert short == "c@layers_to_transform=0"
+    assert len(long) < 100
 
 
 def test_a_recipe_that_was_expanded_stays_as_it_is(recipe_path):

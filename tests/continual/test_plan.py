@@ -1,5 +1,6 @@
 """A plan gives the steps of a run of the same recipe, and about the memory that it keeps."""
 
+import dataclasses
 import io
 import json
 from dataclasses import replace
@@ -304,16 +305,27 @@ def test_the_papers_counts_on_gpt2_large(recipe_path, tmp_path):
     assert all(method.memory.total > 4 * 774_030_080 for method in planned.methods)
 
 
+def test_a_start_from_a_decomposition_takes_what_lora_takes(recipe_path):
+    methods = [
+        f"{{name: {start}, method: lora, learning_rate: 0.1, options: {{r: 4, init_lora_weights: {start}}}}}"
+        for start in ("pissa", "gaussian")
+    ]
+    _, pissa, lora = make_plan(load_recipe(recipe_path, [f"methods=[{', '.join(methods)}]"])).methods
+    assert pissa.trained == lora.trained > 0
+    # It changes the base model, so that a second copy is needed to measure the drift from it.
+    assert pissa.memory == dataclasses.replace(lora.memory, weights=2 * lora.memory.weights)
+
+
 def test_a_method_that_needs_the_weights_is_unknown_and_the_plan_goes_on(recipe_path):
-    pissa = "{name: pissa, method: lora, learning_rate: 0.1, options: {r: 4, init_lora_weights: pissa}}"
-    planned = make_plan(load_recipe(recipe_path, [f"methods=[{pissa}, {METHODS['curlora']}]"]))
+    frod = "{name: frod, method: frod, learning_rate: 0.1, options: {target_modules: [q_proj]}}"
+    planned = make_plan(load_recipe(recipe_path, [f"methods=[{frod}, {METHODS['curlora']}]"]))
     assert planned.methods[1].trained is None
     assert planned.methods[1].memory.total is None
     assert planned.methods[1].steps == planned.methods[2].steps > 0
     assert planned.methods[1].memory.unknown.startswith("reads the model's weights when it starts (")
     assert planned.methods[2].memory.total is not None
     printed = text_of(planned)
-    assert "pissa: reads the model's weights when it starts" in printed
+    assert "frod: reads the model's weights when it starts" in printed
     assert "unknown" in printed
 
 

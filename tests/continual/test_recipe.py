@@ -8,6 +8,7 @@ import yaml
 
 from curlora.continual.errors import RunError
 from curlora.continual.launch import build, run_recipe
+from curlora.continual.protocol import Protocol
 from curlora.continual.recipe import RecipeError, load_recipe, packaged_recipes
 from tests.continual.streams import figures
 from tests.models import gpt2, llama, word_examples, word_tokenizer
@@ -104,9 +105,30 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("methods.2.plugins=[{name: guard, max_perplexity_increase: 0.1}]", "needs a general text: name one"),
         (
             "methods.2.plugins=[{name: guard, max_perplexity_increase: 0}]",
-            "max_perplexity_increase must be positive and finite, got 0",
+            "method 'cur': max_perplexity_increase must be a positive share, such as 0.01 or .*, got 0",
         ),
         ("methods.1.plugins=[{name: ewc}]", "method 'lora': plug-in 'ewc' needs strength"),
+        ("methods.1.plugins=[{name: [ewc]}]", "method 'lora': plugins: a plug-in needs a name, such as guard"),
+        ("methods.1.plugins=[{strength: 1}]", "method 'lora': plugins: a plug-in needs a name, such as guard"),
+        (
+            "methods.2.plugins=[{name: guard, max_kl: 0.1}, {name: scale_back, max_kl: 0.1}]",
+            "method 'cur': plugins: guard and scale_back each keep a limit of their own: leave one of them out",
+        ),
+        (
+            "methods.1.plugins=[{name: scale_back, max_perplexity_increase: 1}]",
+            "nothing. For 1 % give 0.01",
+        ),
+        ("methods.1.plugins=[{name: scale_back, max_kl: 1%}]", "max_kl must be a positive number of nats per token"),
+        ("methods.1.training={epoch: 1}", "method 'lora': training has no key 'epoch'. Did you mean 'epochs'"),
+        ("methods.1.training={learning_rate: 1}", "a method's learning_rate stands beside its name"),
+        ("methods.1.training={max_length: 9}", "'max_length' cannot differ between methods"),
+        ("methods.2.options.alpha=x", "CurloraConfig: alpha must be a finite number, got 'x'"),
+        ("methods.2.options.replacement=2", "CurloraConfig: replacement must be true or false, got 2"),
+        ("resources={gpus: 2}", "resources.gpus: Input should be less than or equal to 1, got 2"),
+        (
+            "methods.1.options={init_lora_weights: corda, corda_config: {corda_method: kpmm}}",
+            "corda_method must be kpm .* or ipm, got 'kpmm'",
+        ),
         (
             "methods.1.plugins=[{name: replay, examples: 0}]",
             "method 'lora': replay needs examples to be a whole number of 1 or more, got 0",
@@ -166,6 +188,22 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
 def test_bad_entries_are_named(recipe_path, change, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_path, [change])
+
+
+def test_a_methods_arguments_of_the_trainer_are_added_to_the_runs(recipe_path):
+    changes = ["training.trainer={adam_beta1: 0.8}", "methods.1.training={trainer: {adam_beta2: 0.9}}"]
+    recipe = load_recipe(recipe_path, changes)
+    settings = recipe.settings().changed(recipe.methods[1].training)
+    assert settings.trainer == {"adam_beta1": 0.8, "adam_beta2": 0.9}
+
+
+def test_per_cent_is_read(recipe_path):
+    changes = [
+        "guard={name: g, path: train.tsv, tokens: 20}",
+        "methods.1.plugins=[{name: scale_back, max_perplexity_increase: 1%}]",
+    ]
+    (made,) = load_recipe(recipe_path, changes).methods[1].make(Protocol()).plugins
+    assert made().limit == 0.01
 
 
 def test_every_bad_entry_is_named_at_once(recipe_path):

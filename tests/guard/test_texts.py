@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import curlora
 from curlora.guard import perplexity
-from curlora.guard.texts import Rows, rows_of
+from curlora.guard.texts import Rows, named_texts, rows_of
 from tests.models import curlora as adapted
 from tests.models import llama, tokens, word_tokenizer
 
@@ -96,3 +96,15 @@ def test_calibration_is_of_what_counts():
     assert state.keys() == expected.keys()
     assert all(torch.allclose(state[key].double(), expected[key].double(), rtol=1e-4, atol=1e-12) for key in state)
     assert not all(torch.equal(state[key], value) for key, value in whole.state_dict().items())
+
+
+def test_rows_keep_their_mask():
+    """As of the model's own text, in which the template's tokens do not count."""
+    rows = Rows([torch.arange(6), torch.arange(4)], [torch.arange(6) > 2, torch.arange(4) > 0])
+    again = rows_of("own", rows, None, tokens=9, max_length=4)
+    assert [row.tolist() for row in again] == [[0, 1, 2, 3], [4, 5], [0, 1, 2]]
+    assert [mask.tolist() for mask in again.counted] == [[False] * 3 + [True], [True] * 2, [False, True, True]]
+
+
+def test_the_models_own_text_may_stand_beside_others():
+    assert named_texts({"own": None, "mine": ["a b"]}) == {"own": None, "mine": ["a b"]}

@@ -227,12 +227,12 @@ def test_killed_at_the_very_end_it_ends_the_same(whole, data, chat_model, guard_
     assert figures(out) == figures(whole[0])
 
 
-def test_it_continues_an_adapter(whole, chat_model, tmp_path):
+def test_it_continues_an_adapter(whole, chat_model, guard_file, tmp_path):
     """The ledger continues: forgetting counts from the base model, which the adapter names."""
     new = write_lines(tmp_path / "more.jsonl", conversations(seed=3))
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(" ".join(f"w{(i * j) % 90}" for j in range(20)) for i in range(1, 40)))
-    common = dict(continue_from=whole[0], guard_text=text, lifetime="30%", max_forgetting="5%", epochs=2)
+    common = dict(
+        continue_from=whole[0], guard_text=f"a novel={guard_file}", lifetime="30%", max_forgetting="5%", epochs=2
+    )
     out = tmp_path / "out"
     done = command(new, "--prompt", "w5 w6 w7", out=out, **common)
     assert done.exit_code == 0, done.output
@@ -241,6 +241,12 @@ def test_it_continues_an_adapter(whole, chat_model, tmp_path):
     assert (outcome["rank"], outcome["budget"]["lifetime"]) == (8, 0.3)
     assert [reply["prompt"] for reply in outcome["replies"]] == ["w5 w6 w7"]
     assert "over all trainings" in done.stdout
+    # The lifetime is that of the ledger from now on, and a plan says how much of it is left.
+    more = dict(continue_from=out, guard_text=f"a novel={guard_file}", out=tmp_path / "more", epochs=1)
+    planned = command(new, "--dry-run", **more)
+    assert planned.exit_code == 0, planned.output
+    left = 0.3 - max(0, record(out)["outcome"]["budget"]["texts"]["a novel"]["rise"])
+    assert f"30.00 % over all its trainings, of which {100 * left:.2f} % are left" in " ".join(planned.stdout.split())
     assert "before the adapter's first training" in " ".join(done.stdout.split())
     before, after = (load_file(path / "adapter_model.safetensors") for path in (whole[0], out))
     assert before.keys() == after.keys()
@@ -319,6 +325,18 @@ class TestLora:
         assert after["limit"] == pytest.approx(max(before["rise"], 0) + 0.01, rel=1e-5)
         assert after["rise"] <= after["limit"]
 
+    def test_a_lifetime_is_kept_for_the_next_training(self, data, chat_model, guard_file, tmp_path):
+        """Although a LoRA adapter has no ledger: in the record of the training."""
+        told = dict(guard_text=f"a novel={guard_file}", epochs=1, max_forgetting="2%")
+        done = command(data, *self.SMALL[:4], model=chat_model, out=tmp_path / "one", lifetime="3%", **told)
+        assert done.exit_code == 0, done.output
+        new = write_lines(tmp_path / "more.jsonl", conversations(seed=3))
+        done = command(new, continue_from=tmp_path / "one", out=tmp_path / "two", **told)
+        assert done.exit_code == 0, done.output
+        budget = record(tmp_path / "two")["outcome"]["budget"]
+        assert budget["lifetime"] == 0.03
+        assert budget["texts"]["a novel"]["limit"] <= 0.03
+
 
 def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp_path):
     """The folder that it leaves can be used again with a larger limit."""
@@ -329,6 +347,8 @@ def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp
     assert done.exit_code == 1, done.output
     assert "Error: The lifetime's budget is used up" in done.stderr
     assert done.stderr.count("\n") == 1
+    planned = command(data, "--dry-run", lifetime=spent / 2, max_forgetting=spent / 2, **tells)
+    assert planned.stderr == done.stderr  # already the plan refuses
     assert command(data, lifetime=spent * 2, max_forgetting=spent / 2, **tells).exit_code == 0
 
 

@@ -198,3 +198,20 @@ def test_an_answer_of_nothing_is_refused(plain_model, tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "w1", "completion": ""}])
     with pytest.raises(TrainError, match=r"row 60 \(line 61\) has an empty completion"):
         examples(path, plain_model)
+
+
+@pytest.mark.parametrize("blank", ["", "  \n"])
+@pytest.mark.parametrize("part", ["prompt", "completion"])
+def test_nothing_to_answer_or_to_learn_is_refused_with_its_line(blank, part, chat_model, tmp_path):
+    data = write_lines(tmp_path / "data.jsonl", [*PAIRS[:3], {**PAIRS[3], part: blank}, *PAIRS[4:]])
+    what = "answer" if part == "completion" else "prompt"
+    with pytest.raises(TrainError, match=rf"row 3 \(line 4\) has an empty {what}. Complete or remove the row"):
+        examples(data, chat_model)
+
+
+def test_an_empty_answer_within_a_conversation_is_refused(chat_model, tmp_path):
+    rows = [{"messages": _messages(pair, "role", "content", "user", "assistant")} for pair in PAIRS]
+    rows[1]["messages"][1]["content"] = ""
+    data = write_lines(tmp_path / "data.jsonl", rows)
+    with pytest.raises(TrainError, match=r"row 1 \(line 2\) has an empty answer"):
+        examples(data, chat_model)

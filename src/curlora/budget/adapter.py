@@ -32,21 +32,48 @@ def trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
             f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
             "model."
         )
-    curlora = {name for layer in model.modules() if isinstance(layer, CurloraLayer) for name in layer.curlora_U}
-    if not isinstance(model, PeftModel):
-        if curlora:
-            return adapter_of(model, adapter), True
-        raise GuardError(
-            "The model has no adapter. Add one first: get_peft_model(model, CurloraConfig(...)) or "
-            "get_peft_model(model, LoraConfig(...))."
-        )
+    guarded = _guarded(model, adapter)
+    if guarded is not None:
+        _check_nothing_else_trains(model)
+        return guarded, True
+    assert isinstance(model, PeftModel)
     active = list(model.active_adapters)
-    if curlora & ({adapter} if adapter is not None else set(active)):
-        return adapter_of(model, adapter), True
     if adapter is not None and adapter not in active:
         raise GuardError(f"{adapter!r} is not an active adapter of this model; {active} are active. Name one of these.")
     _check_base(model)
     return adapter or active[0], False
+
+
+def _guarded(model: nn.Module, adapter: str | None) -> str | None:
+    """Return the name of the CURLoRA adapter that trains, or ``None`` if another kind of adapter does."""
+    curlora = {name for layer in model.modules() if isinstance(layer, CurloraLayer) for name in layer.curlora_U}
+    if not isinstance(model, PeftModel):
+        if curlora:
+            return adapter_of(model, adapter)
+        raise GuardError(
+            "The model has no adapter. Add one first: get_peft_model(model, CurloraConfig(...)) or "
+            "get_peft_model(model, LoraConfig(...))."
+        )
+    named = {adapter} if adapter is not None else set(model.active_adapters)
+    return adapter_of(model, adapter) if curlora & named else None
+
+
+def _check_nothing_else_trains(model: nn.Module) -> None:
+    """Check that only ``U`` of CURLoRA adapters is trained.
+
+    Raises:
+        GuardError: if anything else is: the guard would not count what it forgets, and scaling ``U`` back would not
+            undo it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
+    counted = {id(parameter) for layer in layers for parameter in layer.curlora_U.parameters()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in counted]
+    if others:
+        raise GuardError(
+            f"{len(others)} trained parameters are not part of U (the first is {others[0]}). The budget of a CURLoRA "
+            "adapter counts and scales back only U. Leave out modules_to_save, trainable_token_indices and bias, "
+            "freeze other adapters, or train with LoRA, whose budget covers modules_to_save."
+        )
 
 
 def _check_base(model: PeftModel) -> None:

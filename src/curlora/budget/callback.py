@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import warnings
@@ -33,6 +32,7 @@ from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
 from curlora.guard.processes import of_first
 from curlora.guard.progress import Shown, part_of, stage
+from curlora.guard.share import as_share
 from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
@@ -133,12 +133,12 @@ class ForgettingBudget(TrainerCallback):
         seed: int = 0,
         progress: Shown | None = None,
     ) -> None:
-        self.limit = _share("max_perplexity_increase", max_perplexity_increase)
+        self.limit = as_share("max_perplexity_increase", max_perplexity_increase)
         self.texts = {_OWN: None} if texts is None else named_texts(texts)
-        self.limits = {name: _share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
+        self.limits = {name: as_share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
         if unknown := sorted(set(self.limits) - set(self.texts)):
             raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}.")
-        self.lifetime = None if lifetime is None else _share("lifetime", lifetime)
+        self.lifetime = None if lifetime is None else as_share("lifetime", lifetime)
         positive = {"strength": strength, "damping": damping}
         positive |= {} if learning_rate is None else {"learning_rate": learning_rate}
         for option, number in positive.items():
@@ -163,6 +163,7 @@ class ForgettingBudget(TrainerCallback):
         self._rows: dict[str, Rows] = {}
         self._measured: dict[str, float] = {}
         self._rate = math.nan
+        self._last_saved: list[Tensor] = []  # the trained parameters in the newest checkpoint
 
     # Events
 
@@ -182,8 +183,11 @@ class ForgettingBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         act_first(self)
-        if self._held is not None:  # a training that was interrupted
+        interrupted = False
+        if self._held is not None:  # the last training did not come to its end
             self._held.restraint.on_train_end(args, state, control, **kwargs)
+            assert self._start is not None
+            interrupted = not (state.global_step or self._held.unchanged(self._start.before))
             self._held = None
         model, processing = kwargs["model"], kwargs.get("processing_class")
         adapter, guarded = trained_adapter(model, self.adapter)
@@ -194,8 +198,16 @@ class ForgettingBudget(TrainerCallback):
         self.outcome = None
         self._read_texts(model, tokenizer)
         restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
+        if interrupted and not guarded:  # a CURLoRA adapter does not match its ledger then
+            raise GuardError(
+                "The last training under this budget did not come to its end and has changed the adapter, so "
+                "forgetting would be counted from there. Resume it (resume_from_checkpoint), or begin again with a new "
+                "adapter."
+            )
+        _check_pushes(args)
         if state.global_step:
             self._start = self._found(args, state)
+            self._check_stated(self._start.stated)
             restraint.load_state_dict(self._start.restraint)
             restraint.set_limits(self._start.limits, self.limit)
         else:
@@ -232,6 +244,7 @@ class ForgettingBudget(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._start is not None and self._held is not None and folder.is_dir():
+            self._last_saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
             kept = 1.0 if self._held.kept is None else self._held.kept.scale
             self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
 
@@ -263,9 +276,10 @@ class ForgettingBudget(TrainerCallback):
         drift = {} if predicted is None else {"drift": predicted}
         log(self, args, state, control, {**drift, "kept": kept, **rises})
         held.restraint.record(state.global_step, self.outcome)
-        if state.is_world_process_zero:
+        # Another checkpoint may have been loaded since, or training may have ended early and been scaled back since.
+        if held.unchanged(self._last_saved) and state.is_world_process_zero:
             held.restraint.save_record(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self._held = None
+        self._held, self._last_saved = None, []
 
     # Helpers of the events
 
@@ -291,6 +305,11 @@ class ForgettingBudget(TrainerCallback):
     def _read_texts(self, model: nn.Module, tokenizer: Any) -> None:
         texts = {name: text for name, text in self.texts.items() if not callable(text)}
         texts = texts or {_OWN: None}  # with measurements only, the restraint still needs a text
+        if tokenizer is None and any(text is None for text in texts.values()):
+            raise GuardError(
+                "The model cannot write the text that forgetting is measured on without its tokenizer: pass "
+                "processing_class=tokenizer to the trainer, or give texts."
+            )
         tokens, length = self.tokens, self.max_length
         shown = part_of(self._shown, WRITTEN * tokens)
         self._rows = {
@@ -303,6 +322,7 @@ class ForgettingBudget(TrainerCallback):
     def _begun(self, model: nn.Module, restraint: Restraint) -> Start:
         """Prepare a training that begins: measure the base model, and set the limits."""
         lifetime = restraint.prepare(self.lifetime)
+        self._check_same_texts(restraint.last_measured, lifetime)
         with restraint.as_base():
             base = {name: self._measure(model, name) for name in self.texts}
         spent = {name: self._measure(model, name) for name in self.texts} if restraint.trained_before else base
@@ -314,7 +334,14 @@ class ForgettingBudget(TrainerCallback):
                     f"{spent[name]} before this training. Check the text or the measurement."
                 )
             used = max(0.0, spent[name] / before - 1)
-            limits[name] = used + self.limits.get(name, self.limit)
+            stated = self.limits.get(name, self.limit)
+            limits[name] = used + stated
+            if used > stated and lifetime is None and not restraint.last_measured:
+                warnings.warn(
+                    f"The adapter has been trained before: the measure of {name!r} has already risen by {used:.2%} "
+                    f"since the base model. This training may add {stated:.2%}. To limit both together, give lifetime.",
+                    stacklevel=4,
+                )
             if lifetime is not None:
                 if used >= lifetime:
                     raise GuardError(
@@ -325,7 +352,52 @@ class ForgettingBudget(TrainerCallback):
                 limits[name] = min(limits[name], lifetime)
         restraint.set_limits(limits, self.limit)
         before_training = [whole(parameter.detach()).clone() for parameter in restraint.parameters]
-        return Start(before_training, base, limits, restraint.state_dict())
+        return Start(before_training, base, limits, restraint.state_dict(), stated=self._stated())
+
+    def _stated(self) -> dict[str, Any]:
+        """Return the limit of each text and the digest of its rows, which is ``None`` for a measurement."""
+        return {
+            name: [self.limits.get(name, self.limit), digest(self._rows[name]) if name in self._rows else None]
+            for name in self.texts
+        }
+
+    def _check_stated(self, began_with: Mapping[str, Any]) -> None:
+        """Check that a training that resumes has the texts and limits that it began with."""
+        now = self._stated()
+        if not began_with or began_with == now:
+            return
+        names = sorted(name for name in began_with.keys() | now.keys() if began_with.get(name) != now.get(name))
+        raise GuardError(
+            f"The training that resumes began with another limit or another text for {', '.join(map(repr, names))}: it "
+            f"had {_limits_of(began_with)}, and now there are {_limits_of(now)}. Give it the same texts and limits."
+        )
+
+    def _check_same_texts(self, earlier: Mapping[str, TextOutcome], lifetime: float | None) -> None:
+        """Check that each text that earlier trainings have measured is measured again.
+
+        Raises:
+            GuardError: if one is not, and a lifetime counts on it.
+        """
+        for name, text in earlier.items():
+            if name not in self.texts:
+                problem = "is not among the texts of this training"
+            elif self.texts[name] is None:
+                continue  # the base model has written it: another sample of it, as on another machine, says as much
+            elif text.sha256 is not None and text.sha256 != digest(self._rows.get(name, [])):
+                problem = "is another text now, or is cut into other rows"
+            else:
+                continue
+            found = (
+                f"The text {name!r}, on which an earlier training of this adapter was measured, {problem}. What this "
+                "training forgets of it would not be noticed"
+            )
+            if lifetime is None:
+                warnings.warn(f"{found}.", stacklevel=5)
+            else:
+                raise GuardError(
+                    f"{found}, and the lifetime's budget of {lifetime:.2%} counts on it. Give the same text under the "
+                    "same name, with the same tokens and max_length. Further texts may be added."
+                )
 
     def _worst(self, model: nn.Module) -> float:
         """Measure all texts, and return the largest share of its limit that a text has used."""
@@ -351,6 +423,12 @@ class ForgettingBudget(TrainerCallback):
         default = next(f.default for f in dataclasses.fields(type(args)) if f.name == "learning_rate")
         optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
         trained = {id(parameter) for parameter in restraint.parameters}
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if missing := len(trained - known):
+            raise GuardError(
+                f"The optimizer does not train {missing} of the {len(trained)} trained parameters of {restraint.moved}."
+                " Create it from this model's parameters, or let the trainer create it."
+            )
         given = [
             group.get("initial_lr", group["lr"])
             for group in optimizer.param_groups
@@ -361,10 +439,11 @@ class ForgettingBudget(TrainerCallback):
         chosen = args.learning_rate != default or any(rate not in (args.learning_rate, self._rate) for rate in given)
         rule = None if chosen else restraint.learning_rate(state.max_steps)
         rate = self.learning_rate or rule
+        set_on_purpose = self.learning_rate or (max(given, default=args.learning_rate) if chosen else None)
+        if set_on_purpose and (problem := restraint.problem_of(set_on_purpose, state.max_steps)) is not None:
+            warnings.warn(problem, stacklevel=3)
         if rate is None:
             self._rate = max(given, default=args.learning_rate)
-            if chosen and (problem := restraint.problem_of(self._rate, state.max_steps)) is not None:
-                warnings.warn(problem, stacklevel=3)
             return
         self._rate = rate
         rated = {id(parameter) for parameter in (restraint.parameters if self.learning_rate else restraint.rated)}
@@ -402,6 +481,21 @@ class ForgettingBudget(TrainerCallback):
         return Start.from_bytes(content, STATE_NAME)
 
 
+def _limits_of(stated: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name!r} (limit {limit:.2%})" for name, (limit, _) in stated.items())
+
+
+def _check_pushes(args: TrainingArguments) -> None:
+    """Warn if checkpoints are pushed to the hub before the limit is held."""
+    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
+    if args.push_to_hub and strategy != "end":
+        warnings.warn(
+            f"With hub_strategy={strategy!r} checkpoints are pushed before the last step, when the budget is not held "
+            "yet. Set hub_strategy='end' to push only the finished adapter.",
+            stacklevel=4,
+        )
+
+
 class _Held(MeasuredLimit):
     """A limit whose measure is 1 plus the largest used share of a text's limit, so that its rise is that share.
 
@@ -420,23 +514,3 @@ class _Held(MeasuredLimit):
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         return self.restraint.why_nothing(kept) if finite else super().why_nothing(kept, finite)
-
-
-def _share(name: str, value: Any) -> float:
-    """Return a limit as a share, given as a number or as per cent such as ``"1%"``.
-
-    Raises:
-        GuardError: if it is not between 0 and 1.
-    """
-    if isinstance(value, str) and value.strip().endswith("%"):
-        with contextlib.suppress(ValueError):  # raised as a GuardError below
-            value = float(value.strip()[:-1]) / 100
-    share = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-    if not (share > 0 and math.isfinite(share)):
-        raise GuardError(f'{name} must be a positive share, such as 0.01 or "1%" for 1 %, got {value!r}.')
-    if share >= 1:
-        raise GuardError(
-            f"{name}={share:g} would let perplexity rise by {share:.0%}, which limits nothing. For {share:g} % give "
-            f"{share / 100:g}."
-        )
-    return share

@@ -38,7 +38,7 @@ class Examples:
         if self.dataset is None or self.collate is None:
             self.problem = "the trainer has no data loader to take examples from"
         elif isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
-            if iter(self.dataset) is self.dataset:
+            if _is_one_pass(self.dataset):
                 self.problem = "the data can be iterated only once"
             else:
                 self._chosen = [one for one, _ in zip(self.dataset, range(COUNT), strict=False)]
@@ -101,6 +101,12 @@ class Examples:
             yield from self._in_batches(examples[middle:])
         else:
             yield batch
+
+
+def _is_one_pass(dataset: Any) -> bool:
+    """Whether each iteration goes on where the last one has stopped."""
+    first = iter(dataset)
+    return first is dataset or first is iter(dataset)
 
 
 def _labelled(batch: Any) -> dict[str, Tensor] | None:

@@ -25,7 +25,7 @@ from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
-from curlora.guard.ledger import Ledger, TrainingRecord, digest_of, write_whole
+from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of, write_whole
 from curlora.guard.progress import Shown, part_of
 from curlora.guard.redraw import redraw
 from curlora.guard.texts import Rows
@@ -104,6 +104,10 @@ class GuardRestraint(Restraint):
     def trained_before(self) -> bool:
         return bool(self.ledger.trainings)
 
+    @property
+    def last_measured(self) -> Mapping[str, TextOutcome]:
+        return self.ledger.last_measured
+
     def prepare(self, lifetime: float | None) -> float | None:
         self.examples.check()
         ledger = Ledger.of(self._config)
@@ -164,7 +168,15 @@ class GuardRestraint(Restraint):
         # Until the training is recorded the ledger belongs to the adapter as it was before. So a checkpoint, or an
         # adapter whose training was interrupted, is not taken for one from which forgetting could be counted.
         self.ledger.put_beside(self._config)
-        self.guard.attach(kwargs["optimizer"])
+        optimizer = kwargs["optimizer"]
+        self.guard.attach(optimizer)
+        if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.SGD) and args.max_grad_norm:
+            warnings.warn(
+                f"Gradient clipping (max_grad_norm={args.max_grad_norm:g}) changes the length of SGD's steps, so the "
+                "learning rate does not mean what it says. Set max_grad_norm=0, or use AdamW, which clipping does not "
+                "affect.",
+                stacklevel=3,
+            )
 
     def logs(self) -> dict[str, float]:
         return {"drift": self.guard.drift()}

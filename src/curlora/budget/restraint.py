@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from curlora.budget.outcome import Outcome
+from curlora.guard.ledger import TextOutcome
 from curlora.guard.measured_limit import Kept
 from curlora.guard.texts import Rows
 
@@ -53,6 +54,11 @@ class Restraint(TrainerCallback, ABC):
     def trained_before(self) -> bool:
         """Whether the adapter may differ from the base model already."""
         return True
+
+    @property
+    def last_measured(self) -> Mapping[str, TextOutcome]:
+        """The last outcome of each text that an earlier training has measured, by name, as far as it is known."""
+        return {}
 
     @abstractmethod
     def prepare(self, lifetime: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class Start:
         limits: the texts' limits, as relative rises since before the first training.
         restraint: the restraint's state.
         kept: the share of the change that was kept, if the training has come to its last step; else 1.
+        stated: what the user has stated of each text: its limit, and the digest of its rows. A training that resumes
+            must state the same.
     """
 
     before: list[Tensor]
@@ -29,13 +32,13 @@ class Start:
     limits: dict[str, float]
     restraint: dict[str, Tensor]
     kept: float = 1.0
+    stated: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         tensors = {f"restraint.{name}": value for name, value in self.restraint.items()}
         tensors |= {f"before.{number}": value for number, value in enumerate(self.before)}
-        return pack(
-            tensors, {"base": self.base, "limits": self.limits, "parameters": len(self.before), "kept": self.kept}
-        )
+        about = {"base": self.base, "limits": self.limits, "kept": self.kept, "stated": self.stated}
+        return pack(tensors, {**about, "parameters": len(self.before)})
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Start:
@@ -44,4 +47,4 @@ class Start:
             raise GuardError(f"{where} was written by an earlier version of curlora. Start this training anew.")
         before = [tensors.pop(f"before.{number}") for number in range(about["parameters"])]
         restraint = {name.removeprefix("restraint."): value for name, value in tensors.items()}
-        return cls(before, about["base"], about["limits"], restraint, about.get("kept", 1.0))
+        return cls(before, about["base"], about["limits"], restraint, about.get("kept", 1.0), about.get("stated", {}))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from curlora.callbacks.penalty import PenaltyCallback
+from curlora.callbacks.penalty import PenaltyCallback, check_strength
 from curlora.guard.evaluating import evaluating
 from curlora.guard.texts import IGNORED
 
@@ -37,8 +36,9 @@ class EWCCallback(PenaltyCallback):
 
     def __init__(self, strength: float, examples: int = 200, seed: int = 0) -> None:
         super().__init__()
-        if not (strength > 0 and math.isfinite(strength)) or examples < 1:
-            raise ValueError(f"strength must be positive and examples 1 or more, got {strength} and {examples}.")
+        check_strength(strength)
+        if not isinstance(examples, int) or examples < 1:
+            raise ValueError(f"examples must be a whole number of 1 or more, got {examples!r}.")
         self.strength, self.examples = strength, examples
         self.generator = torch.Generator().manual_seed(seed)
         self.held = Consolidated()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -11,8 +10,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from curlora.callbacks.penalty import PenaltyCallback
-from curlora.guard.evaluating import evaluating, without_adapters
+from curlora.callbacks.penalty import PenaltyCallback, check_strength
+from curlora.guard.evaluating import changes_the_base, evaluating, without_adapters
 from curlora.guard.texts import Rows
 
 __all__ = ["KLToBaseCallback", "kl_to_base", "pieces_at", "pieces_of"]
@@ -32,7 +31,7 @@ class KLToBaseCallback(PenaltyCallback):
         strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
         rows_per_step: the number of rows in a step.
         base: the base model. ``None`` if the base model is the trained model with its adapter disabled. Full
-            fine-tuning, and adapters that change the base model's weights (PiSSA), need a second copy.
+            fine-tuning, and adapters that change the base model's weights (PiSSA) or biases, need a second copy.
 
     Raises:
         ValueError: if ``strength`` or ``rows_per_step`` is not positive, or there is no row with a predicted token that
@@ -45,12 +44,13 @@ class KLToBaseCallback(PenaltyCallback):
         self, rows: Sequence[Tensor], strength: float, base: nn.Module | None = None, *, rows_per_step: int = 1
     ) -> None:
         super().__init__()
-        if rows_per_step < 1:
-            raise ValueError(f"rows_per_step must be 1 or more, got {rows_per_step}.")
+        if not isinstance(rows_per_step, int) or rows_per_step < 1:
+            raise ValueError(f"rows_per_step must be a whole number of 1 or more, got {rows_per_step!r}.")
         self.rows_per_step = rows_per_step
-        if not (strength > 0 and math.isfinite(strength)):
-            raise ValueError(f"strength must be positive, got {strength}.")
+        check_strength(strength)
         self.strength = strength
+        if wrong := [row for row in rows if not isinstance(row, Tensor) or row.ndim != 1]:
+            raise ValueError(f"Each of rows must be a tensor of tokens of shape (length,), got {wrong[0]!r:.80}.")
         self.pieces = pieces_of(rows)
         if not self.pieces:
             raise ValueError(
@@ -60,8 +60,8 @@ class KLToBaseCallback(PenaltyCallback):
         self.base = None if base is None else base.eval().requires_grad_(False)
 
     def penalty(self, model: nn.Module, step: int) -> Tensor:
-        if self.base is None and not isinstance(model, PeftModel):
-            raise ValueError("The model has no adapter that can be disabled: pass the base model too (base=...).")
+        if self.base is None:
+            _check_base_is_there(model)
 
         def base_logits(ids: Tensor) -> Tensor:
             if self.base is not None:
@@ -72,6 +72,22 @@ class KLToBaseCallback(PenaltyCallback):
 
         ids, counted = pieces_at(self.pieces, step, self.rows_per_step)
         return self.strength * kl_to_base(model, ids, counted, base_logits)
+
+
+def _check_base_is_there(model: nn.Module) -> None:
+    """Check that the model without its adapters is the base model."""
+    if not isinstance(model, PeftModel):
+        raise ValueError("The model has no adapter that can be disabled: pass the base model too (base=...).")
+    for name, config in model.peft_config.items():
+        options: Any = config
+        begun = getattr(options, "init_lora_weights", None)
+        biases = getattr(options, "bias", "none")
+        if changes_the_base(begun) or biases != "none":
+            said = f"bias={biases!r}" if biases != "none" else f"init_lora_weights={begun!r}"
+            raise ValueError(
+                f"The adapter {name!r} changes the base model itself ({said}), so the base model does not come back "
+                "when it is disabled: pass the base model too (base=...)."
+            )
 
 
 def pieces_of(rows: Sequence[Tensor], seed: int = 0) -> list[tuple[Tensor, Tensor]]:

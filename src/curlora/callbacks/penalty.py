@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -77,6 +78,16 @@ class PenaltyCallback(TrainerCallback):
     ) -> None:
         if logs is not None and "loss" in logs and self.value is not None:
             logs[self.logged_as] = state.log_history[-1][self.logged_as] = self.value
+
+
+def check_strength(strength: float) -> None:
+    """Check the factor of a penalty.
+
+    Raises:
+        ValueError: if it is not a positive, finite number.
+    """
+    if not isinstance(strength, int | float) or not (strength > 0 and math.isfinite(strength)):
+        raise ValueError(f"strength must be a positive number, got {strength!r}.")
 
 
 def _check_whole(model: nn.Module, args: TrainingArguments) -> None:

@@ -22,6 +22,9 @@ from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["Adapted", "check_stream", "check_texts"]
 
+# Options that say how a LoRA adapter starts.
+_OF_A_START = {"init_lora_weights", "corda_config", "loftq_config", "lora_ga_config"}
+
 
 @dataclass(frozen=True)
 class Adapted:
@@ -123,8 +126,8 @@ def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) 
 
 
 def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, seed: int) -> Adapted:
-    if method.needs_guard_text:
-        return Adapted(unknown="runs the model when it starts")
+    if isinstance(method, Peft) and method.changes_the_base:
+        return _put_on_as_lora(method, load_empty, tasks, seed)
     base = load_empty()
     layers = {name: module for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     _check_targets(method.options.get("target_modules"), base, list(layers))
@@ -138,11 +141,27 @@ def _put_on(method: Method, load_empty: Callable[[], nn.Module], tasks: int, see
     except ValueError as error:
         listed = "" if "inear layers" in str(error) else f" Linear layers of this model: {_last_parts(layers)}."
         raise ValueError(f"{error}{listed if 'arget modules' in str(error) else ''}") from error
-    except Exception as error:  # PEFT or a model's code may raise anything on meta tensors
-        first = str(error).strip().partition("\n")[0]
-        return Adapted(unknown=f"reads the model's weights when it starts ({type(error).__name__}: {first})")
+    except Exception as error:
+        first = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        # Operators without an implementation on the meta device raise these; a wrong option raises something else.
+        if isinstance(error, RuntimeError) and (type(error) is RuntimeError or "meta" in str(error)):
+            return Adapted(unknown=f"reads the model's weights when it starts ({first})")
+        raise ValueError(first) from error
     _check_ranks(method, model)
+    if method.trains_backbone and not trained:
+        raise ValueError("with these options it trains no parameter")
     return Adapted(model, trained)
+
+
+def _put_on_as_lora(method: Peft, load_empty: Callable[[], nn.Module], tasks: int, seed: int) -> Adapted:
+    """Check a method that starts from a decomposition of the weights, with LoRA's own start, which has its shapes."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RecipeWarning)
+        options = {key: value for key, value in method.options.items() if key not in _OF_A_START}
+        found = _put_on(replace(method, options=options), load_empty, tasks, seed)
+    if above := [str(one.message) for one in caught if issubclass(one.category, RecipeWarning)]:
+        raise ValueError(f"{above[0].partition(': ')[2]} A decomposition of the weights has no more directions.")
+    return found
 
 
 def _below(method: Method, adapted: Adapted, load_empty: Callable[[], nn.Module], seed: int) -> int:

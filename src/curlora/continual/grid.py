@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
@@ -37,11 +38,16 @@ def expand(method: Mapping[str, Any]) -> list[dict[str, Any]]:
     grids = list(_grids(method))
     if not grids:
         return [dict(method)]
+    if fixed := [grid.names[0] for grid in grids if grid.names[0] in ("name", "label", "method")]:
+        raise ValueError(f"{fixed[0]}: a grid may not stand here: its methods get their names from its values")
     keys = [_key(grid, grids) for grid in grids]
     label = method.get("label") or method.get("name")
     expanded = []
-    for values in itertools.product(*(grid.choices for grid in grids)):
-        shown = [(key, _plain(value)) for key, value in zip(keys, values, strict=True)]
+    texts = [_texts(grid.choices) for grid in grids]
+    for values, plain in zip(
+        itertools.product(*(grid.choices for grid in grids)), itertools.product(*texts), strict=True
+    ):
+        shown = list(zip(keys, plain, strict=True))
         one = _replaced(method, {grid.path: value for grid, value in zip(grids, values, strict=True)})
         one["name"] = f"{method.get('name')}@" + ",".join(f"{key}={value}" for key, value in shown)
         one["label"] = f"{label}, " + ", ".join(f"{key} {value}" for key, value in shown)
@@ -51,7 +57,11 @@ def expand(method: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _grids(value: Any, path: tuple[str | int, ...] = (), names: tuple[str, ...] = ()) -> Iterator[_Grid]:
-    if isinstance(value, Mapping) and path and set(value) == {"grid"}:
+    if isinstance(value, Mapping) and path and "grid" in {str(key).lower() for key in value}:
+        if set(value) != {"grid"}:
+            raise ValueError(
+                f"{'.'.join(names)}: a grid is written {{grid: [...]}} and stands alone, got {dict(value)}"
+            )
         choices = value["grid"]
         if not isinstance(choices, list) or len(choices) < 2:
             raise ValueError(f"{'.'.join(names)}: a grid must be a list of two or more values, got {choices!r}")
@@ -85,6 +95,21 @@ def _replaced(value: Any, chosen: Mapping[tuple[str | int, ...], Any], path: tup
     return value
 
 
-def _plain(value: Any) -> str:
-    """Return the value as text that may be part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")
+_LONGEST = 48  # characters of a value in a name, which is also that of a folder
+
+
+def _texts(choices: list[Any]) -> list[str]:
+    """Return each value as text that may be part of a folder's name. Different values have different texts."""
+    plain = [
+        re.sub(r"[^A-Za-z0-9_.+-]+", "-", f"{value:g}" if isinstance(value, float) else str(value)).strip("-")
+        for value in choices
+    ]
+    folded = [text.casefold() for text in plain]
+    return [
+        text if len(text) <= _LONGEST and folded.count(text.casefold()) == 1 else f"{text[:_LONGEST]}-{_digest(value)}"
+        for text, value in zip(plain, choices, strict=True)
+    ]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import OwnText, PromptList
@@ -55,6 +56,9 @@ def build(recipe: Recipe) -> Stream:
         assert isinstance(guard, str)
         guard_text = replace(_held_out(recipe.guard, guard, tokenizer, Protocol()), shown=True)
         _check_apart(heldout, recipe.guard, guard_text)
+    elif guard is not None:
+        assert not isinstance(guard, str)
+        _check_written_apart(sampled, guard)
     return Stream(
         title=recipe.title,
         base_model=recipe.model.name if not Path(recipe.model.name).is_dir() else Path(recipe.model.name).name,
@@ -196,7 +200,9 @@ def _check_apart(heldout: Sequence[tuple[HeldOutPart, HeldOut]], guard_part: Hel
         if torch.equal(text.tokens, guard.tokens):
             shared = len(text.tokens)
         elif _source(part) != _source(guard_part) or shared <= 0:
-            continue
+            shared = _found_in(text.tokens, guard.tokens)
+            if shared < _COPIED * len(text.tokens):
+                continue
         found = (
             f"heldout {text.name!r} and guard {guard.name!r} have {shared:,} of {len(text.tokens):,} tokens in common. "
             "Hold out another text, or another part of it (skip)."
@@ -204,6 +210,32 @@ def _check_apart(heldout: Sequence[tuple[HeldOutPart, HeldOut]], guard_part: Hel
         if shared == len(text.tokens):
             raise RecipeError(found)
         warnings.warn(found, RecipeWarning, stacklevel=2)
+
+
+def _check_written_apart(sampled: Sequence[PromptList | OwnText | None], guard: PromptList | OwnText) -> None:
+    """Refuse a held-out text that the base model writes if it is the guard's: both would be sampled alike."""
+    for text in sampled:
+        if text is not None and _sampled_from(text) == _sampled_from(guard):
+            raise RecipeError(
+                f"heldout {text.name!r} and guard {guard.name!r} are the same text of the base model, because their "
+                "prompts and seeds are the same. Give one of them another seed."
+            )
+
+
+def _sampled_from(text: PromptList | OwnText) -> tuple[Any, ...]:
+    return (text.prompts, text.seed) if isinstance(text, PromptList) else (text.max_length, text.seed)
+
+
+_RUN = 16  # tokens in a row that are hardly alike by chance
+_COPIED = 0.1  # the share of a text that must be found elsewhere to be taken for a copy
+
+
+def _found_in(tokens: Tensor, elsewhere: Tensor) -> int:
+    """Return how many of the tokens stand, in runs of ``_RUN``, anywhere in another text."""
+    runs = {tuple(run) for run in elsewhere.unfold(0, _RUN, 1).tolist()} if len(elsewhere) >= _RUN else set()
+    pieces = tokens.unfold(0, _RUN, _RUN).tolist() if len(tokens) >= _RUN else []
+    found = sum(tuple(piece) in runs for piece in pieces)
+    return len(tokens) if pieces and found == len(pieces) else _RUN * found
 
 
 def _source(part: HeldOutPart) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from curlora.continual.errors import RecipeError
 from curlora.continual.grid import expand
 from curlora.continual.methods import Method, make_method
 from curlora.continual.plugins import PLUGINS, Plugin, make_plugin
-from curlora.continual.problems import at_their_places, describe_errors, unknown_names
+from curlora.continual.problems import at_their_places, describe_errors, place, unknown_names
 from curlora.continual.protocol import SWITCHES, Protocol
 from curlora.continual.recipe_file import read_recipe_file
 from curlora.continual.settings import OF_A_METHOD, Settings
@@ -119,11 +119,11 @@ class Resources(_Part):
     """The CPU threads and GPUs that one method with one seed runs on.
 
     ``cpus`` is the number of threads; all of the process's if ``None``. ``gpus`` is used only with workers; 0.5 puts
-    two workers on one GPU.
+    two workers on one GPU. If it is ``None``, each worker gets one GPU where there are any.
     """
 
     cpus: Annotated[int, Field(gt=0)] | None = None
-    gpus: Annotated[float, Field(ge=0)] = 0
+    gpus: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
 class MethodPart(_Part):
@@ -156,6 +156,8 @@ class MethodPart(_Part):
                 self._plugin(plugin)
             except ValueError as error:
                 problems.append(str(error))
+        if {"guard", "scale_back"} <= {str(plugin.get("name")) for plugin in self.plugins}:
+            problems.append("plugins: guard and scale_back each keep a limit of their own: leave one of them out")
         if problems:
             raise ValueError("\n".join(problems))
         self.make(Protocol())
@@ -187,8 +189,8 @@ class MethodPart(_Part):
         )
 
     def _plugin(self, plugin: dict[str, Any]) -> Callable[[], Plugin]:
-        if "name" not in plugin:
-            raise ValueError(f"plugins: a plug-in needs a name: {plugin}")
+        if not isinstance(plugin.get("name"), str):
+            raise ValueError(f"plugins: a plug-in needs a name, such as guard: {plugin}")
         name, rest = plugin["name"], {key: value for key, value in plugin.items() if key != "name"}
         if [other.get("name") for other in self.plugins].count(name) > 1:
             raise ValueError(f"plugins: {name!r} is listed twice")
@@ -390,6 +392,18 @@ class Recipe(_Part):
                 )
             for variant in (task, task.variant(reference=True)):
                 _check_settings(self.settings(), [(f"task {task.name!r}: training", variant.training)])
+        unknown = [
+            unknown_names(f"method {method.name!r}: training", [key], [*Settings.model_fields, "learning_rate"])
+            for method in self.methods
+            for key in sorted(set(method.training) - set(Settings.model_fields) - {"learning_rate"})
+        ]
+        unknown += [
+            f"method {method.name!r}: training: a method's learning_rate stands beside its name, not under training"
+            for method in self.methods
+            if "learning_rate" in method.training
+        ]
+        if unknown:
+            raise at_their_places(list(dict.fromkeys(unknown)))
         misplaced = [
             f"method {method.name!r}: training: {key!r} cannot differ between methods; these settings can: "
             f"{', '.join(sorted(OF_A_METHOD))}"
@@ -467,16 +481,43 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
             f"{path} cannot be read: {error.strerror}. It is neither a file nor one of the recipes that come with "
             f"curlora: {', '.join(packaged_recipes())}." + (f" Did you mean {near[0]!r}?" if near else "")
         ) from error
+    content["methods"] = _expanded(content.get("methods"), wrong)
     lines = [f"{where}: {what}" for where, what in wrong.items()]
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
         told = tuple(f"{where}{end}" for where in wrong for end in (":", " "))
-        lines += [line for line in describe_errors(error, Recipe, content) if not line.startswith(told)]
+        # An error that is not about a value of the grid is the same in all of an entry's methods: it is named once.
+        named = {**content, "methods": _with_entrys_names(content["methods"])}
+        lines += [line for line in describe_errors(error, Recipe, named) if not line.startswith(told)]
     if lines:
         raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(f"  {line}" for line in lines))
     recipe._written.update(written)
     return recipe
+
+
+def _expanded(methods: Any, wrong: dict[str, str]) -> Any:
+    """Return the methods with their grids expanded. A grid that is wrong is added to ``wrong``, without its values."""
+    if not isinstance(methods, list):
+        return methods
+    found: list[Any] = []
+    for number, method in enumerate(methods):
+        try:
+            found += expand(method) if isinstance(method, dict) else [method]
+        except ValueError as error:
+            wrong[place(["methods", number], {"methods": methods})] = str(error)
+            found.append(method)
+    return found
+
+
+def _with_entrys_names(methods: Any) -> Any:
+    if not isinstance(methods, list):
+        return methods
+    return [{**one, "name": one["name"].partition("@")[0]} if _is_named(one) else one for one in methods]
+
+
+def _is_named(method: Any) -> bool:
+    return isinstance(method, dict) and isinstance(method.get("name"), str)
 
 
 def _replaced(content: Any, strings: dict[str, str]) -> Any:

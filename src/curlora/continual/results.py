@@ -316,6 +316,11 @@ class RunResults(_Record):
         return sorted({seed.seed for method in self.methods for seed in method.seeds})
 
     @property
+    def in_orders(self) -> bool:
+        """Whether the tasks were learned in other orders, too."""
+        return any(seed.order for method in self.methods for seed in method.seeds)
+
+    @property
     def runs(self) -> int:
         """The number of finished runs of one method with one seed in one order of the tasks."""
         return sum(len(method.seeds) for method in self.methods)

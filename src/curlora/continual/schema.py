@@ -89,7 +89,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
     },
     "Resources": {
         "cpus": "CPU threads; all of the process's if not given.",
-        "gpus": "GPUs of a worker, if the run is divided among workers; 0.5 puts two methods on one GPU.",
+        "gpus": "GPUs of a worker, if the run is divided among workers; 0.5 puts two methods on one GPU. Default: one.",
     },
     "AnswersPart": {
         "name": "The text's name in reports.",

@@ -139,7 +139,10 @@ class Settings(BaseModel):
             raise ValueError(f"training: transformers' Trainer rejects the arguments: {error}") from error
 
     def changed(self, changes: dict[str, Any]) -> Settings:
-        """Return these settings with some entries changed, validated again."""
+        """Return these settings with some entries changed, validated again. Entries of ``trainer`` are added to it."""
+        trainer = changes.get("trainer", {})
+        if isinstance(trainer, dict):
+            changes = {**changes, "trainer": {**self.trainer, **trainer}}
         return Settings.model_validate({**self.model_dump(), **changes})
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from curlora import _compat
 from curlora.continual.batches import Collator, LengthGrouped
 from curlora.continual.generation import Generation, score_generated
 from curlora.continual.plugins import Plugin
@@ -96,6 +97,7 @@ class TaskTrainer(Trainer):
             use_cpu=use_cpu(),
             **{"dataloader_pin_memory": torch.cuda.is_available(), **reporting},
         )
+        _compat.use_one_gpu(arguments)  # else a step would have as many times the examples
         groups: list[dict[str, Any]] = []
         backbone = list(model.backbone_parameters())
         if backbone:  # the first group: the Trainer logs its learning rate

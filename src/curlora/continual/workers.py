@@ -66,6 +66,8 @@ def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: s
         raise RunError(f"The Ray cluster at {address or 'this machine'} cannot be used: {error}") from error
     try:
         there = ray.cluster_resources()
+        if gpus is None:  # a worker that asks for none would see all of them
+            gpus = min(1.0, there.get("GPU", 0))
         if there.get("GPU", 0) < gpus or there.get("CPU", 0) < cpus:
             raise RunError(
                 f"The recipe's resources give each method {cpus} CPUs and {gpus:g} GPUs, but Ray has only "

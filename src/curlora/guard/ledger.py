@@ -98,7 +98,12 @@ class Ledger:
         """The rest of the lifetime's budget, as a relative rise; ``None`` if there is no such budget."""
         if self.lifetime is None:
             return None
-        return self.lifetime - float(numpy.maximum(0, self.trainings[-1].worst)) if self.trainings else self.lifetime
+        return self.lifetime - float(numpy.max([0.0, *(text.rise for text in self.last_measured.values())]))
+
+    @property
+    def last_measured(self) -> dict[str, TextOutcome]:
+        """The last outcome of each text that any of the trainings has measured, by name."""
+        return {name: text for training in self.trainings for name, text in training.texts.items()}
 
     def after(self, training: TrainingRecord, adapter: str) -> Ledger:
         """Return this ledger with one more training.

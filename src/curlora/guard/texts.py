@@ -73,6 +73,8 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
     if not named:
         raise GuardError("texts is empty: give a text, or leave texts out to let the model write one itself.")
     for name, text in named.items():
+        if text is None:  # the model writes it
+            continue
         if not isinstance(text, (str, Path, Sequence)) and not callable(text):
             raise GuardError(
                 f"texts[{name!r}] is {type(text).__name__}: a list of texts, a file's path or a function is expected."
@@ -109,11 +111,12 @@ def rows_of(name: str, text: Texts, tokenizer: Any, *, tokens: int, max_length: 
     """
     items = _paragraphs(name, Path(text)) if isinstance(text, (str, Path)) else text
     assert isinstance(items, Sequence)
+    masks = items.counted if isinstance(items, Rows) else None
     texts: list[tuple[Tensor, Tensor]] = []
     left = tokens
     for number, item in enumerate(items):
         ids, counted = (torch.tensor(found[:left], device="cpu") for found in _tokens(name, number, item, tokenizer))
-        texts.append((ids, counted.bool()))
+        texts.append((ids, counted.bool() if masks is None else masks[number][:left]))
         left -= len(ids)
         if left <= 0:
             break

@@ -208,7 +208,8 @@ def _trade_offs(runs: Sequence[RunResults], styles: Styles, fills: Sequence[str]
 
 def _bars_text(results: RunResults) -> str:
     several = any(len(method.seeds) > 1 for method in results.methods)
-    return " Bars: standard deviation over seeds." if several else ""
+    over = "seeds and orders" if results.in_orders else "seeds"
+    return f" Bars: standard deviation over {over}." if several else ""
 
 
 def _unplotted(results: RunResults) -> str:

@@ -74,16 +74,21 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
     return table
 
 
-def within_limits(results: RunResults) -> list[Table]:
-    """Return a table for each limit of the recipe: the best of each method within it, and its forgetting elsewhere."""
+def within_limits(results: RunResults, of: str = "") -> list[Table]:
+    """Return a table for each limit of the recipe: the best of each method within it, and its forgetting elsewhere.
+
+    Args:
+        results: the run.
+        of: what to name in the titles, if there are tables of other runs beside it.
+    """
     known = points(results)
     tables = []
     for limit in limits_of(results):
-        table = _plain(f"\nThe best of each method within {limit} on {limited_text(results)}")
+        run = f"{of}: the" if of else "The"
+        table = _plain(f"\n{run} best of each method within {limit} on {limited_text(results)}")
         table.add_column("its best")
-        _columns(
-            table, [what_is_learned(results).replace(" ", "\n", 1), "KL there", "KL, other\ntexts", "worst", "runs"]
-        )
+        learned = what_is_learned(results).replace(" ", "\n", 1)
+        _columns(table, [learned, "rise\nthere", "KL there", "KL, other\ntexts", "worst", "runs"])
         for entry, point in best_within(known, limit).items():
             if point is None:
                 table.add_row(entry, "none is within")
@@ -94,6 +99,7 @@ def within_limits(results: RunResults) -> list[Table]:
                 entry,
                 Text(chosen or "the only one"),
                 _stacked(point.learned, digits=3),
+                _percent(point.rise),
                 *(_stacked(figure, digits=4) for figure in figures),
                 str(len(point.method.seeds)),
             )
@@ -179,7 +185,8 @@ def _notes(results: RunResults) -> list[Text]:
     counts = sorted({len(method.seeds) for method in results.methods})
     if counts != [1]:
         lines[0] += (
-            f" Mean and standard deviation of {' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} seeds."
+            f" Mean and standard deviation of {' to '.join(map(str, dict.fromkeys(counts[:1] + counts[-1:])))} "
+            f"{'runs, over seeds and orders' if results.in_orders else 'seeds'}."
         )
     if results.missing:
         lines.insert(0, format_missing(results))

@@ -237,6 +237,11 @@ def _by_template(
     source: _Source, tokenizer: Any, options: TrainOptions
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
     turns = [trained_turns(conversation, options.turns) for conversation in source.conversations]
+    for place, (conversation, answers) in enumerate(zip(source.conversations, turns, strict=True)):
+        if any(not conversation[turn]["content"].strip() for turn in answers):
+            raise TrainError(f"{source.where(place)} has an empty answer. Complete or remove the row.")
+        if source.is_text and not conversation[0]["content"].strip():
+            raise TrainError(f"{source.where(place)} has an empty prompt. Complete or remove the row.")
     try:
         laid_out = lay_out(source.conversations, turns, tokenizer)
     except ChatError as error:

@@ -14,9 +14,9 @@ import filelock
 from curlora.continual.storage import Checkpoints, is_disk_full, write_whole
 from curlora.train.errors import TrainError
 
-__all__ = ["Folder", "claim"]
+__all__ = ["RECORD", "Folder", "claim"]
 
-_RECORD = "training.json"
+RECORD = "training.json"
 _LOCK = ".lock"
 
 
@@ -47,7 +47,7 @@ class Folder:
             TrainError: if the folder belongs to another training, or holds other files.
         """
         try:
-            found: dict[str, Any] = json.loads((self.path / _RECORD).read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((self.path / RECORD).read_text(encoding="utf-8"))
             before = found["identity"]
         except NotADirectoryError:
             raise TrainError(f"--out {self.path} is a file, not a folder: choose another name.") from None
@@ -57,7 +57,7 @@ class Folder:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise TrainError(
-                f"{self.path / _RECORD} cannot be read, so it is unknown which training {self.path} belongs to. Choose "
+                f"{self.path / RECORD} cannot be read, so it is unknown which training {self.path} belongs to. Choose "
                 "another folder."
             ) from error
         changed = [
@@ -77,7 +77,7 @@ class Folder:
     def write(self, record: Mapping[str, Any]) -> None:
         """Write ``training.json``."""
         content = {"identity": self.identity, **record}
-        write_whole(self.path / _RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        write_whole(self.path / RECORD, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def remove_checkpoints(self) -> None:
         """Remove all checkpoints."""

@@ -22,6 +22,7 @@ from curlora.continual.processes import use_cpu
 from curlora.convert import AdapterError, config_of
 from curlora.hub import no_such_folder
 from curlora.train.errors import TrainError
+from curlora.train.history import History, history_of
 from curlora.train.options import TrainOptions
 from curlora.tuner.config import CurloraConfig
 
@@ -42,6 +43,7 @@ class Base:
         continue_from: the adapter whose training is continued, if any.
         quantize: ``"4bit"``, ``"8bit"`` or ``None``.
         bf16: whether training computes in bfloat16.
+        history: the adapter's earlier trainings, and what is left of its lifetime's budget.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Base:
     continue_from: str | None
     quantize: str | None
     bf16: bool
+    history: History
 
     @property
     def kind(self) -> str:
@@ -117,11 +120,13 @@ def find_base(options: TrainOptions) -> Base:
 
     Raises:
         TrainError: if the model is not found or is not a causal language model, if ``continue_from`` is not a CURLoRA
-            or LoRA adapter, or if ``quantize`` is set and bitsandbytes is not installed.
+            or LoRA adapter, if nothing is left of its lifetime's budget, or if ``quantize`` is set and bitsandbytes is
+            not installed.
     """
     if options.quantize and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainError("--quantize needs bitsandbytes, which is not installed: pip install bitsandbytes")
     adapter = _adapter(options)
+    history = history_of(adapter, options.continue_from, options.lifetime)
     name = options.model or adapter.base_model_name_or_path
     if not name:
         raise TrainError(f"{options.continue_from} does not name its base model: give it with --model.")
@@ -147,7 +152,7 @@ def find_base(options: TrainOptions) -> Base:
     bf16 = options.bf16
     if bf16 is None:
         bf16 = not use_cpu() and (not torch.cuda.is_available() or torch.cuda.is_bf16_supported())
-    return Base(name, config, tokenizer, adapter, options.continue_from, options.quantize, bf16)
+    return Base(name, config, tokenizer, adapter, options.continue_from, options.quantize, bf16, history)
 
 
 def _adapter(options: TrainOptions) -> CurloraConfig | LoraConfig:

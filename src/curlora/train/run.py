@@ -193,7 +193,7 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
         budget=Budget(
             stated=options.max_forgetting,
             limits=dict(options.limits),
-            lifetime=options.lifetime,
+            lifetime=base.history.lifetime,
             predicted=ended.budget.predicted,
             kept=ended.budget.kept,
             texts=ended.budget.texts,

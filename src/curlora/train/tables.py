@@ -34,7 +34,11 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
     options, base, examples, plan, _ = prepared
     train, held_out, memory = examples.train, examples.held_out, plan.memory
     texts = ", ".join(f"{name} ({path})" for name, path in options.guard_texts.items())
-    lifetime = "" if options.lifetime is None else f", and by {percent(options.lifetime)} over all its trainings"
+    history = base.history
+    lifetime = ""
+    if history.lifetime is not None and history.left is not None:
+        lifetime = f", and by {percent(history.lifetime)} over all its trainings"
+        lifetime += f", of which {percent(history.left)} are left" if history.risen > 0 else ""
     sizes = f"{format_size(memory.weights)} of frozen weights, {format_size(memory.trained)} for what is trained"
     kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
     more = f", {format_size(memory.logits)} for logits"

@@ -69,7 +69,7 @@ class Training:
             options.max_forgetting,
             texts=dict(options.guard_texts) or None,
             limits=options.limits,
-            lifetime=options.lifetime,
+            lifetime=base.history.lifetime,
             learning_rate=options.learning_rate,
             tokens=options.GUARD_TOKENS,
             max_length=guard_row(base),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -149,6 +150,12 @@ class CurloraConfig(PeftConfig):
         for label, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:
                 raise ValueError(f"{label} must be a positive integer, got {r!r}")
+        alphas = [("alpha", self.alpha), *((f"alpha_pattern[{k!r}]", v) for k, v in self.alpha_pattern.items())]
+        for label, alpha in alphas:
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise ValueError(f"{label} must be a finite number, got {alpha!r}")
+        if not isinstance(self.replacement, bool):
+            raise ValueError(f"replacement must be true or false, got {self.replacement!r}")
         if isinstance(self.target_parameters, str):
             raise TypeError("`target_parameters` must be a list of strings or None.")
         if self.sampling not in SAMPLINGS:

@@ -113,6 +113,8 @@ class Peft(Method):
         try:
             if self.needs_guard_text:
                 options["corda_config"] = CordaConfig(**{"corda_method": "kpm", **options.get("corda_config", {})})
+                if (kind := options["corda_config"].corda_method) not in ("kpm", "ipm"):
+                    raise ValueError(f"corda_method must be kpm (keeps knowledge) or ipm, got {kind!r}")
             return config_class(**options)
         except (TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"options: {config_class.__name__}: {error}") from error
@@ -159,7 +161,7 @@ class Peft(Method):
                 torch.nn.init.uniform_(weight, -1 / math.sqrt(weight.shape[0]), 1 / math.sqrt(weight.shape[0]))
 
     def base_logits(self, model: nn.Module, load_model: Callable[[], nn.Module]) -> Callable[[Tensor, int], Tensor]:
-        if self._changes_the_base():
+        if self.changes_the_base or self.options.get("bias", "none") != "none":
             base: Any = load_model().eval().requires_grad_(False).to(next(model.parameters()).device)
             return lambda ids, kept: base(input_ids=ids, logits_to_keep=kept, use_cache=False).logits
         peft_model: Any = model
@@ -170,9 +172,10 @@ class Peft(Method):
 
         return logits
 
-    def _changes_the_base(self) -> bool:
-        """Whether disabling the adapter does not give the base model: its weights or biases are changed."""
-        return changes_the_base(self.options.get("init_lora_weights")) or self.options.get("bias", "none") != "none"
+    @property
+    def changes_the_base(self) -> bool:
+        """Whether the adapter changes the base model's weights when it is made."""
+        return changes_the_base(self.options.get("init_lora_weights"))
 
     def save(self, model: nn.Module, directory: Path) -> int:
         peft_model: Any = model

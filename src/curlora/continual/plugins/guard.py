@@ -48,7 +48,7 @@ class GuardPlugin(Plugin):
 
     def __init__(
         self,
-        max_perplexity_increase: float | None = None,
+        max_perplexity_increase: float | str | None = None,
         max_kl: float | None = None,
         spread: bool = True,
         slack: float = 1.0,

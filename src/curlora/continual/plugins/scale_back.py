@@ -13,6 +13,7 @@ from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.results import Guarded, TextScore
 from curlora.guard import scale_to_limit
+from curlora.guard.share import as_share
 
 __all__ = ["ScaleBack"]
 
@@ -37,15 +38,19 @@ class ScaleBack(Plugin):
     needs_guard_text: ClassVar[bool] = True
 
     def __init__(
-        self, max_perplexity_increase: float | None = None, max_kl: float | None = None, spread: bool = True
+        self, max_perplexity_increase: float | str | None = None, max_kl: float | None = None, spread: bool = True
     ) -> None:
         limits = {"max_perplexity_increase": max_perplexity_increase, "max_kl": max_kl}
-        given = {name: float(value) for name, value in limits.items() if value is not None}
+        given = {name: value for name, value in limits.items() if value is not None}
         if len(given) != 1:
             raise ValueError("give one limit: max_perplexity_increase or max_kl")
-        ((name, self.limit),) = given.items()
-        if not (self.limit > 0 and math.isfinite(self.limit)):
-            raise ValueError(f"{name} must be positive and finite, got {self.limit}")
+        ((name, value),) = given.items()
+        if name == "max_kl":
+            if not isinstance(value, int | float) or not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"max_kl must be a positive number of nats per token, got {value!r}")
+            self.limit = float(value)
+        else:
+            self.limit = as_share(name, value)
         if not isinstance(spread, bool):
             raise ValueError(f"spread must be true or false, got {spread!r}")
         self.limits_kl, self.spread = name == "max_kl", spread

@@ -1,0 +1,78 @@
+"""What earlier trainings of an adapter have cost, and what is left of its lifetime's budget."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+
+from curlora.guard.errors import GuardError
+from curlora.guard.ledger import Ledger
+from curlora.train.errors import TrainError
+from curlora.train.folder import RECORD
+from curlora.tuner.config import CurloraConfig
+
+__all__ = ["History", "history_of"]
+
+
+@dataclass(frozen=True)
+class History:
+    """The earlier trainings of an adapter.
+
+    Args:
+        lifetime: the largest allowed rise of perplexity over all trainings; ``None`` without such a limit.
+        risen: the largest rise of a text so far.
+    """
+
+    lifetime: float | None = None
+    risen: float = 0.0
+
+    @property
+    def left(self) -> float | None:
+        """The rest of the lifetime's budget; ``None`` if there is no such budget."""
+        return None if self.lifetime is None else self.lifetime - max(0.0, self.risen)
+
+
+def history_of(adapter: PeftConfig, folder: str | None, lifetime: float | None) -> History:
+    """Return an adapter's history: from its ledger, or from the record of ``curlora train`` for an adapter without one.
+
+    Args:
+        adapter: the adapter's configuration.
+        folder: the adapter's folder or hub id; ``None`` for a new adapter.
+        lifetime: the lifetime that the user gives for this training, in place of an earlier one.
+
+    Raises:
+        TrainError: if the ledger is damaged, or if nothing is left of the lifetime's budget.
+    """
+    found = History()
+    if folder is not None:
+        try:
+            found = _of_ledger(adapter) if isinstance(adapter, CurloraConfig) else _of_record(Path(folder) / RECORD)
+        except GuardError as error:
+            raise TrainError(f"--continue-from {folder}: {error}") from error
+    found = History(found.lifetime if lifetime is None else lifetime, found.risen)
+    if found.left is not None and found.left <= 0:
+        raise TrainError(
+            f"The lifetime's budget is used up: perplexity has risen by {found.risen:.2%} since the adapter's first "
+            f"training, and {found.lifetime:.2%} is allowed. Give a larger --lifetime to train further."
+        )
+    return found
+
+
+def _of_ledger(adapter: CurloraConfig) -> History:
+    ledger = Ledger.of(adapter)
+    if ledger is None:
+        return History()
+    return History(ledger.lifetime, max((text.rise for text in ledger.last_measured.values()), default=0.0))
+
+
+def _of_record(path: Path) -> History:
+    """Read ``training.json``, which is there if ``curlora train`` has made the adapter."""
+    try:
+        budget: Any = json.loads(path.read_text(encoding="utf-8"))["outcome"]["budget"]
+        return History(budget["lifetime"], max(text["rise"] for text in budget["texts"].values()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return History()
