@@ -13,6 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
     BitsAndBytesConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -746,6 +749,35 @@ class TestBadInput:
         model = get_peft_model(T5ForConditionalGeneration(config), CurloraConfig(r=2, target_modules=["q", "v"]))
         with pytest.raises(GuardError, match="is an encoder-decoder"):
             train(model, tmp_path, budget())
+
+    @pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+    def test_a_model_without_perplexity(self, kind, tmp_path):
+        config = BertConfig(vocab_size=100, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                            num_attention_heads=2)  # fmt: skip
+        for adapter in (CurloraConfig(r=2, target_modules=["query"]), LoraConfig(r=2, target_modules=["query"])):
+            model = get_peft_model(kind(config), adapter)
+            with pytest.raises(GuardError, match=f"{kind.__name__} does not predict the next token"):
+                train(model, tmp_path, budget())
+
+    def test_an_adapter_that_was_loaded_to_be_used(self, tmp_path):
+        fresh().save_pretrained(tmp_path / "saved")
+        with pytest.raises(GuardError, match="no trained parameters. Load it with .*is_trainable=True"):
+            train(PeftModel.from_pretrained(base(), tmp_path / "saved"), tmp_path, budget())
+
+    def test_a_measurement_that_is_no_number(self, tmp_path):
+        with pytest.raises(GuardError, match="The measurement 'mine' returned None, not a number"):
+            train(fresh(), tmp_path, budget(texts={"mine": lambda: None}))
+
+    def test_limits_that_are_no_mapping(self):
+        with pytest.raises(GuardError, match=r"limits must be a mapping .*, got \[0.01\]"):
+            budget(limits=[0.01])
+
+    def test_folders_and_lists_of_files(self, tmp_path):
+        (tmp_path / "a.txt").write_text("w1 w2")
+        with pytest.raises(GuardError, match="is a folder, .* give the path of a text file"):
+            budget(texts=tmp_path)
+        with pytest.raises(GuardError, match="is a list of files' paths. Give a mapping from names to paths"):
+            budget(texts=[str(tmp_path / "a.txt")])
 
     def test_no_adapter(self, tmp_path):
         with pytest.raises(GuardError, match="The model has no adapter. Add one first"):

@@ -125,7 +125,7 @@ def _printed(recipe):
         ("{name: own, written_by: someone}", "written_by"),
         ("{name: own, written_by: model, window: 3}", "window"),
         ("{name: own, prompts: []}", "prompts"),
-        ("{name: own, prompts: missing.txt}", r"heldout 'own' .*missing.txt\) cannot be read"),
+        ("{name: own, prompts: missing.txt}", r"text 'own' .*missing.txt\) cannot be read"),
         ("{name: own, prompts: [a], max_new_tokens: 0}", "max_new_tokens"),
         ("{name: own, prompts: [a], window: 3}", "window"),
     ],

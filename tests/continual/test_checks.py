@@ -67,6 +67,18 @@ def test_windows_longer_than_the_models_positions(short_model, tmp_path):
     assert "method 'lora' cannot be applied to this model: target_modules: the model has no module 'q_proj'" in message
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("written_by: model, max_length: 128", "rows of 128 tokens for the text 'h', .* Lower its max_length"),
+        ("prompts: [w1], max_new_tokens: 64", "rows of 65 tokens for the text 'h', .* Lower its max_new_tokens"),
+    ],
+)
+def test_texts_that_the_model_has_no_positions_to_write(text, message, short_model, tmp_path):
+    changes = ["model.name=gpt2", "methods.1.options={r: 4}", "training.max_length=64", f"heldout={{name: h, {text}}}"]
+    assert re.search(message, refused(load_recipe(short_model, changes), tmp_path / "run"))
+
+
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_the_command_says_it_in_a_line(short_model, tmp_path, more):
     changes = ["--set", "model.name=gpt2", "--set", "methods.1.options={r: 4}"]

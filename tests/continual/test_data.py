@@ -267,7 +267,7 @@ def test_held_out_texts_that_are_none_are_named(tmp_path):
     with pytest.raises(DataError, match=r"the column 'text' does not hold text: row 1 has \['b'\]"):
         read_text(HeldOutPart(name="h", path=tmp_path / "rows.jsonl"))
     (tmp_path / "rows.csv").write_text("text\na,b\n")
-    with pytest.raises(DataError, match="heldout 'h' .*: line 2 has 2 fields, but the header has 1"):
+    with pytest.raises(DataError, match="text 'h' .*: line 2 has 2 fields, but the header has 1"):
         read_text(HeldOutPart(name="h", path=tmp_path / "rows.csv"))
 
 
@@ -276,7 +276,7 @@ def test_held_out_texts(tmp_path):
     assert read_text(HeldOutPart(name="h", path=tmp_path / "text.txt")) == "one\ntwo"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one\n", "", "two\n")))
     assert read_text(HeldOutPart(name="h", path=tmp_path / "rows.jsonl")) == "one\ntwo\n"
-    with pytest.raises(DataError, match="heldout 'h' .*cannot be read as text"):
+    with pytest.raises(DataError, match="text 'h' .*cannot be read as text"):
         read_text(HeldOutPart(name="h", path=tmp_path / "gone.txt"))
 
 

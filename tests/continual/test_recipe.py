@@ -124,6 +124,10 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("methods.1.training={max_length: 9}", "'max_length' cannot differ between methods"),
         ("methods.2.options.alpha=x", "CurloraConfig: alpha must be a finite number, got 'x'"),
         ("methods.2.options.replacement=2", "CurloraConfig: replacement must be true or false, got 2"),
+        (
+            "guard=text.txt",
+            "guard: a text is a mapping with a name, and a path, hub, prompts or written_by, got 'text.txt'",
+        ),
         ("resources={gpus: 2}", "resources.gpus: Input should be less than or equal to 1, got 2"),
         (
             "methods.1.options={init_lora_weights: corda, corda_config: {corda_method: kpmm}}",
@@ -328,7 +332,7 @@ def test_a_misspelt_name_of_a_recipe_that_comes_with_it():
         ("tasks.0.evaluation.path=text.txt", "the file type .txt is not supported"),
         ("tasks.0.train.label_names={0: a}", "row .* has label 1, which is not in label_names"),
         ("tasks.0.train={hub: ./nowhere, split: train, text: text, label: label}", "cannot be loaded from the hub"),
-        ("heldout.path=gone.txt", "heldout 'words' .*gone.txt.* cannot be read"),
+        ("heldout.path=gone.txt", "text 'words' .*gone.txt.* cannot be read"),
     ],
 )
 def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message):

@@ -6,6 +6,11 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from curlora.guard.calibration import adapter_of
 from curlora.guard.errors import GuardError
@@ -13,6 +18,13 @@ from curlora.guard.evaluating import changes_the_base, without_adapters
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["trained_adapter"]
+
+_UNTRAINED = "The adapter has no trained parameters. Load it with PeftModel.from_pretrained(..., is_trainable=True)."
+_WITHOUT_PERPLEXITY = {
+    name
+    for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
+    for name in names.values()
+} - set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 
 
 def trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
@@ -31,6 +43,11 @@ def trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
         raise GuardError(
             f"{type(base).__name__} is an encoder-decoder, whose forgetting cannot be measured. Use a causal language "
             "model."
+        )
+    if type(base).__name__ in _WITHOUT_PERPLEXITY:
+        raise GuardError(
+            f"{type(base).__name__} does not predict the next token, so it has no perplexity that a budget could "
+            "limit. Use a causal language model."
         )
     guarded = _guarded(model, adapter)
     if guarded is not None:
@@ -65,6 +82,8 @@ def _check_nothing_else_trains(model: nn.Module) -> None:
         GuardError: if anything else is: the guard would not count what it forgets, and scaling ``U`` back would not
             undo it.
     """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise GuardError(_UNTRAINED)
     layers = [module for module in model.modules() if isinstance(module, CurloraLayer)]
     counted = {id(parameter) for layer in layers for parameter in layer.curlora_U.parameters()}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in counted]
@@ -98,9 +117,7 @@ def _check_base(model: PeftModel) -> None:
         )
     before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not before:
-        raise GuardError(
-            "The adapter has no trained parameters. Load it with PeftModel.from_pretrained(..., is_trainable=True)."
-        )
+        raise GuardError(_UNTRAINED)
     with without_adapters(model):
         outside = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name in before]
     if outside:

@@ -135,6 +135,8 @@ class ForgettingBudget(TrainerCallback):
     ) -> None:
         self.limit = as_share("max_perplexity_increase", max_perplexity_increase)
         self.texts = {_OWN: None} if texts is None else named_texts(texts)
+        if not isinstance(limits or {}, Mapping):
+            raise GuardError(f"limits must be a mapping from names of texts to limits, got {limits!r:.80}.")
         self.limits = {name: as_share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
         if unknown := sorted(set(self.limits) - set(self.texts)):
             raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}.")
@@ -414,7 +416,11 @@ class ForgettingBudget(TrainerCallback):
         shown = part_of(self._shown, 0 if again else sum(map(len, rows)), f"measuring {name}")
         if callable(text):
             with stage(shown, f"measuring {name}", None):
-                return float(text())
+                found: Any = text()
+            try:
+                return float(found)
+            except (TypeError, ValueError) as error:
+                raise GuardError(f"The measurement {name!r} returned {found!r:.60}, not a number.") from error
         return perplexity(model, rows, max_length=self.max_length, batch_size=self.batch_size, progress=shown)
 
     def _set_rate(

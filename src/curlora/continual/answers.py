@@ -57,6 +57,11 @@ class PromptList:
         """The number of rows that will be sampled."""
         return len(self.prompts)
 
+    @property
+    def longest(self) -> int:
+        """The number of tokens of a full answer to a prompt of one token."""
+        return self.max_new_tokens + 1
+
     def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of the tokens of a prompt and the tokens of the model's answer."""
         return answer(model, tokenizer, self.prompts, self.max_new_tokens, self.seed)

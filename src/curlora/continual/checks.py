@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from curlora.continual.answers import OwnText, PromptList
 from curlora.continual.errors import RecipeWarning, RunError
 from curlora.continual.frozen_layers import layers_below, layers_below_targets
 from curlora.continual.heldout import HeldOut
@@ -50,6 +51,7 @@ def check_stream(
     load_empty: Callable[[], Any],
     seed: int,
     *,
+    unwritten: Sequence[PromptList | OwnText] = (),
     frozen_layers: bool = False,
 ) -> dict[str, Adapted]:
     """Check a whole run with the model on the meta device, applying each method to it.
@@ -62,6 +64,7 @@ def check_stream(
         stream: the tasks.
         load_empty: returns the model on the meta device.
         seed: the run's seed.
+        unwritten: texts that the base model is to write.
         frozen_layers: whether each method must leave some of the model's lowest layers unchanged; they are counted.
 
     Returns:
@@ -71,7 +74,7 @@ def check_stream(
         RunError: naming every text and task that is longer than the model has positions, and every method that cannot
             be applied to the model.
     """
-    problems = _too_long(load_empty().config, texts, stream)
+    problems = _too_long(load_empty().config, texts, stream, unwritten)
     found: dict[str, Adapted] = {}
     adapted: dict[str, Adapted] = {}
     for method in methods:
@@ -103,7 +106,9 @@ def check_texts(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]
         raise RunError("\n".join(problems))
 
 
-def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) -> list[str]:
+def _too_long(
+    config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded], unwritten: Sequence[PromptList | OwnText] = ()
+) -> list[str]:
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is None:
         return []
@@ -113,6 +118,15 @@ def _too_long(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]) 
         for text in texts
         if text.longest > positions
     ]
+    for text in unwritten:
+        option, rows = (
+            ("max_length", text.max_length) if isinstance(text, OwnText) else ("max_new_tokens", text.longest)
+        )
+        if rows > positions:
+            problems.append(
+                f"The base model would write rows of {rows} tokens for the text {text.name!r}, but it has only "
+                f"{positions} positions. Lower its {option}."
+            )
     for part in stream:
         if part.generation is not None and (problem := part.generation.problem_of_positions(positions)):
             problems.append(problem)

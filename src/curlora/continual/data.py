@@ -271,10 +271,10 @@ def read_prompts(part: AnswersPart) -> tuple[str, ...]:
     try:
         lines = part.prompts.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"heldout {part.name!r} ({part.prompts}) cannot be read as text: {error}") from error
+        raise DataError(f"text {part.name!r} ({part.prompts}) cannot be read as text: {error}") from error
     prompts = tuple(line for line in lines if line.strip())
     if not prompts:
-        raise DataError(f"heldout {part.name!r}: {part.prompts} holds no prompts; one per line is expected")
+        raise DataError(f"text {part.name!r}: {part.prompts} holds no prompts; one per line is expected")
     return prompts
 
 
@@ -311,7 +311,7 @@ def read_text(part: HeldOutPart) -> str:
     Raises:
         DataError: if it cannot be read.
     """
-    where = f"heldout {part.name!r} ({part.path or part.hub})"
+    where = f"text {part.name!r} ({part.path or part.hub})"
     if part.path is not None and part.path.suffix.lower() not in TABLE_SUFFIXES:
         try:
             text = part.path.read_text(encoding=part.encoding)

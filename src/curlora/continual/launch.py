@@ -167,7 +167,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
 def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
     tokens = torch.tensor(tokenizer(text)["input_ids"])[part.skip :]
     if len(tokens) < 2:
-        raise RecipeError(f"heldout {part.name!r} has {len(tokens)} tokens after skip; perplexity needs at least 2")
+        raise RecipeError(f"text {part.name!r} has {len(tokens)} tokens after skip; perplexity needs at least 2")
     if protocol.perplexity == "first_chunk":
         asked, given = part.chunk or part.window, part.chunk is not None
         scored = HeldOut(part.name, tokens[:asked], window=max(2, min(asked, len(tokens))))

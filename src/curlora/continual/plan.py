@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from curlora.continual.batches import Collator
@@ -57,6 +58,7 @@ class Plan:
         base_parameters: the number of the base model's parameters.
         base_windows: windows of held-out text that are scored with the base model, once for the whole run.
         methods: the methods' plans, in order.
+        threads: the number of CPU threads of each method and seed.
     """
 
     stream: Stream
@@ -64,6 +66,7 @@ class Plan:
     base_parameters: int
     base_windows: int
     methods: Sequence[MethodPlan]
+    threads: int
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -106,7 +109,8 @@ def make_plan(recipe: Recipe) -> Plan:
                 memory=max(steps, key=lambda memory: memory.total or 0, default=Memory(0, 0, 0, 0)),
             )
         )
-    return Plan(stream, tasks, sum(p.numel() for p in base.parameters()), windows, methods)
+    threads = recipe.resources.cpus or torch.get_num_threads()
+    return Plan(stream, tasks, sum(p.numel() for p in base.parameters()), windows, methods, threads)
 
 
 def _learned(

@@ -215,9 +215,11 @@ def _distinct(values: list[Any]) -> list[Any]:
     return values
 
 
-def _kind_of_text(value: Any) -> str:
-    if not isinstance(value, dict):
+def _kind_of_text(value: Any) -> str | None:
+    if isinstance(value, (HeldOutPart, AnswersPart, OwnTextPart)):
         return type(value).__name__
+    if not isinstance(value, dict):
+        return None
     kinds = {"prompts": "AnswersPart", "written_by": "OwnTextPart"}
     return next((kind for key, kind in kinds.items() if key in value), "HeldOutPart")
 
@@ -226,7 +228,11 @@ Text = Annotated[
     Annotated[HeldOutPart, Tag("HeldOutPart")]
     | Annotated[AnswersPart, Tag("AnswersPart")]
     | Annotated[OwnTextPart, Tag("OwnTextPart")],
-    Discriminator(_kind_of_text),
+    Discriminator(
+        _kind_of_text,
+        custom_error_type="text",
+        custom_error_message="a text is a mapping with a name, and a path, hub, prompts or written_by",
+    ),
 ]
 
 

@@ -132,7 +132,9 @@ class Stream:
             return {}
         keeping = self.settings.cache_frozen_layers
         texts, seed = self.texts, self.seeds[0]
-        return check_stream(self.methods, texts, encoded, self.load_empty, seed, frozen_layers=keeping)
+        return check_stream(
+            self.methods, texts, encoded, self.load_empty, seed, unwritten=self.unwritten, frozen_layers=keeping
+        )
 
     def keeping_frozen_layers(self, adapted: Mapping[str, Adapted], directory: Path) -> Stream:
         """Return the stream with models that cache the outputs of layers that no method trains, if so configured.

@@ -79,6 +79,13 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
             raise GuardError(
                 f"texts[{name!r}] is {type(text).__name__}: a list of texts, a file's path or a function is expected."
             )
+        if isinstance(text, (str, Path)) and _is(Path.is_dir, text):
+            raise GuardError(f"texts[{name!r}] is a folder, {str(text)!r}: give the path of a text file.")
+        if isinstance(text, (list, tuple)) and text and all(_is_file(one) for one in text):
+            raise GuardError(
+                f"texts[{name!r}] is a list of files' paths. Give a mapping from names to paths: each text has its own "
+                "limit."
+            )
         if isinstance(text, (str, Path)) and not _is_file(text):
             raise GuardError(
                 f"texts[{name!r}] is a string, {str(text)[:60]!r}, and there is no such file. Give the path of a text "
@@ -136,9 +143,13 @@ def digest(rows: Iterable[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _is_file(path: str | Path) -> bool:
+def _is_file(path: Any) -> bool:
+    return isinstance(path, (str, Path)) and _is(Path.is_file, path)
+
+
+def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:
     try:
-        return Path(path).is_file()
+        return kind(Path(path))
     except OSError:  # the string is too long for a path
         return False
 

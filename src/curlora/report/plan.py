@@ -23,6 +23,8 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
         stream.title,
         f"{stream.base_model}: {plan.base_parameters:,} parameters. {processes} on {state.device}. "
         f"Seed{'s' if len(stream.seeds) > 1 else ''} {', '.join(map(str, stream.seeds))}.",
+        f"{plan.threads} CPU thread{'s' if plan.threads > 1 else ''} for each method and seed; float32 products in "
+        f"{stream.settings.fp32_products}.",
         *(f"Held out: {text.describe()}" for text in stream.heldout),
         *(f"To be written by the base model: {text.name} ({text.rows} pieces)" for text in stream.unwritten),
         *(["Orders of the tasks: " + str(1 + len(stream.orders)) + "."] if stream.orders else []),
