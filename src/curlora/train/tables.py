@@ -38,7 +38,7 @@ def plan_tables(prepared: Prepared) -> list[RenderableType]:
     lifetime = ""
     if history.lifetime is not None and history.left is not None:
         lifetime = f", and by {percent(history.lifetime)} over all its trainings"
-        lifetime += f", of which {percent(history.left)} are left" if history.risen > 0 else ""
+        lifetime += f", of which {percent(history.left)} are left" if base.continue_from else ""
     sizes = f"{format_size(memory.weights)} of frozen weights, {format_size(memory.trained)} for what is trained"
     kept = "" if memory.kept is None else f", {format_size(memory.kept)} kept for the backward pass"
     more = f", {format_size(memory.logits)} for logits"
