@@ -29,7 +29,7 @@ def tables():
     compared = compared_of(entries)
     return {
         "proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared),
-        "proof_seeds": over_seeds(by_entry("seeds")),
+        "proof_seeds": over_seeds(by_entry("seeds")), "proof_rivals": every_run(by_entry("rivals")),
     }  # fmt: skip
 
 
