@@ -27,11 +27,13 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from curlora import CurloraConfig, ForgettingBudget, calibrate
+from curlora.budget import callback as callback_module
 from curlora.budget.callback import STATE_NAME, _check_pushes
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import TextOutcome, TrainingRecord, pack, unpack
+from curlora.guard.texts import Rows
 from curlora.tuner.config import LEDGER_NAME
 from curlora_cli.commands import app
 from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
@@ -212,6 +214,19 @@ def test_gone_on_with_under_another_budget(changed, message, kind, tmp_path):
     train(make(), tmp_path, budget(0.01), save_strategy="steps", save_steps=8)
     with pytest.raises(GuardError, match=message):
         train(make(), tmp_path, budget(**{"limit": 0.01, **changed}), resume=str(tmp_path / "checkpoint-8"))
+
+
+@pytest.mark.parametrize("kind", ["curlora", "lora"])
+def test_gone_on_with_where_the_model_writes_another_text(kind, tmp_path, monkeypatch):
+    """As on another machine: forgetting is then counted on the new text from its own start."""
+    make = fresh if kind == "curlora" else lambda: get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
+    budget_of_own = lambda: ForgettingBudget(0.01, tokens=256, max_length=16)  # noqa: E731
+    monkeypatch.setattr(callback_module, "own_text", lambda *_, **__: Rows(TEXT))
+    train(make(), tmp_path, first := budget_of_own(), save_strategy="steps", save_steps=8)
+    monkeypatch.setattr(callback_module, "own_text", lambda *_, **__: Rows(OTHER))
+    train(make(), tmp_path, second := budget_of_own(), resume=str(tmp_path / "checkpoint-8"))
+    before = [one.outcome.texts["own text"].before for one in (first, second)]
+    assert before == pytest.approx([perplexity(base(), text, max_length=16) for text in (TEXT, OTHER)], rel=1e-5)
 
 
 def test_resumed_from_the_last_step_it_says_what_was_kept(tmp_path):

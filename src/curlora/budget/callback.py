@@ -209,8 +209,10 @@ class ForgettingBudget(TrainerCallback):
         _check_pushes(args)
         if state.global_step:
             self._start = self._found(args, state)
-            self._check_stated(self._start.stated)
+            rewritten = self._check_stated(self._start.stated)
             restraint.load_state_dict(self._start.restraint)
+            with restraint.as_base():
+                self._start.base.update((name, self._measure(model, name)) for name in rewritten)
             restraint.set_limits(self._start.limits, self.limit)
         else:
             self._start = self._begun(model, restraint)
@@ -363,16 +365,30 @@ class ForgettingBudget(TrainerCallback):
             for name in self.texts
         }
 
-    def _check_stated(self, began_with: Mapping[str, Any]) -> None:
-        """Check that a training that resumes has the texts and limits that it began with."""
+    def _check_stated(self, began_with: Mapping[str, Any]) -> list[str]:
+        """Check that a training that resumes has the texts and limits that it began with.
+
+        Returns:
+            The texts that the base model has written anew, as on another machine. Nobody could give them again, so
+            forgetting is counted on the new ones.
+
+        Raises:
+            GuardError: if another text or limit differs.
+        """
         now = self._stated()
-        if not began_with or began_with == now:
-            return
-        names = sorted(name for name in began_with.keys() | now.keys() if began_with.get(name) != now.get(name))
-        raise GuardError(
-            f"The training that resumes began with another limit or another text for {', '.join(map(repr, names))}: it "
-            f"had {_limits_of(began_with)}, and now there are {_limits_of(now)}. Give it the same texts and limits."
-        )
+        differing = sorted(name for name in began_with.keys() | now.keys() if began_with.get(name) != now.get(name))
+        rewritten = [
+            name
+            for name in differing
+            if self.texts.get(name, "") is None and name in began_with and began_with[name][0] == now[name][0]
+        ]
+        if began_with and differing != rewritten:
+            names = ", ".join(repr(name) for name in differing if name not in rewritten)
+            raise GuardError(
+                f"The training that resumes began with another limit or another text for {names}: it had "
+                f"{_limits_of(began_with)}, and now there are {_limits_of(now)}. Give it the same texts and limits."
+            )
+        return rewritten
 
     def _check_same_texts(self, earlier: Mapping[str, TextOutcome], lifetime: float | None) -> None:
         """Check that each text that earlier trainings have measured is measured again.
