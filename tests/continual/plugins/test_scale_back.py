@@ -116,8 +116,8 @@ def test_gone_on_with_it_is_as_if_uninterrupted(guarded_path, tmp_path):
     [
         ({}, "give one limit: max_perplexity_increase or max_kl"),
         ({"max_perplexity_increase": 0.1, "max_kl": 0.1}, "give one limit"),
-        ({"max_kl": 0}, "max_kl must be positive and finite, got 0.0"),
-        ({"max_perplexity_increase": math.inf}, "must be positive and finite"),
+        ({"max_kl": 0}, "max_kl must be a positive number of nats per token, got 0"),
+        ({"max_perplexity_increase": math.inf}, "must be a positive share"),
         ({"max_kl": 0.1, "spread": 2}, "spread must be true or false, got 2"),
     ],
 )
