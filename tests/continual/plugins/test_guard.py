@@ -163,7 +163,7 @@ def test_refused_before_anything_is_loaded(guarded_path):
     guard = guarded["plugins"][0]
     for plugins, message in (
         ([guard, guard], "'guard' is listed twice"),
-        ([{**guard, "max_perplexity_increase": 0}], "max_perplexity_increase must be a positive share, such as 0.01 or .*, got"),
+        ([{**guard, "max_perplexity_increase": 0}], "max_perplexity_increase must be a positive share, .*, got"),
         ([{**guard, "slack": 0}], "positive slack"),
         ([{**guard, "batch_size": 0}], "batch_size of 1 or more"),
         ([{**guard, "spread": "yes"}], "spread must be true or false"),
