@@ -193,13 +193,6 @@ class ForgettingBudget(TrainerCallback):
             self._held = None
         model, processing = kwargs["model"], kwargs.get("processing_class")
         adapter, guarded = trained_adapter(model, self.adapter)
-        tokenizer = getattr(processing, "tokenizer", processing)
-        tokens = self.batch_size * self.max_length
-        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
-        self._shown = not args.disable_tqdm if self.progress is None else self.progress
-        self.outcome = None
-        self._read_texts(model, tokenizer)
-        restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
         if interrupted and not guarded:  # a CURLoRA adapter does not match its ledger then
             raise GuardError(
                 "The last training under this budget did not come to its end and has changed the adapter, so "
@@ -207,12 +200,20 @@ class ForgettingBudget(TrainerCallback):
                 "adapter."
             )
         _check_pushes(args)
+        tokenizer = getattr(processing, "tokenizer", processing)
+        tokens = self.batch_size * self.max_length
+        examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
+        self._shown = not args.disable_tqdm if self.progress is None else self.progress
+        self.outcome = None
+        self._read_texts(model, tokenizer)
+        restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
         if state.global_step:
             self._start = self._found(args, state)
             rewritten = self._check_stated(self._start.stated)
             restraint.load_state_dict(self._start.restraint)
-            with restraint.as_base():
-                self._start.base.update((name, self._measure(model, name)) for name in rewritten)
+            if rewritten:
+                with restraint.as_base():
+                    self._start.base.update((name, self._measure(model, name)) for name in rewritten)
             restraint.set_limits(self._start.limits, self.limit)
         else:
             self._start = self._begun(model, restraint)

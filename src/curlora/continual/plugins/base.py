@@ -46,6 +46,11 @@ class TaskContext:
     adapter: str = "default"
     adapter_since: int = 0
 
+    @property
+    def choice_seed(self) -> int:
+        """The seed of a choice among this task's rows or texts: another one for each task of the run."""
+        return (self.seed * 1_000_003 + self.number) % 2**63
+
 
 class Plugin(TrainerCallback):
     """Base class of plug-ins, which does nothing. A plug-in overrides what it needs, also events of the Trainer.

@@ -40,7 +40,7 @@ def diverged(model: TaskModel) -> bool:
 
 def examples_of(context: TaskContext, count: int) -> tuple[Iterator[dict[str, Tensor]], torch.Generator]:
     """Return batches of one random training row each, at most ``count``, and the generator that drew their order."""
-    generator = torch.Generator().manual_seed((context.seed * 1_000_003 + context.number) % 2**63)
+    generator = torch.Generator().manual_seed(context.choice_seed)
     order = torch.randperm(len(context.rows), generator=generator)[:count].tolist()
     return (context.collate([context.rows[i]]) for i in order), generator
 

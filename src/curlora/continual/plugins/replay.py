@@ -45,8 +45,7 @@ class Replay(Plugin):
         return [*context.rows, *self.kept]
 
     def after_task(self, context: TaskContext) -> None:
-        seed = (context.seed * 1_000_003 + context.number) % 2**63
-        self.kept += [context.rows[i] for i in chosen(len(context.rows), self.examples, seed)]
+        self.kept += [context.rows[i] for i in chosen(len(context.rows), self.examples, context.choice_seed)]
 
     def state_dict(self) -> dict[str, Tensor]:
         state = {}

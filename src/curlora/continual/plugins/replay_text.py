@@ -54,8 +54,7 @@ class ReplayText(Plugin):
             pieces = [(torch.zeros(self.tokens, dtype=torch.long), torch.ones(self.tokens, dtype=torch.bool))]
             pieces *= self.pieces
         else:
-            seed = (context.seed * 1_000_003 + context.number) % 2**63
-            pieces = pieces_of(context.guard_text.pieces(self.tokens), seed)[: self.pieces]
+            pieces = pieces_of(context.guard_text.pieces(self.tokens), context.choice_seed)[: self.pieces]
         return [*context.rows, *(_row(*piece) for piece in pieces)]
 
 
