@@ -1,5 +1,6 @@
 """The notebooks run, here with a small model and few texts in the place of the demo's, and are kept with outputs."""
 
+import random
 import runpy
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def cache(tmp_path_factory):
         for split in ("train", "evaluation"):
             rows = [{"text": " ".join(WORDS[i % 80 : i % 80 + 8]), "label": labels[i % 2]} for i in range(80)]
             write_lines(texts / f"{name}-{split}.jsonl", rows)
-    (texts / "tales.txt").write_text("\n\n".join(" ".join(WORDS) for _ in range(400)), encoding="utf-8")
+    shuffled = random.Random(0)
+    tales = (" ".join(shuffled.sample(WORDS, len(WORDS))) for _ in range(400))
+    (texts / "tales.txt").write_text("\n\n".join(tales), encoding="utf-8")
     return folder
 
 

@@ -147,7 +147,11 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
             {"options": {"r": 4, "init_lora_weights": "pissa", "target_modules": ["q_proj"]}},
             "it trains the first of the model's 4 layers",
         ),
-        ({"options": {"r": 4, "init_lora_weights": "pissa"}}, "its layers are not known .*: name its target_modules"),
+        ({"options": {"r": 4, "init_lora_weights": "pissa"}}, "it trains the first of the model's 4 layers"),
+        (
+            {"method": "frod", "options": {"target_modules": "all-linear"}},
+            "its layers are not known .*: name its target_modules",
+        ),
     ],
 )
 def test_a_method_that_trains_something_below_is_refused(method, message, study, tmp_path):

@@ -92,9 +92,9 @@ def test_what_is_wrong_is_said_as_by_one_process(recipe_path, tmp_path):
     ("changes", "options", "message"),
     [
         (
-            ["resources={gpus: 8}"],
+            ["resources={gpus: 1}"],
             {"workers": 1},
-            r"give each method 1 CPUs and 8 GPUs, but Ray has only 1 CPUs and 0 GPUs",
+            r"give each method 1 CPUs and 1 GPUs, but Ray has only 1 CPUs and 0 GPUs",
         ),
         ([], {"workers": 0}, "1 or more workers, got 0"),
         ([], {"address": "127.0.0.1:1"}, r"Ray cluster at 127.0.0.1:1 cannot be used"),

@@ -226,8 +226,8 @@ def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_p
     assert model.training
 
 
-def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one(guarded_path):
-    adapted = curlora(llama()).train()
+def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one():
+    adapted = curlora(llama()).double().train()  # a divergence of 1e-6 is not rounded away
     lengths, prompts = (9, 14, 6), (4, 3, 2)
     text = Answers("own", tokens(batch=1, length=sum(lengths))[0], lengths=lengths, prompt_lengths=prompts)
 
