@@ -44,6 +44,22 @@ def make_results(seeds=(0,), **changes):
     return RunResults(**{**fields, **changes})
 
 
+def make_results_by_loss(**changes):
+    """A run of two chat tasks without generated answers: their exact match is always 0."""
+    losses = {
+        "frozen": [[2.0], [2.0, 1.5]],
+        "lora": [[1.4], [1.7, 0.9]],
+        "curlora": [[1.5], [1.55, 1.0]],
+    }
+    tasks = [make_task(name, kind="chat", metric="exact match", majority_rate=0.01) for name in ("sums", "dialogues")]
+    methods = []
+    for method, rows in losses.items():
+        made = make_method(method, method.upper(), [[0.0], [0.0, 0.0]], [20.2, 20.6, 21.3])
+        scores = [[Score(accuracy=0.0, loss=loss) for loss in row] for row in rows]
+        methods.append(made.model_copy(update={"seeds": [made.seeds[0].model_copy(update={"scores": scores})]}))
+    return make_results(tasks=tasks, methods=methods, **changes)
+
+
 def make_task(name, **changes):
     fields = dict(
         name=name,

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 from curlora.continual.results import Score, Statistic, TextScore
 from curlora.report import render, write_report
 from curlora.report.formatting import format_percent, format_size, format_statistic, format_time
-from tests.results import TEXT, make_method, make_results, make_seed, make_task, with_guard
+from tests.results import TEXT, make_method, make_results, make_results_by_loss, make_seed, make_task, with_guard
 from tests.test_tables import with_long_examples
 
 CHROMIUM = next(
@@ -74,6 +74,21 @@ def test_the_tables_hold_the_figures():
     assert matrix[7] == ["", "tweets", "0.790", "0.805", "0.880"]
     assert found["methods"][2] == ["LoRA", "lora", "0.001", "r 16", "", "0"]
     assert set(found) == {"summary", "matrix", "methods"}
+
+
+def test_a_run_of_answers_shows_their_loss():
+    html = render([make_results_by_loss()])
+    found = Tables(html).tables
+    assert found["summary"][0][1:5] == ["fallof loss, nats", "fallwhen learned", "forgetting", "backwardtransfer"]
+    assert found["summary"][2][:5] == ["LORA", "0.450", "0.600", "+0.300", "-0.300"]
+    assert found["completions"][3] == ["LORA", "sums", "1.400", "4.06", "0.000", "", "", ""]
+    assert found["completions"][4] == ["", "dialogues", "1.700", "5.47", "0.000", "0.900", "2.46", "0.000"]
+    assert "matrix" not in found
+    assert "ccuracy" not in html
+    assert {"loss and perplexity", "plasticity and forgetting", "sums", "dialogues"} <= set(panels(html))
+    other = tables(make_results_by_loss(), make_results(base_model="another"))["overview"]
+    assert other[0][3:5] == ["fall of loss, nats or average accuracy", "fall when learned or learning accuracy"]
+    assert other[2][1:6] == ["LORA", "–", "0.450", "0.600", "+0.300"]
 
 
 def test_what_was_cut_or_left_out_is_said():

@@ -5,8 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
+from curlora.continual.results import TextScore
 from curlora.report.tables import comparison, results_tables
-from tests.results import make_results, make_task, with_guard
+from tests.results import TEXT, make_results, make_results_by_loss, make_task, with_guard
 
 
 def printed(*parts, width=80):
@@ -118,6 +119,46 @@ def test_two_runs_side_by_side():
     assert "…" not in text
 
 
+def test_a_run_of_answers_shows_their_loss():
+    found = rows(printed(*results_tables(make_results_by_loss())))
+    assert ["base", "model", "2.000", "1.500"] in found
+    assert ["LORA", "sums", "1.400"] in found
+    assert ["dialogues", "1.700", "0.900"] in found
+    # learned: 1.75 - 1.3; when learned: 1.75 - (1.4 + 0.9) / 2; forgetting: 1.7 - 1.4
+    assert ["LORA", "0.450", "0.600", "+0.300", "21.30", "+5.4", "%", "0.0220"] in found
+    assert not any("majority" in row or "accuracy" in row for row in found)
+    assert not any("match" in row for row in found)  # it is 0 everywhere
+
+
+def test_runs_of_answers_are_compared_by_their_loss():
+    one, other = make_results_by_loss(), make_results_by_loss()
+    text = printed(comparison([one, other], ["[1]", "[2]"]))
+    assert text.startswith("Fall of loss, nats, forgetting and rise of perplexity")
+    assert ["LORA", *(["0.450", "+0.300", "+5.4", "%"] * 2), "+0.000"] in rows(text)
+    assert "majority" not in text
+    mixed = printed(comparison([one, make_results()], ["[1]", "[2]"]), width=100)
+    assert "B - A" not in mixed
+    assert ["CURLORA", "0.475", "+0.050", "+5.4", "%", "0.813", "+0.010", "+2.0", "%"] in rows(mixed)
+
+
+def test_forgetting_on_several_texts_has_its_mean_and_worst():
+    assert "texts that no method uses" not in printed(*results_tables(make_results()))
+    results = make_results()
+    seeds = [
+        seed.model_copy(
+            update={
+                "heldout": {**seed.heldout, "code": [*seed.heldout[TEXT][:-1], TextScore(perplexity=20.2, drift=0.5)]}
+            }
+        )
+        for seed in results.methods[1].seeds
+    ]
+    method = results.methods[1].model_copy(update={"seeds": seeds})
+    two = make_results(methods=[method], heldout={**results.heldout, "code": "code"})
+    found = rows(printed(*results_tables(two)))
+    assert ["Forgetting", "on", "the", "2", "texts", "that", "no", "method", "uses"] in found
+    assert ["LoRA", "0.2620", "0.5000", "+2.97", "%", "+5.94", "%"] in found
+
+
 def test_three_runs_have_no_difference():
     runs = [make_results()] * 3
     text = printed(comparison(runs, ["[1]", "[2]", "[3]"]))
@@ -129,7 +170,10 @@ def test_three_runs_have_no_difference():
     ("changes", "what"),
     [
         ({"base_model": "another"}, "base model"),
-        ({"protocol": {"order": "as it comes"}, "heldout": {"a text": "less of it"}}, "held-out texts, protocol"),
+        (
+            {"protocol": {"order": "as it comes"}, "heldout": {"a text": "less of it"}},
+            "held-out texts (a text), protocol (order)",
+        ),
     ],
 )
 def test_runs_that_cannot_be_compared(changes, what):

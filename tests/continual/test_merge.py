@@ -56,11 +56,17 @@ RECIPE = {"model": {"name": "/a/model"}, "tasks": [{"name": "reviews"}], "method
     [
         ({"base_model": "another"}, "base model"),
         ({"recipe": {**RECIPE, "model": {"name": "/a/model", "dtype": "bfloat16"}}}, "base model"),
-        ({"tasks": [make_task(name, majority_rate=0.6) for name in ("reviews", "reuters", "tweets")]}, "tasks"),
-        ({"heldout": {TEXT: "another part of it"}}, "held-out texts"),
-        ({"protocol": {"order": "as it comes"}}, "protocol"),
-        ({"settings": {"epochs": 2, "batch_size": 8}}, "settings"),
-        ({"recipe": {**RECIPE, "tasks": [{"name": "reviews", "training": {"epochs": 3}}]}}, "settings"),
+        (
+            {"tasks": [make_task(name, majority_rate=0.6) for name in ("reviews", "reuters", "tweets")]},
+            "tasks (reviews, reuters, tweets)",
+        ),
+        ({"heldout": {TEXT: "another part of it"}}, f"held-out texts ({TEXT})"),
+        ({"protocol": {"order": "as it comes"}}, "protocol (order)"),
+        ({"settings": {"epochs": 2, "batch_size": 8}}, "settings (epochs)"),
+        (
+            {"recipe": {**RECIPE, "tasks": [{"name": "reviews", "training": {"epochs": 3}}]}},
+            "settings (training of reviews)",
+        ),
     ],
 )
 def test_runs_that_measure_something_else_stay_apart(changes, what):

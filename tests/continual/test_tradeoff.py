@@ -5,7 +5,8 @@ import math
 import pytest
 
 from curlora.continual.results import MethodResult, TextScore
-from curlora.continual.tradeoff import Limit, best_within, front, limited_text, limits_of, points, what_is_learned
+from curlora.continual.task_measure import TaskMeasure
+from curlora.continual.tradeoff import Limit, best_within, front, limited_text, limits_of, points
 from curlora.report import render
 from curlora.report.tables import within_limits
 from tests.results import TEXT, make_results
@@ -86,8 +87,8 @@ def test_where_all_is_text_the_loss_is_what_falls():
     results = study()
     tasks = [task.model_copy(update={"kind": "completion", "metric": "exact match"}) for task in results.tasks]
     losses = study(tasks=tasks)
-    assert what_is_learned(results) == "average accuracy"
-    assert what_is_learned(losses) == "fall of loss, nats"
+    assert TaskMeasure.of(results).learned_name == "average accuracy"
+    assert TaskMeasure.of(losses).learned_name == "fall of loss, nats"
     frozen, lora = losses.methods[:2]
     expected = sum(score.loss for score in frozen.seeds[0].scores[-1]) / 3
     expected -= sum(score.loss for score in lora.seeds[0].scores[-1]) / 3
@@ -106,8 +107,8 @@ def test_it_is_in_the_tables_and_on_the_page():
     page = render([study()])
     assert "The best of each method within KL 0.012" in page
     assert 'id="limit-2"' in page
-    assert "Learning against forgetting over the grid" in page
-    assert "Learning against forgetting over the grid" not in render([make_results()])
+    assert "One point for each value of the grid." in page
+    assert "One point for each" not in render([make_results()])  # a single text, whose perplexity says the same
 
 
 def test_a_run_that_diverged_is_on_no_front_and_is_the_worst():

@@ -36,7 +36,20 @@ def merge(runs: Sequence[RunResults]) -> list[RunResults]:
 def differing(runs: Sequence[RunResults]) -> list[str]:
     """Name the conditions, apart from methods and seeds, in which any of the runs differ."""
     first, *others = [_conditions(run) for run in runs]
-    return [name for name, value in first.items() if any(other[name] != value for other in others)]
+    return [
+        name + _which(value, [other[name] for other in others])
+        for name, value in first.items()
+        if any(other[name] != value for other in others)
+    ]
+
+
+def _which(value: Any, others: Sequence[Any]) -> str:
+    """Name the entries in which dictionaries differ: `` (epochs, batch_size)``."""
+    if not isinstance(value, dict):
+        return ""
+    names = dict.fromkeys(name for one in (value, *others) for name in one)
+    found = [name for name in names if any(other.get(name) != value.get(name) for other in others)]
+    return f" ({', '.join(found)})"
 
 
 _COUNTED = {f"{split}_{done}" for split in ("train", "evaluation") for done in ("cut", "dropped")}
@@ -46,14 +59,16 @@ _COUNTED.add("evaluation_in_train")
 def _conditions(run: RunResults) -> dict[str, Any]:
     recipe = run.recipe or {}
     model = {key: value for key, value in recipe.get("model", {}).items() if key != "name"}  # it may be a path
-    own = {task["name"]: task["training"] for task in recipe.get("tasks", []) if "training" in task}
+    own = {f"training of {task['name']}": task["training"] for task in recipe.get("tasks", []) if "training" in task}
     return {
         "base model": (run.base_model, run.base_parameters, model),
         # These counts follow from the settings; runs of earlier versions do not have them.
-        "tasks": [task.model_dump(exclude=_COUNTED) for task in run.tasks],
-        "held-out texts": list(run.heldout.items()),  # in order: summaries show the first
-        "protocol": sorted(run.protocol),
-        "settings": (run.settings, own),
+        "tasks": {task.name: task.model_dump(exclude=_COUNTED) for task in run.tasks},
+        "order of the tasks": [task.name for task in run.tasks],
+        "held-out texts": run.heldout,
+        "first held-out text": next(iter(run.heldout)),  # summaries show it
+        "protocol": dict.fromkeys(run.protocol, True),
+        "settings": {**run.settings, **own},
     }
 
 

@@ -242,8 +242,8 @@ class Recipe(_Part):
     Paths are relative to the recipe's folder and may hold ``${VARIABLES}`` of the environment. ``output`` is relative
     to the working directory.
 
-    A method ``frozen`` (heads only) is added if there is none, so every accuracy can be compared with the frozen
-    model's.
+    A method ``frozen`` is added if there is none, so every score can be compared with the frozen model's. It trains
+    only the heads of classification tasks.
 
     ``heldout`` are texts that no method uses. ``guard`` is a general text that plug-ins use; it must differ from the
     held-out texts. Each of them may also be the base model's answers to ``prompts``, or text that the model writes
@@ -291,12 +291,13 @@ class Recipe(_Part):
 
     @field_validator("methods")
     @classmethod
-    def _with_frozen(cls, methods: list[MethodPart]) -> list[MethodPart]:
+    def _with_frozen(cls, methods: list[MethodPart], info: ValidationInfo) -> list[MethodPart]:
         if any(part.method == "frozen" for part in methods):
             return methods
         if any(part.name == "frozen" for part in methods):
             raise ValueError("the name 'frozen' is reserved for the method frozen, which trains only the heads")
-        return [MethodPart(name="frozen", method="frozen", label="Heads only"), *methods]
+        heads = any(task.kind == "classification" for task in info.data.get("tasks", []))
+        return [MethodPart(name="frozen", method="frozen", label="Heads only" if heads else "Base model"), *methods]
 
     @field_validator("orders", mode="before")
     @classmethod

@@ -10,7 +10,8 @@ from typing import Literal
 
 import numpy
 
-from curlora.continual.results import MethodResult, RunResults, SeedResult, Statistic
+from curlora.continual.results import MethodResult, RunResults, Statistic
+from curlora.continual.task_measure import TaskMeasure
 
 __all__ = [
     "Limit",
@@ -20,7 +21,6 @@ __all__ = [
     "limited_text",
     "limits_of",
     "points",
-    "what_is_learned",
 ]
 
 
@@ -30,7 +30,7 @@ class Point:
 
     Args:
         method: the method.
-        learned: how much was learned; see :func:`what_is_learned`.
+        learned: how much was learned; see :meth:`curlora.continual.task_measure.TaskMeasure.learned`.
         limited: ``KL(base || model)`` on the text of the limits, in nats per token.
         rise: rise of that text's perplexity as a fraction.
         mean, worst: mean and largest ``KL(base || model)`` over the texts that no method uses, in nats per token.
@@ -75,25 +75,14 @@ def limited_text(results: RunResults) -> str:
     return next(iter(results.shown), next(iter(results.heldout)))
 
 
-def what_is_learned(results: RunResults) -> str:
-    """Return what :attr:`Point.learned` measures, in words.
-
-    It is average accuracy. If every task is a completion or chat task without generated answers, exact match says
-    little, and it is the fall of the mean loss on the answers instead.
-    """
-    return "fall of loss, nats" if _by_loss(results) else "average accuracy"
-
-
 def points(results: RunResults) -> list[Point]:
     """Return one point for each method, in the run's order."""
-    base = next((method for method in results.methods if method.method == "frozen"), None)
+    measure = TaskMeasure.of(results)
     limited, unseen = limited_text(results), results.unseen or list(results.heldout)
-    by_loss = _by_loss(results) and base is not None
-    start = _final_loss(base.seeds[0]) if by_loss and base is not None else 0.0
     return [
         Point(
             method,
-            Statistic.of([start - _final_loss(seed) if by_loss else seed.average_accuracy for seed in method.seeds]),
+            measure.learned(method),
             method.lost(limited),
             method.lost(limited, "rise"),
             method.lost_on(unseen, fmean),
@@ -134,12 +123,3 @@ def front(known: Sequence[Point], figure: Callable[[Point], Statistic] = lambda 
         if not kept or point.learned.mean > kept[-1].learned.mean:
             kept.append(point)
     return kept
-
-
-def _by_loss(results: RunResults) -> bool:
-    frozen = any(method.method == "frozen" for method in results.methods)
-    return frozen and all(task.metric == "exact match" and task.kind != "classification" for task in results.tasks)
-
-
-def _final_loss(seed: SeedResult) -> float:
-    return fmean(score.loss for score in seed.scores[-1])

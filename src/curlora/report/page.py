@@ -16,7 +16,8 @@ from markupsafe import Markup, escape
 from curlora.continual.merge import differing, merge
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.storage import write_whole
-from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points, what_is_learned
+from curlora.continual.task_measure import TaskMeasure
+from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points
 from curlora.report.formatting import (
     allowed,
     format_missing,
@@ -45,7 +46,9 @@ def render(runs: Sequence[RunResults]) -> str:
     """
     runs = merge(runs)
     styles = styles_of(runs)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(measure=TaskMeasure.of, in_two_lines=_in_two_lines)
+    template = environment.from_string(
         resources.files("curlora.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     )
     return template.render(
@@ -59,7 +62,7 @@ def render(runs: Sequence[RunResults]) -> str:
         seeds=_seeds,
         within=_within,
         limited=limited_text,
-        learned=what_is_learned,
+        points=points,
         number=format_number,
         allowed=allowed,
         score=_score,
@@ -82,6 +85,10 @@ def _cell(statistic: Statistic | None, form: Callable[..., str] = format_statist
         return Markup("–")
     mean, _, deviation = form(statistic, **options).partition(" ± ")
     return escape(mean) + (Markup(" <small>± {}</small>").format(deviation) if deviation else "")
+
+
+def _in_two_lines(heading: str) -> Markup:
+    return Markup("<br>").join(heading.split(" ", 1))
 
 
 def _seeds(results: RunResults) -> list[int]:

@@ -18,7 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from curlora.continual.results import MethodResult, RunResults, Statistic
-from curlora.continual.tradeoff import Point, front, limited_text, points, what_is_learned
+from curlora.continual.task_measure import TaskMeasure
+from curlora.continual.tradeoff import Point, front, limited_text, points
 from curlora.report.formatting import per_cent
 
 __all__ = [
@@ -92,32 +93,45 @@ def fills_of(runs: Sequence[RunResults]) -> list[str]:
 
 def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
     """Return all plots of one run, in the order of the page."""
+    measure = TaskMeasure.of(results)
     results, whole = next(iter(results.by_order().values())), results  # plots of a single order show the first
     few = len(results.tasks) <= 6
+    by_loss = measure.figure == "loss"
+    name = measure.figure.capitalize()
+    fall = "rising" if by_loss else "falling"
     plots = [
         Plot(
-            "Accuracy over the stream",
-            "Accuracy on each task after every stage of the stream, starting when it was learned. A falling line means "
-            "forgetting. Dotted: always answering the most frequent class." + _bars_text(results),
+            f"{name} over the stream",
+            f"{name} on each task after every stage of the stream, starting when it was learned. A {fall} line means "
+            f"forgetting. Dotted: {measure.floor_name}." + _bars_text(results),
             [
-                svg_panel(task.name, partial(_accuracy_over_stream, results, styles, j), height=2.8 if few else 3.4)
+                svg_panel(task.name, partial(_over_stream, results, measure, styles, j), height=2.8 if few else 3.4)
                 for j, task in enumerate(results.tasks)
             ],
-        ),
+        )
+    ]
+    if len(results.tasks) > 1:
+        plots.append(
+            Plot(
+                f"{name} matrices",
+                "Rows: after which task. Columns: on which task. The diagonal shows what was learned, and below it "
+                "what is left of that." + (" In per cent." if _in_per_cent(results, measure) else ""),
+                [
+                    svg_panel(
+                        method.label, partial(_matrix, results, measure, method), *_matrix_size(len(results.tasks))
+                    )
+                    for method in results.methods
+                ],
+                legend=False,
+            )
+        )
+    plots += [
         Plot(
-            "Accuracy matrices",
-            "Rows: after which task. Columns: on which task. The diagonal shows what was learned, and below it what is "
-            "left of that." + (" In per cent." if _in_per_cent(results) else ""),
-            [
-                svg_panel(method.label, partial(_matrix, results, method), *_matrix_size(len(results.tasks)))
-                for method in results.methods
-            ],
-            legend=False,
-        ),
-        Plot(
-            "Learning against forgetting",
-            "Final average accuracy against the rise of perplexity on held-out text, and accuracy just after learning "
-            "against forgetting. Up and to the left is better." + _bars_text(results) + _unplotted(results),
+            "Learning against perplexity and earlier tasks",
+            f"{measure.learned_name.capitalize()} against the rise of perplexity on held-out text, and "
+            f"{measure.when_learned_name} against forgetting of earlier tasks. Up and to the left is better."
+            + _bars_text(results)
+            + _unplotted(results),
             _trade_offs([whole], styles, ["full"]),
         ),
         Plot(
@@ -136,10 +150,15 @@ def plots_of(results: RunResults, styles: Styles) -> list[Plot]:
 
 
 def fronts_of(results: RunResults) -> Plot | None:
-    """Plot learning against forgetting with one colour per entry of the recipe; ``None`` without a grid."""
+    """Plot learning against the divergence on texts, with one colour per entry of the recipe.
+
+    Returns:
+        The plot; ``None`` for a single text and no grid, where the rise of its perplexity says the same.
+    """
     known = points(results)
+    gridded = any(point.method.grid for point in known)
     entries = dict.fromkeys(point.method.entry for point in known)
-    if all(not point.method.grid for point in known):
+    if not gridded and len(results.heldout) == 1:
         return None
     shown = [point for point in known if point.mean.mean < _FAR]
     colours = {entry: _COLOURS[n % len(_COLOURS)] for n, entry in enumerate(entries)}
@@ -152,9 +171,14 @@ def fronts_of(results: RunResults) -> Plot | None:
     elif hidden and hidden != [limited_text(results)]:
         figures[f"KL on {hidden[0]}"] = lambda point: point.mean
     text = (
-        "One point for each value of the grid. A line joins the points of a method that none of its other points beats "
-        "in both. Up and to the left is better. KL: divergence of the predictions from the base model's, in nats per "
-        "token." + _bars_text(results)
+        (
+            "One point for each value of the grid. A line joins the points of a method that none of its other points "
+            "beats in both."
+            if gridded
+            else "One point for each method."
+        )
+        + " Up and to the left is better. KL: divergence of the predictions from the base model's, in nats per token."
+        + _bars_text(results)
     )
 
     def draw(figure: Callable[[Point], Statistic], label: str, axis: Axes) -> None:
@@ -173,13 +197,13 @@ def fronts_of(results: RunResults) -> Plot | None:
                 label=entry, **look,
             )  # fmt: skip
         axis.set_xlabel(label)
-        axis.set_ylabel(what_is_learned(results))
+        axis.set_ylabel(TaskMeasure.of(results).learned_name)
         axis.locator_params(axis="x", nbins=4)
         axis.margins(x=0.08, y=0.12)
         axis.legend(fontsize=8, frameon=False)
 
     panels = [svg_panel(label, partial(draw, figure, label)) for label, figure in figures.items()]
-    return Plot("Learning against forgetting over the grid", text, panels, legend=False)
+    return Plot("Learning against forgetting", text, panels, legend=False)
 
 
 def overview_of(runs: Sequence[RunResults], styles: Styles) -> Plot:
@@ -189,20 +213,22 @@ def overview_of(runs: Sequence[RunResults], styles: Styles) -> Plot:
 
 
 def _trade_offs(runs: Sequence[RunResults], styles: Styles, fills: Sequence[str]) -> list[Markup]:
-    """Plot average accuracy against the rise of perplexity, and learning accuracy against forgetting if it exists."""
-    rise, forgetting = [], []
-    for run, fill in zip(runs, fills, strict=True):
+    """Plot what is learned against the rise of perplexity, and what each task gave against forgetting if it exists."""
+    rise, forgotten = [], []
+    measures = [TaskMeasure.of(run) for run in runs]
+    for run, measure, fill in zip(runs, measures, fills, strict=True):
         for method in run.methods:
             style = styles[_identity(method)]
-            rise.append(_Point(per_cent(method.perplexity_rise), method.average_accuracy, style, fill))
-            if method.forgetting is not None:
-                forgetting.append(_Point(method.forgetting, method.learning_accuracy, style, fill))
-    panels = [
-        svg_panel("accuracy and perplexity", partial(_points, rise, "rise of perplexity (%)", "average accuracy"))
-    ]
-    if forgetting:
-        labels = ("forgetting", "learning accuracy (plasticity)")
-        panels.append(svg_panel("plasticity and forgetting", partial(_points, forgetting, *labels)))
+            rise.append(_Point(per_cent(method.perplexity_rise), measure.learned(method), style, fill))
+            if (forgetting := measure.forgetting(method)) is not None:
+                forgotten.append(_Point(forgetting, measure.when_learned(method), style, fill))
+    learned = " or ".join(dict.fromkeys(measure.learned_name for measure in measures))
+    figure = " or ".join(dict.fromkeys(measure.figure for measure in measures))
+    panels = [svg_panel(f"{figure} and perplexity", partial(_points, rise, "rise of perplexity (%)", learned))]
+    if forgotten:
+        when_learned = " or ".join(dict.fromkeys(measure.when_learned_name for measure in measures))
+        labels = ("forgetting", f"{when_learned} (plasticity)")
+        panels.append(svg_panel("plasticity and forgetting", partial(_points, forgotten, *labels)))
     return panels
 
 
@@ -256,10 +282,10 @@ def _look(style: Style, fill: str = "full") -> dict[str, Any]:
     return {**look, "markerfacecoloralt": "white"}
 
 
-def _accuracy_over_stream(results: RunResults, styles: Styles, j: int, axis: Axes) -> None:
+def _over_stream(results: RunResults, measure: TaskMeasure, styles: Styles, j: int, axis: Axes) -> None:
     stages = range(j, len(results.tasks))
     for m, method in enumerate(results.methods):
-        figures = [method.accuracy(i, j) for i in stages]
+        figures = [measure.at(method, i, j) for i in stages]
         beside = 0.24 * ((m + 0.5) / len(results.methods) - 0.5)  # equal figures would hide each other
         axis.errorbar(
             [i + beside for i in stages],
@@ -271,14 +297,14 @@ def _accuracy_over_stream(results: RunResults, styles: Styles, j: int, axis: Axe
             markersize=5,
             **_look(styles[_identity(method)]),
         )
-    axis.axhline(results.tasks[j].majority_rate, color="black", linestyle=":", linewidth=1)
+    axis.axhline(measure.floor[results.tasks[j].name], color="black", linestyle=":", linewidth=1)
     names = [task.name for task in results.tasks]
     _name_ticks(axis.set_xticks, names)
     axis.set_xlim(-0.4, len(names) - 0.6)
-    low, high = _accuracy_span(results)
+    low, high = _span(results, measure)
     axis.set_ylim(low - 0.04, high + 0.04)
     axis.set_xlabel("after learning")
-    axis.set_ylabel(results.tasks[j].metric)
+    axis.set_ylabel(results.tasks[j].metric if measure.figure == "accuracy" else "loss, nats per token")
 
 
 def _name_ticks(set_ticks: Callable[..., object], names: Sequence[str], crowded: int = 24) -> None:
@@ -288,10 +314,12 @@ def _name_ticks(set_ticks: Callable[..., object], names: Sequence[str], crowded:
     set_ticks(range(len(names)), names, fontsize=9, rotation=slant, **alignment)
 
 
-def _accuracy_span(results: RunResults) -> tuple[float, float]:
-    rows = [row for method in results.methods for seed in method.seeds for row in seed.accuracy]
-    values = [value for row in rows for value in row] + [task.majority_rate for task in results.tasks]
-    return min(values), max(values)
+def _span(results: RunResults, measure: TaskMeasure) -> tuple[float, float]:
+    """Return the smallest and largest figure of the run that is finite."""
+    rows = [row for method in results.methods for seed in method.seeds for row in seed.scores]
+    values = [getattr(score, measure.figure) for row in rows for score in row] + list(measure.floor.values())
+    finite = [value for value in values if math.isfinite(value)]
+    return min(finite), max(finite)
 
 
 def _deviations(figures: Sequence[Statistic]) -> list[float] | None:
@@ -300,26 +328,27 @@ def _deviations(figures: Sequence[Statistic]) -> list[float] | None:
     return [figure.deviation or 0.0 for figure in figures]
 
 
-def _in_per_cent(results: RunResults) -> bool:
-    return len(results.tasks) > 6
+def _in_per_cent(results: RunResults, measure: TaskMeasure) -> bool:
+    return measure.figure == "accuracy" and len(results.tasks) > 6
 
 
 def _matrix_size(tasks: int) -> tuple[float, float]:
     return min(_WIDTH, 1.1 + 0.55 * max(tasks, 2)), 1.0 + 0.28 * tasks
 
 
-def _matrix(results: RunResults, method: MethodResult, axis: Axes) -> None:
+def _matrix(results: RunResults, measure: TaskMeasure, method: MethodResult, axis: Axes) -> None:
     names = [task.name for task in results.tasks]
     tasks = range(len(names))
-    low, high = _accuracy_span(results)
-    means = [[method.accuracy(i, j).mean if j <= i else math.nan for j in tasks] for i in tasks]
+    low, high = _span(results, measure)
+    means = [[measure.at(method, i, j).mean if j <= i else math.nan for j in tasks] for i in tasks]
+    colours = "Blues" if measure.figure == "accuracy" else "Blues_r"  # darker is better
     edges = [edge - 0.5 for edge in range(len(names) + 1)]
-    axis.pcolormesh(edges, edges, means, cmap="Blues", vmin=low, vmax=max(high, low + 0.01), edgecolor="white")
+    axis.pcolormesh(edges, edges, means, cmap=colours, vmin=low, vmax=max(high, low + 0.01), edgecolor="white")
     axis.invert_yaxis()
     for i in tasks:
         for j in range(i + 1):
-            text = f"{100 * means[i][j]:.0f}" if _in_per_cent(results) else f"{means[i][j]:.3f}"
-            dark = means[i][j] > (low + high) / 2
+            text = f"{100 * means[i][j]:.0f}" if _in_per_cent(results, measure) else f"{means[i][j]:.3f}"
+            dark = (means[i][j] > (low + high) / 2) == (measure.figure == "accuracy")
             colour = "white" if dark else "black"
             axis.text(j, i, text, ha="center", va="center", color=colour, fontsize=7 if len(names) > 4 else 9)
     axis.grid(visible=False)

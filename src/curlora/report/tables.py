@@ -13,7 +13,8 @@ from rich.text import Text
 
 from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
-from curlora.continual.tradeoff import best_within, limited_text, limits_of, points, what_is_learned
+from curlora.continual.task_measure import TaskMeasure
+from curlora.continual.tradeoff import best_within, limited_text, limits_of, points
 from curlora.report.formatting import (
     allowed,
     format_in_train,
@@ -29,11 +30,11 @@ __all__ = ["comparison", "results_tables", "within_limits"]
 
 
 def results_tables(results: RunResults) -> list[RenderableType]:
-    """Return the tables of a run: accuracy after every stage, a summary, limits, costs, and notes on the figures."""
+    """Return the tables of a run: scores after every stage, a summary, limits, costs, and notes on the figures."""
     orders = list(results.by_order().values())
-    guarded = [_guarded(one) for one in orders]
-    parts: list[RenderableType | None] = [*map(_matrix, orders), _summary(results), *guarded]
-    parts += [*within_limits(results), _cost(results), *_notes(results)]
+    measure = TaskMeasure.of(results)
+    parts: list[RenderableType | None] = [*(_matrix(one, measure) for one in orders), _summary(results, measure)]
+    parts += [_texts(results), *map(_guarded, orders), *within_limits(results), _cost(results), *_notes(results)]
     return [part for part in parts if part is not None]
 
 
@@ -45,22 +46,27 @@ def comparison(runs: Sequence[RunResults], names: Sequence[str]) -> Table:
         names: the runs' names in the table.
     """
     letters = [f"{ascii_uppercase[n % 26]}{n // 26 or ''}" for n in range(len(runs))]
-    table = _plain("Average accuracy, forgetting and rise of perplexity after the last task")
-    headings = (" accu-\nracy", " for-\ngetting", "\nrise")
-    _columns(table, [f"{letter}{heading}" for letter in letters for heading in headings])
-    if len(runs) == 2:
-        _columns(table, ["B - A\naccuracy"])
-    rates = [fmean(task.majority_rate for task in run.tasks) for run in runs]
-    table.add_row("majority class", *(cell for rate in rates for cell in (f"{rate:.3f}", "", "")))
+    measures = [TaskMeasure.of(run) for run in runs]
+    alike_measured = len({measure.figure for measure in measures}) == 1
+    learned = " or ".join(dict.fromkeys(measure.learned_name for measure in measures))
+    table = _plain(f"{learned.capitalize()}, forgetting and rise of perplexity after the last task")
+    headings = {"accuracy": " accu-\nracy", "loss": " fall\nof loss"}
+    for letter, measure in zip(letters, measures, strict=True):
+        _columns(table, [f"{letter}{heading}" for heading in (headings[measure.figure], " for-\ngetting", "\nrise")])
+    subtracted = len(runs) == 2 and alike_measured
+    if subtracted:
+        _columns(table, ["B - A\n" + headings[measures[0].figure].split("\n")[-1]])
+    if any(measure.figure == "accuracy" for measure in measures):
+        table.add_row("majority class", *(cell for measure in measures for cell in (_floor(measure), "", "")))
     unlike: list[str] = []  # different methods with the same name
     for name, label in _labels(runs).items():
         methods = [next((method for method in run.methods if method.name == name), None) for run in runs]
-        cells = [cell for method in methods for cell in _compared(method)]
+        cells = [cell for method, measure in zip(methods, measures, strict=True) for cell in _compared(method, measure)]
         there = [method for method in methods if method is not None]
         alike = all(definition(method) == definition(there[0]) for method in there)
         if not alike:
             unlike.append(name)
-        table.add_row(label, *cells, *([_difference(methods) if alike else ""] if len(runs) == 2 else []))
+        table.add_row(label, *cells, *([_difference(methods, measures[0]) if alike else ""] if subtracted else []))
     lines = [
         f"{letter}: {name}. {format_missing(run)}".removesuffix(". ")
         for letter, name, run in zip(letters, names, runs, strict=True)
@@ -87,7 +93,7 @@ def within_limits(results: RunResults, of: str = "") -> list[Table]:
         run = f"{of}: the" if of else "The"
         table = _plain(f"\n{run} best of each method within {limit} on {limited_text(results)}")
         table.add_column("its best")
-        learned = what_is_learned(results).replace(" ", "\n", 1)
+        learned = TaskMeasure.of(results).learned_name.replace(" ", "\n", 1)
         _columns(table, [learned, "rise\nthere", "KL there", "KL, other\ntexts", "worst", "runs"])
         for entry, point in best_within(known, limit).items():
             if point is None:
@@ -107,39 +113,61 @@ def within_limits(results: RunResults, of: str = "") -> list[Table]:
     return tables
 
 
-def _matrix(results: RunResults) -> Table:
-    table = Table(title=Text(f"{results.title}: accuracy"), title_justify="left", box=SIMPLE_HEAD)
+def _matrix(results: RunResults, measure: TaskMeasure) -> Table:
+    shown = "accuracy" if measure.figure == "accuracy" else "loss on the answers, nats per token"
+    table = Table(title=Text(f"{results.title}: {shown}"), title_justify="left", box=SIMPLE_HEAD)
     for heading in ("method", "after"):
         table.add_column(heading)
     _columns(table, [task.name for task in results.tasks])
-    table.add_row("majority class", "", *(f"{task.majority_rate:.3f}" for task in results.tasks), end_section=True)
+    floor = [f"{measure.floor[task.name]:.3f}" for task in results.tasks]
+    table.add_row(measure.floor_name.removeprefix("always the "), "", *floor, end_section=True)
     last = len(results.tasks) - 1
     for method in results.methods:
         for i, task in enumerate(results.tasks):
-            cells = [format_statistic(method.accuracy(i, j)) for j in range(i + 1)] + [""] * (last - i)
+            cells = [format_statistic(measure.at(method, i, j)) for j in range(i + 1)] + [""] * (last - i)
             table.add_row(Text(method.label if i == 0 else ""), task.name, *cells, end_section=i == last)
     return table
 
 
-def _summary(results: RunResults) -> Table:
-    forward = any(method.forward_transfer is not None for method in results.methods)
+def _summary(results: RunResults, measure: TaskMeasure) -> Table:
+    transfers = [measure.forward_transfer(method) for method in results.methods]
+    forward = any(transfer is not None for transfer in transfers)
+    matched = measure.figure == "loss" and any(method.average_accuracy.mean > 0 for method in results.methods)
     table = _plain("\nAfter the last task")
-    headings = ["average\naccuracy", "learning\naccuracy", "for-\ngetting", "perplexity", "rise"]
-    _columns(table, [*headings, "drift", *(["forward\ntransfer"] if forward else [])])
-    majority = fmean(task.majority_rate for task in results.tasks)
-    table.add_row("majority class", f"{majority:.3f}")
+    headings = [measure.learned_name.replace(" ", "\n", 1), measure.when_learned_name.replace(" ", "\n", 1)]
+    _columns(table, [*headings, "for-\ngetting", *(["exact\nmatch"] if matched else []), "perplexity", "rise", "drift"])
+    _columns(table, ["forward\ntransfer"] if forward else [])
+    if measure.figure == "accuracy":
+        table.add_row("majority class", _floor(measure))
     first = results.methods[0].seeds[0].text()[0]
-    table.add_row("base model", "", "", "", format_statistic(Statistic.of([first.perplexity]), digits=2))
-    for method in results.methods:
+    blank = [""] * (4 if matched else 3)
+    table.add_row("base model", *blank, format_statistic(Statistic.of([first.perplexity]), digits=2))
+    for method, transfer in zip(results.methods, transfers, strict=True):
         table.add_row(
             Text(method.label),
-            _stacked(method.average_accuracy),
-            _stacked(method.learning_accuracy),
-            _stacked(method.forgetting, signed=True),
+            _stacked(measure.learned(method)),
+            _stacked(measure.when_learned(method)),
+            _stacked(measure.forgetting(method), signed=True),
+            *([_stacked(method.average_accuracy)] if matched else []),
             _stacked(method.perplexity, digits=2),
             _below(format_percent(method.perplexity_rise)),
             _stacked(method.drift, digits=4),
-            *([_stacked(method.forward_transfer, signed=True)] if forward else []),
+            *([_stacked(transfer, signed=True)] if forward else []),
+        )
+    return table
+
+
+def _texts(results: RunResults) -> Table | None:
+    """Return the forgetting on the texts that no method uses, if there are several."""
+    if len(results.unseen) < 2:
+        return None
+    table = _plain(f"\nForgetting on the {len(results.unseen)} texts that no method uses")
+    _columns(table, ["KL, nats:\nmean", "\nworst", "rise of perplexity:\nmean", "\nworst"])
+    for point in points(results):
+        table.add_row(
+            Text(point.method.label),
+            *(_stacked(figure, digits=4) for figure in (point.mean, point.worst)),
+            *(_percent(figure) for figure in (point.mean_rise, point.worst_rise)),
         )
     return table
 
@@ -236,16 +264,23 @@ def _labels(runs: Sequence[RunResults]) -> dict[str, Text]:
     return labels
 
 
-def _compared(method: MethodResult | None) -> list[str]:
+def _compared(method: MethodResult | None, measure: TaskMeasure) -> list[str]:
     if method is None:
         return ["", "", ""]
     return [
-        _stacked(method.average_accuracy),
-        _stacked(method.forgetting, signed=True),
+        _stacked(measure.learned(method)),
+        _stacked(measure.forgetting(method), signed=True),
         _below(format_percent(method.perplexity_rise)),
     ]
 
 
-def _difference(methods: Sequence[MethodResult | None]) -> str:
+def _difference(methods: Sequence[MethodResult | None], measure: TaskMeasure) -> str:
     first, last = methods[0], methods[-1]
-    return "" if first is None or last is None else f"{last.average_accuracy.mean - first.average_accuracy.mean:+.3f}"
+    if first is None or last is None:
+        return ""
+    return f"{measure.learned(last).mean - measure.learned(first).mean:+.3f}"
+
+
+def _floor(measure: TaskMeasure) -> str:
+    """Format the mean accuracy of always answering the most frequent class; nothing if the loss is shown."""
+    return f"{fmean(measure.floor.values()):.3f}" if measure.figure == "accuracy" else ""
