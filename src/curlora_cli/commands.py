@@ -499,11 +499,11 @@ def _quiet_libraries() -> Iterator[None]:
 
     def show_for_people(message: Warning | str, category: type[Warning], *where: Any) -> None:
         # A warning of a callback or a tuner is attributed to the library that calls it.
-        from_callers = category is UserWarning and {"curlora", "peft", "transformers"} & set(Path(str(where[0])).parts)
+        callers = {"curlora", "peft", "transformers"} & set(Path(str(where[0])).parts)
         if str(message) in said:
             return
         said.add(str(message))
-        if issubclass(category, RecipeWarning) or from_callers:
+        if issubclass(category, RecipeWarning) or (issubclass(category, UserWarning) and callers):
             errors.print("[yellow]Warning:[/]", Text(str(message)), highlight=False, soft_wrap=True)
         else:
             show(message, category, *where)

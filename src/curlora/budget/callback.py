@@ -530,8 +530,7 @@ class _Held(MeasuredLimit):
 
     def __init__(self, restraint: Restraint, measure: Callable[[], float], before: Sequence[Tensor]) -> None:
         self.restraint = restraint
-        super().__init__(restraint.model, lambda: restraint.parameters, measure, max_rise=1.0)
-        self.at_start = 1.0
+        super().__init__(restraint.model, lambda: restraint.parameters, measure, max_rise=1.0, at_start=1.0)
         self.count_from(before)
         self.begun_with = self._now()
 

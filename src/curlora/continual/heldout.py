@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import reduce
 from torch import Tensor, nn
 
-from curlora.continual.processes import process_state
 from curlora.continual.results import TextScore
-from curlora.guard.evaluating import evaluating
+from curlora.guard.model_pass import score_text
+from curlora.guard.progress import Shown
+from curlora.guard.texts import Rows
 
 __all__ = ["HeldOut", "measure"]
 
@@ -78,6 +77,12 @@ class HeldOut:
                 break
         return passes
 
+    def windows_as_rows(self) -> Rows:
+        """Return the windows as rows of which the scored tokens count."""
+        windows = self.scored()
+        counted = (torch.arange(len(tokens), device="cpu") >= len(tokens) - new for tokens, new in windows)
+        return Rows((tokens for tokens, _ in windows), counted)
+
     def pieces(self, length: int = 128) -> Sequence[Tensor]:
         """Split the text into rows of ``length`` tokens, or of ``window`` tokens if that is less, for calibration."""
         return self.tokens.split(min(length, self.window))
@@ -92,18 +97,13 @@ def measure(
     model: nn.Module,
     text: HeldOut,
     base_logits: Callable[[Tensor, int], Tensor] | None = None,
-    on_window: Callable[[], None] = lambda: None,
+    progress: Shown = False,
 ) -> TextScore:
-    """Measure the perplexity on a text and the drift from a base model.
+    """Measure the perplexity on a text and the drift from a base model (:func:`curlora.guard.model_pass.score_text`).
 
-    Perplexity is ``exp`` of the mean negative log-likelihood per token, given all earlier tokens of the window
+    The tokens of a window are scored given all earlier tokens of the window
     (https://huggingface.co/docs/transformers/perplexity). If ``stride`` equals ``window``, the first token of every
     window is not scored, because no token precedes it.
-
-    Drift is the Kullback-Leibler divergence ``KL(base || model)`` between the two distributions of the next token,
-    averaged over the same positions, in nats per token.
-
-    In a distributed run each process scores its share of the windows.
 
     Args:
         model: a causal language model of transformers, with or without adapters.
@@ -111,42 +111,14 @@ def measure(
         base_logits: given ``input_ids`` of shape ``(1, length)`` and a number ``k``, returns the base model's logits at
             the last ``k`` positions, shape ``(1, k, vocabulary)``. If ``None``, drift is not measured and reported as
             0.
-        on_window: called after each window, for progress.
+        progress: see :func:`curlora.calibrate`.
 
     Returns:
-        Perplexity and drift. A perplexity too large for a float is infinite.
+        Perplexity and drift.
     """
-    device = next(model.parameters()).device
-    state = process_state()
-    sums = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, divergence, tokens
-    with evaluating(model), torch.no_grad():
-        for number, (tokens, new) in enumerate(text.scored()):
-            if number % state.num_processes == state.process_index:
-                ids = tokens.to(device)[None]
-                logits = model(input_ids=ids, logits_to_keep=new + 1, use_cache=False).logits[0, :-1].float()
-                sums[0] += nn.functional.cross_entropy(logits, ids[0, -new:], reduction="sum").item()
-                if base_logits is not None:
-                    sums[1] += _divergence(base_logits(ids, new + 1)[0, :-1].float(), logits)
-                sums[2] += new
-            on_window()
-    if state.num_processes > 1:
-        sums = reduce(sums.to(state.device), reduction="sum").cpu()
-    loss, divergence, count = sums.tolist()
-    try:
-        return TextScore(perplexity=math.exp(loss / count), drift=_floor(divergence / count))
-    except OverflowError:  # a model that diverged
-        return TextScore(perplexity=math.inf, drift=divergence / count)
-
-
-def _divergence(base: Tensor, logits: Tensor) -> float:
-    """Sum ``KL(base || model)`` over positions, 256 at a time because the vocabulary is large."""
-    total = 0.0
-    for p, q in zip(base.split(256), logits.split(256), strict=True):
-        log_q, log_p = q.log_softmax(-1), p.log_softmax(-1)
-        total += nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-    return total
-
-
-def _floor(drift: float) -> float:
-    """Replace a negative drift, which is a rounding error, by 0; keep the NaN of a model that diverged."""
-    return drift if math.isnan(drift) else max(0.0, drift)
+    of_all = None if base_logits is None else lambda ids: base_logits(ids, ids.shape[1])
+    rows = text.windows_as_rows()
+    perplexity, drift = score_text(
+        model, rows, base_logits=of_all, max_length=text.longest, batch_size=1, progress=progress
+    )
+    return TextScore(perplexity=perplexity, drift=drift)

@@ -27,7 +27,7 @@ from curlora.continual.storage import sync
 from curlora.continual.task_model import HEAD_SEED, TaskModel
 from curlora.continual.tasks import Row, Task
 from curlora.continual.trainer import TaskTrainer, steps_of
-from curlora.guard.progress import Portion, Progress
+from curlora.guard.progress import Portion, Progress, part_of
 
 __all__ = [
     "BaseScores",
@@ -351,9 +351,8 @@ class MethodRun:
             if self.base_logits is None:
                 scores[text.name] = [*known, known[0]]
             else:
-                new = measure(
-                    self.model.language_model, text, self.base_logits, lambda: self._part.advance(_WINDOW_UNITS)
-                )
+                shown = part_of(lambda *_: contextlib.nullcontext(self._part.advance), _WINDOW_UNITS * text.windows)
+                new = measure(self.model.language_model, text, self.base_logits, shown)
                 scores[text.name] = [*known, new]
         self._add(scores=[*self.result.scores, row], heldout=scores)
 

@@ -39,13 +39,20 @@ class GuardCallback(MeasuredLimit):
             :func:`curlora.guard.perplexity` of a text. The rise is relative to the value of the calibrated model.
         max_rise: the largest allowed relative rise of the measure: 0.01 for 1 %. If ``None``, that of the guard's
             budget, ``exp(budget) - 1``.
+        at_start: the value from which the rise is counted, if it is known. It is measured when training begins if NaN.
 
     Raises:
         GuardError: if ``max_rise`` is given without a ``measure``, if a ``measure`` is given without a limit, or if the
             limit is not positive.
     """
 
-    def __init__(self, guard: Guard, measure: Callable[[], float] | None = None, max_rise: float | None = None) -> None:
+    def __init__(
+        self,
+        guard: Guard,
+        measure: Callable[[], float] | None = None,
+        max_rise: float | None = None,
+        at_start: float = math.nan,
+    ) -> None:
         if measure is None and max_rise is not None:
             raise GuardError(
                 f"max_rise={max_rise!r} is the limit of a measure, and no measure was given: pass measure=... as well, "
@@ -54,7 +61,7 @@ class GuardCallback(MeasuredLimit):
         if measure is not None and max_rise is None and guard.budget is not None:
             max_rise = math.expm1(guard.budget)
         self.guard = guard
-        super().__init__(guard.model, lambda: guard.parameters, measure, max_rise)
+        super().__init__(guard.model, lambda: guard.parameters, measure, max_rise, at_start)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,11 @@ from curlora.guard.errors import GuardError
 from curlora.guard.scale_back import scale_to_limit, with_values
 from curlora.tuner.sharded import reshard, whole
 
-__all__ = ["Kept", "MeasuredLimit", "log"]
+__all__ = ["Kept", "MeasuredLimit", "NothingKeptWarning", "log"]
+
+
+class NothingKeptWarning(UserWarning):
+    """Nothing is left of a training: its whole change was taken back."""
 
 
 class Kept(NamedTuple):
@@ -43,6 +47,7 @@ class MeasuredLimit(TrainerCallback):
         parameters: returns the parameters that are moved back, as they are currently in the model.
         measure: measures the current model. The value is positive, and lower is better. ``None`` for no limit.
         max_rise: the largest allowed relative rise of the measure: 0.01 for 1 %.
+        at_start: the value from which the rise is counted, if it is known. It is measured when training begins if NaN.
 
     Raises:
         GuardError: if there is a ``measure`` and ``max_rise`` is not positive and finite.
@@ -54,11 +59,11 @@ class MeasuredLimit(TrainerCallback):
         parameters: Callable[[], Sequence[Tensor]],
         measure: Callable[[], float] | None,
         max_rise: float | None,
+        at_start: float = math.nan,
     ) -> None:
         if measure is not None and not (max_rise is not None and max_rise > 0 and math.isfinite(max_rise)):
             raise GuardError(f"max_rise must be a positive number, such as 0.01 for 1 %, got {max_rise!r}.")
-        self.measure, self.max_rise = measure, max_rise
-        self.at_start = math.nan
+        self.measure, self.max_rise, self.at_start = measure, max_rise, at_start
         self.kept: Kept | None = None
         self._model, self._moved = model, parameters
         self._left: list[Tensor] = []
@@ -136,7 +141,7 @@ class MeasuredLimit(TrainerCallback):
         self.kept = Kept(*scale_to_limit(self.max_rise, rise, self._moved(), self._before))
         self._left = self._now()
         if not self.kept.scale:
-            warnings.warn(self.why_nothing(self.kept, finite), stacklevel=2)
+            warnings.warn(self.why_nothing(self.kept, finite), NothingKeptWarning, stacklevel=2)
 
     def _now(self) -> list[Tensor]:
         return [] if self.measure is None else [whole(parameter.detach()).clone() for parameter in self._moved()]

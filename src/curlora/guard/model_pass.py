@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from curlora.guard.decoding import draw, uniforms
 from curlora.guard.errors import GuardError
@@ -24,7 +24,7 @@ from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
 
-__all__ = ["Counts", "backward", "pass_over", "perplexity", "ready"]
+__all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "score_text"]
 
 
 _NOTHING = (
@@ -130,25 +130,68 @@ def perplexity(
         GuardError: if the model is not a causal language model, if the text has no two consecutive tokens, or if a row
             is longer than the model's maximum length.
     """
+    found, _ = score_text(model, data, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress)
+    return found
+
+
+def score_text(
+    model: nn.Module,
+    data: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
+    tokenizer: Any = None,
+    *,
+    base_logits: Callable[[Tensor], Tensor] | None = None,
+    max_length: int = 128,
+    batch_size: int = 8,
+    progress: Shown = False,
+) -> tuple[float, float]:
+    """Measure the perplexity of a text, as :func:`perplexity` does, and the drift from a base model there.
+
+    Drift is the Kullback-Leibler divergence ``KL(base || model)`` between the two distributions of the next token,
+    averaged over the same tokens, in nats per token.
+
+    Args:
+        model: a causal language model.
+        data, tokenizer, max_length, batch_size, progress: see :func:`curlora.calibrate`.
+        base_logits: returns the base model's logits for ``input_ids``, shape ``(batch, length, vocabulary)``. Rows are
+            padded on the right. ``None`` if drift is not wanted.
+
+    Returns:
+        Perplexity and drift; drift is 0 if there is no base model. Both are NaN if a prediction is NaN.
+
+    Raises:
+        GuardError: see :func:`perplexity`.
+    """
     rank, processes = rank_and_count()
     batches, count = _batches(model, data, tokenizer, max_length, batch_size, rank, processes)
     device = next(model.parameters()).device
-    loss = torch.zeros(2, dtype=torch.float64, device="cpu")
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # negative log-likelihood, divergence, tokens
     with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
         for _, ids, _, answered, logits in _run(model, batches, device):
-            answers = ids[:, 1:].masked_fill(~answered, IGNORED)
-            for of_row, answer in zip(logits[:, :-1], answers, strict=True):  # row by row, because the logits are large
-                lost = cross_entropy(of_row.float(), answer, ignore_index=IGNORED, reduction="sum")
-                loss += torch.stack([lost, (answer != IGNORED).sum()]).cpu()
+            base = None if base_logits is None else base_logits(ids)
+            for row, wanted in enumerate(answered):  # row by row, because the logits are large
+                of_row = logits[row, :-1][wanted].float()
+                lost = cross_entropy(of_row, ids[row, 1:][wanted], reduction="sum")
+                diverged = 0.0 if base is None else _divergence(base[row, :-1][wanted].float(), of_row)
+                sums += torch.tensor([float(lost), diverged, len(of_row)], dtype=torch.float64, device="cpu")
             advance(1)
-    (loss,) = sum_over_processes([loss], device)
-    total, count = loss.tolist()
-    if not count:
+    (sums,) = sum_over_processes([sums], device)
+    loss, divergence, tokens = sums.tolist()
+    if not tokens:
         raise GuardError(_NOTHING)
     try:
-        return math.exp(total / count)
+        found = math.exp(loss / tokens)
     except OverflowError:
-        return math.inf
+        found = math.inf
+    drift = divergence / tokens
+    return found, drift if math.isnan(drift) else max(0.0, drift)  # below 0 by rounding
+
+
+def _divergence(base: Tensor, logits: Tensor) -> float:
+    """Sum ``KL(base || model)`` over positions, ``_CHUNK`` at a time because the vocabulary is large."""
+    total = 0.0
+    for p, q in zip(base.split(_CHUNK), logits.split(_CHUNK), strict=True):
+        total += float(kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True))
+    return total
 
 
 def _run(
@@ -243,11 +286,10 @@ def _inputs(
         )
     if "labels" not in batch:  # else it is a batch of a training, which rotary positions let run beyond the number
         _check_length(model, ids.shape[1])
-    inputs = {"input_ids": ids, "attention_mask": mask}
+    # Without a mask of its own a batch gets none. Transformers separates packed examples by their positions only then.
+    inputs = {"input_ids": ids} if given is None else {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in batch:
         inputs["position_ids"] = batch["position_ids"].to(device)
-        if given is None:  # packed examples: transformers separates them by positions only if there is no mask
-            del inputs["attention_mask"]
     elif not bool(mask[:, 0].all()) and "position_ids" in inspect.signature(_base(model).forward).parameters:
         inputs["position_ids"] = (mask.long().cumsum(1) - 1).clamp_min(0)
     return inputs, mask.bool() if len(numbers) else torch.zeros_like(mask, dtype=torch.bool)
@@ -392,4 +434,5 @@ def _padded(rows: Sequence[tuple[Sequence[int], Any]]) -> dict[str, Tensor]:
         ids[i, : len(row)] = torch.tensor(row, device="cpu")
         mask[i, : len(row)] = 1
         labels[i, : len(row)] = ids[i, : len(row)].masked_fill(~torch.as_tensor(counted, device="cpu"), IGNORED)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    padded = {} if bool(mask.all()) else {"attention_mask": mask}
+    return {"input_ids": ids, **padded, "labels": labels}

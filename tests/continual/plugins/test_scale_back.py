@@ -13,9 +13,9 @@ from curlora.continual import load_recipe, run_recipe
 from curlora.continual.errors import RecipeWarning
 from curlora.continual.heldout import measure
 from curlora.continual.launch import build
-from curlora.continual.plugins import make_plugin, scale_back
+from curlora.continual.plugins import make_plugin
 from curlora.continual.recipe import RecipeError
-from curlora.guard import scale_to_limit
+from curlora.guard import measured_limit, scale_to_limit
 from tests.continual.streams import figures
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has", "ignore:The text")
@@ -88,7 +88,7 @@ def test_a_change_that_is_taken_back_as_a_whole_is_warned_of(name, guarded_path,
     content["methods"] = [{**content["methods"][0], "name": "cur", "plugins": [{"name": name, "max_kl": 0.001}]}]
     guarded_path.write_text(yaml.safe_dump(content))
     unreachable = lambda limit, *rest: scale_to_limit(-1.0, *rest)  # noqa: E731
-    monkeypatch.setattr(scale_back, "scale_to_limit", unreachable)
+    monkeypatch.setattr(measured_limit, "scale_to_limit", unreachable)
     with pytest.warns(RecipeWarning, match="cur, seed 0: no part of the change by 'first', 'second' keeps the limit"):
         results = run_recipe(load_recipe(guarded_path), tmp_path / "run")
     assert [record.scale for record in results.methods[-1].seeds[0].guarded] == [0, 0]

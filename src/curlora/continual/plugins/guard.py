@@ -10,16 +10,16 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.continual.errors import RunError
-from curlora.continual.plugins.base import Plugin, TaskContext
+from curlora.continual.plugins.base import TaskContext
 from curlora.continual.plugins.scale_back import ScaleBack, text_of
 from curlora.continual.results import Guarded
-from curlora.guard import Calibration, Guard, GuardError, calibrate
+from curlora.guard import Calibration, Guard, GuardCallback, GuardError, calibrate
 
 __all__ = ["GuardPlugin"]
 
 
-class GuardPlugin(Plugin):
-    """Trains a CURLoRA adapter under :class:`curlora.Guard`, with the recipe's ``guard`` text.
+class GuardPlugin(ScaleBack):
+    """Trains a CURLoRA adapter with :class:`curlora.GuardCallback`, on the recipe's ``guard`` text.
 
     The model is calibrated before an adapter's first task, which is usually the first of the stream. During training
     the predicted drift stays within the guard's budget. After each task the forgetting on the text is measured
@@ -44,7 +44,6 @@ class GuardPlugin(Plugin):
     """
 
     only_for: ClassVar[str | None] = "curlora"
-    needs_guard_text: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -55,7 +54,7 @@ class GuardPlugin(Plugin):
         damping: float = 0.1,
         batch_size: int = 8,
     ) -> None:
-        self.kept = ScaleBack(max_perplexity_increase, max_kl, spread)
+        super().__init__(max_perplexity_increase, max_kl, spread)
         self.slack, self.damping = float(slack), float(damping)
         for name, value in (("slack", self.slack), ("damping", self.damping)):
             if not (value > 0 and math.isfinite(value)):
@@ -72,14 +71,14 @@ class GuardPlugin(Plugin):
     def describe(self) -> dict[str, Any]:
         return {
             "name": "guard",
-            **self.kept.limits(),
+            **self.limits(),
             "slack": self.slack,
             "damping": self.damping,
             "batch_size": self.batch_size,
         }
 
     def before_task(self, context: TaskContext) -> None:
-        text = text_of(context)
+        text, limit = text_of(context), self.measured(context)
         try:
             if self.calibration is None or self.calibrated_at < context.adapter_since:
                 self.calibration = calibrate(
@@ -94,30 +93,26 @@ class GuardPlugin(Plugin):
             self.guard = Guard(
                 context.model.language_model,
                 self.calibration,
-                budget=self.slack * self.kept.nats(context, since=context.adapter_since),
+                budget=self.slack * self.nats(context, since=context.adapter_since),
                 damping=self.damping,
                 adapter=context.adapter,
             )
+            self.held = GuardCallback(self.guard, **limit)
         except GuardError as error:
             raise RunError(f"plug-in guard: {error}") from error
-        self.kept.begin(context, self.guard.parameters)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        assert self.guard is not None
-        self.guard.attach(kwargs["optimizer"])
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        assert self.guard is not None
-        self.guard.detach()
+        assert self.held is not None
+        self.held.on_train_begin(args, state, control, **kwargs)
 
     def drift(self) -> float | None:
         return None if self.guard is None else self.drift_before + self.guard.drift()
 
     def after_task(self, context: TaskContext) -> Guarded | None:
         assert self.guard is not None
-        kept = self.kept.after_task(context)
+        kept = super().after_task(context)
         self.learned = self.drift_before + self.guard.drift()
         return None if kept is None else kept.model_copy(update={"predicted": self.learned})
 
@@ -126,12 +121,12 @@ class GuardPlugin(Plugin):
             return {}
         numbers = torch.tensor((self.calibrated_at, self.drift_before, self.learned), dtype=torch.float64)
         calibration = {f"calibration.{name}": value for name, value in self.calibration.state_dict().items()}
-        return {"numbers": numbers, **self.kept.state_dict(), **calibration}
+        return {"numbers": numbers, **super().state_dict(), **calibration}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         prefix = "calibration."
         calibration = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         self.calibration = Calibration.from_state_dict(calibration)
-        self.kept.load_state_dict(state)
+        super().load_state_dict(state)
         calibrated_at, self.drift_before, self.learned = state["numbers"].tolist()
         self.calibrated_at = int(calibrated_at)

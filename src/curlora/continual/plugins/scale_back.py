@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
@@ -12,18 +13,27 @@ from torch import Tensor
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.results import Guarded, TextScore
-from curlora.guard import scale_to_limit
+from curlora.guard.measured_limit import MeasuredLimit, NothingKeptWarning
 from curlora.guard.share import as_share
 
 __all__ = ["ScaleBack"]
+
+
+class _Limit(TypedDict):
+    """The arguments of a :class:`curlora.guard.measured_limit.MeasuredLimit`."""
+
+    measure: Callable[[], float]
+    max_rise: float
+    at_start: float
 
 
 class ScaleBack(Plugin):
     """Limits any method's forgetting on the recipe's ``guard`` text, by measuring it after each task.
 
     The parameters that the task trained, without heads, are moved back on the straight line to their values before the
-    task until the limit is met (:func:`curlora.guard.scale_to_limit`). This is the last step of a guard without its
-    constraint during training: the simplest baseline that keeps a limit. It holds a copy of the trainable parameters.
+    task until the limit is met, as by :class:`curlora.callbacks.ScaleBackCallback`. This is the last step of a guard
+    without its constraint during training: the simplest baseline that keeps a limit. It holds a copy of the trainable
+    parameters.
 
     Args:
         max_perplexity_increase: the largest rise of the text's perplexity over the whole stream, relative to the base
@@ -55,8 +65,8 @@ class ScaleBack(Plugin):
             raise ValueError(f"spread must be true or false, got {spread!r}")
         self.limits_kl, self.spread = name == "max_kl", spread
         self.base_perplexity = math.nan
-        self.parameters: list[Tensor] = []
-        self.before: list[Tensor] = []
+        self.held: MeasuredLimit | None = None
+        self.score: TextScore | None = None  # the last measurement
 
     def describe(self) -> dict[str, Any]:
         return {"name": "scale_back", **self.limits()}
@@ -75,35 +85,45 @@ class ScaleBack(Plugin):
         return self.limit * learned / tasks if self.spread else self.limit
 
     def before_task(self, context: TaskContext) -> None:
-        self.begin(context, list(context.model.backbone_parameters()))
+        parameters = list(context.model.backbone_parameters())
+        limit = self.measured(context)
+        self.held = MeasuredLimit(context.model.language_model, lambda: parameters, **limit) if parameters else None
 
-    def begin(self, context: TaskContext, parameters: Sequence[Tensor]) -> None:
-        """Copy ``parameters``; before the first task also measure the base model's perplexity on the text."""
+    def measured(self, context: TaskContext) -> _Limit:
+        """Return the limit after this task as a measure and its largest rise.
+
+        Before the first task this also measures the base model's perplexity on the text.
+        """
+        model, text, base_logits = context.model.language_model, text_of(context), context.base_logits
         if math.isnan(self.base_perplexity):
-            self.base_perplexity = measure(context.model.language_model, text_of(context)).perplexity
-        self.parameters = list(parameters)
-        self.before = [parameter.detach().clone() for parameter in parameters]
-
-    def after_task(self, context: TaskContext) -> Guarded | None:
-        limit = self.limit_after(context.number + 1, context.tasks)
-        base_logits: Callable[[Tensor, int], Tensor] | None = context.base_logits if self.limits_kl else None
-        if not self.parameters:
-            return None
-        found: dict[float, TextScore] = {}
+            self.base_perplexity = measure(model, text).perplexity
 
         def lost() -> float:
-            score = measure(context.model.language_model, text_of(context), base_logits)
-            value = score.drift if self.limits_kl else score.perplexity / self.base_perplexity - 1
-            found[value] = score
-            return value
+            self.score = measure(model, text, base_logits if self.limits_kl else None)
+            return math.exp(self.score.drift) if self.limits_kl else self.score.perplexity
 
-        scale, value = scale_to_limit(limit, lost, self.parameters, self.before)
-        score = found.get(value)
+        limit = self.limit_after(context.number + 1, context.tasks)
+        # A divergence begins at 0, and the exponential of the divergence at 1.
+        return _Limit(
+            measure=lost,
+            max_rise=math.expm1(limit) if self.limits_kl else limit,
+            at_start=1.0 if self.limits_kl else self.base_perplexity,
+        )
+
+    def after_task(self, context: TaskContext) -> Guarded | None:
+        if self.held is None:
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NothingKeptWarning)  # the run warns of it, and names the method
+            self.held.finish()
+        assert self.held.kept is not None
+        assert self.score is not None
+        # The last measurement is that of the parameters that were kept.
         return Guarded(
-            perplexity_rise=math.nan if score is None else score.perplexity / self.base_perplexity - 1,
-            kl=value if self.limits_kl else None,
-            limit=limit,
-            scale=scale,
+            perplexity_rise=self.score.perplexity / self.base_perplexity - 1,
+            kl=self.score.drift if self.limits_kl else None,
+            limit=self.limit_after(context.number + 1, context.tasks),
+            scale=self.held.kept.scale,
         )
 
     def state_dict(self) -> dict[str, Tensor]:
