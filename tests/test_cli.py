@@ -1,7 +1,6 @@
-"""The command as a user meets it: in a process of its own."""
+"""The command as a user meets it: in a process of its own, or in this one where that makes no difference."""
 
 import errno
-import glob
 import json
 import os
 import platform
@@ -149,7 +148,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path):
 
 
 def in_process(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": "80"}).invoke(app, [str(argument) for argument in arguments])
 
 
 def full(*_, **__):
@@ -232,8 +231,8 @@ def test_the_full_demo_is_the_stream_of_three_tasks(model_folder):
 def test_an_existing_run_is_never_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious").write_text("mine")
-    done = run("demo", "--quick", "--out", tmp_path / "run")
-    assert done.returncode == 1
+    done = in_process("demo", "--quick", "--out", tmp_path / "run")
+    assert done.exit_code == 1
     assert re.search(r"Error: .*run holds files, but no run\. Choose another folder\.", done.stderr)
     assert (tmp_path / "run" / "precious").read_text() == "mine"
 
@@ -254,18 +253,18 @@ def test_several_runs_on_one_page_and_in_one_table(tmp_path):
         (tmp_path / name).mkdir()
         make_results(title=title, base_model=name).save(tmp_path / name / "results.json")
     page = tmp_path / "both.html"
-    done = run("report", tmp_path / "a", tmp_path / "b", "--out", page)
-    assert done.returncode == 0, done.stderr
+    done = in_process("report", tmp_path / "a", tmp_path / "b", "--out", page)
+    assert done.exit_code == 0, done.stderr
     assert page.read_text().count("SmolLM2") == 0
     assert "One" in page.read_text()
     assert "Other" in page.read_text()
     assert not (tmp_path / "a" / "report.html").exists()
-    done = run("compare", tmp_path / "a", tmp_path / "b")
-    assert done.returncode == 0, done.stderr
+    done = in_process("compare", tmp_path / "a", tmp_path / "b")
+    assert done.exit_code == 0, done.stderr
     assert re.search(r"LoRA +0\.825", done.stdout)
     assert "base model" in done.stdout  # they cannot be compared directly
-    done = run("compare", tmp_path / "a", tmp_path / "gone")
-    assert done.returncode == 1
+    done = in_process("compare", tmp_path / "a", tmp_path / "gone")
+    assert done.exit_code == 1
     assert "gone holds no results: there is no such folder" in done.stderr
 
 
@@ -275,16 +274,16 @@ def test_several_runs_on_one_page_and_in_one_table(tmp_path):
 def test_report_of_something_else(tmp_path, content, message):
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    done = run("report", tmp_path)
-    assert done.returncode == 1
+    done = in_process("report", tmp_path)
+    assert done.exit_code == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_bad_recipe_is_one_message(tmp_path):
     (tmp_path / "r.yaml").write_text("title: x\nmodle: y\n")
-    done = run("run", tmp_path / "r.yaml", "--out", tmp_path / "out")
-    assert done.returncode == 1
+    done = in_process("run", tmp_path / "r.yaml", "--out", tmp_path / "out")
+    assert done.exit_code == 1
     assert "a recipe has no key 'modle'. Did you mean 'model'?" in done.stderr
     assert "tasks is missing" in done.stderr
     assert "Traceback" not in done.stderr
@@ -304,30 +303,3 @@ def test_a_failed_download_is_one_message_and_leaves_nothing(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
     assert not (tmp_path / "run").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "index"]
-
-
-def test_ctrl_c_says_how_to_go_on(model_folder, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen(
-        [*COMMAND, "demo", "--quick", "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        # As from a terminal. Where tests run in the background of a shell, it has been told to ignore the signal.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    deadline = time.monotonic() + 900
-    while not glob.glob("frozen/*/result.json", root_dir=out):  # the first method is done
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=900)
-    assert process.returncode == 130
-    assert re.search(r"Interrupted\. Run the command again with --out .*run to resume", stderr)
-    assert "Traceback" not in stderr
-    stamp = (out / "frozen" / "seed-0" / "result.json").stat().st_mtime_ns
-    assert run("demo", "--quick", "--out", out).returncode == 0
-    assert (out / "frozen" / "seed-0" / "result.json").stat().st_mtime_ns == stamp
-    assert (out / "report.html").exists()

@@ -159,6 +159,30 @@ def test_killed_at_random_moments(workers, recipe, recipe_path, tmp_path):
     assert "cur" in after.stdout
 
 
+def test_ctrl_c_says_how_to_go_on(recipe_path, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", str(out)]
+    process = subprocess.Popen(
+        [*command, "--set", "training.epochs=2000", "--set", "training.checkpoint_steps=5"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal. Where tests run in the background of a shell, it has been told to ignore the signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 900
+    while not glob.glob("frozen/*/checkpoints/*/checkpoint-*", root_dir=out):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=900)
+    assert process.returncode == 130
+    assert "Interrupted. Run the same command again to resume from the last checkpoint" in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+    assert glob.glob("frozen/*/checkpoints/*/checkpoint-*", root_dir=out)
+
+
 def test_at_most_a_checkpoint_interval_is_lost(recipe, tmp_path, monkeypatch):
     """Interrupted after 8 steps with a checkpoint every 3, the run resumes at step 6."""
     from curlora.continual.trainer import TaskTrainer
