@@ -1,6 +1,7 @@
 """What the documentation tells people to type is right."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -21,6 +22,7 @@ from curlora.continual import load_recipe
 from curlora.guard import Ledger
 from curlora_cli.commands import app
 from tests.models import WORDS, curlora, layers, llama, save_base, tokens, word_tokenizer
+from tests.results import make_results_by_loss
 
 DOCS = Path(__file__).parent.parent / "docs"
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
@@ -224,6 +226,54 @@ def test_the_guards_recipe_is_one(tmp_path):
     content.update(yaml.safe_load(blocks("guard.md", "yaml")[0]))
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     assert load_recipe(tmp_path / "recipe.yaml").methods[-1].plugins[0]["max_perplexity_increase"] == 0.01
+
+
+def recipe_of(page, number, folder):
+    """Load a recipe of a page that is whole, with a small model and texts of its own in the place of the hub's."""
+    save_base(folder / "model")
+    (folder / "novel.txt").write_text(" ".join(WORDS))
+    content = yaml.safe_load(blocks(page, "yaml")[number])
+    content["model"]["name"] = str(folder / "model")
+    return content
+
+
+def test_the_recipes_of_the_recipe_page_are_valid(tmp_path):
+    content = recipe_of("recipes.md", 0, tmp_path)
+    assert [task["name"] for task in content["tasks"]] == ["sentiment", "answers"]
+    generated, gridded = (yaml.safe_load(block) for block in blocks("recipes.md", "yaml")[1:])
+    content["tasks"] += generated
+    content["methods"] += [{**gridded["methods"][0], "name": "gridded"}]
+    content["methods"][-2]["plugins"] = yaml.safe_load(blocks("guard.md", "yaml")[1])["plugins"]
+    content["guard"] = {"name": "general", "path": "novel.txt"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert len(recipe.methods) == 1 + 3 + 6
+
+
+def test_the_recipe_pages_python_runs(tmp_path, monkeypatch, capsys):
+    content = recipe_of("recipes.md", 0, tmp_path)
+    del content["tasks"][0], content["seeds"]
+    content["methods"] = content["methods"][-1:]
+    content["methods"][0]["options"]["r"] = 4
+    for split in ("train", "test"):
+        rows = [json.dumps({"question": WORDS[i], "answer": WORDS[i + 1]}) for i in range(8)]
+        (tmp_path / f"qa-{split}.jsonl").write_text("\n".join(rows))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("recipes.md", "python")[0], {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["Base", "CURLoRA"]
+    assert load_recipe("recipe.yaml").training.epochs == 1
+
+
+def test_the_results_pages_python_runs(tmp_path, monkeypatch, capsys):
+    reading, by_loss = blocks("results.md", "python")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    make_results_by_loss().save(tmp_path / "runs" / "demo" / "results.json")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(reading, names)
+    exec(by_loss, names)
+    assert "CURLORA 0.475" in capsys.readouterr().out
 
 
 def test_the_quick_start_is_the_readmes():

@@ -21,7 +21,7 @@ from tests.continual.streams import figures
 pytest.importorskip("ray", reason="needs Ray")
 
 STUDY = [
-    "training.logging_steps=1", "training.checkpoint_steps=1", "resources={cpus: 1}", "orders=[[second, first]]",
+    "training.logging_steps=1", "training.checkpoint_steps=1", "resources={cpus: 1}",
     "methods.1.learning_rate={grid: [0.01, 0.02]}",
 ]  # fmt: skip
 
