@@ -11,7 +11,7 @@ NAMES = {"mrpc": "MRPC", "sst2": "SST-2", "sentiment140": "Sentiment140"}
 
 
 def tables():
-    return {"paper": stream("paper"), "paper_honest": stream("honest")}
+    return {"paper": stream("paper"), "paper_corrected": stream("corrected")}
 
 
 def stream(protocol):

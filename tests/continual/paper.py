@@ -5,10 +5,10 @@ from pathlib import Path
 from curlora.continual.recipe import load_recipe
 
 GPT, MISTRAL = Path("paper-gpt2-large"), Path("paper-mistral-7b")
-PROTOCOLS = ("honest", "paper")
+PROTOCOLS = ("corrected", "paper")
 LEARNING_RATE = 2.5e-4
 
-# Switch: its honest value and the paper's value.
+# Switch: its corrected value and the paper's value.
 SWITCHED = {
     "readout": ("last_token", "last_position"),
     "evaluation": ("batched", "one_by_one"),
@@ -18,7 +18,7 @@ SWITCHED = {
     "data": ("corrected", "reference"),
     "perplexity": ("windows", "first_chunk"),
     "indices": ("paper", "reference"),
-    "lora_start": ("peft", "reference"),
+    "lora_init": ("peft", "reference"),
 }
 
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from curlora.continual.chat import closing_token
 from curlora.continual.conversations import trained_turns
-from curlora.continual.data import TaskPart, read_task
+from curlora.continual.data import TaskSpec, read_task
 from curlora.continual.tasks import ChatTask, TaskError
 from curlora.demo import assets
 from curlora.guard.texts import IGNORED
@@ -200,7 +200,7 @@ def test_a_refusal_is_the_templates_own_with_the_row_of_the_file(tmp_path):
     rows = [talk("hi", "hello")] * 20 + [talk("s", "hi", "hello", roles=("system", "user", "assistant"))]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
     source = dict(path=tmp_path / "chat.jsonl", shuffle=1)
-    task = read_task(TaskPart(name="t", kind="chat", train=source, evaluation=source))
+    task = read_task(TaskSpec(name="t", kind="chat", train=source, evaluation=source))
     with pytest.raises(TaskError, match="train row 20: the chat template rejects the conversation: System role not su"):
         task.encode("train", tokenizer(GEMMA), 64)
     with pytest.raises(TaskError, match="train row 0: the chat template rejects the conversation: TypeError"):

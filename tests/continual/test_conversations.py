@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from curlora.continual.conversations import trained_turns
-from curlora.continual.data import DataError, TaskPart, read_task
+from curlora.continual.data import DataError, TaskSpec, read_task
 
 SYSTEM, ASKED, ANSWERED, MORE, LAST = (
     {"role": role, "content": text}
@@ -32,7 +32,7 @@ def read(tmp_path):
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         given = dict(path=path, **source)
-        return read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given)).train
+        return read_task(TaskSpec(name="t", kind="chat", train=given, evaluation=given)).train
 
     return read
 
@@ -171,4 +171,4 @@ def test_what_is_not_in_the_layout_is_named(rows, source, message, read):
 def test_bad_entries_of_a_recipe_are_named(source, message):
     given = dict(path="x.jsonl", **source)
     with pytest.raises(ValidationError, match=message):
-        TaskPart(name="t", kind="chat", train=given, evaluation=given)
+        TaskSpec(name="t", kind="chat", train=given, evaluation=given)

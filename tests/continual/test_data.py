@@ -9,7 +9,7 @@ import pandas
 import pytest
 from pydantic import ValidationError
 
-from curlora.continual.data import DataError, HeldOutPart, Source, TaskPart, read_task, read_text
+from curlora.continual.data import DataError, HeldOutSpec, Source, TaskSpec, read_task, read_text
 
 ROWS = [("a b", "yes"), ('he said "no"', "no"), ("null", "yes"), ("é,\tx", "no")]
 
@@ -28,7 +28,7 @@ def write(path):
 
 def part(path, **changes):
     source = dict(path=path, text="text", label="label", **changes)
-    return TaskPart(name="t", labels=["no", "yes"], train=source, evaluation=source)
+    return TaskSpec(name="t", labels=["no", "yes"], train=source, evaluation=source)
 
 
 @pytest.mark.parametrize("suffix", [".tsv", ".csv", ".jsonl", ".json", ".parquet"])
@@ -52,7 +52,7 @@ def test_columns_are_joined_limited_and_shuffled_by_a_seed(tmp_path):
 
     def texts(**changes):
         source = dict(path=path, text=["a", "b"], label="label", **{"limit": 5, **changes})
-        task = read_task(TaskPart(name="t", labels=["x", "y"], train=source, evaluation=source))
+        task = read_task(TaskSpec(name="t", labels=["x", "y"], train=source, evaluation=source))
         return [text for text, _ in task.train]
 
     assert texts() == [f"a{i}\nb{i}" for i in range(5)]
@@ -75,7 +75,7 @@ def test_examples_in_both_splits_are_counted(kind, tmp_path):
 
     def both(train, evaluation):
         return read_task(
-            TaskPart(name="t", kind=kind, labels=labels, train={**own, **train}, evaluation={**own, **evaluation})
+            TaskSpec(name="t", kind=kind, labels=labels, train={**own, **train}, evaluation={**own, **evaluation})
         )
 
     assert both({"limit": 12}, {"skip": 12}).evaluation_in_train == 0
@@ -89,7 +89,7 @@ def test_completions_from_columns_or_templates(tmp_path):
 
     def examples(**source):
         given = dict(path=path, **source)
-        return read_task(TaskPart(name="t", kind="completion", train=given, evaluation=given)).train
+        return read_task(TaskSpec(name="t", kind="completion", train=given, evaluation=given)).train
 
     assert examples(prompt="question", completion="answer") == [("2+2?", "4")]
     assert examples(prompt="Q: {question}\nA:", completion=" {answer}") == [("Q: 2+2?\nA:", " 4")]
@@ -104,14 +104,14 @@ def test_conversations(tmp_path):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     path.write_text(json.dumps({"messages": messages}) + "\n")
     given = dict(path=path, messages="messages")
-    task = read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
+    task = read_task(TaskSpec(name="t", kind="chat", train=given, evaluation=given))
     assert task.train == [messages]
     path.write_text(json.dumps({"messages": messages[:1]}) + "\n")
     with pytest.raises(DataError, match="row 0 has no assistant message that answers"):
-        read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
+        read_task(TaskSpec(name="t", kind="chat", train=given, evaluation=given))
     path.write_text(json.dumps({"messages": "hi"}) + "\n")
     with pytest.raises(DataError, match="row 0 is not a list of messages"):
-        read_task(TaskPart(name="t", kind="chat", train=given, evaluation=given))
+        read_task(TaskSpec(name="t", kind="chat", train=given, evaluation=given))
 
 
 @pytest.mark.parametrize("labels", [["1", "0"], ["True", "False"]])
@@ -119,14 +119,14 @@ def test_names_that_look_like_numbers_are_names(labels, tmp_path):
     """Other CSV readers convert them to numbers and booleans."""
     (tmp_path / "data.csv").write_text("text,label\n" + "".join(f"t,{label}\n" for label in labels))
     source = dict(path=tmp_path / "data.csv", text="text", label="label")
-    task = read_task(TaskPart(name="t", labels=labels, train=source, evaluation=source))
+    task = read_task(TaskSpec(name="t", labels=labels, train=source, evaluation=source))
     assert [label for _, label in task.train] == [0, 1]
 
 
 def test_the_reference_variant_of_a_task(tmp_path):
     path = write(tmp_path / "data.csv")
     reference = {"labels": ["no", "yes", "never"], "evaluation": dict(path=path, text="text", label="label", limit=1)}
-    given = TaskPart.model_validate({**part(path).model_dump(), "reference": reference})
+    given = TaskSpec.model_validate({**part(path).model_dump(), "reference": reference})
     assert (len(read_task(given).labels), len(read_task(given).evaluation)) == (2, 4)
     other = read_task(given, reference=True)
     assert (len(other.labels), len(other.evaluation), len(other.train)) == (3, 1, 4)
@@ -200,13 +200,13 @@ def test_bad_entries_of_a_task_are_named(changes, message, tmp_path):
     keys = {key: changes.pop(key) for key in ("label_names", "prompt", "completion") if key in changes}
     source = dict(path=tmp_path / "data.csv", **text, **keys)
     with pytest.raises(ValidationError, match=message):
-        TaskPart(**{**dict(name="t", labels=["no", "yes"], train=source, evaluation=source), **changes})
+        TaskSpec(**{**dict(name="t", labels=["no", "yes"], train=source, evaluation=source), **changes})
 
 
 def test_labels_that_differ_in_case_alone_are_two(tmp_path):
     (tmp_path / "data.csv").write_text("text,label\nx,US\ny,us\n")
     source = dict(path=tmp_path / "data.csv", text="text", label="label")
-    task = read_task(TaskPart(name="t", labels=["us", "US"], train=source, evaluation=source))
+    task = read_task(TaskSpec(name="t", labels=["us", "US"], train=source, evaluation=source))
     assert [label for _, label in task.train] == [1, 0]
 
 
@@ -215,7 +215,7 @@ SQUAD = {"question": "Who?", "answers": {"text": ["Ada"], "answer_start": [3]}}
 
 def squad(path, **source):
     given = dict(path=path, **source)
-    return read_task(TaskPart(name="t", kind="completion", train=given, evaluation=given)).train
+    return read_task(TaskSpec(name="t", kind="completion", train=given, evaluation=given)).train
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -255,29 +255,29 @@ def test_a_right_answer_that_cannot_be_compared_is_named_with_its_row(tmp_path):
     source = dict(path=path, prompt="q", completion="a")
     given = dict(name="t", kind="completion", train=source, evaluation={**source, "shuffle": 1})
     with pytest.raises(DataError, match="evaluation row 2 has an answer in which the normalization 'gsm8k' finds noth"):
-        read_task(TaskPart(**given, score={"generate": {"max_new_tokens": 4}, "normalize": "gsm8k"}))
-    assert read_task(TaskPart(**given, score={"generate": None})).score.max_new_tokens == 256
+        read_task(TaskSpec(**given, score={"generate": {"max_new_tokens": 4}, "normalize": "gsm8k"}))
+    assert read_task(TaskSpec(**given, score={"generate": None})).score.max_new_tokens == 256
 
 
 def test_held_out_texts_that_are_none_are_named(tmp_path):
     (tmp_path / "text.txt").write_bytes(b"a\0b")
     with pytest.raises(DataError, match="holds NUL characters"):
-        read_text(HeldOutPart(name="h", path=tmp_path / "text.txt"))
+        read_text(HeldOutSpec(name="h", path=tmp_path / "text.txt"))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ["b"]}\n')
     with pytest.raises(DataError, match=r"the column 'text' does not hold text: row 1 has \['b'\]"):
-        read_text(HeldOutPart(name="h", path=tmp_path / "rows.jsonl"))
+        read_text(HeldOutSpec(name="h", path=tmp_path / "rows.jsonl"))
     (tmp_path / "rows.csv").write_text("text\na,b\n")
     with pytest.raises(DataError, match="text 'h' .*: line 2 has 2 fields, but the header has 1"):
-        read_text(HeldOutPart(name="h", path=tmp_path / "rows.csv"))
+        read_text(HeldOutSpec(name="h", path=tmp_path / "rows.csv"))
 
 
 def test_held_out_texts(tmp_path):
     (tmp_path / "text.txt").write_text("\ufeffone\ntwo")
-    assert read_text(HeldOutPart(name="h", path=tmp_path / "text.txt")) == "one\ntwo"
+    assert read_text(HeldOutSpec(name="h", path=tmp_path / "text.txt")) == "one\ntwo"
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in ("one\n", "", "two\n")))
-    assert read_text(HeldOutPart(name="h", path=tmp_path / "rows.jsonl")) == "one\ntwo\n"
+    assert read_text(HeldOutSpec(name="h", path=tmp_path / "rows.jsonl")) == "one\ntwo\n"
     with pytest.raises(DataError, match="text 'h' .*cannot be read as text"):
-        read_text(HeldOutPart(name="h", path=tmp_path / "gone.txt"))
+        read_text(HeldOutSpec(name="h", path=tmp_path / "gone.txt"))
 
 
 DATA = os.environ.get("CURLORA_DATA_DIR")
@@ -306,7 +306,7 @@ REAL = pytest.mark.skipif(not DATA, reason="CURLORA_DATA_DIR is not set: the rea
 def test_real_data_is_read_whole(train, evaluation, rows, majority):
     source = Source(**{**train, "path": Path(DATA) / train["path"]}, quoted=False)
     scored = source.model_copy(update={"path": Path(DATA) / evaluation})
-    task = read_task(TaskPart(name="t", labels=["no", "yes"], train=source, evaluation=scored))
+    task = read_task(TaskSpec(name="t", labels=["no", "yes"], train=source, evaluation=scored))
     assert len(task.train) == rows
     assert task.majority_rate == pytest.approx(majority)
 
@@ -321,7 +321,7 @@ def test_the_papers_sentiment140():
         columns=columns, text="text", label="polarity", label_names=names,
     )  # fmt: skip
     scored = source.model_copy(update={"path": Path(DATA) / "sentiment140/train_first1000.csv"})
-    task = read_task(TaskPart(name="t", labels=["negative", "positive", "never"], train=source, evaluation=scored))
+    task = read_task(TaskSpec(name="t", labels=["negative", "positive", "never"], train=source, evaluation=scored))
     assert [sum(label == k for _, label in task.train) for k in range(3)] == [177 + 139, 182, 0]
     assert len(task.evaluation) == 1000
     assert task.majority_rate == 1.0

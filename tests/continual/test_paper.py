@@ -48,8 +48,8 @@ def test_hyperparameters(name, protocol, model, targets, batch_size, max_length,
     assert settings.gradient_accumulation_steps == 1
     assert settings.head_learning_rate == LEARNING_RATE
     assert (settings.max_grad_norm, settings.weight_decay) == (0, 0)
-    assert (settings.schedule, settings.warmup) == ("cosine", {"honest": 0.1, "paper": 500}[protocol])
-    assert settings.trainer == {"honest": {}, "paper": {"adam_epsilon": 1e-6}}[protocol]
+    assert (settings.schedule, settings.warmup) == ("cosine", {"corrected": 0.1, "paper": 500}[protocol])
+    assert settings.trainer == {"corrected": {}, "paper": {"adam_epsilon": 1e-6}}[protocol]
 
     adapters = {
         (kind, r): part.make(recipe.switched()).configuration(seed=0)
@@ -91,7 +91,7 @@ def test_tasks(name, limits, protocol):
         assert (source.hub, source.subset) == ("stanfordnlp/sentiment140", None)
         assert source.revision == "refs/convert/parquet"
         assert (source.text, source.label) == ("text", "sentiment")
-    if protocol == "honest":
+    if protocol == "corrected":
         assert sentiment.labels == ["negative", "positive"]
         assert (sentiment.train.limit, sentiment.evaluation.limit) == (limits[2], 1000)
         assert (sentiment.train.shuffle, sentiment.evaluation.shuffle) == (0, 0)
@@ -281,7 +281,7 @@ def save_model(name, folder, text):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
-class Silent:
+class NullProgress:
     def stage(self, text):
         pass
 
@@ -298,7 +298,7 @@ def run(name, protocol, hub, tmp_path, methods, *changes):
     limits += [f"tasks.{place}.evaluation.limit=10" for place in places] + ["training.max_length=24"]
     recipe = recipe_of(name, protocol, *from_here(name, folder), *limits, f"model.name={tmp_path / 'model'}", *changes)
     recipe = recipe.model_copy(update={"methods": [part for part in recipe.methods if part.name in methods]})
-    return run_recipe(recipe, tmp_path / "run", lambda total: Silent())
+    return run_recipe(recipe, tmp_path / "run", lambda total: NullProgress())
 
 
 @needs_data
@@ -354,7 +354,7 @@ def test_the_papers_flow(name, width, trained, steps, chunk, hub, tmp_path):
 @pytest.mark.parametrize("name", [GPT, MISTRAL])
 def test_the_honest_flow(name, hub, tmp_path):
     changes = ["heldout.tokens=600", "heldout.window=256", "heldout.stride=128"]
-    results = run(name, "honest", hub, tmp_path, ["frozen"], *changes)
+    results = run(name, "corrected", hub, tmp_path, ["frozen"], *changes)
     assert [len(task.labels) for task in results.tasks] == [2, 2, 2]
     assert results.tasks[2].majority_rate < 1
     assert results.protocol == {}

@@ -79,7 +79,7 @@ def test_the_head_and_the_adapter_share_the_schedule(tmp_path):
 
 
 def test_the_honest_schedule_is_of_the_real_steps(tmp_path):
-    settings = recipe_of(GPT, "honest").settings().changed({"batch_size": 4})
+    settings = recipe_of(GPT, "corrected").settings().changed({"batch_size": 4})
     found = rates(settings, encoded(50), tmp_path)
     steps = 3 * 13
     expected = [LEARNING_RATE * cosine(step, math.ceil(0.1 * steps), steps) for step in range(steps)]
@@ -223,7 +223,7 @@ def test_examples_are_scored_one_at_a_time(evaluation, tmp_path):
 
 def test_the_references_indices_unless_a_method_says_otherwise():
     for name in (GPT, MISTRAL):
-        for protocol, sampling, replacement in [("honest", "inverse", False), ("paper", "reference", True)]:
+        for protocol, sampling, replacement in [("corrected", "inverse", False), ("paper", "reference", True)]:
             recipe = recipe_of(name, protocol)
             parts = [part for part in recipe.methods if part.method == "curlora"]
             assert len(parts) == 3
@@ -238,7 +238,7 @@ def test_the_references_indices_unless_a_method_says_otherwise():
 @pytest.mark.parametrize("r", [8, 24])
 def test_loras_start(r):
     width = 1280
-    (a, b), (peft_a, peft_b) = (lora_start(r, protocol) for protocol in ("paper", "honest"))
+    (a, b), (peft_a, peft_b) = (lora_init(r, protocol) for protocol in ("paper", "corrected"))
     assert not b.any()
     assert not peft_b.any()
     assert a.shape == peft_a.shape == (r, width)
@@ -251,7 +251,7 @@ def test_loras_start(r):
     assert 0.99 / math.sqrt(width) < peft_a.abs().max().item() <= 1 / math.sqrt(width)
 
 
-def lora_start(r, protocol):
+def lora_init(r, protocol):
     """Return LoRA's A and B of one layer of GPT-2 Large's width, made by the recipe's method."""
     recipe = recipe_of(GPT, protocol)
     (part,) = [part for part in recipe.methods if part.name == f"lora-{r}"]

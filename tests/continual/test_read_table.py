@@ -207,12 +207,12 @@ def test_bad_json_is_named(content, message, tmp_path):
 
 
 def test_the_same_rows_are_chosen_by_a_seed_as_the_library_datasets_chooses(tmp_path):
-    from curlora.continual.data import TaskPart, read_task
+    from curlora.continual.data import TaskSpec, read_task
 
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"text": f"t{i}", "label": i % 2}) + "\n" for i in range(50)))
     source = dict(path=path, text="text", label="label", shuffle=3, limit=20)
-    task = read_task(TaskPart(name="t", labels=["a", "b"], train=source, evaluation=source))
+    task = read_task(TaskSpec(name="t", labels=["a", "b"], train=source, evaluation=source))
     theirs = datasets.Dataset.from_list(rows_of(path)).shuffle(seed=3).select(range(20))
     assert [text for text, _ in task.train] == theirs["text"]
     assert task.numbers["train"] == [int(text[1:]) for text in theirs["text"]]

@@ -148,7 +148,7 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
         ("training.readout=last_position", "training: readout is a switch of the protocol"),
         ("switches={readout: first}", "switches: readout: Input should be 'last_token' or 'last_position'"),
         ("switches={read: first}", "switches: the protocol has no switch 'read'. Did you mean 'readout'"),
-        ("protocol=papers", "protocol: Input should be 'honest' or 'paper'"),
+        ("protocol=papers", "protocol: Input should be 'corrected' or 'paper'"),
         ("tasks.0.training={epoch: 1}", "task 'first': training has no key 'epoch'. Did you mean 'epochs'"),
         ("tasks.0.reference={training: {epoch: 1}}", "task 'first': training has no key 'epoch'"),
         ("tasks.0.reference={train: {path: x.csv, text: text}}", "task 'first': reference: train: .*needs label"),
@@ -374,25 +374,26 @@ def test_the_protocol_changes_settings_data_and_held_out_text(recipe_path):
         "tasks.0.reference={labels: [a, b, never], evaluation: {path: eval.csv, text: text, label: label, limit: 3}}"
     )
     changes = [reference, "heldout.chunk=30", "reference={warmup: 500}"]
-    honest = build(load_recipe(recipe_path, changes))
+    corrected = build(load_recipe(recipe_path, changes))
     paper = build(load_recipe(recipe_path, [*changes, "protocol=paper"]))
     mixed = build(
         load_recipe(recipe_path, [*changes, "protocol=paper", "switches={data: corrected, perplexity: windows}"])
     )
-    assert (honest.settings.readout, honest.settings.warmup) == ("last_token", 0.1)
+    assert (corrected.settings.readout, corrected.settings.warmup) == ("last_token", 0.1)
     assert (paper.settings.readout, paper.settings.warmup) == ("last_position", 500)
-    assert [len(s.tasks[0].labels) for s in (honest, paper, mixed)] == [2, 3, 2]
-    assert [len(s.tasks[0].evaluation) for s in (honest, paper, mixed)] == [21, 3, 21]
-    assert [s.heldout[0].windows for s in (honest, paper, mixed)] == [4, 1, 4]
+    assert [len(s.tasks[0].labels) for s in (corrected, paper, mixed)] == [2, 3, 2]
+    assert [len(s.tasks[0].evaluation) for s in (corrected, paper, mixed)] == [21, 3, 21]
+    assert [s.heldout[0].windows for s in (corrected, paper, mixed)] == [4, 1, 4]
     assert len(paper.heldout[0].tokens) == 30
-    assert honest.protocol == {}
+    assert corrected.protocol == {}
+    assert load_recipe(recipe_path, ["protocol=honest"]).protocol == "corrected"  # its name in earlier versions
     assert set(mixed.protocol) == set(paper.protocol) - {"data", "perplexity"}
-    curlora = [stream.methods[2].configuration(0) for stream in (honest, paper)]
+    curlora = [stream.methods[2].configuration(0) for stream in (corrected, paper)]
     assert [(c.sampling, c.replacement) for c in curlora] == [("inverse", False), ("reference", True)]
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-@pytest.mark.parametrize("protocol", ["honest", "paper"])
+@pytest.mark.parametrize("protocol", ["corrected", "paper"])
 def test_the_recipes_that_come_with_it_are_right(name, protocol, monkeypatch):
     monkeypatch.setenv("CURLORA_DATA_DIR", "/data")
     recipe = load_recipe(Path(name), [f"protocol={protocol}"])

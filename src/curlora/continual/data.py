@@ -17,20 +17,20 @@ from curlora.continual.row_template import RowTemplate, RowTemplateError
 from curlora.continual.tasks import ChatTask, ClassificationTask, CompletionTask, Task, TaskError
 
 __all__ = [
-    "AnswersPart",
+    "AnswersSpec",
     "DataError",
-    "HeldOutPart",
-    "OwnTextPart",
-    "ScorePart",
+    "HeldOutSpec",
+    "OwnTextSpec",
+    "ScoreSpec",
     "Source",
-    "TaskPart",
+    "TaskSpec",
     "read_prompts",
     "read_task",
     "read_text",
 ]
 
 
-class _Part(BaseModel):
+class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -100,7 +100,7 @@ def _distinct(labels: list[str]) -> list[str]:
 _Labels = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
 
 
-class Splits(_Part):
+class Splits(_Spec):
     """The parts of a task that its reference variant may change."""
 
     labels: _Labels | None = None
@@ -109,20 +109,20 @@ class Splits(_Part):
     training: dict[str, Any] | None = None
 
 
-class GeneratePart(_Part):
+class GenerateSpec(_Spec):
     """Greedy generation until the model ends the answer, or for ``max_new_tokens`` tokens."""
 
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
 
 
-class ScorePart(_Part):
+class ScoreSpec(_Spec):
     """How the generated answers of a completion or chat task are scored.
 
     ``normalize`` is ``none``, ``lower``, ``gsm8k`` or a regular expression; see
     :class:`curlora.continual.answer_score.AnswerScore`.
     """
 
-    generate: GeneratePart
+    generate: GenerateSpec
     metric: Literal["exact_match", "rouge"] = "exact_match"
     normalize: str = "none"
 
@@ -132,7 +132,7 @@ class ScorePart(_Part):
         return {} if value in (None, True) else value  # `generate:` without a value
 
     @model_validator(mode="after")
-    def _complete(self) -> ScorePart:
+    def _complete(self) -> ScoreSpec:
         self.make()
         return self
 
@@ -148,7 +148,7 @@ class ScorePart(_Part):
             raise ValueError(str(error)) from error
 
 
-class TaskPart(_Part):
+class TaskSpec(_Spec):
     """A task of the stream.
 
     ``training`` overrides settings for this task. ``too_long`` says what happens to an example of more than
@@ -166,11 +166,11 @@ class TaskPart(_Part):
     training: dict[str, Any] = {}
     too_long: Literal["cut", "drop"] = "cut"
     turns: Literal["all", "last"] = "all"
-    score: ScorePart | None = None
+    score: ScoreSpec | None = None
     reference: Splits | None = None
 
     @model_validator(mode="after")
-    def _complete(self) -> TaskPart:
+    def _complete(self) -> TaskSpec:
         if (self.kind == "classification") != bool(self.labels):
             raise ValueError("labels are missing" if not self.labels else f"a task of {self.kind} has no labels")
         if self.kind == "classification" and self.score is not None:
@@ -202,15 +202,15 @@ class TaskPart(_Part):
             if name not in labels:
                 raise ValueError(f"{split}: label_names: {name!r} is not among the labels {', '.join(labels)}")
 
-    def variant(self, reference: bool) -> TaskPart:
+    def variant(self, reference: bool) -> TaskSpec:
         """Return the task, or its reference variant if ``reference`` is true and there is one."""
         if not reference or self.reference is None:
             return self
         changes = self.reference.model_dump(exclude_none=True)
-        return TaskPart.model_validate({**self.model_dump(exclude={"reference"}), **changes})
+        return TaskSpec.model_validate({**self.model_dump(exclude={"reference"}), **changes})
 
 
-class HeldOutPart(Place):
+class HeldOutSpec(Place):
     """A held-out text whose perplexity is measured.
 
     The text is a ``.txt`` file, or the column ``text`` of a table, whose rows are joined by ``join``. The first
@@ -229,13 +229,13 @@ class HeldOutPart(Place):
     chunk: Annotated[int, Field(ge=2)] | None = None
 
     @model_validator(mode="after")
-    def _stride_fits(self) -> HeldOutPart:
+    def _stride_fits(self) -> HeldOutSpec:
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"stride {self.stride} is longer than window {self.window}")
         return self
 
 
-class AnswersPart(_Part):
+class AnswersSpec(_Spec):
     """The base model's answers to ``prompts``, which is a list of prompts or a file with one prompt per line.
 
     The answers are sampled once for a run, at temperature 1, and saved in the run directory.
@@ -247,7 +247,7 @@ class AnswersPart(_Part):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-class OwnTextPart(_Part):
+class OwnTextSpec(_Spec):
     """Text that the base model writes without a prompt; see :func:`curlora.guard.own_text`.
 
     The text is sampled once for a run, at temperature 1, and saved in the run directory.
@@ -260,7 +260,7 @@ class OwnTextPart(_Part):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-def read_prompts(part: AnswersPart) -> tuple[str, ...]:
+def read_prompts(part: AnswersSpec) -> tuple[str, ...]:
     """Return the prompts of a recipe.
 
     Raises:
@@ -278,7 +278,7 @@ def read_prompts(part: AnswersPart) -> tuple[str, ...]:
     return prompts
 
 
-def read_task(part: TaskPart, reference: bool = False) -> Task:
+def read_task(part: TaskSpec, reference: bool = False) -> Task:
     """Read a task's data.
 
     Args:
@@ -305,7 +305,7 @@ def read_task(part: TaskPart, reference: bool = False) -> Task:
         raise DataError(str(error)) from error
 
 
-def read_text(part: HeldOutPart) -> str:
+def read_text(part: HeldOutSpec) -> str:
     """Read a held-out text.
 
     Raises:
@@ -332,7 +332,7 @@ def read_text(part: HeldOutPart) -> str:
     return part.join.join(rows)
 
 
-def _examples(task: TaskPart, split: str, source: Source) -> tuple[list[Any], list[int]]:
+def _examples(task: TaskSpec, split: str, source: Source) -> tuple[list[Any], list[int]]:
     """Return the examples of a split and the number of each example's row in the file."""
     where = f"task {task.name!r}, {split} ({source.path or source.hub})"
     table = read_table(source, where)
@@ -353,7 +353,7 @@ def _examples(task: TaskPart, split: str, source: Source) -> tuple[list[Any], li
 
 
 def _labelled(
-    task: TaskPart, source: Source, table: Table, where: str, number_of: Callable[[int], int]
+    task: TaskSpec, source: Source, table: Table, where: str, number_of: Callable[[int], int]
 ) -> list[tuple[str, int]]:
     assert source.text is not None
     assert source.label is not None
@@ -371,7 +371,7 @@ def _labelled(
 
 
 def _completed(
-    task: TaskPart, source: Source, table: Table, where: str, number_of: Callable[[int], int]
+    task: TaskSpec, source: Source, table: Table, where: str, number_of: Callable[[int], int]
 ) -> list[tuple[str, ...]]:
     assert source.prompt is not None
     assert source.completion is not None
@@ -399,7 +399,7 @@ def _meant_chat(source: Source, row: Mapping[str, Any]) -> str:
 
 
 def _conversations(
-    task: TaskPart, source: Source, table: Table, where: str, number_of: Callable[[int], int]
+    task: TaskSpec, source: Source, table: Table, where: str, number_of: Callable[[int], int]
 ) -> list[Any]:
     return read_conversations(
         table,

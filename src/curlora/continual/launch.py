@@ -15,16 +15,16 @@ from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import OwnText, PromptList
 from curlora.continual.computing import computing
-from curlora.continual.data import AnswersPart, HeldOutPart, OwnTextPart, read_prompts, read_task, read_text
+from curlora.continual.data import AnswersSpec, HeldOutSpec, OwnTextSpec, read_prompts, read_task, read_text
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.protocol import Protocol
-from curlora.continual.recipe import MethodPart, Recipe
+from curlora.continual.recipe import MethodSpec, Recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 from curlora.continual.storage import write_whole
 from curlora.continual.workers import ray_workers
-from curlora.guard.progress import Progress, Silent
+from curlora.guard.progress import NullProgress, Progress
 
 __all__ = ["build", "run_recipe"]
 
@@ -44,15 +44,15 @@ def build(recipe: Recipe) -> Stream:
         for settings in {of.model_dump_json(include={"schedule", "trainer"}): of for of in own}.values():
             settings.check_trainer()
         tasks = [read_task(part, reference) for part in recipe.tasks]
-        texts = [(part, read_text(part)) for part in recipe.heldout if isinstance(part, HeldOutPart)]
-        sampled = [_sampled(part) for part in recipe.heldout if not isinstance(part, HeldOutPart)]
-        guard = read_text(recipe.guard) if isinstance(recipe.guard, HeldOutPart) else _sampled(recipe.guard)
+        texts = [(part, read_text(part)) for part in recipe.heldout if isinstance(part, HeldOutSpec)]
+        sampled = [_sampled(part) for part in recipe.heldout if not isinstance(part, HeldOutSpec)]
+        guard = read_text(recipe.guard) if isinstance(recipe.guard, HeldOutSpec) else _sampled(recipe.guard)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     tokenizer = recipe.model.load_tokenizer()
     guard_text: HeldOut | None = None
     heldout = [(part, _held_out(part, text, tokenizer, protocol)) for part, text in texts]
-    if isinstance(recipe.guard, HeldOutPart):
+    if isinstance(recipe.guard, HeldOutSpec):
         assert isinstance(guard, str)
         guard_text = replace(_held_out(recipe.guard, guard, tokenizer, Protocol()), shown=True)
         _check_apart(heldout, recipe.guard, guard_text)
@@ -82,7 +82,7 @@ def build(recipe: Recipe) -> Stream:
 def run_recipe(
     recipe: Recipe,
     directory: Path | str,
-    progress: Callable[[float], Progress] = lambda _: Silent(),
+    progress: Callable[[float], Progress] = lambda _: NullProgress(),
     *,
     workers: int | None = None,
     address: str | None = None,
@@ -153,7 +153,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
         training = recipe.training.changed({"cache_frozen_layers": False})  # changes no figure
         return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks, "training": training}
 
-    def methods(recipe: Recipe) -> dict[str, MethodPart]:
+    def methods(recipe: Recipe) -> dict[str, MethodSpec]:
         return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}
 
     old, new = known(before), known(now)
@@ -164,7 +164,7 @@ def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
     return [part for part in new if old[part] != new[part]] + reordered + changed
 
 
-def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
+def _held_out(part: HeldOutSpec, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:
     tokens = torch.tensor(tokenizer(text)["input_ids"])[part.skip :]
     if len(tokens) < 2:
         raise RecipeError(f"text {part.name!r} has {len(tokens)} tokens after skip; perplexity needs at least 2")
@@ -185,14 +185,14 @@ def _held_out(part: HeldOutPart, text: str, tokenizer: PreTrainedTokenizerBase, 
     return scored
 
 
-def _sampled(part: AnswersPart | OwnTextPart | None) -> PromptList | OwnText | None:
+def _sampled(part: AnswersSpec | OwnTextSpec | None) -> PromptList | OwnText | None:
     """Return the text that the base model is to write."""
-    if isinstance(part, AnswersPart):
+    if isinstance(part, AnswersSpec):
         return PromptList(part.name, read_prompts(part), part.max_new_tokens, part.seed)
     return None if part is None else OwnText(part.name, part.tokens, part.max_length, part.seed)
 
 
-def _check_apart(heldout: Sequence[tuple[HeldOutPart, HeldOut]], guard_part: HeldOutPart, guard: HeldOut) -> None:
+def _check_apart(heldout: Sequence[tuple[HeldOutSpec, HeldOut]], guard_part: HeldOutSpec, guard: HeldOut) -> None:
     """Refuse a held-out text that the guard uses, and warn of one that overlaps with the guard's."""
     for part, text in heldout:
         ends = part.skip + len(text.tokens), guard_part.skip + len(guard.tokens)
@@ -238,5 +238,5 @@ def _found_in(tokens: Tensor, elsewhere: Tensor) -> int:
     return len(tokens) if pieces and found == len(pieces) else _RUN * found
 
 
-def _source(part: HeldOutPart) -> dict[str, Any]:
+def _source(part: HeldOutSpec) -> dict[str, Any]:
     return part.model_dump(exclude={"name", "skip", "tokens", "window", "stride", "chunk"})

@@ -1,4 +1,4 @@
-"""The paper's protocol and the honest one. Each difference of the paper's reference code is a switch.
+"""The paper's protocol and the corrected one. Each difference of the paper's reference code is a switch.
 
 The reference is the code and the notebooks of https://github.com/MNoorFawi/curlora.
 """
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 __all__ = ["SWITCHES", "Protocol"]
 
-# name: (honest value, the paper's value, what the paper's value does to the figures)
+# name: (corrected value, the paper's value, what the paper's value does to the figures)
 SWITCHES: dict[str, tuple[str, str, str]] = {
     "readout": (
         "last_token",
@@ -60,7 +60,7 @@ SWITCHES: dict[str, tuple[str, str, str]] = {
         "Columns and rows are drawn with probability proportional to 1 / (p + 0.001), with replacement: almost "
         "uniformly if p is about 1/4096, and with duplicates.",
     ),
-    "lora_start": (
+    "lora_init": (
         "peft",
         "reference",
         "LoRA's A starts as U(-1, 1)/sqrt(r), where PEFT uses U(-1, 1)/sqrt(n). It is sqrt(n/r) times as large, so the "
@@ -87,12 +87,12 @@ class Protocol(BaseModel):
     data: Literal["corrected", "reference"] = "corrected"
     perplexity: Literal["windows", "first_chunk"] = "windows"
     indices: Literal["paper", "reference"] = "paper"
-    lora_start: Literal["peft", "reference"] = "peft"
+    lora_init: Literal["peft", "reference"] = "peft"
 
     @classmethod
-    def named(cls, name: Literal["honest", "paper"], **switches: str) -> Protocol:
-        """Return the honest or the paper's protocol with some switches changed."""
-        values = {switch: paper if name == "paper" else honest for switch, (honest, paper, _) in SWITCHES.items()}
+    def named(cls, name: Literal["corrected", "paper"], **switches: str) -> Protocol:
+        """Return the corrected or the paper's protocol with some switches changed."""
+        values = {switch: paper if name == "paper" else corrected for switch, (corrected, paper, _) in SWITCHES.items()}
         return cls.model_validate({**values, **switches})
 
     @property

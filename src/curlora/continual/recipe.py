@@ -26,7 +26,7 @@ from pydantic import (
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from curlora.continual.data import AnswersPart, HeldOutPart, OwnTextPart, TaskPart
+from curlora.continual.data import AnswersSpec, HeldOutSpec, OwnTextSpec, TaskSpec
 from curlora.continual.errors import RecipeError
 from curlora.continual.grid import expand
 from curlora.continual.methods import Method, make_method
@@ -37,16 +37,16 @@ from curlora.continual.recipe_file import read_recipe_file
 from curlora.continual.settings import OF_A_METHOD, Settings
 from curlora.hub import no_such_folder
 
-__all__ = ["MethodPart", "ModelPart", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
+__all__ = ["MethodSpec", "ModelSpec", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
 
 _PERMUTED_AT_MOST = 4
 
 
-class _Part(BaseModel):
+class _Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelPart(_Part):
+class ModelSpec(_Spec):
     """The base model: a folder or a hub id, and optionally a GGUF file in it.
 
     ``quantization`` is a ``quantization_config`` of transformers, such as
@@ -115,7 +115,7 @@ class ModelPart(_Part):
             raise RecipeError(f"model.name: {problem}")
 
 
-class Resources(_Part):
+class Resources(_Spec):
     """The CPU threads and GPUs that one method with one seed runs on.
 
     ``cpus`` is the number of threads; all of the process's if ``None``. ``gpus`` is used only with workers; 0.5 puts
@@ -126,7 +126,7 @@ class Resources(_Part):
     gpus: Annotated[float, Field(ge=0, le=1)] | None = None
 
 
-class MethodPart(_Part):
+class MethodSpec(_Spec):
     """A method, ``frozen``, ``full`` or an adapter of PEFT with the options of its configuration, and its plug-ins.
 
     With ``adapter_per_task`` each task trains its own adapter beside those of earlier tasks. ``training`` overrides
@@ -145,7 +145,7 @@ class MethodPart(_Part):
     grid: dict[str, Any] = {}
 
     @model_validator(mode="after")
-    def _complete(self) -> MethodPart:
+    def _complete(self) -> MethodSpec:
         problems = []
         try:
             self._make([], Protocol())
@@ -182,7 +182,7 @@ class MethodPart(_Part):
             self.learning_rate or 0.0,
             {**(protocol.curlora_options if self.method == "curlora" else {}), **self.options},
             plugins,
-            lora_start=protocol.lora_start,
+            lora_init=protocol.lora_init,
             adapter_per_task=self.adapter_per_task,
             training=self.training,
             grid=self.grid,
@@ -216,18 +216,18 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 def _kind_of_text(value: Any) -> str | None:
-    if isinstance(value, (HeldOutPart, AnswersPart, OwnTextPart)):
+    if isinstance(value, (HeldOutSpec, AnswersSpec, OwnTextSpec)):
         return type(value).__name__
     if not isinstance(value, dict):
         return None
-    kinds = {"prompts": "AnswersPart", "written_by": "OwnTextPart"}
-    return next((kind for key, kind in kinds.items() if key in value), "HeldOutPart")
+    kinds = {"prompts": "AnswersSpec", "written_by": "OwnTextSpec"}
+    return next((kind for key, kind in kinds.items() if key in value), "HeldOutSpec")
 
 
 Text = Annotated[
-    Annotated[HeldOutPart, Tag("HeldOutPart")]
-    | Annotated[AnswersPart, Tag("AnswersPart")]
-    | Annotated[OwnTextPart, Tag("OwnTextPart")],
+    Annotated[HeldOutSpec, Tag("HeldOutSpec")]
+    | Annotated[AnswersSpec, Tag("AnswersSpec")]
+    | Annotated[OwnTextSpec, Tag("OwnTextSpec")],
     Discriminator(
         _kind_of_text,
         custom_error_type="text",
@@ -236,7 +236,7 @@ Text = Annotated[
 ]
 
 
-class Recipe(_Part):
+class Recipe(_Spec):
     """A run.
 
     Paths are relative to the recipe's folder and may hold ``${VARIABLES}`` of the environment. ``output`` is relative
@@ -259,15 +259,15 @@ class Recipe(_Part):
     """
 
     title: str
-    model: ModelPart
-    tasks: Annotated[list[TaskPart], Field(min_length=1), AfterValidator(_distinct)]
-    methods: Annotated[list[MethodPart], Field(min_length=1), AfterValidator(_distinct)]
+    model: ModelSpec
+    tasks: Annotated[list[TaskSpec], Field(min_length=1), AfterValidator(_distinct)]
+    methods: Annotated[list[MethodSpec], Field(min_length=1), AfterValidator(_distinct)]
     heldout: Annotated[list[Text], Field(min_length=1), AfterValidator(_distinct)]
     guard: Text | None = None
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_distinct)] = [0]
     orders: list[list[str]] = []
     training: Settings = Settings()
-    protocol: Literal["honest", "paper"] = "honest"
+    protocol: Literal["corrected", "paper"] = "corrected"
     switches: dict[str, str] = {}
     reference: dict[str, Any] = {}
     resources: Resources = Resources()
@@ -291,13 +291,13 @@ class Recipe(_Part):
 
     @field_validator("methods")
     @classmethod
-    def _with_frozen(cls, methods: list[MethodPart], info: ValidationInfo) -> list[MethodPart]:
+    def _with_frozen(cls, methods: list[MethodSpec], info: ValidationInfo) -> list[MethodSpec]:
         if any(part.method == "frozen" for part in methods):
             return methods
         if any(part.name == "frozen" for part in methods):
             raise ValueError("the name 'frozen' is reserved for the method frozen, which trains only the heads")
         heads = any(task.kind == "classification" for task in info.data.get("tasks", []))
-        return [MethodPart(name="frozen", method="frozen", label="Heads only" if heads else "Base model"), *methods]
+        return [MethodSpec(name="frozen", method="frozen", label="Heads only" if heads else "Base model"), *methods]
 
     @field_validator("orders", mode="before")
     @classmethod
@@ -331,10 +331,15 @@ class Recipe(_Part):
     @classmethod
     def _no_switches(cls, value: Any) -> Any:
         given = value if isinstance(value, dict) else {}
-        misplaced = [name for name, (honest, _, _) in SWITCHES.items() if given.get(name, honest) != honest]
+        misplaced = [name for name, (corrected, _, _) in SWITCHES.items() if given.get(name, corrected) != corrected]
         if misplaced:
             raise ValueError(f"{misplaced[0]} is a switch of the protocol: put it under switches")
         return value
+
+    @field_validator("protocol", mode="before")
+    @classmethod
+    def _protocol_by_its_earlier_name(cls, value: Any) -> Any:
+        return "corrected" if value == "honest" else value  # as in the directories of earlier versions
 
     @field_validator("switches")
     @classmethod
@@ -352,7 +357,7 @@ class Recipe(_Part):
 
     @field_validator("tasks")
     @classmethod
-    def _known_training(cls, tasks: list[TaskPart]) -> list[TaskPart]:
+    def _known_training(cls, tasks: list[TaskSpec]) -> list[TaskSpec]:
         variants = [(task.name, variant) for task in tasks for variant in (task, task.variant(reference=True))]
         changes = [(f"task {name!r}: training", variant.training) for name, variant in variants]
         _check_settings(None, changes)

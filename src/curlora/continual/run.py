@@ -45,7 +45,7 @@ from curlora.continual.storage import is_disk_full, write_whole
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, Task
 from curlora.continual.trainer import TaskTrainer
-from curlora.guard.progress import Progress, Silent
+from curlora.guard.progress import NullProgress, Progress
 
 __all__ = ["Base", "Finished", "Job", "Runner", "Stream", "jobs_of", "measured_base", "run_job", "run_stream"]
 
@@ -194,7 +194,7 @@ Runner = Callable[[Sequence[Job], "Base", Progress], Iterator[tuple[Job, "Finish
 def run_stream(
     stream: Stream,
     directory: Path,
-    progress: Callable[[float], Progress] = lambda _: Silent(),
+    progress: Callable[[float], Progress] = lambda _: NullProgress(),
     begin: Callable[[], None] = lambda: None,
     runner: Runner | None = None,
 ) -> RunResults:

@@ -38,21 +38,21 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "seeds": "Every method is run once with each seed.",
         "orders": "Further orders of the tasks, each a list of all their names; or all orders.",
         "training": "How every method is trained and scored.",
-        "protocol": "honest, or paper for what the paper's reference code does.",
+        "protocol": "corrected, or paper for what the paper's reference code does.",
         "switches": "Switches of the protocol to change.",
         "reference": "Settings that are different under the paper's protocol.",
         "resources": "The CPU threads and GPUs for each method and seed.",
         "limits": "Limits on the guard's text. For each, the report shows the best of each method within it.",
         "output": "The run directory, relative to the working directory; runs/<name of the recipe> if not given.",
     },
-    "ModelPart": {
+    "ModelSpec": {
         "name": "A folder, relative to the recipe's, or the id of a model of the Hugging Face hub.",
         "revision": "A branch, tag or commit of the model.",
         "gguf_file": "A GGUF file in the folder or repository.",
         "dtype": "The floating-point dtype of torch in which the weights are loaded.",
         "quantization": "A quantization_config of transformers: {quant_method: bitsandbytes, load_in_4bit: true}.",
     },
-    "TaskPart": {
+    "TaskSpec": {
         "name": "A short name of letters, digits, - and _.",
         "kind": "What is predicted: a class, a completion of a prompt, or the assistant's messages of a conversation.",
         **_SPLITS,
@@ -77,7 +77,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "skip": "The number of rows to skip at the start.",
         "limit": "The most rows to use after the skipped ones.",
     },
-    "MethodPart": {
+    "MethodSpec": {
         "name": "A short name of letters, digits, - and _, also the name of a folder in the run directory.",
         "method": "frozen (heads only), full (every parameter), or an adapter of PEFT.",
         "label": "The name in reports.",
@@ -91,26 +91,26 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "cpus": "CPU threads; all of the process's if not given.",
         "gpus": "GPUs of a worker, if the run is divided among workers; 0.5 puts two methods on one GPU. Default: one.",
     },
-    "AnswersPart": {
+    "AnswersSpec": {
         "name": "The text's name in reports.",
         "prompts": "The prompts that the base model answers: a list, or a file with one per line.",
         "max_new_tokens": "The most tokens of an answer.",
         "seed": "The seed of the sampling.",
     },
-    "OwnTextPart": {
+    "OwnTextSpec": {
         "name": "The text's name in reports.",
         "written_by": "The base model writes the text without a prompt.",
         "tokens": "The number of tokens that it writes.",
         "max_length": "Tokens of a row.",
         "seed": "The seed of the sampling.",
     },
-    "GeneratePart": {"max_new_tokens": "The most tokens of an answer."},
-    "ScorePart": {
+    "GenerateSpec": {"max_new_tokens": "The most tokens of an answer."},
+    "ScoreSpec": {
         "generate": "How answers are generated.",
         "metric": "The metric that compares a generated answer with the reference answer.",
         "normalize": "How both answers are normalized first: none, lower, gsm8k or a regular expression.",
     },
-    "HeldOutPart": {
+    "HeldOutSpec": {
         **_PLACE,
         "name": "The text's name in reports.",
         "text": "The column of a table whose rows are the text.",
@@ -164,7 +164,7 @@ def recipe_schema() -> dict[str, Any]:
     schema["properties"]["heldout"] = {
         "description": several.pop("description"), "anyOf": [several["items"], several]
     }  # fmt: skip
-    method = schema["$defs"]["MethodPart"]["properties"]
+    method = schema["$defs"]["MethodSpec"]["properties"]
     method["method"]["enum"] = ["frozen", "full", *sorted(peft_types())]
     method["plugins"]["items"] = {
         "type": "object",

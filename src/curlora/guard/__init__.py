@@ -1,7 +1,7 @@
 """The guard: measure what general text uses of a model, and keep training from changing it beyond a stated budget."""
 
 from curlora.guard.anchors import Anchors
-from curlora.guard.calibration import Calibration, Moments
+from curlora.guard.calibration import Calibration, KroneckerFactors
 from curlora.guard.callback import GuardCallback
 from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
@@ -19,8 +19,8 @@ __all__ = [
     "Guard",
     "GuardCallback",
     "GuardError",
+    "KroneckerFactors",
     "Ledger",
-    "Moments",
     "TextOutcome",
     "TrainingRecord",
     "calibrate",

@@ -24,7 +24,7 @@ class Anchors:
         1/2 sum over tasks and layers of tr((U - U*)^T L_j (U - U*) R_j) / tr L_j
 
     To second order and layer by layer, this is the KL divergence of the earlier tasks' predictions from those at
-    ``U*``, in nats per answer (see :class:`curlora.guard.calibration.Moments`).
+    ``U*``, in nats per answer (see :class:`curlora.guard.calibration.KroneckerFactors`).
 
     All tasks share the centre ``U*``, because the last task was learned under the penalty of those before it. If the
     losses are quadratic and ``L (x) R`` is exact, the result is the optimum of all tasks together

@@ -18,14 +18,14 @@ from curlora.tuner.fingerprint import compare
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.model import adapted_layers
 
-__all__ = ["Calibration", "Moments", "adapter_of", "layers_of"]
+__all__ = ["Calibration", "KroneckerFactors", "adapter_of", "layers_of"]
 
 _VERSION = "1"
 _PARTS = ("indices", "fingerprint", "start", "inputs", "output", "left", "right")
 
 
 @dataclass(frozen=True)
-class Moments:
+class KroneckerFactors:
     """Second moments of one layer and one adapter over the tokens of a text.
 
     ``y0`` is the base layer's output without its bias, and ``z`` are the ``r`` entries of ``y0`` that the adapter
@@ -58,13 +58,13 @@ class Moments:
     left: Tensor | None = None
     right: Tensor | None = None
 
-    def of_experts(self) -> list[Moments]:
-        """Return one ``Moments`` for each expert; for a layer without experts, a list of itself."""
+    def of_experts(self) -> list[KroneckerFactors]:
+        """Return one ``KroneckerFactors`` for each expert; for a layer without experts, a list of itself."""
         if self.start.ndim == 2:
             return [self]
         parts = [getattr(self, name) for name in ("indices", "start", "inputs", "left", "right")]
         return [
-            Moments(indices, self.fingerprint, start, inputs, self.output, left, right)
+            KroneckerFactors(indices, self.fingerprint, start, inputs, self.output, left, right)
             for indices, start, inputs, left, right in zip(
                 *(itertools.repeat(None) if part is None else part for part in parts), strict=False
             )
@@ -81,7 +81,7 @@ class Calibration:
         rows: the number of rows of text that held these tokens. Each row is one sample of ``G``.
     """
 
-    layers: Mapping[str, Moments]
+    layers: Mapping[str, KroneckerFactors]
     tokens: int
     rows: int
 
@@ -108,7 +108,9 @@ class Calibration:
             if colon:
                 parts.setdefault(name, {})[part] = tensor
         try:
-            layers = {name: Moments(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())}
+            layers = {
+                name: KroneckerFactors(**{**of, "output": float(of["output"])}) for name, of in sorted(parts.items())
+            }
             calibration = cls(layers, int(state["tokens"]), int(state["rows"]))
         except (KeyError, TypeError, ValueError) as error:
             raise GuardError(f"the calibration is incomplete ({error}): calibrate again.") from error
@@ -215,7 +217,7 @@ def _tensor(value: Tensor | float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
-def _check_whole(name: str, moments: Moments) -> None:
+def _check_whole(name: str, moments: KroneckerFactors) -> None:
     r = moments.indices.shape[-1]
     shape = (*moments.indices.shape[:-2], r, r)
     for part in ("start", "inputs", "left", "right"):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from curlora.functional import autocast_off
-from curlora.guard.calibration import Calibration, Moments, adapter_of, layers_of
+from curlora.guard.calibration import Calibration, KroneckerFactors, adapter_of, layers_of
 from curlora.guard.errors import GuardError
 from curlora.guard.model_pass import Counts, pass_over
 from curlora.guard.processes import sum_over_processes
@@ -157,9 +157,11 @@ class _Sums:
     def packed(self) -> Tensor:
         return torch.cat([*(moment.flatten() for moment in (self.inputs, self.left, self.right)), self.output[None]])
 
-    def moments(self, layer: CurloraLayer, adapter: str, total: Tensor, counts: Counts, gradients: bool) -> Moments:
+    def moments(
+        self, layer: CurloraLayer, adapter: str, total: Tensor, counts: Counts, gradients: bool
+    ) -> KroneckerFactors:
         inputs, left, right = total[:-1].cpu().double().view(3, *self.left.shape)
-        return Moments(
+        return KroneckerFactors(
             indices=layer.basis(adapter).indices.cpu().clone(),
             fingerprint=layer.basis(adapter).fingerprint.cpu().clone(),
             start=whole(layer.matrices[adapter].weight.detach()).cpu().clone(),
@@ -230,7 +232,7 @@ def _listening(
         yield lambda mask: current.__setitem__(slice(None), [mask] if mask.any() else [])
 
 
-def _check(moments: Mapping[str, Moments], counts: Counts) -> None:
+def _check(moments: Mapping[str, KroneckerFactors], counts: Counts) -> None:
     # Outputs first: a value that is not finite in one layer's output makes the gradients of all layers not finite.
     outputs = {name: of.inputs.sum() + of.output for name, of in moments.items()}
     gradients = {name: of.left.sum() for name, of in moments.items() if of.left is not None}

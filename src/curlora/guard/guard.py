@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from curlora.functional import autocast_off
 from curlora.guard.anchors import Anchors
-from curlora.guard.calibration import Calibration, Moments, adapter_of
+from curlora.guard.calibration import Calibration, KroneckerFactors, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
 from curlora.guard.errors import GuardError
 from curlora.tuner.layer import CurloraLayer
@@ -28,9 +28,9 @@ class Guard:
     """Trains an adapter in coordinates in which forgetting is a squared distance, and keeps it within a budget.
 
     To second order and layer by layer, the KL divergence from the calibrated model is a quadratic form of the change of
-    ``U`` since calibration (:class:`curlora.guard.calibration.Moments`). The guard uses coordinates ``V`` in which this
-    form is the same in all directions of all layers. They are scaled so that the predicted divergence is ``mean(V^2)``,
-    in nats per token. This has two consequences:
+    ``U`` since calibration (:class:`curlora.guard.calibration.KroneckerFactors`). The guard uses coordinates ``V`` in
+    which this form is the same in all directions of all layers. They are scaled so that the predicted divergence is
+    ``mean(V^2)``, in nats per token. This has two consequences:
 
     - Any torch optimizer works unchanged, on ``V`` in place of ``U`` (:meth:`attach`). A learning rate is then in
       square roots of nats: Adam's first step costs ``lr^2`` nats, independent of the rank, the layers, the model and
@@ -378,12 +378,12 @@ class _Stack:
         self.gradients = [], given[:0]
 
 
-def _roughness(calibration: Calibration, moments: Moments) -> float:
+def _roughness(calibration: Calibration, moments: KroneckerFactors) -> float:
     """Return additional damping for moments of little text, which may miss directions that matter."""
     return len(moments.inputs) / calibration.tokens if moments.left is None else 1 / calibration.rows
 
 
-def _coordinates_of(layer: CurloraLayer, adapter: str, moments: Moments, damping: float) -> Coordinates | None:
+def _coordinates_of(layer: CurloraLayer, adapter: str, moments: KroneckerFactors, damping: float) -> Coordinates | None:
     """Return coordinates of ``U`` as the layer stores it, with ``KL = ||V||^2 / 2``; ``None`` if nothing is known."""
     if moments.left is None or moments.right is None:  # the relative shift of the layer's output
         factor = layer.basis(adapter).factor.detach().cpu().double()

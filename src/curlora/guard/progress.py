@@ -9,7 +9,7 @@ from typing import Protocol
 
 from curlora.guard.processes import rank_and_count
 
-__all__ = ["Advance", "Portion", "Progress", "Shown", "Silent", "part_of", "stage"]
+__all__ = ["Advance", "NullProgress", "Portion", "Progress", "Shown", "part_of", "stage"]
 
 Advance = Callable[[float], None]
 """A function that is called with the amount of work done since the last call."""
@@ -32,7 +32,7 @@ class Progress(Protocol):
         """Called when ``units`` more of the run's work are done."""
 
 
-class Silent:
+class NullProgress:
     """A progress that reports nothing."""
 
     def stage(self, text: str) -> None: ...

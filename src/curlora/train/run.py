@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import get_reporting_integration_callbacks
 
 from curlora.convert import save_as_lora, save_merged
-from curlora.guard.progress import Advance, Portion, Progress, Silent
+from curlora.guard.progress import Advance, NullProgress, Portion, Progress
 from curlora.train.card import write_card
 from curlora.train.data import Examples, read_examples
 from curlora.train.errors import TrainError
@@ -100,12 +100,12 @@ def finished(prepared: Prepared) -> TrainOutcome | None:
     return outcome
 
 
-def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: Silent()) -> TrainOutcome:
+def train(prepared: Prepared, progress: Callable[[float], Progress] = lambda _: NullProgress()) -> TrainOutcome:
     """Train, and write all results to the output folder. An interrupted training is resumed, a finished one returned.
 
     Args:
         prepared: the result of :func:`prepare`.
-        progress: called with the total work; returns the object that is told of the progress. Silent by default.
+        progress: called with the total work; returns the object that is told of the progress. Nothing by default.
 
     Raises:
         TrainError: if another training uses the folder, the disk is full, or the device runs out of memory.

@@ -11,7 +11,7 @@ from curlora.continual.methods import make_method
 from curlora.continual.sequence import BaseScores, MethodRun, encode
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ClassificationTask
-from curlora.guard.progress import Silent
+from curlora.guard.progress import NullProgress
 from tests.models import VOCABULARY, gpt2, layers, llama, word_examples, word_tokenizer
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}
@@ -38,7 +38,7 @@ def through_stream(method, directory, tasks=2):
     settings = Settings(batch_size=4, epochs=2, head_learning_rate=0.05)
     return MethodRun(
         method, llama, tokenizer, encode(stream, tokenizer, settings), [HELDOUT],
-        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=directory, progress=Silent(),
+        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=directory, progress=NullProgress(),
     ).run()  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def test_the_references_lora_starts_wider(base):
     targets = {"r": 8, "target_modules": ["q_proj"] if base is llama else ["c_attn"]}
     deviations = []
     for start in ("peft", "reference"):
-        model = make_method("lora", "m", "M", 0.1, targets, lora_start=start).apply(base(), seed=0)
+        model = make_method("lora", "m", "M", 0.1, targets, lora_init=start).apply(base(), seed=0)
         weights = [m.lora_A["default"].weight for m in model.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
         deviations.append(torch.cat([w.flatten() for w in weights]).std().item())
     assert deviations[0] == pytest.approx((3 * 32) ** -0.5, rel=0.1)
@@ -177,7 +177,7 @@ def test_a_method_of_ones_own_is_one_class(tmp_path):
     settings = Settings(batch_size=4, head_learning_rate=0.05)
     result, trainable, _ = MethodRun(
         BitFit("bitfit", "BitFit", 1e-2), llama, tokenizer, encode(tasks, tokenizer, settings), [HELDOUT],
-        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=Silent(),
+        seed=0, base=BaseScores({"noise": measure(llama(), HELDOUT)}), directory=tmp_path, progress=NullProgress(),
     ).run()  # fmt: skip
     assert trainable == sum(p.numel() for name, p in llama().named_parameters() if name.endswith("bias"))
     assert result.text()[-1].drift > 0

@@ -7,7 +7,7 @@ from curlora.continual.sequence import BaseScores, MethodRun, encode
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import CompletionTask
-from curlora.guard.progress import Silent
+from curlora.guard.progress import NullProgress
 from tests.models import WORDS, llama, word_tokenizer
 
 
@@ -63,7 +63,7 @@ def test_replaying_everything_keeps_what_contradicts_nothing(tmp_path):
         method = make_method("full", label, label, 1e-2, plugins=plugins)
         result, *_ = MethodRun(
             method, llama, tokenizer, encode(tasks, tokenizer, settings), [],
-            seed=0, base=BaseScores({}), directory=tmp_path / label, progress=Silent(),
+            seed=0, base=BaseScores({}), directory=tmp_path / label, progress=NullProgress(),
         ).run()  # fmt: skip
         assert result.accuracy[0][0] == 1.0
         assert result.accuracy[1][1] == 1.0

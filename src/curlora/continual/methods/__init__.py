@@ -22,7 +22,7 @@ def make_method(
     learning_rate: float = 0.0,
     options: dict[str, Any] | None = None,
     plugins: Sequence[Callable[[], Plugin]] = (),
-    lora_start: str = "peft",
+    lora_init: str = "peft",
     adapter_per_task: bool = False,
     training: dict[str, Any] | None = None,
     grid: dict[str, Any] | None = None,
@@ -47,4 +47,4 @@ def make_method(
     if method not in peft_types():
         known = ["frozen", "full", *sorted(peft_types())]
         raise ValueError(f"{unknown_names('a recipe', [method], known, 'method')}")
-    return Peft(peft_type=method, lora_start=lora_start, adapter_per_task=adapter_per_task, **fields)
+    return Peft(peft_type=method, lora_init=lora_init, adapter_per_task=adapter_per_task, **fields)

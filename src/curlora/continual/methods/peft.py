@@ -60,7 +60,7 @@ class Peft(Method):
 
     Args:
         peft_type: the adapter's name, such as ``"lora"``, ``"curlora"`` or ``"osf"``.
-        lora_start: how LoRA's ``A`` is initialized: as in ``"peft"`` or as in the paper's ``"reference"`` code.
+        lora_init: how LoRA's ``A`` is initialized: as in ``"peft"`` or as in the paper's ``"reference"`` code.
         adapter_per_task: whether each task trains its own adapter. The adapters of earlier tasks stay active and
             frozen. The adapters are named ``task0``, ``task1`` and so on.
 
@@ -70,7 +70,7 @@ class Peft(Method):
     """
 
     peft_type: str = ""
-    lora_start: str = "peft"
+    lora_init: str = "peft"
     adapter_per_task: bool = False
 
     def __post_init__(self) -> None:
@@ -152,7 +152,7 @@ class Peft(Method):
             peft_model.set_requires_grad(self.adapter(number), requires_grad=False)
 
     def _start_lora(self, model: nn.Module, adapter: str) -> None:
-        if self.lora_start != "reference" or self.peft_type != "lora":
+        if self.lora_init != "reference" or self.peft_type != "lora":
             return
         for module in model.modules():
             if isinstance(module, LoraLayer):
