@@ -530,6 +530,7 @@ BAD = {
     "targets": ([], {"model": "{chat}", "target_modules": "wq,wk"}, "The adapter cannot be put on"),
     "too long": ([], {"model": "{chat}", "max_length": "3"}, "none of 40 examples is left"),
     "adapter": ([], {"continue_from": "{chat}"}, "--continue-from"),
+    "adapter as the model": ([], {"model": "{lora}"}, "is the folder of an adapter. To train it further, give it with"),
     "adapter of another method": ([], {"continue_from": "{ia3}"}, "is an adapter of type IA3, not CURLORA or LORA"),
     "export of LoRA": ([], {"continue_from": "{lora}", "export": "lora"}, "--export lora is for CURLoRA adapters"),
     "targets that name nothing": ([], {"model": "{chat}", "target_modules": ","}, "--target-modules names no layer"),

@@ -113,16 +113,26 @@ def test_what_is_held_out_is_not_trained_on(count, seed, chat_model, tmp_path_fa
 
 
 def test_held_out_examples_of_a_file(chat_model, tmp_path):
-    path, other = write_lines(tmp_path / "a.jsonl", PAIRS), write_lines(tmp_path / "b.jsonl", PAIRS[:3])
+    path, other = write_lines(tmp_path / "a.jsonl", PAIRS[3:]), write_lines(tmp_path / "b.jsonl", PAIRS[:3])
     found = examples(path, chat_model, evaluation=str(other))
-    assert (len(found.train.rows), len(found.held_out.rows), found.held_out_from) == (len(PAIRS), 3, str(other))
+    assert (len(found.train.rows), len(found.held_out.rows), found.held_out_from) == (len(PAIRS) - 3, 3, str(other))
+
+
+def test_held_out_examples_that_are_trained_on_are_counted_or_refused(chat_model, tmp_path):
+    path, other = write_lines(tmp_path / "a.jsonl", PAIRS[2:]), write_lines(tmp_path / "b.jsonl", PAIRS[:3])
+    found = examples(path, chat_model, evaluation=str(other))
+    assert found.held_out_from == f"{other}; 1 of them are also among the training examples"
+    twice = examples(write_lines(tmp_path / "c.jsonl", [*PAIRS[:30]] * 2), chat_model)
+    assert "of them are also among the training examples" in twice.held_out_from
+    with pytest.raises(TrainError, match=rf"--eval {path}: all of its {len(PAIRS) - 2} examples are also in {path}"):
+        examples(path, chat_model, evaluation=str(path))
 
 
 def test_what_is_too_long_loses_its_end_or_is_left_out(chat_model, tmp_path):
     long_answer = {"prompt": "w1", "completion": " ".join(["w2"] * 30)}
     long_prompt = {"prompt": " ".join(["w1"] * 30), "completion": "w2"}
     path = write_lines(tmp_path / "a.jsonl", [*PAIRS, long_answer, long_prompt])
-    held_out = write_lines(tmp_path / "b.jsonl", PAIRS)
+    held_out = write_lines(tmp_path / "b.jsonl", [{"prompt": "w7", "completion": "w8"}])
     found = examples(path, chat_model, max_length=10, evaluation=str(held_out)).train
     assert (len(found.rows), found.cut, found.left_out, found.longest) == (len(PAIRS) + 1, 1, 1, 10)
     assert texts(found.rows[-1:], chat_model) == [("w90 w1 w93 w91 " + " ".join(["w2"] * 6), " ".join(["w2"] * 6))]
@@ -150,7 +160,7 @@ BAD = {
     ),
     "no messages": ({"messages": "w1"}, "row 3 (line 5) is not a list of messages: 'w1'"),
     "empty": ({"messages": []}, "row 3 (line 5) is an empty conversation"),
-    "no list": ([1], "row 3 is a list, but an object"),
+    "no list": ([1], "row 3 (line 5) is a list, but an object"),
 }
 
 
@@ -174,7 +184,12 @@ def test_a_bad_row_is_named_with_its_line(bad, chat_model, tmp_path):
         ("a.txt", "text", "the file type .txt is not supported"),
         ("a.jsonl", "", "the file is empty"),
         ("a.jsonl", '{"messages": [', "line 1 is not valid JSON"),
-        ("a.jsonl", '{"text": "w1"}\n', "the columns text match no layout of conversations"),
+        ("a.jsonl", '{"text": "w1"}\n', "name these with --columns PROMPT,ANSWER"),
+        (
+            "a.jsonl",
+            b'{"prompt": "caf\xe9"}\n',
+            "a.jsonl: is not text in the encoding utf-8-sig: invalid continuation byte",
+        ),
         ("a.csv", "prompt,completion\nw1,w2,w3\n", "line 2 has 3 fields, but the header has 2"),
         ("a.jsonl", '{"prompt": "w1", "completion": null}\n', "row 0 (line 1) has no completion"),
         ("a.jsonl", '{"prompt": "w1", "completion": "w2"}\n', "has only one example, so none can be held out"),
@@ -182,9 +197,10 @@ def test_a_bad_row_is_named_with_its_line(bad, chat_model, tmp_path):
 )
 def test_files_that_are_refused(name, content, message, chat_model, tmp_path):
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(TrainError) as error:
         examples(tmp_path / name, chat_model)
+    assert "set " not in str(error.value).lower().replace("a data set", "")  # that would be a key of a recipe
     assert str(tmp_path / name) in str(error.value)
     assert message in str(error.value)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from curlora.continual.errors import DataError
+from curlora.continual.errors import DataError, LayoutError
 from curlora.continual.read_table import Table
 from curlora.continual.row_template import RowTemplate, RowTemplateError
 
@@ -129,9 +129,9 @@ def _recognised(table: Table, where: str) -> Callable[[Mapping[str, Any]], Any]:
         return _alpaca(table, where)
     if {"prompt", "completion"} <= columns:
         return _pairs(table, where, "prompt", "completion")
-    raise DataError(
-        f"{where}: the columns {', '.join(table.columns)} match no layout of conversations. Set messages to the column "
-        f"that holds them, or set layout ({', '.join(LAYOUTS)}), or set prompt and completion"
+    raise LayoutError(
+        f"{where}: the columns {', '.join(table.columns)} match no layout of conversations",
+        f"Set messages to the column that holds them, set layout ({', '.join(LAYOUTS)}), or set prompt and completion",
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from curlora.continual.errors import DataError
+from curlora.continual.errors import DataError, EncodingError
 
 __all__ = ["TABLE_SUFFIXES", "Place", "Table", "read_table"]
 
@@ -130,9 +130,9 @@ def read_table(place: Place, where: str) -> Table:
     except DataError:
         raise
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{where}: is not text in the encoding {place.encoding}: {error.reason} at byte {error.start}. If it is "
-            "text in another encoding, set encoding to it"
+        raise EncodingError(
+            f"{where}: is not text in the encoding {place.encoding}: {error.reason} at byte {error.start}",
+            "If it is text in another encoding, set encoding to it",
         ) from error
     except UnicodeError as error:
         raise DataError(f"{where}: is not text in the encoding {place.encoding}: {error}") from error
@@ -255,6 +255,7 @@ def _from_json(place: Place, where: str) -> Table:
     lines = list(_lines(place, where, newline=None))
     first = next((line.lstrip()[:1] for line in lines if line.strip()), "")
     rows: list[Any]
+    at_lines: list[int] = []
     if first == "[" or (place.path.suffix.lower() == ".json" and not _is_json(next(filter(str.strip, lines), ""))):
         try:
             whole = json.loads("".join(lines))
@@ -265,6 +266,7 @@ def _from_json(place: Place, where: str) -> Table:
         rows = []
         for number, line in enumerate(lines, start=1):
             if line.strip():
+                at_lines.append(number)
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
@@ -273,8 +275,9 @@ def _from_json(place: Place, where: str) -> Table:
     columns: dict[str, None] = {}  # an ordered set
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
+            place_of = f"row {number} (line {at_lines[number]})" if at_lines else f"row {number}"
             raise DataError(
-                f"{where}: row {number} is {_kind(row)}, but an object with a value for each column is expected"
+                f"{where}: {place_of} is {_kind(row)}, but an object with a value for each column is expected"
             )
         columns.update(dict.fromkeys(row))
     if any("\\ud" in line or "\\uD" in line for line in lines):

@@ -13,7 +13,7 @@ import numpy
 
 from curlora.continual.chat import ChatError, closing_token, lay_out, prompt_of
 from curlora.continual.conversations import Conversation, read_conversations, trained_turns
-from curlora.continual.errors import DataError
+from curlora.continual.errors import DataError, EncodingError, LayoutError
 from curlora.continual.read_table import TABLE_SUFFIXES, Place, Table, read_table
 from curlora.guard.texts import IGNORED
 from curlora.hub import no_such_folder
@@ -22,8 +22,6 @@ from curlora.train.model import Base
 from curlora.train.options import TrainOptions
 
 __all__ = ["Examples", "Prompt", "Split", "read_examples"]
-
-"""The label of a token that does not count toward the loss: the default ``ignore_index`` of torch's losses."""
 
 Row = dict[str, list[int]]
 """A tokenized example: ``input_ids`` and ``labels``. A label equals the token where it is trained, and else is -100."""
@@ -118,7 +116,8 @@ def read_examples(options: TrainOptions, base: Base) -> Examples:
 
     Raises:
         TrainError: if a row cannot be read, is not a conversation, has no answer, or cannot be laid out by the chat
-            template, or if all examples are too long. The message names the file and the row.
+            template, if all examples are too long, or if all held-out examples of a file are trained on. The message
+            names the file and the row.
     """
     data = _read(options, options.data)
     sources = [data]
@@ -129,6 +128,7 @@ def read_examples(options: TrainOptions, base: Base) -> Examples:
     else:
         train, held_out = _split(data, options)
         held_out_from = f"split off {data.name} by seed {options.seed}"
+    held_out_from += _trained_too(train, held_out, options)
     longest = min(options.max_length, base.positions or options.max_length)
     encoded = [_encode(part, base.tokenizer, longest, options) for part in (train, held_out)]
     has_template = bool(base.tokenizer.chat_template)
@@ -159,6 +159,12 @@ def _read(options: TrainOptions, name: str) -> _Source:
         number_of = lambda i: i if lines is None else f"{i} (line {lines[i]})"  # noqa: E731
         prompt, completion = options.columns or (None, None)
         conversations = read_conversations(table, name, number_of, prompt=prompt, completion=completion)
+    except LayoutError as error:
+        raise TrainError(
+            f"{error.problem}. If two of them hold prompts and answers, name these with --columns PROMPT,ANSWER."
+        ) from error
+    except EncodingError as error:
+        raise TrainError(f"{error.problem}. Convert the file to UTF-8.") from error
     except DataError as error:
         raise TrainError(f"{error}.") from error
     return _Source(name, conversations, _is_text(table, options), lambda i: f"{name}: row {number_of(i)}")
@@ -201,6 +207,22 @@ def _split(data: _Source, options: TrainOptions) -> tuple[_Source, _Source]:
         )
     order = numpy.random.default_rng(options.seed).permutation(count).tolist()
     return data.only(sorted(order[wanted:])), data.only(sorted(order[:wanted]))
+
+
+def _trained_too(train: _Source, held_out: _Source, options: TrainOptions) -> str:
+    """Say how many of the held-out examples are also trained on; nothing if none is.
+
+    Raises:
+        TrainError: if all of a file of held-out examples are.
+    """
+    trained = set(map(_sha256, train.conversations))
+    both = sum(_sha256(conversation) in trained for conversation in held_out.conversations)
+    if options.evaluation is not None and both == len(held_out.conversations):
+        raise TrainError(
+            f"--eval {options.evaluation}: all of its {both} examples are also in {train.name}, so the loss on them "
+            "would say nothing about other examples. Give other examples, or leave --eval out to have some held out."
+        )
+    return f"; {both} of them are also among the training examples" if both else ""
 
 
 def _encode(source: _Source, tokenizer: Any, max_length: int, options: TrainOptions) -> Split:

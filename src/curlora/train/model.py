@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -17,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import CONFIG_NAME
 
 from curlora.continual.processes import use_cpu
 from curlora.convert import AdapterError, config_of
@@ -132,6 +135,11 @@ def find_base(options: TrainOptions) -> Base:
         raise TrainError(f"{options.continue_from} does not name its base model: give it with --model.")
     if problem := no_such_folder(name):
         raise TrainError(f"--model {name}: {problem}.")
+    if (Path(name).expanduser() / PEFT_CONFIG_NAME).is_file() and not (Path(name) / CONFIG_NAME).is_file():
+        raise TrainError(
+            f"--model {name} is the folder of an adapter. To train it further, give it with --continue-from. To train "
+            "a new one on top of it, merge it into its base model first."
+        )
     try:
         config = AutoConfig.from_pretrained(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
