@@ -148,16 +148,22 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
 
 
 def _ledger_tables(ledger: Ledger) -> list[RenderableType]:
-    heads = ("steps", "text", "perplexity before", "after", "rise", "allowed", "predicted, nats", "kept")
-    history = Table("training", *(Column(head, justify="left" if head == "text" else "right") for head in heads))
+    heads = ("steps", "learning rate", "predicted, nats", "kept")
+    trainings = Table("training", *(Column(head, justify="right") for head in heads))
+    heads = ("text", "tokens", "SHA-256", "perplexity before", "after", "rise", "allowed")
+    texts = Table("training", *(Column(head, justify="left" if head == "text" else "right") for head in heads))
     for number, training in enumerate(ledger.trainings, 1):
+        trainings.add_row(
+            str(number), f"{training.steps:,}", f"{training.learning_rate:.2g}", f"{training.predicted:.4f}",
+            f"{training.kept:.0%}",
+        )  # fmt: skip
         for name, text in training.texts.items():
-            history.add_row(
-                str(number), f"{training.steps:,}", Text(name), f"{text.before:.2f}", f"{text.after:.2f}",
-                f"{text.rise:+.2%}", f"{text.limit:.2%}", f"{training.predicted:.4f}", f"{training.kept:.0%}",
+            texts.add_row(
+                str(number), Text(name), f"{text.tokens:,}" if text.tokens else "", (text.sha256 or "")[:8],
+                f"{text.before:.2f}", f"{text.after:.2f}", f"{text.rise:+.2%}", f"{text.limit:.2%}",
             )  # fmt: skip
     facts = Table(show_header=False, box=None)
     if ledger.lifetime is not None:
         facts.add_row(Text("lifetime's budget", style="bold"), f"{ledger.lifetime:.2%}, {ledger.left:.2%} of it left")
     facts.add_row(Text("earlier tasks held", style="bold"), str(len(ledger.anchors)))
-    return [history, facts]
+    return [trainings, texts, facts]

@@ -428,6 +428,8 @@ class TestLedger:
         for outcome in (first.outcome, second.outcome):
             assert f"{outcome.texts['words'].rise:+.2%}" in done.output
             assert f"{outcome.predicted:.4f}" in done.output
+            assert f"{outcome.learning_rate:.2g}" in done.output
+            assert outcome.texts["words"].sha256[:8] in done.output
         left = 0.5 - second.outcome.texts["words"].rise
         assert f"50.00%, {left:.2%} of it left" in done.output
         (tmp_path / "saved" / LEDGER_NAME).write_bytes(b"\0" * 100)
