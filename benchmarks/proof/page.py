@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib
 from tables import table
 
-from curlora.continual.results import RunResults
+from curlora.continual.results import RunResults, Statistic
+from curlora.continual.task_measure import TaskMeasure
 from curlora.continual.tradeoff import front, points
 
 matplotlib.use("svg")
@@ -30,6 +31,7 @@ def tables():
     return {
         "proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared),
         "proof_seeds": over_seeds(by_entry("seeds")), "proof_rivals": every_run(by_entry("rivals")),
+        "proof_stream": stream(),
     }  # fmt: skip
 
 
@@ -68,6 +70,32 @@ def over_seeds(entries):
     header = [*HEADER[:3], "seeds", *HEADER[3:]]
     rows = [(cells(known, point), point) for known in entries.values() for point in known]
     return table(header, [[*shown[:3], len(point.method.seeds), *shown[3:]] for shown, point in rows])
+
+
+def stream():
+    """The stream: the fall of each task's loss when it was learned and at the end, and what all was forgotten."""
+    results = RunResults.load(HERE / "stream" / "results.json")
+    measure = TaskMeasure.of(results)
+    names = [task.name for task in results.tasks]
+    header = ["", "parameters", *names, "mean, when learned", "mean, at the end", "earlier tasks forgot", *HEADER[4:]]
+    rows = []
+    for point in points(results):
+        method = point.method
+        if method.method == "frozen":
+            continue
+        last = len(names) - 1
+        falls = [
+            [Statistic.of([measure.floor[name] - seed.scores[i][j].loss for seed in method.seeds]) for i in (j, last)]
+            for j, name in enumerate(names)
+        ]
+        each = [" → ".join(dict.fromkeys(shown(fall, 3) for fall in of_task)) for of_task in falls]
+        ways = (measure.when_learned(method), measure.learned(method), measure.forgetting(method))
+        kl = (point.limited, point.mean, point.worst)
+        rows.append(
+            [method.label, f"{method.trainable_parameters:,}", *each, *(shown(way, 3) for way in ways)]
+            + [shown(one, 4) for one in kl]
+        )
+    return table(header, rows)
 
 
 def within(entries):

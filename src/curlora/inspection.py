@@ -148,10 +148,10 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
 
 
 def _ledger_tables(ledger: Ledger) -> list[RenderableType]:
-    heads = ("steps", "learning rate", "predicted, nats", "kept")
-    trainings = Table("training", *(Column(head, justify="right") for head in heads))
-    heads = ("text", "tokens", "SHA-256", "perplexity before", "after", "rise", "allowed")
-    texts = Table("training", *(Column(head, justify="left" if head == "text" else "right") for head in heads))
+    of_trainings = ("steps", "learning rate", "predicted, nats", "kept")
+    trainings = Table("training", *(Column(head, justify="right") for head in of_trainings))
+    of_texts = ("tokens", "SHA-256", "perplexity before", "after", "rise", "allowed")
+    texts = Table("training", "text", *(Column(head, justify="right") for head in of_texts))
     for number, training in enumerate(ledger.trainings, 1):
         trainings.add_row(
             str(number), f"{training.steps:,}", f"{training.learning_rate:.2g}", f"{training.predicted:.4f}",

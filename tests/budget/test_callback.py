@@ -27,7 +27,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from curlora import CurloraConfig, ForgettingBudget, calibrate
-from curlora.budget import callback as callback_module
+from curlora.budget import limited_texts
 from curlora.budget.callback import STATE_NAME, _check_pushes
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
@@ -221,9 +221,9 @@ def test_gone_on_with_where_the_model_writes_another_text(kind, tmp_path, monkey
     """As on another machine: forgetting is then counted on the new text from its own start."""
     make = fresh if kind == "curlora" else lambda: get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
     budget_of_own = lambda: ForgettingBudget(0.01, tokens=256, max_length=16)  # noqa: E731
-    monkeypatch.setattr(callback_module, "own_text", lambda *_, **__: Rows(TEXT))
+    monkeypatch.setattr(limited_texts, "own_text", lambda *_, **__: Rows(TEXT))
     train(make(), tmp_path, first := budget_of_own(), save_strategy="steps", save_steps=8)
-    monkeypatch.setattr(callback_module, "own_text", lambda *_, **__: Rows(OTHER))
+    monkeypatch.setattr(limited_texts, "own_text", lambda *_, **__: Rows(OTHER))
     train(make(), tmp_path, second := budget_of_own(), resume=str(tmp_path / "checkpoint-8"))
     before = [one.outcome.texts["own text"].before for one in (first, second)]
     assert before == pytest.approx([perplexity(base(), text, max_length=16) for text in (TEXT, OTHER)], rel=1e-5)

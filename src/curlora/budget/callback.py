@@ -10,7 +10,6 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,28 +18,25 @@ from curlora._compat import scale_base_rate
 from curlora.budget.adapter import trained_adapter
 from curlora.budget.examples import Examples
 from curlora.budget.guard_restraint import GuardRestraint
+from curlora.budget.limited_texts import LimitedTexts
 from curlora.budget.outcome import Outcome
 from curlora.budget.penalty_restraint import PenaltyRestraint
 from curlora.budget.restraint import Restraint
 from curlora.budget.start import Start
-from curlora.budget.work import WRITTEN
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
-from curlora.guard.ledger import TextOutcome, write_whole
+from curlora.guard.ledger import write_whole
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
-from curlora.guard.model_pass import perplexity
-from curlora.guard.own_text import own_text
 from curlora.guard.processes import of_first
-from curlora.guard.progress import Shown, part_of, stage
+from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
-from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
+from curlora.guard.texts import Texts
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
 __all__ = ["ForgettingBudget"]
 
 STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
-_OWN = "own text"
 
 
 class ForgettingBudget(TrainerCallback):
@@ -134,12 +130,6 @@ class ForgettingBudget(TrainerCallback):
         progress: Shown | None = None,
     ) -> None:
         self.limit = as_share("max_perplexity_increase", max_perplexity_increase)
-        self.texts = {_OWN: None} if texts is None else named_texts(texts)
-        if not isinstance(limits or {}, Mapping):
-            raise GuardError(f"limits must be a mapping from names of texts to limits, got {limits!r:.80}.")
-        self.limits = {name: as_share(f"limits[{name!r}]", value) for name, value in (limits or {}).items()}
-        if unknown := sorted(set(self.limits) - set(self.texts)):
-            raise GuardError(f"limits has {unknown[0]!r}, which is none of the texts: {sorted(self.texts)}.")
         self.lifetime = None if lifetime is None else as_share("lifetime", lifetime)
         positive = {"strength": strength, "damping": damping}
         positive |= {} if learning_rate is None else {"learning_rate": learning_rate}
@@ -155,15 +145,22 @@ class ForgettingBudget(TrainerCallback):
                 raise GuardError(f"{option} must be a whole number of {least} or more, got {number!r}.")
         self.strength, self.rows_per_step = strength, rows_per_step
         self.learning_rate, self.redraw, self.anchors = learning_rate, redraw, anchors
-        self.tokens, self.max_length, self.batch_size = tokens, max_length, batch_size
+        self._texts = LimitedTexts(
+            self.limit,
+            texts,
+            {} if limits is None else limits,
+            tokens=tokens,
+            max_length=max_length,
+            batch_size=batch_size,
+            seed=seed,
+        )
+        self.max_length, self.batch_size = max_length, batch_size
         self.damping, self.adapter, self.seed = damping, adapter, seed
         self.progress = progress
         self._shown: Shown = False
         self.outcome: Outcome | None = None
         self._held: _Held | None = None
         self._start: Start | None = None
-        self._rows: dict[str, Rows] = {}
-        self._measured: dict[str, float] = {}
         self._rate = math.nan
         self._last_saved: list[Tensor] = []  # the trained parameters in the newest checkpoint
 
@@ -205,24 +202,24 @@ class ForgettingBudget(TrainerCallback):
         examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
         self._shown = not args.disable_tqdm if self.progress is None else self.progress
         self.outcome = None
-        self._read_texts(model, tokenizer)
+        self._texts.read(model, tokenizer, self._shown)
         restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
         if state.global_step:
             self._start = self._found(args, state)
-            rewritten = self._check_stated(self._start.stated)
+            rewritten = self._texts.check_stated(self._start.stated)
             restraint.load_state_dict(self._start.restraint)
             if rewritten:
                 with restraint.as_base():
-                    self._start.base.update((name, self._measure(model, name)) for name in rewritten)
+                    self._start.base.update(self._texts.measure(model, rewritten))
             restraint.set_limits(self._start.limits, self.limit)
         else:
             self._start = self._begun(model, restraint)
             self._write(self._start, Path(args.output_dir) / STATE_NAME, state)
-        self._held = _Held(restraint, lambda: 1.0 + self._worst(model), self._start.before)
+        start = self._start
+        self._held = _Held(restraint, lambda: 1.0 + self._texts.worst_share(model, start), start.before)
         self._set_rate(restraint, args, state, kwargs)
         self._held.on_train_begin(args, state, control, **kwargs)
         restraint.on_train_begin(args, state, control, **kwargs)
-        self._measured = {}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -264,17 +261,7 @@ class ForgettingBudget(TrainerCallback):
         )  # resumed from the last step, where it was scaled back already
         held.finish()
         kept *= 1.0 if held.kept is None else held.kept.scale
-        texts = {
-            name: TextOutcome(
-                before=before,
-                after=(now := self._measured[name]),
-                rise=now / before - 1,
-                limit=start.limits[name],
-                tokens=sum(map(len, self._rows.get(name, []))),
-                sha256=digest(self._rows[name]) if name in self._rows else None,
-            )
-            for name, before in start.base.items()
-        }
+        texts = self._texts.outcomes(start)
         predicted = held.restraint.predicted()
         self.outcome = Outcome(predicted, kept, self._rate, texts)
         rises = {f"perplexity_rise/{name}": text.rise for name, text in texts.items()}
@@ -298,147 +285,26 @@ class ForgettingBudget(TrainerCallback):
 
     def _penalty(self, model: nn.Module, adapter: str, examples: Examples) -> Restraint:
         return PenaltyRestraint(
-            model, adapter, self._rows, examples, strength=self.strength, rows_per_step=self.rows_per_step
+            model, adapter, self._texts.rows, examples, strength=self.strength, rows_per_step=self.rows_per_step
         )
 
     def _guard(self, model: nn.Module, adapter: str, examples: Examples) -> Restraint:
         return GuardRestraint(
-            model, adapter, self._rows, examples, redraw=self.redraw, anchors=self.anchors, damping=self.damping,
+            model, adapter, self._texts.rows, examples, redraw=self.redraw, anchors=self.anchors, damping=self.damping,
             max_length=self.max_length, batch_size=self.batch_size, seed=self.seed, progress=self._shown,
         )  # fmt: skip
-
-    def _read_texts(self, model: nn.Module, tokenizer: Any) -> None:
-        texts = {name: text for name, text in self.texts.items() if not callable(text)}
-        texts = texts or {_OWN: None}  # with measurements only, the restraint still needs a text
-        if tokenizer is None and any(text is None for text in texts.values()):
-            raise GuardError(
-                "The model cannot write the text that forgetting is measured on without its tokenizer: pass "
-                "processing_class=tokenizer to the trainer, or give texts."
-            )
-        tokens, length = self.tokens, self.max_length
-        shown = part_of(self._shown, WRITTEN * tokens)
-        self._rows = {
-            name: own_text(model, tokenizer, tokens=tokens, max_length=length, seed=self.seed, progress=shown)
-            if text is None
-            else rows_of(name, text, tokenizer, tokens=tokens, max_length=length)
-            for name, text in texts.items()
-        }
 
     def _begun(self, model: nn.Module, restraint: Restraint) -> Start:
         """Prepare a training that begins: measure the base model, and set the limits."""
         lifetime = restraint.prepare(self.lifetime)
-        self._check_same_texts(restraint.last_measured, lifetime)
+        self._texts.check_same(restraint.last_measured, lifetime)
         with restraint.as_base():
-            base = {name: self._measure(model, name) for name in self.texts}
-        spent = {name: self._measure(model, name) for name in self.texts} if restraint.trained_before else base
-        limits: dict[str, float] = {}
-        for name, before in base.items():
-            if not (before > 0 and math.isfinite(before) and math.isfinite(spent[name])):
-                raise GuardError(
-                    f"The measure of {name!r} must be a positive, finite number. It is {before} for the base model and "
-                    f"{spent[name]} before this training. Check the text or the measurement."
-                )
-            used = max(0.0, spent[name] / before - 1)
-            stated = self.limits.get(name, self.limit)
-            limits[name] = used + stated
-            if used > stated and lifetime is None and not restraint.last_measured:
-                warnings.warn(
-                    f"The adapter has been trained before: the measure of {name!r} has already risen by {used:.2%} "
-                    f"since the base model. This training may add {stated:.2%}. To limit both together, give lifetime.",
-                    stacklevel=4,
-                )
-            if lifetime is not None:
-                if used >= lifetime:
-                    raise GuardError(
-                        f"The lifetime's budget is used up: the measure of {name!r} has risen by {used:.2%} since the "
-                        f"adapter's first training, and {lifetime:.2%} is allowed. Give a larger lifetime to "
-                        "train further."
-                    )
-                limits[name] = min(limits[name], lifetime)
+            base = self._texts.measure(model)
+        spent = self._texts.measure(model) if restraint.trained_before else base
+        limits = self._texts.limits_from(base, spent, lifetime, known=bool(restraint.last_measured))
         restraint.set_limits(limits, self.limit)
         before_training = [whole(parameter.detach()).clone() for parameter in restraint.parameters]
-        return Start(before_training, base, limits, restraint.state_dict(), stated=self._stated())
-
-    def _stated(self) -> dict[str, Any]:
-        """Return the limit of each text and the digest of its rows, which is ``None`` for a measurement."""
-        return {
-            name: [self.limits.get(name, self.limit), digest(self._rows[name]) if name in self._rows else None]
-            for name in self.texts
-        }
-
-    def _check_stated(self, began_with: Mapping[str, Any]) -> list[str]:
-        """Check that a training that resumes has the texts and limits that it began with.
-
-        Returns:
-            The texts that the base model has written anew, as on another machine. Nobody could give them again, so
-            forgetting is counted on the new ones.
-
-        Raises:
-            GuardError: if another text or limit differs.
-        """
-        now = self._stated()
-        differing = sorted(name for name in began_with.keys() | now.keys() if began_with.get(name) != now.get(name))
-        rewritten = [
-            name
-            for name in differing
-            if self.texts.get(name, "") is None and name in began_with and began_with[name][0] == now[name][0]
-        ]
-        if began_with and differing != rewritten:
-            names = ", ".join(repr(name) for name in differing if name not in rewritten)
-            raise GuardError(
-                f"The training that resumes began with another limit or another text for {names}: it had "
-                f"{_limits_of(began_with)}, and now there are {_limits_of(now)}. Give it the same texts and limits."
-            )
-        return rewritten
-
-    def _check_same_texts(self, earlier: Mapping[str, TextOutcome], lifetime: float | None) -> None:
-        """Check that each text that earlier trainings have measured is measured again.
-
-        Raises:
-            GuardError: if one is not, and a lifetime counts on it.
-        """
-        for name, text in earlier.items():
-            if name not in self.texts:
-                problem = "is not among the texts of this training"
-            elif self.texts[name] is None:
-                continue  # the base model has written it: another sample of it, as on another machine, says as much
-            elif text.sha256 is not None and text.sha256 != digest(self._rows.get(name, [])):
-                problem = "is another text now, or is cut into other rows"
-            else:
-                continue
-            found = (
-                f"The text {name!r}, on which an earlier training of this adapter was measured, {problem}. What this "
-                "training forgets of it would not be noticed"
-            )
-            if lifetime is None:
-                warnings.warn(f"{found}.", stacklevel=5)
-            else:
-                raise GuardError(
-                    f"{found}, and the lifetime's budget of {lifetime:.2%} counts on it. Give the same text under the "
-                    "same name, with the same tokens and max_length. Further texts may be added."
-                )
-
-    def _worst(self, model: nn.Module) -> float:
-        """Measure all texts, and return the largest share of its limit that a text has used."""
-        assert self._start is not None
-        base, limits = self._start.base, self._start.limits
-        # The number of measurements until all limits hold is unknown, so progress counts only the first as work.
-        again = bool(self._measured)
-        self._measured = {name: self._measure(model, name, again) for name in self.texts}
-        shares = [(value / base[name] - 1) / limits[name] for name, value in self._measured.items()]
-        return float(numpy.max(shares))  # the built-in max would overlook a measurement that is not a number
-
-    def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
-        text, rows = self.texts[name], self._rows.get(name, Rows([]))
-        shown = part_of(self._shown, 0 if again else sum(map(len, rows)), f"measuring {name}")
-        if callable(text):
-            with stage(shown, f"measuring {name}", None):
-                found: Any = text()
-            try:
-                return float(found)
-            except (TypeError, ValueError) as error:
-                raise GuardError(f"The measurement {name!r} returned {found!r:.60}, not a number.") from error
-        return perplexity(model, rows, max_length=self.max_length, batch_size=self.batch_size, progress=shown)
+        return Start(before_training, base, limits, restraint.state_dict(), stated=self._texts.stated())
 
     def _set_rate(
         self, restraint: Restraint, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]
@@ -502,10 +368,6 @@ class ForgettingBudget(TrainerCallback):
                 "training began with."
             )
         return Start.from_bytes(content, STATE_NAME)
-
-
-def _limits_of(stated: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name!r} (limit {limit:.2%})" for name, (limit, _) in stated.items())
 
 
 def _check_pushes(args: TrainingArguments) -> None:
