@@ -93,7 +93,7 @@ def test_the_budgets_python_runs(tmp_path, monkeypatch):
     assert names["budget"].outcome.texts["own text"].rise <= 0.01
     assert PeftModel.from_pretrained(llama(initializer_range=0.2), "my-lora").peft_config["default"].r == 16
     exec(several, names)
-    assert names["budget"].limits == {"code": 0.005}
+    assert names["budget"]._texts.limits["code"] == 0.005
     exec(on, names)
     ledger = Ledger.load("my-adapter")
     assert len(ledger.trainings) == 2

@@ -7,7 +7,7 @@ import torch
 import yaml
 from datasets import Dataset
 
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.guard import Ledger
 from tests.models import layers, save_base
 

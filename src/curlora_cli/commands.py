@@ -98,7 +98,7 @@ def run(
     """Run a recipe: several methods on a stream of tasks. Resumes a run directory that is not finished."""
     with _errors_for_people("Run the same command again to resume from the last checkpoint."), _quiet_libraries():
         console.print("Loading ...")
-        from curlora.continual.recipe import load_recipe
+        from curlora.continual.recipe_file import load_recipe
 
         loaded = load_recipe(recipe, changes or [])
         if dry_run:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 
 GPT, MISTRAL = Path("paper-gpt2-large"), Path("paper-mistral-7b")
 PROTOCOLS = ("corrected", "paper")

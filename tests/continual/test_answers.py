@@ -9,10 +9,9 @@ from rich.console import Console
 
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.answers import Answers, PromptList, answer, kept_answers
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import measure
 from curlora.continual.plan import make_plan
-from curlora.continual.recipe import RecipeError
 from curlora.report.plan import plan_tables
 from tests.models import WORDS, llama, word_tokenizer
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.launch import run_recipe
 from curlora.continual.plan import make_plan
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora_cli.commands import app
 from tests.models import gpt2, word_tokenizer
 

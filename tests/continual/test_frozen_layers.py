@@ -10,9 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from curlora.continual import load_recipe, run_recipe
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.frozen_layers import FOLDER, keep_frozen_layers
-from curlora.continual.recipe import RecipeError
 from tests.continual.streams import figures
 from tests.models import VOCABULARY, gpt2, llama, tokens
 

@@ -15,7 +15,7 @@ from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import run_recipe
 from curlora.continual.methods import make_method
 from curlora.continual.plan import make_plan
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.continual.results import RunResults
 from curlora.continual.sequence import BaseScores, MethodRun, encode, work_of
 from curlora.continual.settings import Settings

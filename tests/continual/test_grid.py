@@ -3,8 +3,8 @@
 import pytest
 
 from curlora.continual import load_recipe
+from curlora.continual.errors import RecipeError
 from curlora.continual.grid import expand
-from curlora.continual.recipe import RecipeError
 
 
 def names(entry):

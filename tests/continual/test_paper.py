@@ -24,7 +24,7 @@ from transformers import (
 from curlora.continual.data import read_task, read_text
 from curlora.continual.launch import run_recipe
 from curlora.continual.protocol import SWITCHES
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import steps_of
 from tests.continual.paper import GPT, LEARNING_RATE, MISTRAL, PROTOCOLS, SWITCHED, recipe_of, tasks_of

@@ -29,11 +29,11 @@ from typer.testing import CliRunner
 
 from curlora import CurloraConfig
 from curlora.continual import memory as memory_module
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.launch import run_recipe
 from curlora.continual.memory import Memory, UnknownError, kept_for_backward
 from curlora.continual.plan import make_plan
-from curlora.continual.recipe import RecipeError, load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import TaskError
 from curlora.report.plan import plan_tables

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from curlora.continual.launch import run_recipe
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.continual.results import RunResults
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -6,10 +6,10 @@ import filelock
 import pytest
 import yaml
 
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.launch import build, run_recipe
 from curlora.continual.protocol import Protocol
-from curlora.continual.recipe import RecipeError, load_recipe, packaged_recipes
+from curlora.continual.recipe_file import load_recipe, packaged_recipes
 from tests.continual.streams import figures
 from tests.models import gpt2, llama, word_examples, word_tokenizer
 
@@ -439,7 +439,7 @@ def test_arguments_that_the_trainer_refuses_are_one_message(recipe_path, tmp_pat
 def test_quantization_is_passed_on(recipe_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "curlora.continual.recipe.AutoModelForCausalLM.from_pretrained", lambda *_, **options: seen.update(options)
+        "curlora.continual.model_spec.AutoModelForCausalLM.from_pretrained", lambda *_, **options: seen.update(options)
     )
     recipe = load_recipe(recipe_path, ["model.quantization={quant_method: bitsandbytes, load_in_4bit: true}"])
     recipe.model.load()

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from curlora.continual import storage
 from curlora.continual.errors import RunError
 from curlora.continual.launch import run_recipe
-from curlora.continual.recipe import load_recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.continual.results import ResultsError, RunResults
 from curlora.report import render
 from tests.continual.streams import Cut, figures

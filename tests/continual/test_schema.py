@@ -9,7 +9,8 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from curlora.continual.recipe import Recipe, packaged_recipes
+from curlora.continual.recipe import Recipe
+from curlora.continual.recipe_file import packaged_recipes
 from curlora.continual.schema import DESCRIPTIONS, recipe_schema
 
 

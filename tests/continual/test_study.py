@@ -8,9 +8,8 @@ import yaml
 from safetensors.torch import load_file
 
 from curlora.continual import load_recipe, run_recipe
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.merge import merge
-from curlora.continual.recipe import RecipeError
 from curlora.continual.results import RunResults
 from curlora.report import render
 from curlora.report.tables import results_tables

@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from curlora.continual import load_recipe, run_recipe
-from curlora.continual.errors import RunError
-from curlora.continual.recipe import RecipeError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.workers import _Combined
 from tests.continual.streams import figures
 

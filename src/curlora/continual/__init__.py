@@ -1,7 +1,8 @@
 """Continual fine-tuning: a stream of tasks, the methods that learn it, and what is measured."""
 
 from curlora.continual.launch import run_recipe
-from curlora.continual.recipe import Recipe, load_recipe
+from curlora.continual.recipe import Recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 

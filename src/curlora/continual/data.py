@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from curlora.continual.answer_score import AnswerScore
 from curlora.continual.conversations import read_conversations
@@ -28,10 +28,6 @@ __all__ = [
     "read_task",
     "read_text",
 ]
-
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Source(Place):
@@ -100,7 +96,7 @@ def _distinct(labels: list[str]) -> list[str]:
 _Labels = Annotated[list[str], Field(min_length=2), AfterValidator(_distinct)]
 
 
-class Splits(_Spec):
+class Splits(BaseModel, extra="forbid", frozen=True):
     """The parts of a task that its reference variant may change."""
 
     labels: _Labels | None = None
@@ -109,13 +105,13 @@ class Splits(_Spec):
     training: dict[str, Any] | None = None
 
 
-class GenerateSpec(_Spec):
+class GenerateSpec(BaseModel, extra="forbid", frozen=True):
     """Greedy generation until the model ends the answer, or for ``max_new_tokens`` tokens."""
 
     max_new_tokens: Annotated[int, Field(gt=0)] = 256
 
 
-class ScoreSpec(_Spec):
+class ScoreSpec(BaseModel, extra="forbid", frozen=True):
     """How the generated answers of a completion or chat task are scored.
 
     ``normalize`` is ``none``, ``lower``, ``gsm8k`` or a regular expression; see
@@ -148,7 +144,7 @@ class ScoreSpec(_Spec):
             raise ValueError(str(error)) from error
 
 
-class TaskSpec(_Spec):
+class TaskSpec(BaseModel, extra="forbid", frozen=True):
     """A task of the stream.
 
     ``training`` overrides settings for this task. ``too_long`` says what happens to an example of more than
@@ -235,7 +231,7 @@ class HeldOutSpec(Place):
         return self
 
 
-class AnswersSpec(_Spec):
+class AnswersSpec(BaseModel, extra="forbid", frozen=True):
     """The base model's answers to ``prompts``, which is a list of prompts or a file with one prompt per line.
 
     The answers are sampled once for a run, at temperature 1, and saved in the run directory.
@@ -247,7 +243,7 @@ class AnswersSpec(_Spec):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
 
-class OwnTextSpec(_Spec):
+class OwnTextSpec(BaseModel, extra="forbid", frozen=True):
     """Text that the base model writes without a prompt; see :func:`curlora.guard.own_text`.
 
     The text is sampled once for a run, at temperature 1, and saved in the run directory.

@@ -18,8 +18,9 @@ from curlora.continual.computing import computing
 from curlora.continual.data import AnswersSpec, HeldOutSpec, OwnTextSpec, read_prompts, read_task, read_text
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
+from curlora.continual.method_spec import MethodSpec
 from curlora.continual.protocol import Protocol
-from curlora.continual.recipe import MethodSpec, Recipe
+from curlora.continual.recipe import Recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import Stream, run_stream
 from curlora.continual.storage import write_whole

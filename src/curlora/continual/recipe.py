@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections.abc import Callable, Sequence
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -23,99 +19,22 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.quantizers.auto import AutoQuantizationConfig
 
 from curlora.continual.data import AnswersSpec, HeldOutSpec, OwnTextSpec, TaskSpec
-from curlora.continual.errors import RecipeError
 from curlora.continual.grid import expand
-from curlora.continual.methods import Method, make_method
-from curlora.continual.plugins import PLUGINS, Plugin, make_plugin
-from curlora.continual.problems import at_their_places, describe_errors, place, unknown_names
+from curlora.continual.method_spec import MethodSpec
+from curlora.continual.model_spec import ModelSpec
+from curlora.continual.plugins import PLUGINS
+from curlora.continual.problems import at_their_places, describe_errors, unknown_names
 from curlora.continual.protocol import SWITCHES, Protocol
-from curlora.continual.recipe_file import read_recipe_file
 from curlora.continual.settings import OF_A_METHOD, Settings
-from curlora.hub import no_such_folder
 
-__all__ = ["MethodSpec", "ModelSpec", "Recipe", "RecipeError", "load_recipe", "packaged_recipes"]
+__all__ = ["Recipe"]
 
 _PERMUTED_AT_MOST = 4
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ModelSpec(_Spec):
-    """The base model: a folder or a hub id, and optionally a GGUF file in it.
-
-    ``quantization`` is a ``quantization_config`` of transformers, such as
-    ``{quant_method: bitsandbytes, load_in_4bit: true}``.
-    """
-
-    name: str
-    revision: str | None = None
-    gguf_file: str | None = None
-    dtype: str = "float32"
-    quantization: dict[str, Any] | None = None
-
-    @field_validator("dtype")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        dtype = getattr(torch, value, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"{value!r} is not a floating-point dtype of torch, such as float32 or bfloat16")
-        return value
-
-    @field_validator("quantization")
-    @classmethod
-    def _known_quantization(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is not None and "quant_method" not in value:
-            raise ValueError("quant_method is missing, such as bitsandbytes, torchao or hqq")
-        return value
-
-    def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the model's tokenizer and set a padding token."""
-        self._check_folder()
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
-        except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model.name: the tokenizer of {self.name} cannot be loaded: {error}") from error
-        if tokenizer.pad_token is None:  # any token works, because padding is masked
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
-        return tokenizer
-
-    def load_empty(self) -> torch.nn.Module:
-        """Make the model from its configuration on the meta device: without weights, and not quantized."""
-        self._check_folder()
-        try:
-            config = AutoConfig.from_pretrained(self.name, revision=self.revision, gguf_file=self.gguf_file)
-            with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, self.dtype))
-        except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model.name: the configuration of {self.name} cannot be loaded: {error}") from error
-
-    def load(self) -> torch.nn.Module:
-        """Load a fresh model."""
-        given = self.quantization
-        self._check_folder()
-        try:
-            return AutoModelForCausalLM.from_pretrained(
-                self.name,
-                revision=self.revision,
-                gguf_file=self.gguf_file,
-                dtype=getattr(torch, self.dtype),
-                quantization_config=None if given is None else AutoQuantizationConfig.from_dict(dict(given)),
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"model.name: {self.name} cannot be loaded: {error}") from error
-
-    def _check_folder(self) -> None:
-        if problem := no_such_folder(self.name):
-            raise RecipeError(f"model.name: {problem}")
-
-
-class Resources(_Spec):
+class Resources(BaseModel, extra="forbid", frozen=True):
     """The CPU threads and GPUs that one method with one seed runs on.
 
     ``cpus`` is the number of threads; all of the process's if ``None``. ``gpus`` is used only with workers; 0.5 puts
@@ -124,85 +43,6 @@ class Resources(_Spec):
 
     cpus: Annotated[int, Field(gt=0)] | None = None
     gpus: Annotated[float, Field(ge=0, le=1)] | None = None
-
-
-class MethodSpec(_Spec):
-    """A method, ``frozen``, ``full`` or an adapter of PEFT with the options of its configuration, and its plug-ins.
-
-    With ``adapter_per_task`` each task trains its own adapter beside those of earlier tasks. ``training`` overrides
-    settings for this method. ``{grid: [...]}`` in place of any value but a name stands for several methods, one for
-    each value; ``grid`` then holds one method's values.
-    """
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+(@[A-Za-z0-9_.,=+-]+)?$")]
-    method: str
-    label: str | None = None
-    options: dict[str, Any] = {}
-    learning_rate: Annotated[float, Field(gt=0)] | None = None
-    adapter_per_task: bool = False
-    plugins: list[dict[str, Any]] = []
-    training: dict[str, Any] = {}
-    grid: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _complete(self) -> MethodSpec:
-        problems = []
-        try:
-            self._make([], Protocol())
-        except ValueError as error:
-            problems.append(str(error))
-        for plugin in self.plugins:
-            try:
-                self._plugin(plugin)
-            except ValueError as error:
-                problems.append(str(error))
-        if {"guard", "scale_back"} <= {str(plugin.get("name")) for plugin in self.plugins}:
-            problems.append("plugins: guard and scale_back each keep a limit of their own: leave one of them out")
-        if problems:
-            raise ValueError("\n".join(problems))
-        self.make(Protocol())
-        return self
-
-    def make(self, protocol: Protocol) -> Method:
-        """Make the method under a protocol.
-
-        Raises:
-            ValueError: if the method, a plug-in or one of their options is unknown, missing or not allowed.
-        """
-        acting = list(PLUGINS)
-        return self._make(
-            [self._plugin(one) for one in sorted(self.plugins, key=lambda one: acting.index(one["name"]))], protocol
-        )
-
-    def _make(self, plugins: Sequence[Callable[[], Plugin]], protocol: Protocol) -> Method:
-        return make_method(
-            self.method,
-            self.name,
-            self.label or self.name,
-            self.learning_rate or 0.0,
-            {**(protocol.curlora_options if self.method == "curlora" else {}), **self.options},
-            plugins,
-            lora_init=protocol.lora_init,
-            adapter_per_task=self.adapter_per_task,
-            training=self.training,
-            grid=self.grid,
-        )
-
-    def _plugin(self, plugin: dict[str, Any]) -> Callable[[], Plugin]:
-        if not isinstance(plugin.get("name"), str):
-            raise ValueError(f"plugins: a plug-in needs a name, such as guard: {plugin}")
-        name, rest = plugin["name"], {key: value for key, value in plugin.items() if key != "name"}
-        if [other.get("name") for other in self.plugins].count(name) > 1:
-            raise ValueError(f"plugins: {name!r} is listed twice")
-        made = make_plugin(name, rest)
-        if made.only_for not in (None, self.method):
-            raise ValueError(f"plug-in {name!r} is only for method {made.only_for!r}, not for {self.method!r}")
-        if self.adapter_per_task and made.holds_trained:
-            raise ValueError(
-                f"plug-in {name!r} protects what earlier tasks have trained. With adapter_per_task later tasks do not "
-                "change that: leave the plug-in out"
-            )
-        return lambda: make_plugin(name, rest)
 
 
 def _distinct(values: list[Any]) -> list[Any]:
@@ -236,7 +76,7 @@ Text = Annotated[
 ]
 
 
-class Recipe(_Spec):
+class Recipe(BaseModel, extra="forbid", frozen=True):
     """A run.
 
     Paths are relative to the recipe's folder and may hold ``${VARIABLES}`` of the environment. ``output`` is relative
@@ -461,75 +301,6 @@ def _check_settings(settings: Settings | None, changes: Sequence[tuple[str, dict
                 problems += describe_errors(error, Settings, change, where)
     if problems:
         raise at_their_places(list(dict.fromkeys(problems)))
-
-
-def packaged_recipes() -> dict[str, Path]:
-    """Return the paths of the recipes that come with curlora, by name."""
-    folder = Path(str(resources.files("curlora").joinpath("recipes")))
-    # The demo's recipes are left out: `curlora demo` downloads their files first.
-    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem not in ("demo", "demo-full")}
-
-
-def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | None = None) -> Recipe:
-    """Read and check a recipe.
-
-    Args:
-        path: the YAML file, or the name of a recipe that comes with curlora.
-        changes: strings ``key.key=value``, with a number in place of a key for an entry of a list; the value is YAML.
-        folder: the folder that paths in the recipe are relative to; the recipe's own folder if ``None``.
-
-    Raises:
-        RecipeError: if the file does not exist or is not YAML; or naming every entry that is missing, unknown or not
-            allowed.
-    """
-    path = Path(path)
-    if not path.exists() and str(path) in packaged_recipes():
-        path = packaged_recipes()[str(path)]
-    try:
-        content, written, wrong = read_recipe_file(path, changes, folder or path.absolute().parent, Recipe.model_fields)
-    except OSError as error:
-        near = difflib.get_close_matches(path.stem, packaged_recipes(), n=1)
-        raise RecipeError(
-            f"{path} cannot be read: {error.strerror}. It is neither a file nor one of the recipes that come with "
-            f"curlora: {', '.join(packaged_recipes())}." + (f" Did you mean {near[0]!r}?" if near else "")
-        ) from error
-    content["methods"] = _expanded(content.get("methods"), wrong)
-    lines = [f"{where}: {what}" for where, what in wrong.items()]
-    try:
-        recipe = Recipe.model_validate(content)
-    except ValidationError as error:
-        told = tuple(f"{where}{end}" for where in wrong for end in (":", " "))
-        # An error that is not about a value of the grid is the same in all of an entry's methods: it is named once.
-        named = {**content, "methods": _with_entrys_names(content["methods"])}
-        lines += [line for line in describe_errors(error, Recipe, named) if not line.startswith(told)]
-    if lines:
-        raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(f"  {line}" for line in lines))
-    recipe._written.update(written)
-    return recipe
-
-
-def _expanded(methods: Any, wrong: dict[str, str]) -> Any:
-    """Return the methods with their grids expanded. A grid that is wrong is added to ``wrong``, without its values."""
-    if not isinstance(methods, list):
-        return methods
-    found: list[Any] = []
-    for number, method in enumerate(methods):
-        try:
-            found += expand(method) if isinstance(method, dict) else [method]
-        except ValueError as error:
-            wrong[place(["methods", number], {"methods": methods})] = str(error)
-            found.append(method)
-    return found
-
-
-def _with_entrys_names(methods: Any) -> Any:
-    if not isinstance(methods, list):
-        return methods
-    return [{**one, "name": one["name"].partition("@")[0]} if _is_named(one) else one for one in methods]
-
-
-def _is_named(method: Any) -> bool:
-    return isinstance(method, dict) and isinstance(method.get("name"), str)
 
 
 def _replaced(content: Any, strings: dict[str, str]) -> Any:

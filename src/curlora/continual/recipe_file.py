@@ -1,27 +1,98 @@
-"""Read a recipe's file: YAML with variables, changes from the command line, and paths."""
+"""Read a recipe from its file: YAML with variables, changes from the command line, and paths."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Collection, Iterable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, ListConfig, MissingMandatoryValue, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from curlora.continual.errors import RecipeError
-from curlora.continual.problems import place
+from curlora.continual.grid import expand
+from curlora.continual.problems import describe_errors, place
+from curlora.continual.recipe import Recipe
 from curlora.hub import no_such_folder
 
-__all__ = ["read_recipe_file"]
+__all__ = ["load_recipe", "packaged_recipes"]
 
 
-def read_recipe_file(
-    path: Path, changes: Sequence[str], folder: Path, keys: Collection[str]
-) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+def packaged_recipes() -> dict[str, Path]:
+    """Return the paths of the recipes that come with curlora, by name."""
+    folder = Path(str(resources.files("curlora").joinpath("recipes")))
+    # The demo's recipes are left out: `curlora demo` downloads their files first.
+    return {path.stem: path for path in sorted(folder.glob("*.yaml")) if path.stem not in ("demo", "demo-full")}
+
+
+def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the YAML file, or the name of a recipe that comes with curlora.
+        changes: strings ``key.key=value``, with a number in place of a key for an entry of a list; the value is YAML.
+        folder: the folder that paths in the recipe are relative to; the recipe's own folder if ``None``.
+
+    Raises:
+        RecipeError: if the file does not exist or is not YAML; or naming every entry that is missing, unknown or not
+            allowed.
+    """
+    path = Path(path)
+    if not path.exists() and str(path) in packaged_recipes():
+        path = packaged_recipes()[str(path)]
+    try:
+        content, written, wrong = _read(path, changes, folder or path.absolute().parent)
+    except OSError as error:
+        near = difflib.get_close_matches(path.stem, packaged_recipes(), n=1)
+        raise RecipeError(
+            f"{path} cannot be read: {error.strerror}. It is neither a file nor one of the recipes that come with "
+            f"curlora: {', '.join(packaged_recipes())}." + (f" Did you mean {near[0]!r}?" if near else "")
+        ) from error
+    content["methods"] = _expanded(content.get("methods"), wrong)
+    lines = [f"{where}: {what}" for where, what in wrong.items()]
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        told = tuple(f"{where}{end}" for where in wrong for end in (":", " "))
+        # An error that is not about a value of the grid is the same in all of an entry's methods: it is named once.
+        named = {**content, "methods": _with_entrys_names(content["methods"])}
+        lines += [line for line in describe_errors(error, Recipe, named) if not line.startswith(told)]
+    if lines:
+        raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(f"  {line}" for line in lines))
+    recipe._written.update(written)
+    return recipe
+
+
+def _expanded(methods: Any, wrong: dict[str, str]) -> Any:
+    """Return the methods with their grids expanded. A grid that is wrong is added to ``wrong``, without its values."""
+    if not isinstance(methods, list):
+        return methods
+    found: list[Any] = []
+    for number, method in enumerate(methods):
+        try:
+            found += expand(method) if isinstance(method, dict) else [method]
+        except ValueError as error:
+            wrong[place(["methods", number], {"methods": methods})] = str(error)
+            found.append(method)
+    return found
+
+
+def _with_entrys_names(methods: Any) -> Any:
+    if not isinstance(methods, list):
+        return methods
+    return [{**one, "name": one["name"].partition("@")[0]} if _is_named(one) else one for one in methods]
+
+
+def _is_named(method: Any) -> bool:
+    return isinstance(method, dict) and isinstance(method.get("name"), str)
+
+
+def _read(path: Path, changes: Sequence[str], folder: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Read a YAML file, apply changes to it, fill in its variables, and make its paths absolute.
 
     Variables are OmegaConf's: ``${training.epochs}`` refers to another entry and ``${oc.env:NAME}`` to an environment
@@ -32,7 +103,6 @@ def read_recipe_file(
         path: the file.
         changes: strings ``key.key=value``, with a number in place of a key for an entry of a list; the value is YAML.
         folder: the folder that paths are relative to.
-        keys: the keys of a recipe.
 
     Returns:
         A triple of the content; a mapping from each path, and the model's folder, to how it was written; and the
@@ -53,6 +123,7 @@ def read_recipe_file(
         )
     for change in changes:
         _apply(config, change)
+    keys = Recipe.model_fields
     as_written: Any = OmegaConf.to_container(config)
     wrong: dict[str, str] = {}
     try:

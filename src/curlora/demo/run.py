@@ -5,7 +5,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from curlora.continual.recipe import Recipe, load_recipe
+from curlora.continual.recipe import Recipe
+from curlora.continual.recipe_file import load_recipe
 from curlora.demo import assets
 
 __all__ = ["demo_recipe"]

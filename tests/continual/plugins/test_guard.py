@@ -13,11 +13,10 @@ from transformers import AutoModelForCausalLM
 from curlora.callbacks.ewc import Consolidated
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.answers import Answers
-from curlora.continual.errors import RunError
+from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
 from curlora.continual.plugins import GuardPlugin, KLToBase, TaskContext
-from curlora.continual.recipe import RecipeError
 from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer

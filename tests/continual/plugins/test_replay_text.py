@@ -7,10 +7,10 @@ import yaml
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.answers import Answers
 from curlora.continual.batches import Collator
+from curlora.continual.errors import RecipeError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.plan import make_plan
 from curlora.continual.plugins import ReplayText, TaskContext, make_plugin
-from curlora.continual.recipe import RecipeError
 from curlora.continual.task_model import TaskModel
 from tests.models import llama, word_tokenizer
 

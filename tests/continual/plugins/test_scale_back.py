@@ -10,11 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from curlora.continual import load_recipe, run_recipe
-from curlora.continual.errors import RecipeWarning
+from curlora.continual.errors import RecipeError, RecipeWarning
 from curlora.continual.heldout import measure
 from curlora.continual.launch import build
 from curlora.continual.plugins import make_plugin
-from curlora.continual.recipe import RecipeError
 from curlora.guard import measured_limit, scale_to_limit
 from tests.continual.streams import figures
 
