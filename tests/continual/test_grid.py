@@ -86,7 +86,7 @@ def test_a_recipe_says_where_its_grid_is_wrong(recipe_path):
 def test_values_of_a_grid_are_checked_like_any_other(recipe_path):
     with pytest.raises(RecipeError, match=r"has no option 'rank'"):
         load_recipe(recipe_path, ["methods.1.options={rank: {grid: [1, 2]}}"])
-    with pytest.raises(RecipeError, match=r"method 'lora': learning_rate: Input should be greater than 0, got -0.02"):
+    with pytest.raises(RecipeError, match=r"method 'lora': learning_rate: must be greater than 0, got -0.02"):
         load_recipe(recipe_path, ["methods.1.learning_rate={grid: [0.01, -0.02]}"])
 
 
@@ -94,7 +94,7 @@ def test_values_of_a_grid_are_checked_like_any_other(recipe_path):
     ("change", "message"),
     [
         ("methods.2.optoins={r: 4}", "method 'cur' has no key 'optoins'. Did you mean 'options'"),
-        ("methods.2.learning_rate=-1", "method 'cur': learning_rate: Input should be greater than 0, got -1"),
+        ("methods.2.learning_rate=-1", "method 'cur': learning_rate: must be greater than 0, got -1"),
         ("methods.2.plugins=[{name: ewc}]", "method 'cur': plug-in 'ewc' needs strength"),
     ],
 )

@@ -44,6 +44,16 @@ _ELSEWHERE = {
 }
 
 
+# What pydantic expects, by the first word of an error's type.
+_EXPECTED = {
+    "bool": "must be true or false",
+    "float": "must be a number",
+    "int": "must be a whole number",
+    "model": "must be a mapping of keys to values",
+    "path": "must be a path",
+}
+
+
 def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kind: str = "key") -> str:
     """Return a message that ``owner`` has no such names, with similar names that it has.
 
@@ -117,6 +127,11 @@ def _message(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return ""
     message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "too_short":
+        least, found = error["ctx"]["min_length"], error["ctx"]["actual_length"]
+        return f"must have {least} {'entry' if least == 1 else 'entries'} or more, found {found}"
+    message = _EXPECTED.get(error["type"].partition("_")[0], message)
+    message = message.replace("Input should be a valid", "must be a").replace("Input should be", "must be")
     found = error["input"]
     if error["type"] == "string_type" and isinstance(found, bool):
         return f"a string is expected, got {found}. Quote the value: YAML reads yes, no, on and off as booleans"
