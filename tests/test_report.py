@@ -220,7 +220,7 @@ def test_how_a_guards_budget_was_kept_has_a_table():
 def test_protocol_settings_and_recipe_are_shown():
     recipe = {"title": "<b>", "methods": [{"name": "lora", "learning_rate": 0.001}], "seeds": [0, 1]}
     html = render([make_results(protocol={"lora_init": "It starts elsewhere."}, recipe=recipe)])
-    assert "<dt>lora start</dt><dd>It starts elsewhere.</dd>" in html
+    assert "<dt>lora init</dt><dd>It starts elsewhere.</dd>" in html
     assert "<dt>batch size</dt><dd>8</dd>" in html
     assert "<dt>device</dt><dd>CPU (x86_64)</dd>" in html
     assert "title: &lt;b&gt;\nmethods:\n- name: lora\n  learning_rate: 0.001\nseeds:\n- 0\n- 1\n" in html

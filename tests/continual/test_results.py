@@ -119,7 +119,7 @@ def test_results_from_before_examples_were_counted_are_read_and_united_with_new_
     assert old.methods == results.methods
     assert len(merge([results, old])) == 1
     other = old.model_copy(update={"tasks": [*old.tasks[:2], old.tasks[2].model_copy(update={"train_examples": 9})]})
-    assert differing([results, other]) == ["tasks"]
+    assert differing([results, other]) == ["tasks (tweets)"]
 
 
 def test_environment_names_what_results_depend_on():
