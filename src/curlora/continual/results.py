@@ -221,7 +221,11 @@ class MethodResult(_Record):
 
     def accuracy(self, i: int, j: int) -> Statistic:
         """Return the accuracy on task ``j`` after task ``i``."""
-        return Statistic.of([seed.scores[i][j].accuracy for seed in self.seeds])
+        return self.score(i, j, "accuracy")
+
+    def score(self, i: int, j: int, figure: str) -> Statistic:
+        """Return a figure of the :class:`Score` on task ``j`` after task ``i``."""
+        return Statistic.of([getattr(seed.scores[i][j], figure) for seed in self.seeds])
 
     @property
     def average_accuracy(self) -> Statistic:

@@ -65,7 +65,6 @@ def render(runs: Sequence[RunResults]) -> str:
         points=points,
         number=format_number,
         allowed=allowed,
-        score=_score,
         text=_text,
         options=_options,
         missing=format_missing,
@@ -93,11 +92,6 @@ def _in_two_lines(heading: str) -> Markup:
 
 def _seeds(results: RunResults) -> list[int]:
     return list(dict.fromkeys(seed.seed for method in results.methods for seed in method.seeds))
-
-
-def _score(method: MethodResult, i: int, j: int, figure: str) -> Statistic:
-    """Return a figure of the score on task ``j`` after task ``i``."""
-    return Statistic.of([getattr(seed.scores[i][j], figure) for seed in method.seeds])
 
 
 def _text(method: MethodResult, name: str) -> dict[str, Statistic]:
