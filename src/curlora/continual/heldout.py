@@ -116,9 +116,8 @@ def measure(
     Returns:
         Perplexity and drift.
     """
-    of_all = None if base_logits is None else lambda ids: base_logits(ids, ids.shape[1])
     rows = text.windows_as_rows()
     perplexity, drift = score_text(
-        model, rows, base_logits=of_all, max_length=text.longest, batch_size=1, progress=progress
+        model, rows, base_logits=base_logits, max_length=text.longest, batch_size=1, progress=progress
     )
     return TextScore(perplexity=perplexity, drift=drift)

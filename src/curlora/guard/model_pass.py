@@ -91,7 +91,9 @@ def pass_over(
     with ready(model, layers, gradients) as reached, stage(progress, doing, count) as advance:
         for numbers, _, mask, answered, logits in _run(model, batches, device, begin):
             if gradients:
-                backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
+                first = mask.shape[1] - logits.shape[1]
+                gradient = _drawn_gradient(logits.detach(), answered, numbers, seed, first)
+                backward(logits, reached, gradient)
             end()
             advance(1)
             predicted += int(answered.sum())
@@ -139,7 +141,7 @@ def score_text(
     data: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
     tokenizer: Any = None,
     *,
-    base_logits: Callable[[Tensor], Tensor] | None = None,
+    base_logits: Callable[[Tensor, int], Tensor] | None = None,
     max_length: int = 128,
     batch_size: int = 8,
     progress: Shown = False,
@@ -152,8 +154,9 @@ def score_text(
     Args:
         model: a causal language model.
         data, tokenizer, max_length, batch_size, progress: see :func:`curlora.calibrate`.
-        base_logits: returns the base model's logits for ``input_ids``, shape ``(batch, length, vocabulary)``. Rows are
-            padded on the right. ``None`` if drift is not wanted.
+        base_logits: given ``input_ids`` of shape ``(batch, length)`` and a number ``k``, returns the base model's
+            logits at the last ``k`` positions, shape ``(batch, k, vocabulary)``. Rows are padded on the right. ``None``
+            if drift is not wanted.
 
     Returns:
         Perplexity and drift; drift is 0 if there is no base model. Both are NaN if a prediction is NaN.
@@ -167,10 +170,11 @@ def score_text(
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # negative log-likelihood, divergence, tokens
     with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
         for _, ids, _, answered, logits in _run(model, batches, device):
-            base = None if base_logits is None else base_logits(ids)
+            first = ids.shape[1] - logits.shape[1]
+            base = None if base_logits is None else base_logits(ids, logits.shape[1])
             for row, wanted in enumerate(answered):  # row by row, because the logits are large
                 of_row = logits[row, :-1][wanted].float()
-                lost = cross_entropy(of_row, ids[row, 1:][wanted], reduction="sum")
+                lost = cross_entropy(of_row, ids[row, first + 1 :][wanted], reduction="sum")
                 diverged = 0.0 if base is None else _divergence(base[row, :-1][wanted].float(), of_row)
                 sums += torch.tensor([float(lost), diverged, len(of_row)], dtype=torch.float64, device="cpu")
             advance(1)
@@ -203,9 +207,10 @@ def _run(
     """Run each batch through the model.
 
     Yields:
-        The numbers of the batch's rows; ``input_ids``, shape ``(batch, length)``; the mask of tokens, of that shape;
-        the mask of positions whose next token counts, shape ``(batch, length - 1)``; and the logits, shape
-        ``(batch, length, vocabulary)``.
+        The numbers of the batch's rows; ``input_ids``, shape ``(batch, length)``; and the mask of tokens, of that
+        shape. Then, for the last ``kept`` positions, before which no predicted token of the batch counts: the mask of
+        positions whose next token counts, shape ``(batch, kept - 1)``, and the logits, shape
+        ``(batch, kept, vocabulary)``.
     """
     for numbers, batch in batches:
         inputs, mask = _inputs(model, batch, numbers, device)
@@ -213,7 +218,21 @@ def _run(
         answered = mask[:, :-1] & mask[:, 1:]  # shape (batch, length - 1)
         if (labels := batch.get("labels")) is not None:
             answered &= torch.as_tensor(labels, device=device)[:, 1:] != IGNORED
-        yield numbers, inputs["input_ids"], mask, answered, _logits_of(model(**inputs, use_cache=False), mask)
+        first = _first_answered(answered)
+        kept = mask.shape[1] - first
+        if first and "logits_to_keep" in inspect.signature(_base(model).forward).parameters:
+            inputs["logits_to_keep"] = kept
+        logits = _logits_of(model(**inputs, use_cache=False), mask, kept)
+        yield numbers, inputs["input_ids"], mask, answered[:, first:], logits
+
+
+def _first_answered(answered: Tensor) -> int:
+    """Return the first position whose next token counts in any row, or the last but one position if there is none.
+
+    Logits take much memory, and those of a prompt, or of tokens that an earlier window has scored, are not needed.
+    """
+    positions = answered.any(0).nonzero()
+    return int(positions[0]) if len(positions) else max(0, answered.shape[1] - 1)
 
 
 @contextlib.contextmanager
@@ -270,7 +289,7 @@ class _Reaches(torch.autograd.Function):
 
 def _inputs(
     model: nn.Module, batch: Mapping[str, Any], numbers: Sequence[int], device: torch.device
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> tuple[dict[str, Any], Tensor]:
     """Return the model's inputs, and the mask of tokens, bool, shape ``(batch, length)``.
 
     Positions are counted from each row's first token, as in training and generation. If a batch has no row numbers, it
@@ -308,15 +327,17 @@ def _check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def _logits_of(output: Any, mask: Tensor) -> Tensor:
+def _logits_of(output: Any, mask: Tensor, kept: int) -> Tensor:
+    """Return the logits at the last ``kept`` positions; a model may return those of all positions."""
     logits = getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != mask.shape:
+    rows, length = mask.shape
+    if not isinstance(logits, Tensor) or logits.shape[:-1] not in ((rows, length), (rows, kept)):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise GuardError(
             f"A causal language model must return logits of shape (batch, length, vocabulary) for input_ids of shape "
             f"{tuple(mask.shape)}; found {found}. Give a causal language model."
         )
-    return logits
+    return logits[:, -kept:]
 
 
 # Positions whose cumulative probabilities are computed together in float64. The vocabulary is large, so all positions
@@ -324,21 +345,22 @@ def _logits_of(output: Any, mask: Tensor) -> Tensor:
 _CHUNK = 128
 
 
-def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
+def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int, first: int = 0) -> Tensor:
     """Return the gradient of the summed cross-entropy of drawn answers with respect to the logits.
 
     Args:
-        logits: shape ``(batch, length, vocabulary)``.
-        answered: the mask of positions whose next token counts, bool, shape ``(batch, length - 1)``.
+        logits: shape ``(batch, kept, vocabulary)``.
+        answered: the mask of positions whose next token counts, bool, shape ``(batch, kept - 1)``.
         numbers: the number of each row in the whole text, which determines its draws together with ``seed``.
         seed: the seed of the draws.
+        first: the index of the first of these positions in its row.
 
     Returns:
         The gradient, of the shape of ``logits``; zero at all other positions.
     """
     gradient = torch.zeros_like(logits)
     for row, number in enumerate(numbers):
-        uniform = uniforms(seed, number, answered.shape[1])
+        uniform = uniforms(seed, number, first + answered.shape[1])[first:]
         for begin in range(0, answered.shape[1], _CHUNK):
             part = slice(begin, min(begin + _CHUNK, answered.shape[1]))
             p = logits[row, part].float().softmax(-1)
