@@ -462,11 +462,11 @@ def _errors_for_people(after_interrupt: str = "") -> Iterator[None]:
     except Exception as error:
         from curlora.continual.errors import RecipeError, RunError
         from curlora.continual.results import ResultsError
-        from curlora.continual.storage import is_disk_full
         from curlora.continual.tasks import TaskError
         from curlora.convert import AdapterError
         from curlora.demo.assets import AssetError
         from curlora.guard import GuardError
+        from curlora.storage import is_disk_full
         from curlora.train.errors import TrainError
 
         known = (

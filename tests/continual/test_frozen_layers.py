@@ -1,10 +1,12 @@
 """Caching the outputs of frozen lower layers leaves a run's results bit-identical."""
 
+import io
 import os
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.frozen_layers import FOLDER, keep_frozen_layers
+from curlora.continual.plan import make_plan
+from curlora.report.plan import plan_tables
 from tests.continual.streams import figures
 from tests.models import VOCABULARY, gpt2, llama, tokens
 
@@ -118,6 +122,20 @@ def test_the_lower_layers_do_not_run_again(study, tmp_path, monkeypatch):
         run_recipe(load_recipe(study, [KEPT, f"methods.0.learning_rate={{grid: {rates}}}"]), tmp_path / "run")
     assert calls.count(3) > 20
     assert calls.count(1) == 1  # the check on a few tokens
+
+
+def test_the_plan_gives_the_size_of_the_cache(study, tmp_path):
+    alone(study, {"options": {"r": 4, **UPPER}})
+    seeds = "seeds=[0, 1]"
+    assert make_plan(load_recipe(study, [seeds])).cache == 0
+    recipe = load_recipe(study, [KEPT, seeds])
+    plan = make_plan(recipe)
+    run_recipe(recipe, tmp_path / "run")
+    states = [load_file(path)["states"] for path in (tmp_path / "run" / FOLDER / "2").iterdir()]
+    assert 0.5 < plan.cache / sum(held.nbytes for held in states) <= 1.0  # the rest is padding; the rows are short
+    console = Console(file=io.StringIO())
+    console.print(*plan_tables(plan))
+    assert "The cache of frozen layers takes at least" in console.file.getvalue()
 
 
 def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from curlora.continual import storage
+from curlora import storage
 from curlora.continual.errors import RunError
 from curlora.continual.launch import run_recipe
 from curlora.continual.recipe_file import load_recipe
@@ -271,7 +271,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(recipe, small_disk, tmp_
     ballast = small_disk / "ballast"
     free = shutil.disk_usage(small_disk).free
     ballast.write_bytes(b"0" * max(0, free - left))
-    with pytest.raises(RunError, match="is full. Finished results are not lost"):
+    with pytest.raises(RunError, match="is full. Finished work is not lost"):
         run_recipe(recipe, out)
     changed = {path for path, content in kept.items() if path.read_bytes() != content}
     assert changed <= {out / "recipe.json", out / "results.json"}  # only results.json grows

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from curlora.continual.storage import Checkpoints
 from curlora.guard import perplexity
 from curlora.guard.texts import rows_of
+from curlora.storage import Checkpoints
 from curlora.train import TrainOptions, prepare
 from curlora.train.measure import measure
 from curlora_cli.commands import app

@@ -49,7 +49,7 @@ def test_one_training_at_a_time(tmp_path):
 
 
 def test_a_full_disk_is_one_sentence(tmp_path):
-    with pytest.raises(TrainError, match="is full. Nothing that was finished is lost"), claim(Folder(tmp_path, {})):
+    with pytest.raises(TrainError, match="is full. Finished work is not lost"), claim(Folder(tmp_path, {})):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 

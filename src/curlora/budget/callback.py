@@ -25,12 +25,12 @@ from curlora.budget.restraint import Restraint
 from curlora.budget.start import Start
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
-from curlora.guard.ledger import write_whole
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
 from curlora.guard.processes import of_first
 from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
 from curlora.guard.texts import Texts
+from curlora.storage import write_whole
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 

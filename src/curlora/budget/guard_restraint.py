@@ -25,10 +25,11 @@ from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
-from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of, write_whole
+from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of
 from curlora.guard.progress import Shown, part_of
 from curlora.guard.redraw import redraw
 from curlora.guard.texts import Rows
+from curlora.storage import write_whole
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper

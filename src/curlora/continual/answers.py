@@ -19,11 +19,11 @@ from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
-from curlora.continual.storage import write_whole
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
 from curlora.guard.own_text import own_text
 from curlora.guard.texts import Rows
+from curlora.storage import write_whole
 
 __all__ = ["Answers", "OwnText", "PromptList", "answer", "kept_answers"]
 

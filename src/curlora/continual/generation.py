@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from curlora.continual.errors import RunError
 from curlora.continual.processes import process_state
-from curlora.continual.storage import write_whole
 from curlora.continual.tasks import Prompts
 from curlora.guard.decoding import generating, named_ends, padded
+from curlora.storage import write_whole
 
 __all__ = [
     "Answer",

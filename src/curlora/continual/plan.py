@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +17,8 @@ from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
 from curlora.continual.processes import check_shared_out
 from curlora.continual.recipe import Recipe
-from curlora.continual.run import Stream
 from curlora.continual.sequence import Encoded, encode, in_order, trained_by
+from curlora.continual.stream import Stream
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row
 from curlora.continual.trainer import steps_of
@@ -59,6 +60,8 @@ class Plan:
         base_windows: windows of held-out text that are scored with the base model, once for the whole run.
         methods: the methods' plans, in order.
         threads: the number of CPU threads of each method and seed.
+        cache: bytes on disk of the cache of frozen layers, at least: without padding, and without texts that the base
+            model has to write first. 0 without ``cache_frozen_layers``.
     """
 
     stream: Stream
@@ -67,6 +70,7 @@ class Plan:
     base_windows: int
     methods: Sequence[MethodPlan]
     threads: int
+    cache: int
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -82,7 +86,7 @@ def make_plan(recipe: Recipe) -> Plan:
     tasks = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in tasks:
         check_shared_out(part.settings.batch_size)
-    base = recipe.model.load_empty()
+    base: Any = recipe.model.load_empty()
     adapted = stream.checked(tasks)
     windows = sum(text.windows for text in stream.texts) + sum(text.rows for text in stream.unwritten)
     runs = len(stream.seeds) * (1 + len(stream.orders))
@@ -110,7 +114,19 @@ def make_plan(recipe: Recipe) -> Plan:
             )
         )
     threads = recipe.resources.cpus or torch.get_num_threads()
-    return Plan(stream, tasks, sum(p.numel() for p in base.parameters()), windows, methods, threads)
+    parameters = sum(p.numel() for p in base.parameters())
+    cache = _tokens_cached(stream, tasks) * base.config.get_text_config().hidden_size * base.dtype.itemsize
+    return Plan(stream, tasks, parameters, windows, methods, threads, cache)
+
+
+def _tokens_cached(stream: Stream, tasks: Sequence[Encoded]) -> int:
+    """Return the number of tokens in all distinct batches; see :mod:`curlora.continual.frozen_layers`."""
+    if not stream.settings.cache_frozen_layers:
+        return 0
+    shuffled = sum(tokens_of(part.train) * part.settings.epochs for part in tasks)  # another order in each epoch
+    scored = sum(tokens_of(part.evaluation) for part in tasks)
+    read = sum(len(window) for text in stream.texts for window, _ in text.scored())
+    return len(stream.seeds) * shuffled + scored + read
 
 
 def _learned(

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from curlora.continual import metrics
 from curlora.continual.computing import fp32_products
-from curlora.continual.storage import write_whole
+from curlora.storage import write_whole
 
 __all__ = [
     "SCHEMA_VERSION",

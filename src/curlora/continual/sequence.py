@@ -23,11 +23,11 @@ from curlora.continual.processes import process_state
 from curlora.continual.results import Score, SeedResult, TextScore
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
-from curlora.continual.storage import sync
 from curlora.continual.task_model import HEAD_SEED, TaskModel
 from curlora.continual.tasks import Row, Task
 from curlora.continual.trainer import TaskTrainer, steps_of
 from curlora.guard.progress import Portion, Progress, part_of
+from curlora.storage import sync
 
 __all__ = [
     "BaseScores",

@@ -21,9 +21,9 @@ from curlora.continual.errors import RunError
 from curlora.continual.plugins import Plugin
 from curlora.continual.processes import process_state
 from curlora.continual.results import SeedResult
-from curlora.continual.storage import put_folder, write_whole
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import load_trained_state, trained_state
+from curlora.storage import put_folder, write_whole
 
 __all__ = ["State"]
 

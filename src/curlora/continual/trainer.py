@@ -22,10 +22,10 @@ from curlora.continual.plugins import Plugin
 from curlora.continual.processes import process_state, use_cpu
 from curlora.continual.results import Score
 from curlora.continual.settings import Settings
-from curlora.continual.storage import Checkpoints
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row
 from curlora.guard.texts import IGNORED
+from curlora.storage import Checkpoints
 
 __all__ = ["TaskTrainer", "steps_of"]
 

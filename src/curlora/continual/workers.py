@@ -15,15 +15,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from curlora.continual.base_model import Base, measured_base
 from curlora.continual.computing import computing
 from curlora.continual.errors import RunError
-from curlora.continual.run import Base, Finished, Job, Runner, jobs_of, measured_base, run_job
+from curlora.continual.run import Finished, Job, Runner, jobs_of, run_job
 from curlora.continual.sequence import Encoded, encode, in_order
 from curlora.guard.progress import Progress
 
 if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe
-    from curlora.continual.run import Stream
+    from curlora.continual.stream import Stream
 
 __all__ = ["ray_workers"]
 

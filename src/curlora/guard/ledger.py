@@ -22,7 +22,7 @@ from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
-__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "digest_of", "pack", "unpack", "write_whole"]
+__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "digest_of", "pack", "unpack"]
 
 _VERSION = 2
 _READ = (1, 2)
@@ -193,13 +193,6 @@ def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     text = json.dumps(about, sort_keys=True)
     return save(tensors, {"about": text, "digest": _digest(tensors, text)})
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that appears complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 def unpack(content: bytes, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

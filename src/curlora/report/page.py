@@ -15,7 +15,6 @@ from markupsafe import Markup, escape
 
 from curlora.continual.merge import differing, merge
 from curlora.continual.results import MethodResult, RunResults, Statistic
-from curlora.continual.storage import write_whole
 from curlora.continual.task_measure import TaskMeasure
 from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points
 from curlora.report.formatting import (
@@ -29,6 +28,7 @@ from curlora.report.formatting import (
     format_too_long,
 )
 from curlora.report.plots import Style, fills_of, key_of, overview_of, plots_of, styles_of
+from curlora.storage import write_whole
 
 __all__ = ["render", "write_report"]
 

@@ -17,7 +17,8 @@ __all__ = ["plan_tables"]
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
     """Return what to print, in order: the run, its tasks, its methods, the memory they need, and notes."""
-    stream, state, methods = plan.stream, process_state(), plan.methods
+    stream, state = plan.stream, process_state()
+    methods = [m for m in plan.methods if m.steps]  # without heads, the frozen method is the base model
     processes = "1 process" if state.num_processes == 1 else f"{state.num_processes} processes"
     heading = [
         stream.title,
@@ -41,7 +42,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     over = "" if len(stream.seeds) == 1 else f" and {len(stream.seeds)} seeds"
     title = f"Methods, over all tasks{over}"
     counts = _table(title, "method", "trained\nparameters", "steps", "tokens\ntrained on", "held-out\nwindows")
-    counts.add_row("base model", "", "", "", *_counts(plan.base_windows))
+    counts.add_row("base model", "", "", "", *_counts(plan.base_windows), end_section=not methods)
     for m in methods:
         row = _counts(m.trained, m.steps, m.tokens, m.windows)
         counts.add_row(Text(m.label), *row, end_section=m is methods[-1])
@@ -56,18 +57,18 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
 
     unknown = [f"{m.label}: {m.memory.unknown}" for m in methods if m.memory.unknown]
     too_long = [
-        f"Examples of {part.task.name} that are longer than max_length: {said}."
+        f"Examples of {part.task.name} that are longer than max_length: {counted}."
         for part in plan.tasks
-        if (said := format_too_long(part.too_long))
+        if (counted := format_too_long(part.too_long))
     ]
     in_train = [
         format_in_train(part.task.name, count, len(part.task.evaluation))
         for part in plan.tasks
         if (count := part.task.evaluation_in_train)
     ]
-    notes = Text(
-        "\n" + "\n".join(["Trained parameters are without heads.", *too_long, *in_train, *unknown]), style="dim"
-    )
+    cache = [f"The cache of frozen layers takes at least {_size(plan.cache)} on disk."] if plan.cache else []
+    said = ["Trained parameters are without heads.", *cache, *too_long, *in_train, *unknown]
+    notes = Text("\n" + "\n".join(said), style="dim")
     return [Text("\n".join(heading)), tasks, counts, memory, notes]
 
 

@@ -93,8 +93,8 @@ def within_limits(results: RunResults, of: str = "") -> list[Table]:
         run = f"{of}: the" if of else "The"
         table = _plain(f"\n{run} best of each method within {limit} on {limited_text(results)}")
         table.add_column("its best")
-        learned = TaskMeasure.of(results).learned_name.replace(" ", "\n", 1)
-        _columns(table, [learned, "rise\nthere", "KL there", "KL, other\ntexts", "worst", "runs"])
+        learned = TaskMeasure.of(results).learned_name
+        _columns(table, [_in_two_lines(learned), "rise\nthere", "KL there", "KL, other\ntexts", "worst", "runs"])
         for entry, point in best_within(known, limit).items():
             if point is None:
                 table.add_row(entry, "none is within")
@@ -134,7 +134,7 @@ def _summary(results: RunResults, measure: TaskMeasure) -> Table:
     forward = any(transfer is not None for transfer in transfers)
     matched = measure.figure == "loss" and any(method.average_accuracy.mean > 0 for method in results.methods)
     table = _plain("\nAfter the last task")
-    headings = [measure.learned_name.replace(" ", "\n", 1), measure.when_learned_name.replace(" ", "\n", 1)]
+    headings = [_in_two_lines(name) for name in (measure.learned_name, measure.when_learned_name)]
     _columns(table, [*headings, "for-\ngetting", *(["exact\nmatch"] if matched else []), "perplexity", "rise", "drift"])
     _columns(table, ["forward\ntransfer"] if forward else [])
     if measure.figure == "accuracy":
@@ -241,6 +241,10 @@ def _plain(title: str) -> Table:
 def _columns(table: Table, headings: Iterable[str]) -> None:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
+
+
+def _in_two_lines(heading: str) -> str:
+    return "\n".join(heading.split(" ", 1))
 
 
 def _stacked(statistic: Statistic | None, signed: bool = False, digits: int = 3) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCardData
 
-from curlora.continual.storage import write_whole
+from curlora.storage import write_whole
 from curlora.train.outcome import TrainOutcome
 from curlora.train.tables import budget_rows, loss_row, text_rows
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import filelock
 
-from curlora.continual.storage import Checkpoints, is_disk_full, write_whole
+from curlora.storage import LOCK, Checkpoints, disk_full, is_disk_full, locked, write_whole
 from curlora.train.errors import TrainError
 
 __all__ = ["RECORD", "Folder", "claim"]
 
 RECORD = "training.json"
-_LOCK = ".lock"
 
 
 class Folder:
@@ -52,7 +51,7 @@ class Folder:
         except NotADirectoryError:
             raise TrainError(f"--out {self.path} is a file, not a folder: choose another name.") from None
         except FileNotFoundError:
-            if self.path.exists() and any(path.name != _LOCK for path in self.path.iterdir()):
+            if self.path.exists() and any(path.name != LOCK for path in self.path.iterdir()):
                 raise TrainError(f"--out {self.path} holds files, but no training: choose another folder.") from None
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -93,26 +92,18 @@ def claim(folder: Folder) -> Iterator[None]:
             while the lock is held.
     """
     path = folder.path
-    lock = filelock.FileLock(path / _LOCK)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise TrainError(
-            f"--out {path} is in use by another training: wait for it, or choose another folder."
-        ) from None
-    except OSError as error:
-        raise TrainError(f"--out {path} cannot be written to: {error.strerror}. Choose another folder.") from error
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        raise TrainError(
-            f"The disk that holds {path} is full. Nothing that was finished is lost: free some space, and run the same "
-            "command again to resume."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # Windows does not delete an open file
-            Path(lock.lock_file).unlink(missing_ok=True)
-        lock.release()
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(path))
+        except filelock.Timeout:
+            raise TrainError(
+                f"--out {path} is in use by another training: wait for it, or choose another folder."
+            ) from None
+        except OSError as error:
+            raise TrainError(f"--out {path} cannot be written to: {error.strerror}. Choose another folder.") from error
+        try:
+            yield
+        except Exception as error:
+            if not is_disk_full(error):
+                raise
+            raise TrainError(disk_full(path)) from error

@@ -11,8 +11,8 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from curlora.continual.storage import write_whole
 from curlora.report.plots import svg_panel
+from curlora.storage import write_whole
 from curlora.train.outcome import TrainOutcome
 from curlora.train.tables import budget_rows, loss_row, text_rows
 

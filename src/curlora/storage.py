@@ -1,14 +1,31 @@
-"""Files and folders that are written atomically, also if the power fails."""
+"""Files and folders that are written atomically, also if the power fails; folders that are locked."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["Checkpoints", "is_disk_full", "mark_complete", "newest", "put_folder", "sync", "write_whole"]
+import filelock
+
+__all__ = [
+    "LOCK",
+    "Checkpoints",
+    "disk_full",
+    "is_disk_full",
+    "locked",
+    "mark_complete",
+    "newest",
+    "put_folder",
+    "sync",
+    "write_whole",
+]
+
+LOCK = ".lock"
+"""The name of the lock's file, in the folder that it locks."""
 
 _CHECKPOINT = "checkpoint-"
 _COMPLETE = "complete"
@@ -20,12 +37,39 @@ def is_disk_full(error: Exception) -> bool:
     return "No space left" in str(error) or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: it appears complete or not at all."""
+def disk_full(folder: Path) -> str:
+    """Return the message for a disk that becomes full in the middle of work that can be resumed."""
+    return (
+        f"The disk that holds {folder} is full. Finished work is not lost: free some space, and run the same command "
+        "again to resume."
+    )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder if it is missing, and lock it for this process.
+
+    Raises:
+        filelock.Timeout: if another process holds the lock.
+        OSError: if the folder cannot be written to.
+    """
+    lock = filelock.FileLock(folder / LOCK)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock.acquire(timeout=0)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows does not remove an open file
+            Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: it appears complete or not at all. Text is encoded as UTF-8."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.write(text)
+        with partial.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, path)
