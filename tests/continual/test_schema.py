@@ -9,6 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from curlora.continual.plugins import PLUGINS
 from curlora.continual.recipe import Recipe
 from curlora.continual.recipe_file import packaged_recipes
 from curlora.continual.schema import DESCRIPTIONS, recipe_schema
@@ -59,6 +60,23 @@ def test_the_recipes_that_come_with_it_are_valid(schema):
         assert accepted(schema, content) == [], path
 
 
+def test_options_and_arguments_are_described(schema):
+    method = schema["$defs"]["MethodSpec"]
+    plugins = {
+        of["if"]["properties"]["name"]["const"]: of["then"] for of in method["properties"]["plugins"]["items"]["allOf"]
+    }
+    assert plugins.keys() == PLUGINS.keys()
+    adapters = {
+        of["if"]["properties"]["method"]["const"]: of["then"]["properties"]["options"] for of in method["allOf"]
+    }
+    assert {"lora", "curlora", "osf"} < adapters.keys()
+    trainer = schema["$defs"]["Settings"]["properties"]["trainer"]
+    for part in (*plugins.values(), *adapters.values(), trainer):
+        assert all(
+            entry["description"] for key, entry in part["properties"].items() if key not in ("peft_type", "name")
+        )
+
+
 def test_one_held_out_text_or_several(schema, recipe_path):
     content = yaml.safe_load(recipe_path.read_text())
     assert accepted(schema, content) == []
@@ -73,6 +91,13 @@ def test_one_held_out_text_or_several(schema, recipe_path):
         ({"training": {"epochs": 0}}, "$.training.epochs"),
         ({"methods": [{"name": "x", "method": "lorra"}]}, "$.methods[0].method"),
         ({"methods": [{"name": "x", "method": "lora", "plugins": [{"name": "ewk"}]}]}, "$.methods[0].plugins[0].name"),
+        ({"methods": [{"name": "x", "method": "lora", "options": {"rank": 4}}]}, "$.methods[0].options: 'rank'"),
+        (
+            {"methods": [{"name": "x", "method": "lora", "plugins": [{"name": "ewc", "strenght": 1.0}]}]},
+            "$.methods[0].plugins[0]: 'strenght'",
+        ),
+        ({"training": {"trainer": {"gradient_checkpoint": True}}}, "$.training.trainer: 'gradient_checkpoint'"),
+        ({"training": {"trainer": {"seed": 3}}}, "$.training.trainer: 'seed'"),
         ({"methods": [{"method": "lora"}]}, "'name' is a required property"),
         ({"heldout": []}, "$.heldout"),
     ],

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
 
+from transformers import TrainingArguments
+
 from curlora.continual.methods.peft import peft_types
-from curlora.continual.plugins import PLUGINS
+from curlora.continual.plugins import PLUGINS, Plugin
 from curlora.continual.recipe import Recipe
+from curlora.continual.settings import OWN_ARGUMENTS
 
 __all__ = ["DESCRIPTIONS", "recipe_schema"]
 
@@ -151,7 +158,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON schema of a recipe as written in YAML.
 
-    The options of methods and plug-ins are not restricted: PEFT and the plug-in define them.
+    The options of methods, plug-ins and the Trainer are known by name and description; their values are not checked.
     """
     schema = Recipe.model_json_schema()
     for name, part in {"Recipe": schema, **schema["$defs"]}.items():
@@ -166,11 +173,19 @@ def recipe_schema() -> dict[str, Any]:
     }  # fmt: skip
     method = schema["$defs"]["MethodSpec"]["properties"]
     method["method"]["enum"] = ["frozen", "full", *sorted(peft_types())]
+    which = {"name": {"enum": sorted(PLUGINS), "description": "Which plug-in."}}
     method["plugins"]["items"] = {
         "type": "object",
-        "properties": {"name": {"enum": sorted(PLUGINS), "description": "Which plug-in."}},
+        "properties": which,
         "required": ["name"],
+        "allOf": [_if_named("name", name, _only({**which, **_options_of(cls)})) for name, cls in PLUGINS.items()],
     }
+    schema["$defs"]["MethodSpec"]["allOf"] = [
+        _if_named("method", name, {"properties": {"options": _only(_fields_of(cls))}})
+        for name, cls in peft_types().items()
+    ]
+    arguments = {key: entry for key, entry in _fields_of(TrainingArguments).items() if key not in OWN_ARGUMENTS}
+    schema["$defs"]["Settings"]["properties"]["trainer"] |= _only(arguments)
     del method["grid"]  # not written in a recipe
     for key in ("method", "learning_rate", "adapter_per_task"):
         plain = method[key]
@@ -183,3 +198,26 @@ def recipe_schema() -> dict[str, Any]:
         "description": orders.pop("description"), "anyOf": [orders, {"const": "all"}]
     }  # fmt: skip
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of curlora", **schema}
+
+
+def _if_named(key: str, name: str, then: dict[str, Any]) -> dict[str, Any]:
+    return {"if": {"properties": {key: {"const": name}}, "required": [key]}, "then": then}
+
+
+def _only(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Allow these keys and no others. The message of a validator then names the wrong key."""
+    return {"properties": properties, "propertyNames": {"enum": list(properties)}}
+
+
+def _fields_of(cls: Any) -> dict[str, dict[str, str]]:
+    """Return the fields of a dataclass of PEFT or transformers, with the help that they give."""
+    said = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls) if field.init}
+    # A trailing comma has made a few of PEFT's texts tuples of one text.
+    return {name: {"description": " ".join("".join(text).split())} for name, text in said.items()}
+
+
+def _options_of(plugin: type[Plugin]) -> dict[str, dict[str, str]]:
+    """Return the options of a plug-in, with their descriptions from its docstring."""
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(plugin) or "", re.MULTILINE)
+    said = {name: " ".join(text.split()) for name, text in found}
+    return {name: {"description": said[name]} for name in inspect.signature(plugin).parameters}

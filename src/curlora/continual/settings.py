@@ -15,10 +15,10 @@ from transformers.trainer_utils import SchedulerType
 from curlora.continual.problems import unknown_names
 from curlora.continual.processes import use_cpu
 
-__all__ = ["OF_A_METHOD", "Settings"]
+__all__ = ["OF_A_METHOD", "OWN_ARGUMENTS", "Settings"]
 
 # The arguments of transformers' Trainer that the engine sets itself.
-_OWN_ARGUMENTS = {
+OWN_ARGUMENTS = {
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
     "gradient_accumulation_steps", "train_sampling_strategy", "learning_rate", "weight_decay", "max_grad_norm",
     "lr_scheduler_type", "warmup_steps", "warmup_ratio", "seed", "data_seed", "logging_steps", "logging_strategy",
@@ -97,7 +97,7 @@ class Settings(BaseModel):
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         known = set(inspect.signature(TrainingArguments).parameters)
         for key in value:
-            if key in _OWN_ARGUMENTS:
+            if key in OWN_ARGUMENTS:
                 raise ValueError(f"{key!r} is set by the run itself. Use the other keys of training instead")
         if unknown := [key for key in value if key not in known]:
             raise ValueError(unknown_names("transformers' Trainer", unknown, known, "argument"))
