@@ -100,6 +100,9 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
             "task 'second': labels.0: a string is expected, got True. Quote the value",
         ),  # YAML reads booleans
         ("methods.0.name=../x", "method '../x': name: String should match pattern"),
+        ("methods.1.plugins=[ewc]", "method 'lora': plugins.0: must be a mapping of keys to values, got 'ewc'"),
+        ("heldout={name: h}", "heldout.*: a text is a mapping with a name, and a path, hub, prompts or written_by"),
+        ("guard={name: g, path: a, hub: b}", "guard: give either path"),
         ("methods=[]", "methods: must have 1 entry or more, found 0"),
         ("methods.1.plugins=[{name: ewk}]", "method 'lora': a recipe has no plug-in 'ewk'. Did you mean 'ewc'"),
         (
@@ -197,6 +200,26 @@ def test_a_damaged_result_is_named(recipe_path, tmp_path):
 def test_bad_entries_are_named(recipe_path, change, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_path, [change])
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ("heldout={name: h, prompts: []}", "prompts: must have 1 entry or more, found 0"),
+        ("heldout={name: h, prompts: 3}", "prompts: must be a list or a path, got 3"),
+        ("heldout={name: h, prompts: [a, '']}", "prompts.1: must not be empty"),
+        ("tasks.0.train.text=3", "train.text: must be a string or a list, got 3"),
+        (
+            "methods.1.learning_rate={grid: [0.1]}",
+            "learning_rate: a grid must be a list of two or more values, got [0.1]",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named_once(recipe_path, change, line):
+    with pytest.raises(RecipeError) as error:
+        load_recipe(recipe_path, [change])
+    (said,) = str(error.value).splitlines()[1:]
+    assert said.endswith(f": {line}")
 
 
 def test_a_methods_arguments_of_the_trainer_are_added_to_the_runs(recipe_path):

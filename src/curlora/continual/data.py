@@ -238,7 +238,7 @@ class AnswersSpec(BaseModel, extra="forbid", frozen=True):
     """
 
     name: str
-    prompts: Annotated[list[str], Field(min_length=1)] | Path
+    prompts: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | Path
     max_new_tokens: Annotated[int, Field(gt=0)] = 128
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 

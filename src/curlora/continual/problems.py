@@ -47,11 +47,16 @@ _ELSEWHERE = {
 # What pydantic expects, by the first word of an error's type.
 _EXPECTED = {
     "bool": "must be true or false",
+    "dict": "must be a mapping of keys to values",
     "float": "must be a number",
     "int": "must be a whole number",
     "model": "must be a mapping of keys to values",
     "path": "must be a path",
 }
+
+
+# The types of a value that may have several, by the error's type.
+_NAMES = {"list_type": "a list", "path_type": "a path", "string_type": "a string"}
 
 
 def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kind: str = "key") -> str:
@@ -106,7 +111,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
     """
     lines: list[str] = []
     extra: dict[tuple[int | str, ...], tuple[list[int | str], list[str]]] = {}
-    for one in error.errors():
+    for one in _joined(error.errors(), content):
         location = _existing(one["loc"], content)
         if one["type"] == "at_their_places":
             lines += one["msg"].split("\n")
@@ -123,6 +128,29 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
     return list(dict.fromkeys(lines))
 
 
+def _joined(errors: Sequence[ErrorDetails], content: Any) -> list[ErrorDetails]:
+    """Return one error for each value that may be of several types.
+
+    Pydantic reports each type that the value is not, and what is wrong inside of it as a value of the type that it is.
+    The second kind says more.
+    """
+    several: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
+    for one in errors:
+        several.setdefault(tuple(_existing(one["loc"], content)), []).append(one)
+    found: list[ErrorDetails] = []
+    for where, group in several.items():
+        types = [one for one in group if one["type"].endswith("_type")]
+        inside = any(len(other) > len(where) and other[: len(where)] == where for other in several)
+        if inside or len(types) < len(group):
+            found += [one for one in group if one not in types]
+        elif len(group) == 1:
+            found += group
+        else:
+            allowed = " or ".join(dict.fromkeys(_NAMES.get(one["type"], one["type"]) for one in types))
+            found.append({**types[0], "type": "union", "msg": f"must be {allowed}"})
+    return found
+
+
 def _message(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return ""
@@ -130,6 +158,8 @@ def _message(error: ErrorDetails) -> str:
     if error["type"] == "too_short":
         least, found = error["ctx"]["min_length"], error["ctx"]["actual_length"]
         return f"must have {least} {'entry' if least == 1 else 'entries'} or more, found {found}"
+    if error["type"] == "string_too_short":
+        return "must not be empty"
     message = _EXPECTED.get(error["type"].partition("_")[0], message)
     message = message.replace("Input should be a valid", "must be a").replace("Input should be", "must be")
     found = error["input"]
@@ -144,6 +174,8 @@ def _existing(location: Sequence[int | str], content: Any) -> list[int | str]:
     found: list[int | str] = []
     for number, key in enumerate(location):
         last = number == len(location) - 1
+        if isinstance(key, str) and key[:1].isupper():  # the tag of a union; no key of a recipe begins so
+            continue
         if isinstance(content, dict) and (key in content or last):
             content = content.get(key)
         elif isinstance(content, list) and isinstance(key, int) and key < len(content):

@@ -60,8 +60,8 @@ def _kind_of_text(value: Any) -> str | None:
         return type(value).__name__
     if not isinstance(value, dict):
         return None
-    kinds = {"prompts": "AnswersSpec", "written_by": "OwnTextSpec"}
-    return next((kind for key, kind in kinds.items() if key in value), "HeldOutSpec")
+    kinds = {"prompts": "AnswersSpec", "written_by": "OwnTextSpec", "path": "HeldOutSpec", "hub": "HeldOutSpec"}
+    return next((kind for key, kind in kinds.items() if key in value), None)
 
 
 Text = Annotated[

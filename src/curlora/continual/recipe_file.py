@@ -61,7 +61,8 @@ def load_recipe(path: Path | str, changes: Sequence[str] = (), folder: Path | No
         told = tuple(f"{where}{end}" for where in wrong for end in (":", " "))
         # An error that is not about a value of the grid is the same in all of an entry's methods: it is named once.
         named = {**content, "methods": _with_entrys_names(content["methods"])}
-        lines += [line for line in describe_errors(error, Recipe, named) if not line.startswith(told)]
+        said = describe_errors(error, Recipe, named)
+        lines += [one for one in said if not one.startswith(told) and one.partition(": ")[2] not in wrong.values()]
     if lines:
         raise RecipeError(f"{path} is not a recipe that can be run:\n" + "\n".join(f"  {line}" for line in lines))
     recipe._written.update(written)
