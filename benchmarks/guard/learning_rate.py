@@ -33,6 +33,7 @@ EXAMPLES = 480
 MIDDLE = dict(task="gsm8k", steps=60, budget=0.01, r=32, targets="q_proj k_proj v_proj", clip=0.0, choose="inverse")
 REDRAWN = dict(choose="task")  # columns and rows are chosen for the task, as under a ForgettingBudget
 ALL = REDRAWN | dict(targets="all-linear")
+MLP = REDRAWN | dict(targets="gate_proj up_proj down_proj")
 SETTINGS = [
     REDRAWN | dict(steps=20),
     REDRAWN | dict(),
@@ -45,6 +46,12 @@ SETTINGS = [
     ALL | dict(budget=0.1),
     ALL | dict(clip=1.0),
     ALL | dict(task="dialogsum"),
+    ALL | dict(r=8),
+    ALL | dict(r=128),
+    MLP | dict(),
+    ALL | dict(budget=0.002),
+    ALL | dict(task="dialogsum", budget=0.1),
+    ALL | dict(steps=1000),
     dict(steps=20),
     dict(),
     dict(steps=240),
