@@ -178,7 +178,12 @@ class SeedResult(_Record):
 
 
 class Statistic(_Record):
-    """A figure over seeds: mean, and sample standard deviation if there are several seeds."""
+    """A figure over seeds.
+
+    Args:
+        mean: the mean.
+        deviation: the sample standard deviation; ``None`` with one seed.
+    """
 
     mean: float
     deviation: float | None

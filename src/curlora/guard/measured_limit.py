@@ -25,7 +25,12 @@ class NothingKeptWarning(UserWarning):
 
 
 class Kept(NamedTuple):
-    """The share of a training's change that was kept, and the relative rise of the measure with it."""
+    """The share of a training's change that was kept, and the relative rise of the measure with it.
+
+    Args:
+        scale: the share, 0 to 1; 1 if the limit held without scaling back.
+        rise: the rise relative to the measure before the first training: 0.01 for 1 %.
+    """
 
     scale: float
     rise: float
