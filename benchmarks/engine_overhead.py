@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from curlora.continual.batches import Collator, LengthGrouped
+from curlora.continual.encoding import encode
 from curlora.continual.launch import build
 from curlora.continual.results import environment
-from curlora.continual.sequence import encode
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from curlora.demo import demo_recipe

@@ -9,15 +9,16 @@ import yaml
 from transformers import GenerationConfig
 
 from curlora.continual.answer_score import AnswerScore
+from curlora.continual.encoding import encode
 from curlora.continual.errors import RunError
 from curlora.continual.generation import Generation, generate, score_generated
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import run_recipe
+from curlora.continual.method_run import BaseScores, MethodRun, work_of
 from curlora.continual.methods import make_method
 from curlora.continual.plan import make_plan
 from curlora.continual.recipe_file import load_recipe
 from curlora.continual.results import RunResults
-from curlora.continual.sequence import BaseScores, MethodRun, encode, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ChatTask, CompletionTask, Prompts
 from curlora.report import render

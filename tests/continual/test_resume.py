@@ -215,7 +215,7 @@ def test_what_is_finished_can_be_looked_at_while_the_rest_runs(recipe, tmp_path,
     with pytest.raises(ResultsError, match="run holds no results: there is no such folder"):
         RunResults.load(out / "results.json")
     with monkeypatch.context() as patch:
-        patch.setattr("curlora.continual.sequence.MethodRun._score", cut)
+        patch.setattr("curlora.continual.method_run.MethodRun._score", cut)
         with pytest.raises(Cut):
             run_recipe(recipe, out)
     with pytest.raises(ResultsError, match="run holds no results: no method of its run has finished yet"):
@@ -238,7 +238,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(recipe, tmp_path, monkeypa
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr("curlora.continual.sequence.MethodRun._score", cut)
+        patch.setattr("curlora.continual.method_run.MethodRun._score", cut)
         with pytest.raises(Cut):
             run_recipe(recipe, tmp_path / "run")
     (state,) = (tmp_path / "run").glob("frozen/seed-0/weights-1/state.safetensors")

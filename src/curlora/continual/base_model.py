@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from curlora.continual.checks import check_texts
+from curlora.continual.encoding import Encoded
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.processes import process_state
 from curlora.continual.results import Score, TextScore
-from curlora.continual.sequence import Encoded
 from curlora.continual.stream import Stream
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer

@@ -12,13 +12,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from curlora.continual.answers import OwnText, PromptList
+from curlora.continual.encoding import Encoded
 from curlora.continual.errors import RecipeWarning, RunError
 from curlora.continual.frozen_layers import layers_below, layers_below_targets
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method
 from curlora.continual.methods.peft import Peft
 from curlora.continual.problems import unknown_names
-from curlora.continual.sequence import Encoded
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["Adapted", "check_stream", "check_texts"]

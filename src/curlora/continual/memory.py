@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from curlora._compat import attention_implementation, in_out_features
 from curlora.continual.checks import Adapted
+from curlora.continual.encoding import Encoded
 from curlora.continual.methods import Method
 from curlora.continual.processes import process_state
-from curlora.continual.sequence import Encoded
 from curlora.continual.tasks import Row
 from curlora.guard.texts import IGNORED
 from curlora.tuner.layer import CurloraLayer

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from curlora.continual.batches import Collator
+from curlora.continual.encoding import Encoded, encode, in_order, trained_by
 from curlora.continual.heldout import HeldOut
 from curlora.continual.launch import build
 from curlora.continual.memory import Memory, estimate
@@ -17,7 +18,6 @@ from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
 from curlora.continual.processes import check_shared_out
 from curlora.continual.recipe import Recipe
-from curlora.continual.sequence import Encoded, encode, in_order, trained_by
 from curlora.continual.stream import Stream
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row

@@ -11,13 +11,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from curlora.continual.base_model import Base, measured_base, same_model
+from curlora.continual.encoding import Encoded, encode, in_order
 from curlora.continual.errors import RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
+from curlora.continual.method_run import BaseScores, MethodRun, work_of
 from curlora.continual.methods import Method
 from curlora.continual.processes import check_shared_out, process_state
 from curlora.continual.results import MethodResult, RunResults, SeedResult, TaskInfo, environment, name_of
 from curlora.continual.run_directory import in_use
-from curlora.continual.sequence import BaseScores, Encoded, MethodRun, encode, in_order, work_of
 from curlora.continual.state import State
 from curlora.continual.stream import Stream
 from curlora.continual.tasks import ClassificationTask

@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answers import OwnText, PromptList, kept_answers
 from curlora.continual.checks import Adapted, check_stream
+from curlora.continual.encoding import Encoded
 from curlora.continual.errors import RunError
 from curlora.continual.frozen_layers import keep_frozen_layers
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method
 from curlora.continual.processes import process_state
-from curlora.continual.sequence import Encoded
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import Task
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from curlora.continual.base_model import Base, measured_base
 from curlora.continual.computing import computing
+from curlora.continual.encoding import Encoded, encode, in_order
 from curlora.continual.errors import RunError
 from curlora.continual.run import Finished, Job, Runner, jobs_of, run_job
-from curlora.continual.sequence import Encoded, encode, in_order
 from curlora.guard.progress import Progress
 
 if TYPE_CHECKING:

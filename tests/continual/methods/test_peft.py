@@ -6,9 +6,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
+from curlora.continual.encoding import encode
 from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.method_run import BaseScores, MethodRun
 from curlora.continual.methods import make_method
-from curlora.continual.sequence import BaseScores, MethodRun, encode
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ClassificationTask
 from curlora.guard.progress import NullProgress

@@ -16,8 +16,8 @@ from curlora.continual.answers import Answers
 from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
+from curlora.continual.method_run import MethodRun
 from curlora.continual.plugins import GuardPlugin, KLToBase, TaskContext
-from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import Cut, figures

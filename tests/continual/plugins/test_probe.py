@@ -7,8 +7,8 @@ import yaml
 from curlora.continual import load_recipe, probe, run_recipe
 from curlora.continual.batches import Collator
 from curlora.continual.errors import RunError
+from curlora.continual.method_run import MethodRun
 from curlora.continual.plugins import Probe, TaskContext
-from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import Cut, figures

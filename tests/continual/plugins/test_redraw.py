@@ -15,8 +15,8 @@ from curlora import redraw
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.batches import Collator
 from curlora.continual.heldout import HeldOut
+from curlora.continual.method_run import MethodRun
 from curlora.continual.plugins import Redraw, TaskContext
-from curlora.continual.sequence import MethodRun
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import Cut, figures

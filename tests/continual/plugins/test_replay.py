@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from curlora.continual.encoding import encode
+from curlora.continual.method_run import BaseScores, MethodRun
 from curlora.continual.methods import make_method
 from curlora.continual.plugins import Replay, TaskContext, make_plugin
-from curlora.continual.sequence import BaseScores, MethodRun, encode
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import CompletionTask

@@ -9,9 +9,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from curlora.continual.encoding import encode
 from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.method_run import BaseScores, MethodRun, work_of
 from curlora.continual.methods import make_method
-from curlora.continual.sequence import BaseScores, MethodRun, encode, work_of
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, CompletionTask, TaskError

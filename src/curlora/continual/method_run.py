@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from curlora.continual.batches import Collator
+from curlora.continual.encoding import Encoded, evaluation_batch_size, trained_by
 from curlora.continual.errors import RunError
-from curlora.continual.generation import Generation
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
@@ -24,20 +24,12 @@ from curlora.continual.results import Score, SeedResult, TextScore
 from curlora.continual.settings import Settings
 from curlora.continual.state import State
 from curlora.continual.task_model import HEAD_SEED, TaskModel
-from curlora.continual.tasks import Row, Task
+from curlora.continual.tasks import Row
 from curlora.continual.trainer import TaskTrainer, steps_of
 from curlora.guard.progress import Portion, Progress, part_of
 from curlora.storage import sync
 
-__all__ = [
-    "BaseScores",
-    "Encoded",
-    "MethodRun",
-    "encode",
-    "in_order",
-    "trained_by",
-    "work_of",
-]
+__all__ = ["BaseScores", "MethodRun", "work_of"]
 
 
 @dataclass(frozen=True)
@@ -46,78 +38,6 @@ class BaseScores:
 
     heldout: Mapping[str, TextScore]
     tasks: Sequence[Score] = ()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A task as rows, ready for training and scoring, with its settings.
-
-    Args:
-        task: the task, with only the examples that have a row.
-        number: the task's number in the stream, from 0.
-        train: the training rows.
-        evaluation: the evaluation rows.
-        settings: the task's settings.
-        generation: the prompts for scoring by generation, if answers are generated.
-        too_long: the numbers of examples that were cut or left out: ``train_cut``, ``train_dropped``,
-            ``evaluation_cut``, ``evaluation_dropped``.
-    """
-
-    task: Task
-    number: int
-    train: Sequence[Row]
-    evaluation: Sequence[Row]
-    settings: Settings
-    generation: Generation | None = None
-    too_long: Mapping[str, int] = field(default_factory=dict)
-
-
-def encode(tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, settings: Settings) -> list[Encoded]:
-    """Tokenize a stream, once for all methods and seeds.
-
-    Raises:
-        ValueError: if an example has no token to learn or score.
-    """
-    encoded = []
-    for number, task in enumerate(tasks):
-        own = settings.changed(dict(task.training))
-        splits = {split: task.encode(split, tokenizer, own.max_length) for split in ("train", "evaluation")}
-        too_long: dict[str, int] = {}
-        for name, split in splits.items():
-            too_long |= {f"{name}_cut": split.cut, f"{name}_dropped": len(getattr(task, name)) - len(split.kept)}
-            for row in split.rows:
-                row["task"] = number
-        if too_long["train_dropped"] or too_long["evaluation_dropped"]:
-            task = task.only(**{name: split.kept for name, split in splits.items()})
-        prompts = task.prompts(tokenizer, own.max_length)
-        generation = None if prompts is None else Generation(task.name, prompts, _evaluation_batch_size(own))
-        if own.order == "shuffled":  # sorting by length keeps padding low
-            splits["evaluation"].rows.sort(key=lambda row: len(row["input_ids"]))
-        rows, scored = splits["train"].rows, splits["evaluation"].rows
-        encoded.append(Encoded(task, number, rows, scored, own, generation, too_long))
-    return encoded
-
-
-def in_order(stream: Sequence[Encoded], order: Sequence[str]) -> list[Encoded]:
-    """Return the tasks in another order, renumbered.
-
-    Args:
-        stream: the tasks from :func:`encode`.
-        order: the names of all its tasks; the stream's own order if empty.
-    """
-    names = [part.task.name for part in stream]
-    ordered = []
-    for number, part in enumerate(stream[names.index(name)] for name in order or names):
-        if part.number != number:
-            train, evaluation = ([{**row, "task": number} for row in rows] for rows in (part.train, part.evaluation))
-            part = replace(part, number=number, train=train, evaluation=evaluation)
-        ordered.append(part)
-    return ordered
-
-
-def trained_by(method: Method, stream: Sequence[Encoded]) -> list[Encoded]:
-    """Return the tasks with the method's own settings."""
-    return [replace(part, settings=part.settings.changed(method.training)) for part in stream]
 
 
 # Units of progress, each of about the same time. A training batch also runs a backward pass.
@@ -148,11 +68,7 @@ def _scoring_work(method: Method, stream: Sequence[Encoded], number: int, heldou
 
 def _scoring_task(part: Encoded) -> float:
     generated = 0 if part.generation is None else part.generation.steps
-    return -(-len(part.evaluation) // _evaluation_batch_size(part.settings)) + generated * _TOKEN_UNITS
-
-
-def _evaluation_batch_size(settings: Settings) -> int:
-    return 1 if settings.evaluation == "one_by_one" else settings.evaluation_batch_size
+    return -(-len(part.evaluation) // evaluation_batch_size(part.settings)) + generated * _TOKEN_UNITS
 
 
 class MethodRun:
@@ -165,7 +81,7 @@ class MethodRun:
         method: the method.
         load_model: returns a fresh causal language model.
         tokenizer: its tokenizer.
-        stream: the tasks in order, from :func:`encode` or :func:`in_order`.
+        stream: the tasks in order, from :func:`curlora.continual.encoding.encode` or ``in_order``.
         heldout: the texts whose perplexity is measured.
         seed: seed of the method's initialization, the heads, the order of examples and dropout.
         base: the base model's scores.
@@ -277,32 +193,41 @@ class MethodRun:
             self._add(before=[*self.result.before, before])
         if not any(p.requires_grad for p in self.model.parameters()):
             return
-        collate = Collator(self.tokenizer, part.settings.readout)
+        context = self._context(part)
+        for plugin in self.plugins:
+            plugin.before_task(context)
+        first_of_adapter = context.adapter_since == part.number
+        if fresh and first_of_adapter and any(plugin.changes_start for plugin in self.plugins):
+            # On another machine the measurements behind this start could differ, so a resumed run loads it from here.
+            self._save_weights(part.number, part.number + 1)
+        self._train(part, context)
+        for plugin in self.plugins:
+            guarded = plugin.after_task(context)
+            if guarded is not None:
+                self._add(guarded=[*self.result.guarded, guarded])
+
+    def _context(self, part: Encoded) -> TaskContext:
         adapters = [self.method.adapter(number) for number in range(part.number + 1)]
-        since = adapters.index(adapters[-1])
-        context = TaskContext(
+        return TaskContext(
             part.number,
             self.model,
             part.train,
-            collate,
+            Collator(self.tokenizer, part.settings.readout),
             self.seed,
             guard_text=self.guard_text,
             base_logits=self.base_logits,
             tasks=len(self.stream),
             adapter=adapters[-1],
-            adapter_since=since,
+            adapter_since=adapters.index(adapters[-1]),
         )
-        for plugin in self.plugins:
-            plugin.before_task(context)
-        if fresh and since == part.number and any(plugin.changes_start for plugin in self.plugins):
-            # On another machine the measurements behind this start could differ, so a resumed run loads it from here.
-            self._save_weights(part.number, part.number + 1)
+
+    def _train(self, part: Encoded, context: TaskContext) -> None:
         rows: Sequence[Row] = part.train
         for plugin in self.plugins:
             rows = plugin.training_rows(replace(context, rows=rows))
         began = time.monotonic()
         if not self.method.trains_backbone and part.settings.readout == "last_token":
-            rows = self._with_states(rows, part.settings, collate)
+            rows = self._with_states(rows, part.settings, context.collate)
         ahead = time.monotonic() - began
         trainer = self._trainer(part, rows)
         trainer.train_or_go_on()
@@ -315,15 +240,13 @@ class MethodRun:
             train_tokens=self.result.train_tokens + part.settings.epochs * sum(len(row["input_ids"]) for row in rows),
             train_seconds=self.result.train_seconds + ahead + trainer.seconds,
         )
-        for plugin in self.plugins:
-            guarded = plugin.after_task(context)
-            if guarded is not None:
-                self._add(guarded=[*self.result.guarded, guarded])
 
     def _save_weights(self, learned: int, begun: int) -> None:
         self.state.save_weights(learned, begun, self.model, self.plugins, self.result)
 
-    def _with_states(self, rows: Sequence[Row], settings: Settings, collate: Collator) -> list[Row]:
+    def _with_states(
+        self, rows: Sequence[Row], settings: Settings, collate: Callable[[Sequence[Row]], dict[str, Tensor]]
+    ) -> list[Row]:
         """Add to each row the hidden state that the head classifies, which is constant if only the head is trained.
 
         The states are always computed in the same order, so a resumed run gets bit-identical states.
