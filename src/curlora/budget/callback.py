@@ -256,9 +256,8 @@ class ForgettingBudget(TrainerCallback):
         held, start = self._holding, self._start
         assert start is not None
         held.restraint.on_train_end(args, state, control, **kwargs)
-        kept = (
-            start.kept if held.unchanged(held.begun_with) else 1.0
-        )  # resumed from the last step, where it was scaled back already
+        # A training that is resumed from its last step has been scaled back already.
+        kept = start.kept if held.unchanged(held.begun_with) else 1.0
         held.finish()
         kept *= 1.0 if held.kept is None else held.kept.scale
         texts = self._texts.outcomes(start)

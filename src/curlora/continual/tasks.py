@@ -32,8 +32,6 @@ __all__ = [
 Row = dict[str, Any]
 """An encoded example: ``input_ids``, and ``labels``: a class, or for each token the next token (-100: no label)."""
 
-"""The label that torch's losses ignore."""
-
 
 class TaskError(ValueError):
     """A task or one of its examples is invalid; the message says which and why."""
