@@ -29,8 +29,7 @@ from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# These folders replace this script's own folder, whose kernels/ would hide another package of the same name.
-sys.path[:1] = [str(HERE / "speed"), str(HERE / "kernels")]
+sys.path[:0] = [str(HERE / "speed"), str(HERE / "fused")]
 TINY = "--tiny" in sys.argv
 if TINY:
     os.environ["TRITON_INTERPRET"] = "1"

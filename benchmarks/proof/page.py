@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 from tables import table
 
-from curlora.continual.results import RunResults, Statistic
+from curlora.continual.results import RunResults
 from curlora.continual.task_measure import TaskMeasure
 from curlora.continual.tradeoff import front, points
 
@@ -73,29 +73,33 @@ def over_seeds(entries):
 
 
 def stream():
-    """The stream: the fall of each task's loss when it was learned and at the end, and what all was forgotten."""
+    """The stream: the fall of each task's loss when it was learned and at the end, and what all was forgotten.
+
+    A row for each method and order of the tasks.
+    """
     results = RunResults.load(HERE / "stream" / "results.json")
-    measure = TaskMeasure.of(results)
     names = [task.name for task in results.tasks]
-    header = ["", "parameters", *names, "mean, when learned", "mean, at the end", "earlier tasks forgot", *HEADER[4:]]
+    header = ["", "runs", "parameters", *names, "mean, when learned", "mean, at the end", "earlier tasks forgot"]
     rows = []
-    for point in points(results):
-        method = point.method
-        if method.method == "frozen":
-            continue
-        last = len(names) - 1
-        falls = [
-            [Statistic.of([measure.floor[name] - seed.scores[i][j].loss for seed in method.seeds]) for i in (j, last)]
-            for j, name in enumerate(names)
-        ]
-        each = [" → ".join(dict.fromkeys(shown(fall, 3) for fall in of_task)) for of_task in falls]
-        ways = (measure.when_learned(method), measure.learned(method), measure.forgetting(method))
-        kl = (point.limited, point.mean, point.worst)
-        rows.append(
-            [method.label, f"{method.trainable_parameters:,}", *each, *(shown(way, 3) for way in ways)]
-            + [shown(one, 4) for one in kl]
-        )
-    return table(header, rows)
+    for order, run in results.by_order().items():
+        measure = TaskMeasure.of(run)
+        for point in points(run):
+            if point.method.method == "frozen":
+                continue
+            method = point.method
+            each = []
+            for name in names:
+                places = (order.index(name), len(order) - 1)  # when it was learned, and at the end
+                after = (measure.floor[name] - method.score(i, places[0], "loss").mean for i in dict.fromkeys(places))
+                each.append(" → ".join(f"{fall:.3f}" for fall in after))
+            ways = (measure.when_learned(method), measure.learned(method), measure.forgetting(method))
+            kl = (point.limited, point.mean, point.worst)
+            rows.append(
+                [method.label + ("" if list(order) == names else "; in reverse"), len(method.seeds)]
+                + [f"{method.trainable_parameters:,}", *each, *(shown(way, 3) for way in ways)]
+                + [shown(one, 4) for one in kl]
+            )
+    return table([*header, *HEADER[4:]], sorted(rows, key=lambda row: row[0].removesuffix("; in reverse")))
 
 
 def within(entries):

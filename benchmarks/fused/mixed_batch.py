@@ -1,6 +1,6 @@
 """Compare the kernel of ``curlora::mixed_batch`` (a ``U`` for each row) with PyTorch's operators and one shared ``U``.
 
-python benchmarks/kernels/mixed_batch.py --tokens 64 2048 --ranks 16     # 64 rows, so 1 and 32 tokens per row
+python benchmarks/fused/mixed_batch.py --tokens 64 2048 --ranks 16     # 64 rows, so 1 and 32 tokens per row
 """
 
 import timing

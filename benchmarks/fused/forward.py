@@ -1,6 +1,6 @@
 """Compare the kernel of ``curlora::forward`` with PyTorch's operators and with a copy.
 
-python benchmarks/kernels/forward.py --tokens 2048 --ranks 16     # on a GPU
+python benchmarks/fused/forward.py --tokens 2048 --ranks 16     # on a GPU
 """
 
 import timing

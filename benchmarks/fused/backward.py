@@ -1,6 +1,6 @@
 """Compare the kernels of ``curlora::backward`` with PyTorch's operators and with a copy.
 
-python benchmarks/kernels/backward.py --tokens 2048 --ranks 16     # on a GPU
+python benchmarks/fused/backward.py --tokens 2048 --ranks 16     # on a GPU
 """
 
 import timing
