@@ -80,7 +80,8 @@ def stream():
     results = RunResults.load(HERE / "stream" / "results.json")
     names = [task.name for task in results.tasks]
     header = ["", "runs", "parameters", *names, "mean, when learned", "mean, at the end", "earlier tasks forgot"]
-    rows = []
+    rows, ends = [], {True: "", False: "; in reverse"}
+    assert set(results.by_order()) <= {tuple(names), tuple(reversed(names))}
     for order, run in results.by_order().items():
         measure = TaskMeasure.of(run)
         for point in points(run):
@@ -90,12 +91,13 @@ def stream():
             each = []
             for name in names:
                 places = (order.index(name), len(order) - 1)  # when it was learned, and at the end
-                after = (measure.floor[name] - method.score(i, places[0], "loss").mean for i in dict.fromkeys(places))
-                each.append(" → ".join(f"{fall:.3f}" for fall in after))
+                losses = [method.score(i, places[0], "loss") for i in dict.fromkeys(places)]
+                falls = [loss.model_copy(update={"mean": measure.floor[name] - loss.mean}) for loss in losses]
+                each.append(" → ".join(shown(fall, 3) for fall in falls))
             ways = (measure.when_learned(method), measure.learned(method), measure.forgetting(method))
             kl = (point.limited, point.mean, point.worst)
             rows.append(
-                [method.label + ("" if list(order) == names else "; in reverse"), len(method.seeds)]
+                [method.label + ends[order == tuple(names)], len(method.seeds)]
                 + [f"{method.trainable_parameters:,}", *each, *(shown(way, 3) for way in ways)]
                 + [shown(one, 4) for one in kl]
             )

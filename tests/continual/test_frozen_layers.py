@@ -124,11 +124,12 @@ def test_the_lower_layers_do_not_run_again(study, tmp_path, monkeypatch):
     assert calls.count(1) == 1  # the check on a few tokens
 
 
-def test_the_plan_gives_the_size_of_the_cache(study, tmp_path):
+@pytest.mark.parametrize("order", ["shuffled", "as_given"])
+def test_the_plan_gives_the_size_of_the_cache(study, tmp_path, order):
     alone(study, {"options": {"r": 4, **UPPER}})
-    seeds = "seeds=[0, 1]"
-    assert make_plan(load_recipe(study, [seeds])).cache == 0
-    recipe = load_recipe(study, [KEPT, seeds])
+    changes = ["seeds=[0, 1]", f"switches.order={order}"] if order == "as_given" else ["seeds=[0, 1]"]
+    assert make_plan(load_recipe(study, changes)).cache == 0
+    recipe = load_recipe(study, [KEPT, *changes])
     plan = make_plan(recipe)
     run_recipe(recipe, tmp_path / "run")
     states = [load_file(path)["states"] for path in (tmp_path / "run" / FOLDER / "2").iterdir()]

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from curlora import CurloraConfig, CurloraLayer
 from curlora.guard import Calibration, GuardError, calibrate, collect, model_pass
 from curlora.guard.model_pass import _drawn_gradient
+from curlora.guard.texts import Rows
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
 # Few tokens are enough here.
@@ -161,6 +162,18 @@ def test_positions_that_are_given_are_used():
     )
     for name in given.layers:
         torch.testing.assert_close(given.layers[name].inputs, padded.layers[name].inputs, rtol=1e-4, atol=1e-7)
+
+
+def test_an_adapted_output_layer_sees_prompts_too():
+    """Moments of inputs are of all tokens, also of those whose prediction does not count."""
+    model = curlora(llama(), target_modules=["q_proj", "lm_head"])
+    rows = tokens(batch=2, length=9).unbind()
+    answers = Rows(rows, (torch.arange(9) >= torch.tensor([[5], [7]])).unbind())
+    whole, of_answers = (calibrate(model, data, progress=False) for data in (rows, answers))
+    assert any("lm_head" in name for name in whole.layers)
+    for name, moments in whole.layers.items():
+        torch.testing.assert_close(of_answers.layers[name].inputs, moments.inputs, rtol=1e-5, atol=0)
+        assert of_answers.layers[name].output == pytest.approx(moments.output, rel=1e-5)
 
 
 @pytest.mark.parametrize("base", MAPS)

@@ -16,16 +16,17 @@ from transformers import PreTrainedTokenizerBase
 from curlora.continual.answers import OwnText, PromptList
 from curlora.continual.computing import computing
 from curlora.continual.data import AnswersSpec, HeldOutSpec, OwnTextSpec, read_prompts, read_task, read_text
-from curlora.continual.errors import RecipeError, RecipeWarning
+from curlora.continual.errors import RecipeError, RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
+from curlora.continual.method_spec import MethodSpec
 from curlora.continual.protocol import Protocol
 from curlora.continual.recipe import Recipe
 from curlora.continual.results import RunResults
 from curlora.continual.run import run_stream
-from curlora.continual.run_directory import claim
 from curlora.continual.stream import Stream
 from curlora.continual.workers import ray_workers
 from curlora.guard.progress import NullProgress, Progress
+from curlora.storage import LOCK, write_whole
 
 __all__ = ["build", "run_recipe"]
 
@@ -109,7 +110,7 @@ def run_recipe(
         RunError: if ``directory`` holds a run of another recipe; also see :func:`curlora.continual.run.run_stream`.
     """
     directory = Path(directory)
-    begin = partial(claim, recipe, directory)
+    begin = partial(_claim, recipe, directory)
     if workers is not None or address is not None:
         with (
             computing(None, recipe.training.fp32_products),
@@ -118,6 +119,55 @@ def run_recipe(
             return run_stream(build(recipe), directory, progress, begin, runner)
     with computing(recipe.resources.cpus, recipe.training.fp32_products):
         return run_stream(build(recipe), directory, progress, begin)
+
+
+_SAVED = "recipe.json"
+
+
+def _claim(recipe: Recipe, directory: Path) -> None:
+    """Check that a directory is empty or belongs to a recipe, and save the recipe in it.
+
+    Raises:
+        RunError: if the directory holds a run of another recipe, or other files.
+    """
+    saved = directory / _SAVED
+    recipe = recipe.portable()
+    if saved.exists():
+        try:
+            before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RunError(
+                f"{saved} cannot be read, so it is unknown whether {directory} belongs to this recipe. Choose another "
+                f"folder, or remove {saved} if you are sure that it does."
+            ) from error
+        changed = _changes(before, recipe, directory)
+        if changed and any(directory.glob("*/seed-*")):  # else the other recipe has trained nothing
+            raise RunError(
+                f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, undo "
+                "the change, or remove the folder."
+            )
+    elif any(path.name != LOCK for path in directory.iterdir()):
+        raise RunError(f"{directory} holds files, but no run. Choose another folder.")
+    write_whole(saved, recipe.model_dump_json(indent=2))
+
+
+def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
+    def known(recipe: Recipe) -> dict[str, Any]:
+        """Return the parts that figures depend on."""
+        tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
+        parts = ("model", "heldout", "guard", "protocol", "switches", "reference")
+        training = recipe.training.changed({"cache_frozen_layers": False})  # changes no figure
+        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks, "training": training}
+
+    def methods(recipe: Recipe) -> dict[str, MethodSpec]:
+        return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}
+
+    old, new = known(before), known(now)
+    begun = {name: method for name, method in methods(before).items() if (directory / name).exists()}
+    changed = [f"method {name!r}" for name, method in begun.items() if methods(now).get(name) != method]
+    # Folders are named by the position of an order, so new orders may only be appended.
+    reordered = ["orders"] if now.orders[: len(before.orders)] != before.orders else []
+    return [part for part in new if old[part] != new[part]] + reordered + changed
 
 
 def _held_out(part: HeldOutSpec, text: str, tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> HeldOut:

@@ -123,10 +123,16 @@ def _tokens_cached(stream: Stream, tasks: Sequence[Encoded]) -> int:
     """Return the number of tokens in all distinct batches; see :mod:`curlora.continual.frozen_layers`."""
     if not stream.settings.cache_frozen_layers:
         return 0
-    shuffled = sum(tokens_of(part.train) * part.settings.epochs for part in tasks)  # another order in each epoch
+    by_method = [trained_by(method, tasks) for method in stream.methods if method.trains_backbone]
+    trained = 0
+    for number, part in enumerate(tasks):
+        epochs = max((of[number].settings.epochs for of in by_method), default=1)
+        # Shuffled examples form other batches in each epoch and with each seed.
+        shuffled = part.settings.order == "shuffled" and by_method
+        trained += tokens_of(part.train) * (epochs * len(stream.seeds) if shuffled else 1)
     scored = sum(tokens_of(part.evaluation) for part in tasks)
     read = sum(len(window) for text in stream.texts for window, _ in text.scored())
-    return len(stream.seeds) * shuffled + scored + read
+    return trained + scored + read
 
 
 def _learned(

@@ -56,7 +56,7 @@ _EXPECTED = {
 
 
 # The types of a value that may have several, by the error's type.
-_NAMES = {"list_type": "a list", "path_type": "a path", "string_type": "a string"}
+_NAMES = {"int_type": "a whole number", "list_type": "a list", "path_type": "a path", "string_type": "a string"}
 
 
 def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kind: str = "key") -> str:
@@ -112,7 +112,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
     lines: list[str] = []
     extra: dict[tuple[int | str, ...], tuple[list[int | str], list[str]]] = {}
     for one in _joined(error.errors(), content):
-        location = _existing(one["loc"], content)
+        location = _existing(one, content)
         if one["type"] == "at_their_places":
             lines += one["msg"].split("\n")
         elif one["type"] == "extra_forbidden":
@@ -136,7 +136,7 @@ def _joined(errors: Sequence[ErrorDetails], content: Any) -> list[ErrorDetails]:
     """
     several: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
     for one in errors:
-        several.setdefault(tuple(_existing(one["loc"], content)), []).append(one)
+        several.setdefault(tuple(_existing(one, content)), []).append(one)
     found: list[ErrorDetails] = []
     for where, group in several.items():
         types = [one for one in group if one["type"].endswith("_type")]
@@ -169,14 +169,12 @@ def _message(error: ErrorDetails) -> str:
     return message if told else f"{message}, got {found!r}"
 
 
-def _existing(location: Sequence[int | str], content: Any) -> list[int | str]:
-    """Return the location without the names that pydantic adds for unions of types."""
+def _existing(error: ErrorDetails, content: Any) -> list[int | str]:
+    """Return an error's location without the names that pydantic adds for unions of types."""
     found: list[int | str] = []
-    for number, key in enumerate(location):
-        last = number == len(location) - 1
-        if isinstance(key, str) and key[:1].isupper():  # the tag of a union; no key of a recipe begins so
-            continue
-        if isinstance(content, dict) and (key in content or last):
+    for number, key in enumerate(error["loc"]):
+        missing = error["type"] == "missing" and number == len(error["loc"]) - 1
+        if isinstance(content, dict) and (key in content or missing):
             content = content.get(key)
         elif isinstance(content, list) and isinstance(key, int) and key < len(content):
             content = content[key]

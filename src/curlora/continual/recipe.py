@@ -61,7 +61,8 @@ def _kind_of_text(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
     kinds = {"prompts": "AnswersSpec", "written_by": "OwnTextSpec", "path": "HeldOutSpec", "hub": "HeldOutSpec"}
-    return next((kind for key, kind in kinds.items() if key in value), None)
+    misspelt = "HeldOutSpec" if value.keys() - {"name"} else None  # its error names the key
+    return next((kind for key, kind in kinds.items() if key in value), misspelt)
 
 
 Text = Annotated[

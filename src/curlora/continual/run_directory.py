@@ -1,4 +1,4 @@
-"""The directory of a run: its recipe, its lock, and its disk."""
+"""The directory of a run: its lock, and its disk."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import filelock
 from accelerate.utils import broadcast_object_list
 
 from curlora.continual.errors import RunError
-from curlora.continual.method_spec import MethodSpec
 from curlora.continual.processes import process_state
-from curlora.continual.recipe import Recipe
-from curlora.storage import LOCK, disk_full, is_disk_full, locked, write_whole
+from curlora.storage import disk_full, is_disk_full, locked
 
-__all__ = ["claim", "in_use"]
-
-_SAVED = "recipe.json"
+__all__ = ["in_use"]
 
 
 @contextlib.contextmanager
@@ -58,49 +53,3 @@ def in_use(directory: Path, begin: Callable[[], None]) -> Iterator[None]:
             if not is_disk_full(error) and shutil.disk_usage(directory).free > 1 << 20:
                 raise
             raise RunError(disk_full(directory)) from error
-
-
-def claim(recipe: Recipe, directory: Path) -> None:
-    """Check that a directory is empty or belongs to a recipe, and save the recipe in it.
-
-    Raises:
-        RunError: if the directory holds a run of another recipe, or other files.
-    """
-    saved = directory / _SAVED
-    recipe = recipe.portable()
-    if saved.exists():
-        try:
-            before = Recipe.model_validate_json(saved.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RunError(
-                f"{saved} cannot be read, so it is unknown whether {directory} belongs to this recipe. Choose another "
-                f"folder, or remove {saved} if you are sure that it does."
-            ) from error
-        changed = _changes(before, recipe, directory)
-        if changed and any(directory.glob("*/seed-*")):  # else the other recipe has trained nothing
-            raise RunError(
-                f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, undo "
-                "the change, or remove the folder."
-            )
-    elif any(path.name != LOCK for path in directory.iterdir()):
-        raise RunError(f"{directory} holds files, but no run. Choose another folder.")
-    write_whole(saved, recipe.model_dump_json(indent=2))
-
-
-def _changes(before: Recipe, now: Recipe, directory: Path) -> list[str]:
-    def known(recipe: Recipe) -> dict[str, Any]:
-        """Return the parts that figures depend on."""
-        tasks = [task.model_copy(update={"description": ""}) for task in recipe.tasks]
-        parts = ("model", "heldout", "guard", "protocol", "switches", "reference")
-        training = recipe.training.changed({"cache_frozen_layers": False})  # changes no figure
-        return {**{part: getattr(recipe, part) for part in parts}, "tasks": tasks, "training": training}
-
-    def methods(recipe: Recipe) -> dict[str, MethodSpec]:
-        return {method.name: method.model_copy(update={"label": None}) for method in recipe.methods}
-
-    old, new = known(before), known(now)
-    begun = {name: method for name, method in methods(before).items() if (directory / name).exists()}
-    changed = [f"method {name!r}" for name, method in begun.items() if methods(now).get(name) != method]
-    # Folders are named by the position of an order, so new orders may only be appended.
-    reordered = ["orders"] if now.orders[: len(before.orders)] != before.orders else []
-    return [part for part in new if old[part] != new[part]] + reordered + changed

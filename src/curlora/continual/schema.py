@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from transformers import TrainingArguments
 
-from curlora.continual.methods.peft import peft_types
+from curlora.continual.methods.peft import REFUSED_OPTIONS, peft_types
 from curlora.continual.plugins import PLUGINS, Plugin
 from curlora.continual.recipe import Recipe
 from curlora.continual.settings import OWN_ARGUMENTS
@@ -181,11 +181,10 @@ def recipe_schema() -> dict[str, Any]:
         "allOf": [_if_named("name", name, _only({**which, **_options_of(cls)})) for name, cls in PLUGINS.items()],
     }
     schema["$defs"]["MethodSpec"]["allOf"] = [
-        _if_named("method", name, {"properties": {"options": _only(_fields_of(cls))}})
+        _if_named("method", name, {"properties": {"options": _only(_fields_of(cls, REFUSED_OPTIONS))}})
         for name, cls in peft_types().items()
     ]
-    arguments = {key: entry for key, entry in _fields_of(TrainingArguments).items() if key not in OWN_ARGUMENTS}
-    schema["$defs"]["Settings"]["properties"]["trainer"] |= _only(arguments)
+    schema["$defs"]["Settings"]["properties"]["trainer"] |= _only(_fields_of(TrainingArguments, OWN_ARGUMENTS))
     del method["grid"]  # not written in a recipe
     for key in ("method", "learning_rate", "adapter_per_task"):
         plain = method[key]
@@ -209,9 +208,10 @@ def _only(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"properties": properties, "propertyNames": {"enum": list(properties)}}
 
 
-def _fields_of(cls: Any) -> dict[str, dict[str, str]]:
-    """Return the fields of a dataclass of PEFT or transformers, with the help that they give."""
-    said = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls) if field.init}
+def _fields_of(cls: Any, refused: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return the fields of a dataclass of PEFT or transformers that are not refused, with the help that they give."""
+    fields = (field for field in dataclasses.fields(cls) if field.init and field.name not in refused)
+    said = {field.name: field.metadata.get("help", "") for field in fields}
     # A trailing comma has made a few of PEFT's texts tuples of one text.
     return {name: {"description": " ".join("".join(text).split())} for name, text in said.items()}
 

@@ -91,9 +91,7 @@ def pass_over(
     with ready(model, layers, gradients) as reached, stage(progress, doing, count) as advance:
         for numbers, _, mask, answered, logits in _run(model, batches, device, begin):
             if gradients:
-                first = mask.shape[1] - logits.shape[1]
-                gradient = _drawn_gradient(logits.detach(), answered, numbers, seed, first)
-                backward(logits, reached, gradient)
+                backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
             end()
             advance(1)
             predicted += int(answered.sum())
@@ -169,12 +167,14 @@ def score_text(
     device = next(model.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # negative log-likelihood, divergence, tokens
     with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
-        for _, ids, _, answered, logits in _run(model, batches, device):
-            first = ids.shape[1] - logits.shape[1]
-            base = None if base_logits is None else base_logits(ids, logits.shape[1])
+        for _, ids, _, answered, logits in _run(model, batches, device, from_first_answered=True):
+            kept = logits.shape[1]
+            targets = ids[:, ids.shape[1] - kept + 1 :]
+            # A base model may return the logits of all positions.
+            base = None if base_logits is None else base_logits(ids, kept)[:, -kept:]
             for row, wanted in enumerate(answered):  # row by row, because the logits are large
                 of_row = logits[row, :-1][wanted].float()
-                lost = cross_entropy(of_row, ids[row, first + 1 :][wanted], reduction="sum")
+                lost = cross_entropy(of_row, targets[row][wanted], reduction="sum")
                 diverged = 0.0 if base is None else _divergence(base[row, :-1][wanted].float(), of_row)
                 sums += torch.tensor([float(lost), diverged, len(of_row)], dtype=torch.float64, device="cpu")
             advance(1)
@@ -203,14 +203,21 @@ def _run(
     batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
     device: torch.device,
     begin: Callable[[Tensor], None] = lambda mask: None,
+    from_first_answered: bool = False,
 ) -> Iterator[tuple[Sequence[int], Tensor, Tensor, Tensor, Tensor]]:
     """Run each batch through the model.
 
+    Args:
+        model, batches, device: the model, its batches, and where they go.
+        begin: called with the mask of tokens before the batch is run.
+        from_first_answered: compute logits only from the first position whose next token counts. They take much memory,
+            and those of a prompt, or of tokens that an earlier window has scored, are not needed. An adapted output
+            layer does not see the other positions then.
+
     Yields:
-        The numbers of the batch's rows; ``input_ids``, shape ``(batch, length)``; and the mask of tokens, of that
-        shape. Then, for the last ``kept`` positions, before which no predicted token of the batch counts: the mask of
-        positions whose next token counts, shape ``(batch, kept - 1)``, and the logits, shape
-        ``(batch, kept, vocabulary)``.
+        The numbers of the batch's rows; ``input_ids``, shape ``(batch, length)``; the mask of tokens, of that shape;
+        then, of the last ``kept`` positions, the mask of those whose next token counts, shape ``(batch, kept - 1)``,
+        and the logits, shape ``(batch, kept, vocabulary)``. ``kept`` is ``length`` unless ``from_first_answered``.
     """
     for numbers, batch in batches:
         inputs, mask = _inputs(model, batch, numbers, device)
@@ -218,7 +225,7 @@ def _run(
         answered = mask[:, :-1] & mask[:, 1:]  # shape (batch, length - 1)
         if (labels := batch.get("labels")) is not None:
             answered &= torch.as_tensor(labels, device=device)[:, 1:] != IGNORED
-        first = _first_answered(answered)
+        first = _first_of(answered) if from_first_answered else 0
         kept = mask.shape[1] - first
         if first and "logits_to_keep" in inspect.signature(_base(model).forward).parameters:
             inputs["logits_to_keep"] = kept
@@ -226,11 +233,8 @@ def _run(
         yield numbers, inputs["input_ids"], mask, answered[:, first:], logits
 
 
-def _first_answered(answered: Tensor) -> int:
-    """Return the first position whose next token counts in any row, or the last but one position if there is none.
-
-    Logits take much memory, and those of a prompt, or of tokens that an earlier window has scored, are not needed.
-    """
+def _first_of(answered: Tensor) -> int:
+    """Return the first position whose next token counts in any row, or the last but one position if there is none."""
     positions = answered.any(0).nonzero()
     return int(positions[0]) if len(positions) else max(0, answered.shape[1] - 1)
 
@@ -345,22 +349,21 @@ def _logits_of(output: Any, mask: Tensor, kept: int) -> Tensor:
 _CHUNK = 128
 
 
-def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int, first: int = 0) -> Tensor:
+def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], seed: int) -> Tensor:
     """Return the gradient of the summed cross-entropy of drawn answers with respect to the logits.
 
     Args:
-        logits: shape ``(batch, kept, vocabulary)``.
-        answered: the mask of positions whose next token counts, bool, shape ``(batch, kept - 1)``.
+        logits: shape ``(batch, length, vocabulary)``.
+        answered: the mask of positions whose next token counts, bool, shape ``(batch, length - 1)``.
         numbers: the number of each row in the whole text, which determines its draws together with ``seed``.
         seed: the seed of the draws.
-        first: the index of the first of these positions in its row.
 
     Returns:
         The gradient, of the shape of ``logits``; zero at all other positions.
     """
     gradient = torch.zeros_like(logits)
     for row, number in enumerate(numbers):
-        uniform = uniforms(seed, number, first + answered.shape[1])[first:]
+        uniform = uniforms(seed, number, answered.shape[1])
         for begin in range(0, answered.shape[1], _CHUNK):
             part = slice(begin, min(begin + _CHUNK, answered.shape[1]))
             p = logits[row, part].float().softmax(-1)
