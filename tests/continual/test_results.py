@@ -24,7 +24,7 @@ from tests.results import TEXT, make_method, make_results, make_seed
 def test_round_trip(tmp_path):
     results = make_results(seeds=(0, 3))
     results.save(tmp_path / "results.json")
-    assert RunResults.load(tmp_path / "results.json") == results
+    assert RunResults.load(tmp_path / "results.json") == RunResults.load(str(tmp_path / "results.json")) == results
     assert json.loads((tmp_path / "results.json").read_text())["schema_version"] == SCHEMA_VERSION
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 

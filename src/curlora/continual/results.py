@@ -361,17 +361,18 @@ class RunResults(_Record):
         ]
         return max((row[j].unfinished for seed, j in places for row in seed.scores if j < len(row)), default=0.0)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write the results as JSON, atomically."""
-        write_whole(path, self.model_dump_json(indent=2) + "\n")
+        write_whole(Path(path), self.model_dump_json(indent=2) + "\n")
 
     @classmethod
-    def load(cls, path: Path) -> RunResults:
+    def load(cls, path: Path | str) -> RunResults:
         """Read results that :meth:`save` has written.
 
         Raises:
             ResultsError: naming the file and the field, if the file does not exist or does not hold valid results.
         """
+        path = Path(path)
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:

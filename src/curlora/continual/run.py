@@ -64,7 +64,7 @@ Runner = Callable[[Sequence[Job], "Base", Progress], Iterator[tuple[Job, "Finish
 
 def run_stream(
     stream: Stream,
-    directory: Path,
+    directory: Path | str,
     progress: Callable[[float], Progress] = lambda _: NullProgress(),
     begin: Callable[[], None] = lambda: None,
     runner: Runner | None = None,
@@ -91,6 +91,7 @@ def run_stream(
             multiple of the number of processes.
         curlora.continual.tasks.TaskError: if an example has no token to learn or score.
     """
+    directory = Path(directory)
     encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
     for part in encoded:
         check_shared_out(part.settings.batch_size)

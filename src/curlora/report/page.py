@@ -33,9 +33,9 @@ from curlora.storage import write_whole
 __all__ = ["render", "write_report"]
 
 
-def write_report(runs: Sequence[RunResults], path: Path) -> None:
+def write_report(runs: Sequence[RunResults], path: Path | str) -> None:
     """Write the page to a file, atomically."""
-    write_whole(path, render(runs))
+    write_whole(Path(path), render(runs))
 
 
 def render(runs: Sequence[RunResults]) -> str:
