@@ -26,8 +26,10 @@ from curlora.guard.evaluating import changes_the_base, without_adapters
 
 __all__ = ["REFUSED_OPTIONS", "Peft", "peft_types"]
 
-# Activated LoRA needs PeftModel's own forward, which a task's head does not use.
-REFUSED_OPTIONS = {"alora_invocation_tokens"}
+# Options that PEFT has and a run refuses, with the reason.
+REFUSED_OPTIONS = {
+    "alora_invocation_tokens": "activated LoRA needs PeftModel's own forward, which is not used here",
+}
 
 # PeftModel's own forward inserts the prompts, and a task's head does not use that forward.
 _NOT_ADAPTERS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "ADAPTION_PROMPT"}
@@ -105,10 +107,8 @@ class Peft(Method):
         if config_class is None:
             raise ValueError(f"{self.peft_type!r} is not an adapter of PEFT: {', '.join(sorted(peft_types()))}")
         known = inspect.signature(config_class).parameters
-        for option in REFUSED_OPTIONS & self.options.keys():
-            raise ValueError(
-                f"{option}: activated LoRA needs PeftModel's own forward, which is not used here; leave it out"
-            )
+        for option in REFUSED_OPTIONS.keys() & self.options.keys():
+            raise ValueError(f"{option}: {REFUSED_OPTIONS[option]}; leave it out")
         if unknown := [option for option in self.options if option not in known]:
             raise ValueError(f"options: {unknown_names(config_class.__name__, unknown, known, 'option')}")
         options = {**({"seed": seed} if self.peft_type == "curlora" else {}), **self.options}
