@@ -80,7 +80,7 @@ def stream():
     results = RunResults.load(HERE / "stream" / "results.json")
     names = [task.name for task in results.tasks]
     header = ["", "runs", "parameters", *names, "mean, when learned", "mean, at the end", "earlier tasks forgot"]
-    rows, ends = [], {True: "", False: "; in reverse"}
+    rows = []
     assert set(results.by_order()) <= {tuple(names), tuple(reversed(names))}
     for order, run in results.by_order().items():
         measure = TaskMeasure.of(run)
@@ -97,7 +97,7 @@ def stream():
             ways = (measure.when_learned(method), measure.learned(method), measure.forgetting(method))
             kl = (point.limited, point.mean, point.worst)
             rows.append(
-                [method.label + ends[order == tuple(names)], len(method.seeds)]
+                [method.label + ("" if order == tuple(names) else "; in reverse"), len(method.seeds)]
                 + [f"{method.trainable_parameters:,}", *each, *(shown(way, 3) for way in ways)]
                 + [shown(one, 4) for one in kl]
             )

@@ -55,10 +55,6 @@ _EXPECTED = {
 }
 
 
-# The types of a value that may have several, by the error's type.
-_NAMES = {"int_type": "a whole number", "list_type": "a list", "path_type": "a path", "string_type": "a string"}
-
-
 def unknown_names(owner: str, names: Iterable[object], known: Iterable[str], kind: str = "key") -> str:
     """Return a message that ``owner`` has no such names, with similar names that it has.
 
@@ -111,8 +107,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
     """
     lines: list[str] = []
     extra: dict[tuple[int | str, ...], tuple[list[int | str], list[str]]] = {}
-    for one in _joined(error.errors(), content):
-        location = _existing(one, content)
+    for location, one in _joined(error.errors(), content):
         if one["type"] == "at_their_places":
             lines += one["msg"].split("\n")
         elif one["type"] == "extra_forbidden":
@@ -128,8 +123,8 @@ def describe_errors(error: ValidationError, model: type[BaseModel], content: Any
     return list(dict.fromkeys(lines))
 
 
-def _joined(errors: Sequence[ErrorDetails], content: Any) -> list[ErrorDetails]:
-    """Return one error for each value that may be of several types.
+def _joined(errors: Sequence[ErrorDetails], content: Any) -> list[tuple[list[int | str], ErrorDetails]]:
+    """Return the errors with their locations, and one error for each value that may be of several types.
 
     Pydantic reports each type that the value is not, and what is wrong inside of it as a value of the type that it is.
     The second kind says more.
@@ -137,32 +132,34 @@ def _joined(errors: Sequence[ErrorDetails], content: Any) -> list[ErrorDetails]:
     several: dict[tuple[int | str, ...], list[ErrorDetails]] = {}
     for one in errors:
         several.setdefault(tuple(_existing(one, content)), []).append(one)
-    found: list[ErrorDetails] = []
+    found: list[tuple[list[int | str], ErrorDetails]] = []
     for where, group in several.items():
         types = [one for one in group if one["type"].endswith("_type")]
         inside = any(len(other) > len(where) and other[: len(where)] == where for other in several)
         if inside or len(types) < len(group):
-            found += [one for one in group if one not in types]
-        elif len(group) == 1:
-            found += group
-        else:
-            allowed = " or ".join(dict.fromkeys(_NAMES.get(one["type"], one["type"]) for one in types))
-            found.append({**types[0], "type": "union", "msg": f"must be {allowed}"})
+            group = [one for one in group if one not in types]
+        elif len(group) > 1:
+            allowed = " or ".join(dict.fromkeys(_expected(one).removeprefix("must be ") for one in types))
+            group = [{**types[0], "type": "union", "msg": f"must be {allowed}"}]
+        found += [(list(where), one) for one in group]
     return found
+
+
+def _expected(error: ErrorDetails) -> str:
+    """Return what a value must be, in plain words."""
+    message = _EXPECTED.get(error["type"].partition("_")[0], error["msg"].removeprefix("Value error, "))
+    return message.replace("Input should be a valid", "must be a").replace("Input should be", "must be")
 
 
 def _message(error: ErrorDetails) -> str:
     if error["type"] == "missing":
         return ""
-    message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "too_short":
         least, found = error["ctx"]["min_length"], error["ctx"]["actual_length"]
         return f"must have {least} {'entry' if least == 1 else 'entries'} or more, found {found}"
     if error["type"] == "string_too_short":
         return "must not be empty"
-    message = _EXPECTED.get(error["type"].partition("_")[0], message)
-    message = message.replace("Input should be a valid", "must be a").replace("Input should be", "must be")
-    found = error["input"]
+    message, found = _expected(error), error["input"]
     if error["type"] == "string_type" and isinstance(found, bool):
         return f"a string is expected, got {found}. Quote the value: YAML reads yes, no, on and off as booleans"
     told = error["type"] in ("value_error", "at_their_places") or isinstance(found, (dict, list, tuple, BaseModel))
