@@ -2,9 +2,11 @@
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from ray.scripts.scripts import cli as ray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import MixtralConfig, MixtralForCausalLM
+from torch.distributed import run as torchrun
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from curlora.continual import load_recipe
 from curlora.guard import Ledger
@@ -127,6 +131,31 @@ def test_the_conversions_python_runs(tmp_path, monkeypatch):
     exec(*blocks("convert.md", "python"), {"model": model})
     loaded = PeftModel.from_pretrained(llama(), "my-lora").eval()
     assert torch.allclose(loaded(tokens()).logits, model(tokens()).logits, atol=1e-5)
+
+
+def test_lm_eval_reads_an_adapter_and_its_conversion(tmp_path, monkeypatch):
+    """The page's commands, with a small model and a task without the hub."""
+    save_base(tmp_path / "base")
+    model = curlora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "my-adapter")
+    (tmp_path / "pairs.csv").write_text("\n".join(["sentence\tlabel", *(f"w{i} w2\t{i % 2}" for i in range(40))]))
+    task = (DOCS.parent / "benchmarks" / "lm_eval" / "reviews.yaml").read_text(encoding="utf-8")
+    task = task.replace("DATA_DIR/sst2/dev.tsv", str(tmp_path / "pairs.csv")).replace("negative, positive", "w1, w3")
+    (tmp_path / "reviews.yaml").write_text(task)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    scores = []
+    for number, block in enumerate(blocks("lm-eval.md", "sh")):
+        script = block.strip().replace(BASE, "base")
+        script = script.replace(
+            "--tasks hellaswag", f"--tasks reviews --include_path . --log_samples --output_path {number}"
+        )
+        subprocess.run(["sh", "-ec", script], cwd=tmp_path, check=True, capture_output=True, timeout=300)
+        (samples,) = (tmp_path / str(number)).rglob("samples_reviews_*.jsonl")
+        answers = [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()]
+        scores.append([float(score) for answer in answers for score, _ in answer])
+    imported, converted = scores
+    assert len(imported) == 80
+    assert imported == pytest.approx(converted, abs=1e-4)
 
 
 def test_the_trainers_python_runs(tmp_path, monkeypatch):
@@ -281,20 +310,31 @@ def test_the_quick_start_is_the_readmes():
     assert set(blocks("quickstart.md", "python")) <= set(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 
 
-def commands():
-    """Lines of shell that call curlora, each with its page."""
+def commands(program):
+    """Lines of shell that call a program, also by ``srun`` or after a prompt that names a machine."""
     for page in sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]):
-        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                words = shlex.split(line, comments=True)
-                if words[:1] == ["curlora"]:
-                    yield page.name, words[1:]
+                words = shlex.split(line.removesuffix("&"), comments=True)
+                if words[:1] == [program] or (words and words[0].endswith(("$", "srun")) and program in words):
+                    yield page.name, words[words.index(program) + 1 :]
 
 
-@pytest.mark.parametrize(("page", "words"), commands())
+@pytest.mark.parametrize(("page", "words"), commands("curlora"))
 def test_commands_are_understood(page, words):
     name, *rest = words
     typer.main.get_command(app).commands[name].make_context(name, rest)  # refuses what it does not know
+
+
+@pytest.mark.parametrize(("page", "words"), commands("ray"))
+def test_commands_of_ray_are_understood(page, words):
+    name, *rest = words
+    ray.commands[name].make_context(name, rest)
+
+
+@pytest.mark.parametrize(("page", "words"), commands("torchrun"))
+def test_commands_of_torchrun_are_understood(page, words):
+    torchrun.parse_args(["4" if word == "$SLURM_NNODES" else word for word in words])
 
 
 @pytest.mark.parametrize("page", ["clusters.md", "recipes.md"])
