@@ -26,7 +26,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    tables = guard.tables() | paper.tables() | proof.tables() | speed.tables()
+    tables = {}
+    for subject in (guard, paper, proof, speed):
+        for name, table in subject.tables().items():
+            if name in tables:
+                sys.exit(f"Two tables are called {name}: rename that of {subject.__name__}.")
+            tables[name] = table
     texts = {page: page.read_text(encoding="utf-8") for page in (README, *sorted(DOCS.glob("*.md")))}
     if nowhere := [name for name in tables if not any(f"<!-- table: {name} -->" in text for text in texts.values())]:
         sys.exit(f"No page has a place for {', '.join(nowhere)}: add <!-- table: {nowhere[0]} --> and <!-- end -->.")

@@ -19,6 +19,11 @@ LEVELS = (0.005, 0.01, 0.02, 0.04)  # nats per token
 WITHIN = 0.02
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 RIVALS = ("lora", "lora-all-linear")
+SUMMARIZED = [  # a method's name, its entry on one task, and its name over the stream
+    ("LoRA", "lora-all-linear", "lora-all-linear"),
+    ("LoRA with a KL penalty", "lora-all-linear-kl", "lora-all-linear-kl"),
+    ("**CURLoRA with a guard and anchors**", "guarded-all-linear", "guarded-anchors"),
+]
 ASIDE = ("guarded-two-epochs", "guarded-kl")  # in the list of all runs only
 NAMES = {"learning_rate": "rate", "max_kl": "limit", "strength": "strength"}  # of what grids vary
 UNITS = {"max_kl": " nats"}
@@ -29,7 +34,7 @@ def tables():
     entries = by_entry()
     compared = compared_of(entries)
     return {
-        "proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared),
+        "proof_summary": summary(entries), "proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared),
         "proof_seeds": over_seeds(by_entry("seeds")), "proof_rivals": every_run(by_entry("rivals")),
         "proof_stream": stream(),
     }  # fmt: skip
@@ -56,6 +61,20 @@ def label(known):
     """What an entry is called, without what its grid varies."""
     method = known[0].method
     return method.label.split(f", {next(iter(method.grid), '')} ")[0]
+
+
+def summary(entries):
+    """Of three methods on all linear layers: the most learned within ``WITHIN``, and what is forgotten over the stream."""
+    results = RunResults.load(HERE / "stream" / "results.json")
+    run = results.by_order()[tuple(task.name for task in results.tasks)]
+    measure, over_stream = TaskMeasure.of(run), {method.name: method for method in run.methods}
+    rows = []
+    for name, entry, of_stream in SUMMARIZED:
+        point, method = best_within(entries[entry]), over_stream[of_stream]
+        figures = [f"{point.learned.mean:.2f}", f"{point.mean.mean:.3f}", f"{measure.forgetting(method).mean:.3f}"]
+        seeds = f"{len(point.method.seeds)} and {len(method.seeds)}"
+        rows.append([name, f"{method.trainable_parameters:,}", *figures, seeds])
+    return table(["", "parameters", "learned", "other text moved by", "earlier tasks forgot", "seeds"], rows)
 
 
 HEADER = ["", "", "parameters", "learned", "KL, guard's text", "KL, not shown: mean", "worst"]
@@ -106,9 +125,13 @@ def stream():
 
 def within(entries):
     """Of each entry what has learned most while the texts that were not shown moved by no more than ``WITHIN``."""
-    kept = {entry: [point for point in known if point.mean.mean <= WITHIN] for entry, known in entries.items()}
-    best = {entry: max(found, key=lambda point: point.learned.mean) for entry, found in kept.items() if found}
-    return table(HEADER, [cells(entries[entry], point) for entry, point in best.items()])
+    best = {entry: best_within(known) for entry, known in entries.items()}
+    return table(HEADER, [cells(entries[entry], point) for entry, point in best.items() if point])
+
+
+def best_within(known):
+    kept = [point for point in known if point.mean.mean <= WITHIN]
+    return max(kept, key=lambda point: point.learned.mean, default=None)
 
 
 def cells(known, point):
