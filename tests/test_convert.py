@@ -1,6 +1,8 @@
 """Adapters as LoRA and merged compute the same function, in unmodified PEFT and transformers."""
 
 import json
+import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -8,11 +10,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 import curlora
 from curlora.convert import AdapterError, load_with_base
+from curlora.inspection import inspect_adapter
 from curlora_cli.commands import app
 from tests.models import BASES, gpt2, layers, llama, randomize, tokens
 from tests.models import curlora as adapted
@@ -37,6 +40,17 @@ def test_the_same_logits_as_a_lora_adapter(base, options, tmp_path):
     assert loaded.peft_config["default"].peft_type == "LORA"
     expected = model(tokens()).logits
     assert relative(expected, BASES[base]()(tokens()).logits) > 1e-3
+    assert relative(loaded(tokens()).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(("base", "embedding"), [("llama", "embed_tokens"), ("gpt2", "wte")])
+def test_an_embedding_is_converted_under_loras_names(base, embedding, tmp_path):
+    model = adapted(BASES[base](), target_modules=[embedding], alpha=0.5)
+    expected = model(tokens()).logits
+    assert relative(expected, BASES[base]()(tokens()).logits) > 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT only warns of keys that it misses
+        loaded = as_lora(model, BASES[base](), tmp_path)
     assert relative(loaded(tokens()).logits, expected) < 1e-5
 
 
@@ -252,7 +266,7 @@ class TestCommands:
         done = self.call("inspect", path / "adapter")
         assert done.exit_code == 0, done.output
         assert f"{sum(p.numel() for p in model.parameters() if p.requires_grad)}" in done.output.replace(",", "")
-        summary = curlora.inspection.inspect_adapter(path / "adapter", with_base=True)
+        summary = inspect_adapter(path / "adapter", with_base=True)
         found = {one.name: one for one in summary.layers}
         for name, layer in model.base_model.model.named_modules():
             if layer in layers(model):
@@ -263,6 +277,26 @@ class TestCommands:
                 assert found[name].change == pytest.approx(expected, rel=1e-5)
         done = self.call("inspect", path / "adapter", "--with-base")
         assert done.exit_code == 0, done.output
+
+    def test_inspect_of_experts(self, tmp_path):
+        sizes = dict(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+        base = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4))
+        base.save_pretrained(tmp_path / "base")
+        model = adapted(base, r=3, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        model.peft_config["default"].task_type = "CAUSAL_LM"
+        model.save_pretrained(tmp_path / "adapter")
+        found = inspect_adapter(tmp_path / "adapter", with_base=True).layers
+        expected = [
+            (layer.get_delta_weight("default").norm() / layer._plain_weight().norm()).item() for layer in layers(model)
+        ]
+        assert [one.r for one in found] == [3, 3]
+        assert sorted(one.change for one in found) == pytest.approx(sorted(expected), rel=1e-5)
+
+    def test_inspect_of_an_adapter_in_the_first_format(self):
+        summary = inspect_adapter(Path(__file__).parent / "tuner" / "saved_before" / "linear")
+        assert [one.r for one in summary.layers] == [2, 2]
+        assert summary.parameters == 8
 
     def test_a_damaged_file(self, saved):
         path, _ = saved

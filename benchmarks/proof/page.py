@@ -34,7 +34,8 @@ def tables():
     entries = by_entry()
     compared = compared_of(entries)
     return {
-        "proof_summary": summary(entries), "proof": every_run(entries), "proof_within": within(compared), "levels": at_levels(compared),
+        "proof_summary": summary(entries), "proof": every_run(entries),
+        "proof_within": within(compared), "levels": at_levels(compared),
         "proof_seeds": over_seeds(by_entry("seeds")), "proof_rivals": every_run(by_entry("rivals")),
         "proof_stream": stream(),
     }  # fmt: skip
@@ -64,7 +65,7 @@ def label(known):
 
 
 def summary(entries):
-    """Of three methods on all linear layers: the most learned within ``WITHIN``, and what is forgotten over the stream."""
+    """Of three methods: the most that each learned within ``WITHIN``, and what it forgot over the stream."""
     results = RunResults.load(HERE / "stream" / "results.json")
     run = results.by_order()[tuple(task.name for task in results.tasks)]
     measure, over_stream = TaskMeasure.of(run), {method.name: method for method in run.methods}

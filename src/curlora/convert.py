@@ -65,7 +65,8 @@ def convert_to_lora(
 
     Returns:
         The LoRA configuration and the state dict, under the names that PEFT saves. It has ``lora_A``, shape
-        ``(r, in_features)``, and ``lora_B``, shape ``(out_features, r)``, at least float32. It also has what was
+        ``(r, in_features)``, and ``lora_B``, shape ``(out_features, r)``, at least float32; of an embedding
+        ``lora_embedding_A``, shape ``(r, num_embeddings)``, and ``lora_embedding_B``. It also has what was
         trained besides ``U``: ``modules_to_save`` and the embeddings of tokens.
 
     Raises:
@@ -96,8 +97,10 @@ def convert_to_lora(
         A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
         if A.ndim == 3:  # LoRA stores the experts one after another in A, and interleaved in B
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
-        state[f"{_PREFIX}{name}.lora_A.weight"] = A.contiguous()
-        state[f"{_PREFIX}{name}.lora_B.weight"] = B.contiguous()
+        embedding = isinstance(layers[name].get_base_layer(), nn.Embedding)  # LoRA names its factors differently
+        names_of = "lora_embedding_{}" if embedding else "lora_{}.weight"
+        for side, factor in zip("AB", (A, B), strict=True):
+            state[f"{_PREFIX}{name}.{names_of.format(side)}"] = factor.contiguous()
     for name in names:
         if isinstance(model, PeftModel) and _trained_beside([model.peft_config[name]]):
             saved = get_peft_model_state_dict(model, adapter_name=name)

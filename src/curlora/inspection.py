@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from curlora.convert import AdapterError, adapter_config, load_with_base
 from curlora.guard import GuardError, Ledger
 from curlora.tuner.config import CurloraConfig
+from curlora.tuner.format import present_name
 from curlora.tuner.model import adapted_layers
 from curlora.tuner.weight import read
 
@@ -31,7 +32,7 @@ class LayerSummary:
     Args:
         name: the layer's name in the base model.
         r: rank.
-        norm: Frobenius norm of ``U``.
+        norm: Frobenius norm of ``U``; of all experts together.
         change: ``||dW|| / ||W||`` in Frobenius norms; ``None`` if the base model was not loaded.
     """
 
@@ -87,11 +88,11 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
     layers, parameters = [], 0
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # not a dict
-                tensor = file.get_tensor(key)
+            for stored in file.keys():  # noqa: SIM118  # not a dict
+                tensor, key = file.get_tensor(stored), present_name(stored)
                 name = key.removeprefix("base_model.model.").removesuffix(_U)
                 if key.endswith(_U):
-                    layers.append(LayerSummary(name, len(tensor), float(tensor.double().norm())))
+                    layers.append(LayerSummary(name, tensor.shape[-1], float(tensor.double().norm())))
                 if ".curlora_" not in key or key.endswith(_U):
                     parameters += tensor.numel()
     except SafetensorError as error:
@@ -115,9 +116,9 @@ def _changes(adapter: str, base: str | None) -> dict[str, float]:
     changes = {}
     for name, layer in adapted_layers(model.base_model.model, "default").items():
         left, right = (factor.double() for factor in layer.delta_factors("default"))
-        square = ((left.T @ left) * (right @ right.T)).sum().clamp_min(0)
+        square = ((left.mT @ left) * (right @ right.mT)).sum().clamp_min(0)
         adapted: Any = layer  # PEFT's base class has no types
-        with read(adapted.get_base_layer(), name) as weight:
+        with read(adapted.get_base_layer(), name, adapted.parameter_name) as weight:
             changes[name] = float((square / weight.squared_norms()[0].sum()).sqrt())
     return changes
 

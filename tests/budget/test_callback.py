@@ -99,6 +99,9 @@ def train(model, folder, callback, resume=None, seed=3, rows=None, more=(), **ar
     return trainer
 
 
+QUIET = dict(report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+
+
 class Interrupt(TrainerCallback):
     def __init__(self, at):
         self.at = at
@@ -110,7 +113,7 @@ class Interrupt(TrainerCallback):
 
 def interrupted(step, model, folder, callback, **arguments):
     """Interrupt a training at a step, and return its trainer and what has interrupted it."""
-    given = dict(max_steps=12, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    given = dict(max_steps=12, **QUIET)
     rows = [{"input_ids": row, "labels": row} for row in tokens(batch=40, length=8)]
     trainer = Trainer(
         model, TrainingArguments(str(folder), **{**given, **arguments}), train_dataset=rows,
@@ -446,6 +449,24 @@ class TestLedger:
         loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
         with pytest.raises(GuardError, match="has been trained since without a budget"):
             train(loaded, tmp_path / "again", budget())
+
+    @pytest.mark.parametrize(("config", "rate"), [(CurloraConfig(r=4), 50.0), (LoraConfig(r=4), 0.1)])
+    def test_what_was_forgotten_before_the_first_budget_counts(self, config, rate, tmp_path):
+        """With an adapter that was trained without a budget, forgetting is counted from the base model."""
+        model = get_peft_model(base(), config)
+        before = perplexity(model, TEXT, max_length=16)
+        rows = [{"input_ids": row, "labels": row} for row in tokens(seed=9, batch=40, length=8)]
+        arguments = TrainingArguments(str(tmp_path / "without"), max_steps=12, learning_rate=rate, **QUIET)
+        Trainer(model, arguments, train_dataset=rows, processing_class=with_end()).train()
+        risen = perplexity(model, TEXT, max_length=16) / before - 1
+        assert risen > 0.05
+        callback = budget(0.02)
+        with pytest.warns(UserWarning, match=r"has already risen by .* since the base model\. This training may add 2"):
+            train(model, tmp_path, callback)
+        text = callback.outcome.texts["words"]
+        assert text.before == pytest.approx(before, rel=1e-6)
+        assert text.limit == pytest.approx(risen + 0.02, rel=1e-6)
+        assert text.rise <= text.limit
 
     @pytest.mark.parametrize("trainings", [1, 2])
     def test_of_the_checkpoints_only_the_last_can_be_trained_further(self, tmp_path, trainings):

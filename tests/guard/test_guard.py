@@ -200,7 +200,8 @@ def test_the_budget_is_never_left(make):
 def test_a_rise_of_perplexity_is_a_budget_in_nats():
     model = fresh()
     calibration = calibrated(model)
-    assert Guard(model, calibration, max_perplexity_increase=0.01).budget == pytest.approx(math.log(1.01))
+    for one_percent in (0.01, "1%"):
+        assert Guard(model, calibration, max_perplexity_increase=one_percent).budget == pytest.approx(math.log(1.01))
 
 
 def test_detached_the_optimizer_trains_u_again():
@@ -455,8 +456,13 @@ def test_bad_input_is_named():
     calibration = calibrated(model)
     with pytest.raises(GuardError, match="give one of them"):
         Guard(model, calibration, budget=1.0, max_perplexity_increase=0.1)
-    for options in ({"budget": 0.0}, {"max_perplexity_increase": -0.1}, {"damping": math.nan}):
-        with pytest.raises(GuardError, match="must be a positive number"):
+    for options, message in (
+        ({"budget": 0.0}, "must be a positive number"),
+        ({"damping": math.nan}, "must be a positive number"),
+        ({"max_perplexity_increase": -0.1}, "must be a positive share"),
+        ({"max_perplexity_increase": 1}, "would let perplexity rise by 100%"),
+    ):
+        with pytest.raises(GuardError, match=message):
             Guard(model, calibration, **options)
     with pytest.raises(GuardError, match="does not train 3 of the adapter's 4 matrices U"):
         Guard(model, calibration).attach(torch.optim.SGD(mixings(model)[:1], lr=1.0))

@@ -72,6 +72,13 @@ def test_what_was_over_before_the_step_is_said():
     assert (scale, found) == (0.0, 1.0)
 
 
+def test_a_parameter_that_is_not_finite_and_that_the_measure_misses_is_taken_back():
+    """Such as an expert that no token of the text reaches."""
+    parameter = torch.tensor([math.nan])
+    assert scale_to_limit(0.5, lambda: 0.1, [parameter], [torch.ones(1)]) == (0.0, 0.1)
+    assert parameter == 1
+
+
 def test_parameters_that_are_not_finite_are_taken_back_at_once():
     parameters = [torch.tensor([math.nan]), torch.tensor([1.0])]
     seen = []

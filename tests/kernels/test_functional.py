@@ -204,25 +204,24 @@ def test_ranks_that_no_kernel_takes(launches):
     assert launches == []
 
 
-@pytest.mark.parametrize("choice", ["torch", "auto"])
-def test_choices(choice, launches):
-    """``"auto"`` chooses kernels only on a GPU."""
+def test_pytorch_is_the_default(launches):
     problem = make((3,), m=20, r=4)
-    with kernels.use(choice):
+    with kernels.use("torch"):
         assert_near(gather_update(*problem.forward), exact(*problem.forward)[0], sizes(problem)[0], torch.float32)
     assert launches == []
+    assert runpy.run_path(kernels.__file__)["_choice"] == "torch"
 
 
 def test_a_choice_that_there_is_not():
-    with pytest.raises(ValueError, match="'cuda'; it must be one of 'auto', 'torch', 'triton'"), kernels.use("cuda"):
+    with pytest.raises(ValueError, match="'cuda'; it must be one of 'torch', 'triton'"), kernels.use("cuda"):
         pass
 
 
-@pytest.mark.parametrize("value", ["torch", "cuda"])
+@pytest.mark.parametrize("value", ["triton", "cuda"])
 def test_the_environment_chooses(value, monkeypatch):
     monkeypatch.setenv("CURLORA_KERNELS", value)
-    if value == "torch":
-        assert runpy.run_path(kernels.__file__)["_choice"] == "torch"
+    if value == "triton":
+        assert runpy.run_path(kernels.__file__)["_choice"] == "triton"
     else:
         with pytest.raises(ValueError, match="variable CURLORA_KERNELS is 'cuda'; it must be one of"):
             runpy.run_path(kernels.__file__)

@@ -1,6 +1,7 @@
 """An adapted layer against the dense formula, in every mode a layer can be in."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from curlora import CurloraConfig
+from curlora.tuner import merging
 from curlora.tuner.linear import CurloraLinear
 from tests.models import curlora, layers, llama
 
@@ -152,6 +154,33 @@ def test_unmerging_after_U_changed_restores_the_base():
     layer.curlora_U["default"].weight.data.zero_()
     layer.unmerge()
     assert torch.equal(layer.get_base_layer().weight, original)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_merge_that_runs_out_of_memory_changes_nothing(merged, monkeypatch):
+    layer = make_layer(make_base(), adapters=("a", "b", "c"))
+    if merged:
+        layer.merge(adapter_names=["a"])
+    before, calls = layer.get_base_layer().weight.clone(), []
+
+    def add(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return added(*arguments)
+
+    added = merging._add_product
+    monkeypatch.setattr(merging, "_add_product", add)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that another adapter is merged additionally
+        with pytest.raises(torch.OutOfMemoryError):
+            layer.merge(adapter_names=["b", "c"])
+    monkeypatch.undo()
+    assert layer.merged_adapters == (["a"] if merged else [])
+    assert torch.equal(layer.get_base_layer().weight, before)
+    if merged:
+        layer.unmerge()
+        assert not layer.merged
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float64])

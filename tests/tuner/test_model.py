@@ -1,7 +1,9 @@
 """CURLoRA through PEFT's own interface, on whole models."""
 
 import contextlib
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -365,3 +367,12 @@ def test_a_whole_step_raises_no_warning_of_ours():
         model = get_peft_model(llama(), CurloraConfig(r=4))
         model(ids, labels=ids).loss.backward()
     assert isinstance(model, PeftModel)
+
+
+def test_parameters_that_are_replaced_are_not_kept():
+    """As FSDP and moves to the meta device replace them."""
+    model = curlora(llama())
+    replaced = [weakref.ref(parameter) for parameter in model.base_model.model.parameters()]
+    model.to("meta")
+    gc.collect()
+    assert not any(parameter() is not None for parameter in replaced)

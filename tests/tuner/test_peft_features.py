@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification, Llama
 
 import curlora as package
 from curlora import CurloraConfig
+from curlora.tuner.config import LEDGER_NAME
 from tests.models import classifier, curlora, layers, llama, randomize, tokens
 
 HEADS = {"SEQ_CLS": LlamaForSequenceClassification, "TOKEN_CLS": LlamaForTokenClassification}
@@ -241,9 +242,26 @@ def test_an_adapter_is_swapped_for_another(tmp_path):
     model = curlora(llama())
     hotswap_adapter(model, tmp_path / "other", adapter_name="default", torch_device="cpu")
     assert torch.equal(model(tokens()).logits, other(tokens()).logits)
+    model.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    assert torch.equal(again(tokens()).logits, other(tokens()).logits)
     with pytest.raises(ValueError, match=r"made on another base model.*Adapter 'default' is as it was\."):
         hotswap_adapter(model, tmp_path / "foreign", adapter_name="default", torch_device="cpu")
     assert torch.equal(model(tokens()).logits, other(tokens()).logits)
+
+
+def test_a_swapped_adapter_takes_its_ledger_and_its_draw_along(tmp_path):
+    other = curlora(llama(), seed=9)
+    other.peft_config["default"].beside[LEDGER_NAME] = b"the other's"
+    other.save_pretrained(tmp_path / "other")
+    model = curlora(llama())
+    model.peft_config["default"].beside[LEDGER_NAME] = b"its own"
+    hotswap_adapter(model, tmp_path / "other", adapter_name="default", torch_device="cpu")
+    assert model.peft_config["default"].beside == {LEDGER_NAME: b"the other's"}
+    drawn_first = curlora(llama())
+    model.add_adapter("drawn as the first", CurloraConfig(r=4))
+    for one, two in zip(layers(model), layers(drawn_first), strict=True):
+        assert torch.equal(one.basis("drawn as the first").indices, two.basis("default").indices)
 
 
 def test_what_knows_lora_alone_says_so_and_changes_nothing():

@@ -107,6 +107,16 @@ def test_the_sum_can_be_trained_merged_and_summed_again():
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_present_scaling_counts():
+    model = several(llama())
+    for layer in layers(model):
+        layer.set_scale("second", 0.5)
+    expected = weighted(model, NAMES, WEIGHTS)
+    model.add_weighted_adapter(NAMES, WEIGHTS, "sum", "linear")
+    for layer, update in updates(model, "sum").items():
+        torch.testing.assert_close(update, expected[layer], rtol=1e-4, atol=1e-6)
+
+
 def test_one_adapter_is_scaled():
     model = several(llama().double())
     for kind in ("linear", "cat"):

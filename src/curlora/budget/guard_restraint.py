@@ -28,6 +28,7 @@ from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of
 from curlora.guard.progress import Shown, part_of
 from curlora.guard.redraw import redraw
+from curlora.guard.scale_back import with_values
 from curlora.guard.texts import Rows
 from curlora.storage import write_whole
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
@@ -103,7 +104,7 @@ class GuardRestraint(Restraint):
 
     @property
     def trained_before(self) -> bool:
-        return bool(self.ledger.trainings)
+        return bool(self.ledger.trainings) or self._has_moved()
 
     @property
     def last_measured(self) -> Mapping[str, TextOutcome]:
@@ -119,12 +120,17 @@ class GuardRestraint(Restraint):
                     f"The adapter does not match its ledger ({LEDGER_NAME}): its last training with a budget did not "
                     "come to its end, it has been trained since without a budget, or the ledger belongs to another "
                     "adapter. Resume that training, or begin again with a new adapter or the one that the last "
-                    "finished training saved, or delete the ledger to count forgetting from the present adapter."
+                    "finished training saved, or delete the ledger: forgetting still counts from the base model "
+                    "then, but earlier tasks are no longer held."
                 )
         else:
             if self.redraw:
                 self._redraw()
-            calibration = self._calibrate(self._texts, WITH_BACKWARD * self._tokens)
+            parameters = [layer.matrices[self.adapter].weight for layer in self.layers.values()]
+            # An adapter that was trained without a budget is calibrated as if it were new, so that forgetting counts
+            # from the base model, as with LoRA.
+            with with_values(parameters, [torch.zeros_like(U) for U in parameters]):
+                calibration = self._calibrate(self._texts, WITH_BACKWARD * self._tokens)
             ledger = Ledger(calibration, Anchors(), adapter=digest_of(self.layers, self.adapter))
         self._ledger = ledger if lifetime is None else dataclasses.replace(ledger, lifetime=lifetime)
         return self._ledger.lifetime
@@ -230,8 +236,11 @@ class GuardRestraint(Restraint):
             progress=part_of(self.progress, work, *([] if title is None else [title])), **options,
         )  # fmt: skip
 
+    def _has_moved(self) -> bool:
+        return any(bool(layer.matrices[self.adapter].weight.any()) for layer in self.layers.values())
+
     def _redraw(self) -> None:
-        if any(bool(layer.matrices[self.adapter].weight.any()) for layer in self.layers.values()):
+        if self._has_moved():
             return  # the trained U belongs to the present columns and rows
         if any(isinstance(layer, ParamWrapper) for layer in self.layers.values()):
             _logger.info("Columns and rows of experts cannot be chosen for the task: those that were drawn are kept.")

@@ -18,6 +18,7 @@ from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration, KroneckerFactors, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
 from curlora.guard.errors import GuardError
+from curlora.guard.share import as_share
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import assign, laid_out_like, reshard, whole
 
@@ -46,9 +47,9 @@ class Guard:
         calibration: the calibration of this model and adapter.
         budget: the largest allowed predicted forgetting, in nats per token of the calibration's text; ``None`` for no
             limit.
-        max_perplexity_increase: the budget as a relative rise of perplexity: 0.01 for 1 %, which is ``log(1.01)`` nats.
-            It predicts the rise on text that the model itself could have written. The rise on any other text must be
-            measured after training: :func:`curlora.guard.scale_to_limit`.
+        max_perplexity_increase: the budget as a relative rise of perplexity: 0.01 or ``"1%"`` for 1 %, which is
+            ``log(1.01)`` nats. It predicts the rise on text that the model itself could have written. The rise on any
+            other text must be measured after training: :func:`curlora.guard.scale_to_limit`.
         damping: see :func:`curlora.guard.coordinates.coordinates`.
         adapter: the adapter's name; the active one if ``None``.
         anchors: the anchors of earlier tasks, by the names of the adapted layers. The gradient of their penalty, in
@@ -65,7 +66,7 @@ class Guard:
         calibration: Calibration,
         *,
         budget: float | None = None,
-        max_perplexity_increase: float | None = None,
+        max_perplexity_increase: float | str | None = None,
         damping: float = 0.1,
         adapter: str | None = None,
         anchors: Anchors | None = None,
@@ -75,14 +76,14 @@ class Guard:
                 f"budget={budget!r} and max_perplexity_increase={max_perplexity_increase!r} set the same limit: give "
                 "one of them."
             )
-        for name, value in (
-            ("budget", budget), ("max_perplexity_increase", max_perplexity_increase), ("damping", damping)
-        ):  # fmt: skip
+        if max_perplexity_increase is not None:
+            budget = math.log1p(as_share("max_perplexity_increase", max_perplexity_increase))
+        for name, value in (("budget", budget), ("damping", damping)):
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise GuardError(f"{name} must be a positive number, got {value!r}.")
         self.model, self.adapter = model, adapter_of(model, adapter)
         self.calibration = calibration
-        self.budget = math.log1p(max_perplexity_increase) if max_perplexity_increase is not None else budget
+        self.budget = budget
         self.damping, self.anchors = damping, anchors
         layers = calibration.check(model, self.adapter)
         self._places: list[_Place] = []

@@ -1,8 +1,8 @@
 """Triton kernels for the operations of :mod:`curlora.functional`, and the choice between the two.
 
 Each operation has its own module and is a registered operator (:mod:`curlora.kernels.operators`).
-:mod:`curlora.functional` is the reference for the kernels. It is also used wherever a kernel cannot run or would be
-slower.
+:mod:`curlora.functional` is the reference for the kernels, and the default: no kernel has run on a GPU yet, so neither
+their results nor their speed there are known. ``CURLORA_KERNELS=triton`` switches them on.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ __all__ = ["MAX_RANK", "chosen", "use"]
 
 MAX_RANK = 256
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CHOICES = ("auto", "torch", "triton")
-# "auto" uses kernels up to this rank. It is a guess until benchmarks/gpu.py has been run: above it, a kernel's program
-# has few tokens and reads the factor more often than PyTorch's own products do. The choice does not depend on the
-# number of tokens, since a compiled graph is used for any number.
-QUICKER_TO_RANK = 64
+CHOICES = ("torch", "triton")
 
 
 def _checked(choice: str, name: str) -> str:
@@ -36,7 +32,7 @@ def _checked(choice: str, name: str) -> str:
     return choice
 
 
-_choice = _checked(os.environ.get("CURLORA_KERNELS", "auto"), "the environment variable CURLORA_KERNELS")
+_choice = _checked(os.environ.get("CURLORA_KERNELS", "torch"), "the environment variable CURLORA_KERNELS")
 
 
 @contextlib.contextmanager
@@ -46,8 +42,8 @@ def use(choice: str) -> Iterator[None]:
     The environment variable ``CURLORA_KERNELS`` sets the choice for a whole process.
 
     Args:
-        choice: ``"torch"`` uses PyTorch's operators everywhere. ``"triton"`` uses kernels wherever they can run.
-            ``"auto"``, the default, uses kernels where they should be faster.
+        choice: ``"torch"``, the default, uses PyTorch's operators everywhere. ``"triton"`` uses kernels wherever they
+            can run.
 
     Raises:
         ValueError: if ``choice`` is none of these.
@@ -67,9 +63,9 @@ def chosen(output: Tensor, scaled_U: Tensor, factor: Tensor, index: Tensor, offs
     ``torch.func``'s transforms, in forward-mode differentiation and for tensor subclasses such as distributed tensors,
     PyTorch's operators are used, which support all of these.
     """
-    if _choice == "torch" or not (output.is_cuda or (INTERPRETED and _choice == "triton")):
+    if _choice == "torch" or not (output.is_cuda or INTERPRETED):
         return False
-    if index.shape[0] > (MAX_RANK if _choice == "triton" else QUICKER_TO_RANK):
+    if index.shape[0] > MAX_RANK:
         return False
     for tensor in (output, scaled_U, factor, offset):
         if tensor is not None and not _fits(tensor, output.device):

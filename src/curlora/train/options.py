@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from curlora.guard.errors import GuardError
+from curlora.guard.share import as_share
 from curlora.train.errors import TrainError
 
 __all__ = [
@@ -174,29 +177,21 @@ class TrainOptions:
 
 
 def parse_share(given: str, option: str = "--max-forgetting") -> float:
-    """Parse a budget, written as ``1%``, ``1 %`` or ``0.01``.
+    """Parse a limit, written as ``1%``, ``1 %`` or ``0.01``.
 
     >>> parse_share("1.5%"), parse_share("0.015")
     (0.015, 0.015)
 
     Raises:
-        TrainError: if the value is not a number, is not positive, or is 1 or more: ``1`` could mean 1 % or 100 %.
+        TrainError: as :func:`curlora.guard.share.as_share`.
     """
-    found = re.fullmatch(r"\s*([+-]?[0-9.,eE+-]+)\s*(%?)\s*", given)
+    value: str | float = given
+    with contextlib.suppress(ValueError):  # refused below, unless it is a percentage
+        value = float(given)
     try:
-        value = float(found.group(1)) / (100 if found.group(2) else 1) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if math.isnan(value):
-        raise TrainError(f"{option} {given!r} is not a budget: write 1% or 0.01.")
-    if not value > 0:
-        raise TrainError(f"{option} {given!r} leaves nothing to learn with: give a positive budget, such as 1%.")
-    if value >= 1:
-        meant = "" if "%" in given else f" For {given.strip()} % write {given.strip()}%."
-        raise TrainError(
-            f"{option} {given!r} is 100 % or more of the perplexity.{meant} Give less than 100%, such as 1%."
-        )
-    return value
+        return as_share(option, value)
+    except GuardError as error:
+        raise TrainError(str(error)) from None
 
 
 def parse_texts(given: Sequence[str]) -> dict[str, Path]:

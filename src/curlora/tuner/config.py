@@ -188,6 +188,13 @@ class CurloraConfig(PeftConfig):
         """Return a layer's alpha: that of the first pattern that matches its name, or ``alpha``."""
         return self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), layer), self.alpha)
 
+    def take_over(self, other: CurloraConfig) -> None:
+        """Take the alphas, the settings of the draws and the further files of an adapter that replaces this one."""
+        drawn = ("sampling", "replacement", "seed", "weights_file", "_saved_by")
+        for name in ("alpha", "alpha_pattern", *drawn, "beside"):
+            setattr(self, name, getattr(other, name))
+        self.__dict__.pop("_saved", None)  # read from the former weights_file
+
     def saved_draw(self, layer: str) -> tuple[Tensor, Tensor] | None:
         """Return a layer's indices and fingerprint from the weights file, which make drawing unnecessary.
 

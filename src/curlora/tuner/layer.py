@@ -188,6 +188,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
                 f"layer {self.name!r}: the loaded adapter {adapter_name!r} was made on another base model, or on "
                 "this one before its weights changed or were rounded. Load it onto the model it was trained on."
             )
+        U.drawn_by = ()
         self._hold(U, basis)
 
     def redraw(self, adapter_name: str, indices: Tensor) -> None:
@@ -214,6 +215,7 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         problem = problem_of_indices(indices, U.r, self.weight_shape)
         if problem is not None:
             raise ValueError(f"layer {self.name!r}: {problem}")
+        U.drawn_by = ()
         self._hold(U, self.read_basis(indices))
 
     def read_basis(self, indices: Tensor) -> Basis:

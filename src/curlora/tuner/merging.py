@@ -22,6 +22,10 @@ from curlora.tuner.weight import ProbedWeight, StoredWeight, brought, device_of,
 __all__ = ["MergeMixin"]
 
 
+class _NotFiniteError(ValueError):
+    """An adapter that makes the merged weight non-finite."""
+
+
 class MergeMixin:
     """The methods of :class:`curlora.CurloraLayer` that merge and unmerge.
 
@@ -130,7 +134,7 @@ class MergeMixin:
         merge = self._merge_quantized if self._plain_weight() is None else self._merge_plain
         try:
             merge([*before, *adding], safe_merge)
-        except ValueError:
+        except BaseException:
             if before:
                 merge(before, False)
             raise
@@ -143,7 +147,7 @@ class MergeMixin:
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        before = self._unmerged.pop()
+        (before,) = self._unmerged
         if isinstance(before, nn.Module):
             device = device_of(self.get_base_layer())
             self.base_layer = before if device_of(before) == device else before.to(device)  # moved after the merge
@@ -160,7 +164,7 @@ class MergeMixin:
                 weight.copy_(before)
             else:  # another method has merged into the weight since
                 weight -= self._plus_merged(torch.zeros_like(weight))
-        self.merged_adapters, self._merged_factors = [], {}
+        self._unmerged, self.merged_adapters, self._merged_factors = [], [], {}
 
     def _merge_plain(self, adapters: Sequence[str], safe_merge: bool) -> None:
         factors = {adapter: self.delta_factors(adapter) for adapter in adapters}
@@ -169,12 +173,16 @@ class MergeMixin:
         merged = weight.clone() if safe_merge else weight
         # The copy is kept on the CPU, since merging is often meant to save the accelerator's memory.
         unmerged = weight.clone() if isinstance(weight, DTensor) else weight.to("cpu", copy=True)
-        for adapter, pair in factors.items():
-            _add_product(merged, *pair)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise self._not_finite(adapter)
-        if safe_merge:
-            weight.copy_(merged)
+        try:
+            for adapter, pair in factors.items():
+                _add_product(merged, *pair)
+                if safe_merge and not bool(torch.isfinite(merged).all()):
+                    raise self._not_finite(adapter)
+            if safe_merge:
+                weight.copy_(merged)
+        except BaseException:  # such as a lack of memory after the first of two adapters
+            weight.copy_(unmerged)
+            raise
         self._unmerged, self._merged_factors, self.merged_adapters = [unmerged], factors, list(adapters)
 
     def _plus_merged(self, weight: Tensor) -> Tensor:
@@ -194,27 +202,26 @@ class MergeMixin:
             if backend is None:
                 raise ValueError("PEFT cannot write such a weight")
             self.base_layer = twin(base)
-            weight, broken = backend.get_base_weight(self.base_layer), None
+            weight = backend.get_base_weight(self.base_layer)
             for adapter, pair in factors.items():
                 weight = weight + _product(*pair).to(device=weight.device, dtype=weight.dtype)
                 if safe_merge and not bool(torch.isfinite(weight).all()):
-                    broken = adapter
-                    break
-            if broken is None:
-                backend.set_base_weight(self, weight)
-        except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+                    raise self._not_finite(adapter)
+            backend.set_base_weight(self, weight)
+        except BaseException as error:
             self.base_layer = base
-            raise ValueError(
-                f"layer {self.name!r} is a {kind}, and adapters cannot be merged into its quantized weight "
-                f"({error}). {instead}"
-            ) from error
-        if broken is not None:
-            self.base_layer = base
-            raise self._not_finite(broken)
+            if isinstance(error, (AttributeError, NotImplementedError, TypeError, ValueError)) and not isinstance(
+                error, _NotFiniteError
+            ):
+                raise ValueError(
+                    f"layer {self.name!r} is a {kind}, and adapters cannot be merged into its quantized weight "
+                    f"({error}). {instead}"
+                ) from error
+            raise
         self._unmerged, self._merged_factors, self.merged_adapters = [base], factors, list(adapters)
 
     def _not_finite(self, adapter: str) -> ValueError:
-        return ValueError(
+        return _NotFiniteError(
             f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken (layer {self.name!r})"
         )
 

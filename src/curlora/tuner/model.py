@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -72,7 +72,7 @@ class CurloraModel(BaseTuner):
         # With "all-linear" the user has not chosen the layers, so a rank that is too high for a layer is lowered.
         all_linear = _is_all_linear(config.target_modules)
         self._lowered: dict[str, int] | None = {} if all_linear else None
-        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         convert_expert_names(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -84,10 +84,9 @@ class CurloraModel(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} Linear layers of this model: {present}.") from None
         except BaseException:
             _withdraw(model, adapter_name)
-            for parameter, requires_grad in trained:
-                parameter.requires_grad_(requires_grad)
+            _set_trained(model, trained)
             raise
-        self._trained_before = trained
+        self._trained_before = trained  # by name: references would keep the parameters alive that FSDP replaces
         if self._lowered:
             some = ", ".join(f"{name} ({r})" for name, r in list(self._lowered.items())[:3])
             warnings.warn(
@@ -204,8 +203,8 @@ class CurloraModel(BaseTuner):
     ) -> None:
         """Add an adapter that is the weighted sum of others. Call this method on the :class:`peft.PeftModel`.
 
-        The new adapter is not active and not trainable. Its ``U`` contains the weights and the alphas, and its own
-        alpha is 1.
+        The new adapter is not active and not trainable. Its ``U`` contains the weights and the present scalings (alpha,
+        unless ``set_scale`` changed it), and its own alpha is 1.
 
         Args:
             adapters: names of adapters of this model.
@@ -241,7 +240,7 @@ class CurloraModel(BaseTuner):
         for name, layer in layers.items():
             here = [(one, weight) for one, weight in zip(adapters, weights, strict=True) if one in layer.curlora_U]
             matrices = [layer.matrices[one].weight.detach() for one, _ in here]
-            scales = [weight * layer.alpha[one] for one, weight in here]
+            scales = [weight * layer.scaling[one] for one, weight in here]
             bases = {one: layer.basis(one) for one, _ in here}
             if combine is None:
                 combined[name] = side_by_side(matrices, scales, [basis.indices for basis in bases.values()])
@@ -340,7 +339,8 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
     """Replace an adapter's values by a new state dict, for :func:`peft.utils.hotswap.hotswap_adapter`.
 
     ``U`` is changed in place, so that a compiled model is not compiled again if alpha is the same. In layers that the
-    state dict does not have, ``U`` is set to zero.
+    state dict does not have, ``U`` is set to zero. The adapter's configuration takes over the alphas, the settings of
+    the draws, and the ledger.
 
     Args:
         model: the model with the adapter; may be compiled.
@@ -351,7 +351,8 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
     Raises:
         ValueError: if the state dict does not fit the adapter or the model. The adapter is unchanged then.
     """
-    layers = adapted_layers(getattr(model, "_orig_mod", model), adapter_name)
+    model = getattr(model, "_orig_mod", model)
+    layers = adapted_layers(model, adapter_name)
     # PEFT has inserted the adapter's name into the keys. Remove it, rename keys of version 1, and insert it again.
     inside = f".curlora_U.{adapter_name}."
     state = {
@@ -371,6 +372,8 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         U.load_state_dict({entry: state[prefix + entry] for entry in ENTRIES})
         layer.refresh(adapter_name)
         U.alpha = U.scaling = config.alpha_of(layer.name)
+    if (present := getattr(model, "peft_config", {}).get(adapter_name)) is not None:
+        present.take_over(config)
 
 
 def _new_layer(config: CurloraConfig, target: nn.Module, name: str, parameter_name: str | None) -> CurloraLayer:
@@ -452,5 +455,9 @@ def _roll_back(model: nn.Module, adapter_name: str) -> None:
     model.peft_config.pop(adapter_name, None)
     if isinstance(tuner, CurloraModel):
         del tuner.model.peft_config
-        for parameter, requires_grad in tuner._trained_before:
-            parameter.requires_grad_(requires_grad)
+        _set_trained(tuner.model, tuner._trained_before)
+
+
+def _set_trained(model: nn.Module, trained: Mapping[str, bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])

@@ -1,21 +1,21 @@
-"""Measure what a training step of each method of ``gsm8k/recipe.yaml`` costs: time, and bytes kept for backward.
+"""Measure what a training step of each method of ``proof/gsm8k/recipe.yaml`` costs: time, and bytes kept for backward.
 
 The model has SmolLM2-135M's shapes and random weights. A batch has eight rows of 202 random tokens, the mean length of
 the recipe's rows. A step is the forward and the backward pass, the penalty if there is one, the optimizer's step, and
 the guard if there is one. The floor is a step without an adapter, whose gradients flow back through the adapted layers.
-All methods run alternately in one process. Their trained parameters, bytes and times are the lines of ``costs.jsonl``.
+All methods run alternately in one process. Each is a line of ``methods.jsonl``.
 
-    python benchmarks/proof/costs.py
+    python benchmarks/speed/methods.py
 """
 
 import argparse
 import copy
 import statistics
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import measure
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
@@ -23,12 +23,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import curlora
 from curlora.callbacks import KLToBaseCallback
-
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "speed"))
-import measure
-
 from models import held
+
+RECIPE = Path(__file__).parent.parent / "proof" / "gsm8k" / "recipe.yaml"
 
 ROWS, LENGTH, TEXT_LENGTH = 8, 202, 128  # of a batch; and the length of a row of the guard's text
 ENTRIES = ["lora", "lora-all-linear", "guarded", "guarded-all-linear", "lora-kl", "lora-all-linear-kl"]
@@ -38,11 +35,11 @@ CONFIGS = {"lora": LoraConfig, "curlora": curlora.CurloraConfig}
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=HERE / "costs.jsonl")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    recipe = yaml.safe_load((HERE / "gsm8k" / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     methods = {method["name"]: method for method in recipe["methods"]}
     base = smollm2()
     text = torch.randint(0, base.config.vocab_size, (8, TEXT_LENGTH)).unbind()
