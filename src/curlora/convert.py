@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from curlora.hub import no_such_folder
-from curlora.tuner.config import CurloraConfig
+from curlora.tuner.config import AUTO_CLASSES, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = [
@@ -32,14 +32,6 @@ __all__ = [
 ]
 
 _PREFIX = "base_model.model."  # prefix of the names in a PeftModel, and of those in an adapter's file
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 
 
 class AdapterError(ValueError):
@@ -223,7 +215,7 @@ def config_of(adapter: str, *kinds: type[PeftConfig]) -> Any:
 
 def _class_of(config: PeftConfig) -> Any:
     if config.task_type:
-        return getattr(transformers, _AUTO_CLASSES[config.task_type])
+        return getattr(transformers, AUTO_CLASSES[config.task_type])
     # PEFT saves the name of the base model's class. It is looked up only in transformers: a file must not decide what
     # is imported.
     name = (config.auto_mapping or {}).get("base_model_class", "")

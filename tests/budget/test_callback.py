@@ -1,6 +1,7 @@
 """Trainings under a budget, in transformers' Trainer and in TRL's."""
 
 import copy
+import json
 import math
 import shutil
 import warnings
@@ -28,12 +29,16 @@ from typer.testing import CliRunner
 
 from curlora import CurloraConfig, ForgettingBudget, calibrate
 from curlora.budget import limited_texts
+from curlora.budget.adapter import keep_in_float32
 from curlora.budget.callback import STATE_NAME, _check_pushes
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import TextOutcome, TrainingRecord, pack, unpack
 from curlora.guard.texts import Rows
+from curlora.inspection import inspect_adapter
+from curlora.train.errors import TrainError
+from curlora.train.history import history_of
 from curlora.tuner.config import LEDGER_NAME
 from curlora_cli.commands import app
 from tests.models import WORDS, curlora, layers, llama, tokens, word_tokenizer
@@ -209,6 +214,7 @@ def test_gone_on_with_to_the_bit(tmp_path):
         (dict(limit=0.02), r"another limit or another text for 'words': it had 'words' \(limit 1.00%\)"),
         (dict(texts={"other": TEXT}), "another text for 'other', 'words'"),
         (dict(texts={"words": OTHER}), "another text for 'words'"),
+        (dict(lifetime=0.05), "began with lifetime=None, and now it is 0.05. Give it the same"),
     ],
 )
 @pytest.mark.parametrize("kind", ["curlora", "lora"])
@@ -449,6 +455,42 @@ class TestLedger:
         loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
         with pytest.raises(GuardError, match="has been trained since without a budget"):
             train(loaded, tmp_path / "again", budget())
+
+    @pytest.mark.parametrize("lifetime", [None, 0.5])
+    @pytest.mark.parametrize("what", ["base", "alpha"])
+    def test_a_model_that_has_changed_where_no_fingerprint_sees_it(self, what, lifetime, tmp_path):
+        model = fresh()
+        train(model, tmp_path, budget(learning_rate=0.3))
+        model.save_pretrained(tmp_path / "saved")
+        other = base()
+        if what == "base":
+            other.lm_head.weight.data.mul_(0.7)
+        else:
+            path = tmp_path / "saved" / "adapter_config.json"
+            options = json.loads(path.read_text())
+            path.write_text(json.dumps({**options, "alpha": 9.0, "digest": "changed"}))
+        loaded = PeftModel.from_pretrained(other, tmp_path / "saved", is_trainable=True)
+        message = (
+            f"The {'base model' if what == 'base' else 'adapter'} is not what it was at the end of the adapter's last"
+        )
+        if lifetime is None:
+            with pytest.warns(UserWarning, match=message):
+                train(loaded, tmp_path / "again", budget())
+        else:
+            with pytest.raises(GuardError, match=message):
+                train(loaded, tmp_path / "again", budget(lifetime=lifetime))
+
+    def test_inspect_and_the_command_tell_a_ledger_of_another_adapter(self, tmp_path):
+        for name, seed in (("one", 3), ("other", 4)):
+            model = fresh()
+            train(model, tmp_path, budget(), seed=seed)
+            model.save_pretrained(tmp_path / name)
+        assert inspect_adapter(tmp_path / "one").ledger_fits
+        shutil.copy(tmp_path / "one" / LEDGER_NAME, tmp_path / "other" / LEDGER_NAME)
+        done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["inspect", str(tmp_path / "other")])
+        assert "The ledger does not match the adapter" in done.output
+        with pytest.raises(TrainError, match="its ledger .* belongs to another adapter"):
+            history_of(CurloraConfig.from_pretrained(str(tmp_path / "other")), str(tmp_path / "other"), None)
 
     @pytest.mark.parametrize(("config", "rate"), [(CurloraConfig(r=4), 50.0), (LoraConfig(r=4), 0.1)])
     def test_what_was_forgotten_before_the_first_budget_counts(self, config, rate, tmp_path):
@@ -704,6 +746,44 @@ class TestTRL:
         assert any(U.any() for U in matrices(trainer.model))
         assert callback.outcome.texts["words"].rise <= 0.02
 
+    @pytest.mark.parametrize("reloaded", [False, True])
+    def test_a_second_training_on_a_quantized_base(self, reloaded, tmp_path, monkeypatch):
+        """TRL rounds the trained adapter to bfloat16 before the callback sees it."""
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+        base().save_pretrained(tmp_path / "base")
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+
+        def loaded():
+            return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantized)
+
+        def trained(model, **options):
+            callback = budget()
+            trainer = SFTTrainer(
+                model, self.arguments(tmp_path), train_dataset=Dataset.from_list(CHATS), processing_class=with_end(),
+                callbacks=[callback], **options,
+            )  # fmt: skip
+            before = [U.detach().clone() for U in matrices(trainer.model)]
+            trainer.train()
+            return trainer.model, before
+
+        model, _ = trained(loaded(), peft_config=CurloraConfig(r=4))
+        after_first = [U.detach().clone() for U in matrices(model)]
+        if reloaded:
+            model.save_pretrained(tmp_path / "adapter")
+            model = PeftModel.from_pretrained(loaded(), tmp_path / "adapter", is_trainable=True)
+        model, before_second = trained(model)
+        assert all(map(torch.equal, before_second, after_first))
+        assert len(Ledger.of(model.peft_config["default"]).trainings) == 2
+
+    def test_rounding_that_cannot_be_undone_is_told(self):
+        model = fresh()
+        for layer in layers(model):
+            U = layer.curlora_U["default"].weight
+            U.data = torch.full_like(U, 0.1).bfloat16()
+        with pytest.warns(UserWarning, match="has been rounded to half precision"):
+            keep_in_float32(model)
+        assert {U.dtype for U in matrices(model)} == {torch.float32}
+
     def test_dpo(self, tmp_path):
         pairs = [{**one, "chosen": one.pop("completion"), "rejected": " w9 w8"} for one in map(dict, CHATS)]
         callback = budget()
@@ -742,6 +822,8 @@ class TestBadInput:
             ({"texts": "novel.txt"}, "is a string, 'novel.txt', and there is no such file"),
             ({"texts": {}}, "texts is empty"),
             ({"texts": []}, "is empty"),
+            ({"texts": [__file__, "a text"]}, "is a list with the path of a file"),
+            ({"texts": ["a text", "/gone/articles.txt"]}, "is a list with the path of a file, '/gone/articles.txt'"),
             ({"texts": {"a": 3}}, "is int: a list of texts"),
             ({"limits": {"a": 0.1}}, "limits has 'a', which is none of the texts"),
             ({"texts": ["w1 w2"], "limits": {"general text": 2}}, "would let perplexity rise"),
@@ -780,7 +862,7 @@ class TestBadInput:
         (tmp_path / "words.txt").write_text("\n\n".join(" ".join(WORDS[i : i + 20]) for i in range(0, 70, 2)))
         callback = budget(texts=str(tmp_path / "words.txt"))
         train(fresh(), tmp_path, callback)
-        assert list(callback.outcome.texts) == ["words.txt"]
+        assert list(callback.outcome.texts) == ["words"]
 
     def test_an_encoder_with_a_decoder(self, tmp_path):
         config = T5Config(vocab_size=100, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
@@ -814,7 +896,7 @@ class TestBadInput:
         (tmp_path / "a.txt").write_text("w1 w2")
         with pytest.raises(GuardError, match="is a folder, .* give the path of a text file"):
             budget(texts=tmp_path)
-        with pytest.raises(GuardError, match="is a list of files' paths. Give a mapping from names to paths"):
+        with pytest.raises(GuardError, match="is a list with the path of a file.*Items of a list are texts"):
             budget(texts=[str(tmp_path / "a.txt")])
 
     def test_no_adapter(self, tmp_path):

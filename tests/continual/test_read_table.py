@@ -69,7 +69,9 @@ def test_another_encoding_is_read_where_it_is_named_and_refused_where_not(tmp_pa
     assert "is text in UTF-16. Set encoding: utf-16" in refused(path)
     path.write_text("text,label\nnaïve,1\n", encoding="latin-1")
     assert rows_of(path, encoding="latin-1") == [{"text": "naïve", "label": "1"}]
-    assert "is not text in the encoding utf-8-sig: invalid continuation byte at byte 13" in refused(path)
+    assert "line 2 is not text in the encoding utf-8-sig: invalid continuation byte at byte 13" in refused(path)
+    path.write_bytes(b"text,label\n" + b"long enough for several buffers,1\n" * 1000 + b"na\xefve,1\n")
+    assert "line 1002 is not text in the encoding utf-8-sig: invalid continuation byte at byte 34013" in refused(path)
     path.write_bytes("text,label\nx,1\n".encode("utf-16-le"))
     assert "line 1 holds a NUL character" in refused(path)
     with pytest.raises(ValidationError, match="'utf-88' is not an encoding of Python"):
@@ -197,7 +199,7 @@ def test_json_is_read_as_it_stands_there(suffix, tmp_path):
         ('{"text": "x"}\n3\n', "row 1 (line 2) is a number"),
         ("null\n", "row 0 (line 1) is null"),
         ("[]", "the file has no rows"),
-        ('{"text": "\\ud83d"}\n', "row 0 holds half of a character"),
+        ('{"text": "\\ud83d"}\n', "row 0 (line 1) holds half of a character"),
         ("text,label\nx,1\n", "is not valid JSON"),
     ],
 )
@@ -216,3 +218,19 @@ def test_the_same_rows_are_chosen_by_a_seed_as_the_library_datasets_chooses(tmp_
     theirs = datasets.Dataset.from_list(rows_of(path)).shuffle(seed=3).select(range(20))
     assert [text for text, _ in task.train] == theirs["text"]
     assert task.numbers["train"] == [int(text[1:]) for text in theirs["text"]]
+
+
+def test_rows_know_their_lines(tmp_path):
+    (tmp_path / "data.csv").write_text('text,label\n"two\nlines",1\n\nx,2\n')
+    (tmp_path / "data.jsonl").write_text('{"text": "x"}\n\n{"text": "y"}\n')
+    (tmp_path / "data.json").write_text('[{"text": "x"}, {"text": "y"}]')
+    for name, lines in (("data.csv", [2, 5]), ("data.jsonl", [1, 3]), ("data.json", None)):
+        assert read_table(Place(path=tmp_path / name), "data").lines == lines
+    table = read_table(Place(path=tmp_path / "data.csv"), "data").select([1])
+    assert table.number(0) == "0 (line 5)"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"text": ' + "[" * 100_000])
+def test_values_inside_each_other_without_end(content, tmp_path):
+    (tmp_path / "data.jsonl").write_text(f"{content}\n")
+    assert refused(tmp_path / "data.jsonl")

@@ -516,8 +516,8 @@ def loaded(*_, **__):
 BAD = {
     "no model": ([], {}, "Which model is trained? Give --model"),
     "model missing": ([], {"model": "./gone"}, "there is no folder gone"),
-    "budget": ([], {"model": "{chat}", "max_forgetting": "1"}, "For 1 % write 1%."),
-    "budget of nothing": ([], {"model": "{chat}", "max_forgetting": "0"}, "leaves nothing to learn with"),
+    "budget": ([], {"model": "{chat}", "max_forgetting": "1"}, "For 1 % give 0.01."),
+    "budget of nothing": ([], {"model": "{chat}", "max_forgetting": "0"}, "must be a positive share"),
     "guard text": ([], {"model": "{chat}", "guard_text": "code=gone.txt"}, "--guard-text gone.txt: there is no such"),
     "limit of no text": ([], {"model": "{chat}", "limit": "code=1%"}, "--limit code=...: no --guard-text has this"),
     "limit without a name": ([], {"model": "{chat}", "limit": "1%"}, "--limit '1%' does not name a text"),
@@ -537,6 +537,7 @@ BAD = {
     "targets of no expression": ([], {"model": "{chat}", "target_modules": "("}, "is not a valid regular expression"),
     "seed": ([], {"model": "{chat}", "seed": "4294967296"}, "--seed must be between 0 and 4294967295, got 4294967296"),
     "tracker": ([], {"model": "{chat}", "report_to": "paper"}, "--report-to paper: paper is not supported"),
+    "tracker that is missing": ([], {"model": "{chat}", "report_to": "clearml"}, "of this tracker is not installed"),
     "bytes": ([], {"model": "{chat}", "eval": "gone.jsonl"}, "gone.jsonl: there is no such file"),
 }
 

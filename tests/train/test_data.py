@@ -188,7 +188,7 @@ def test_a_bad_row_is_named_with_its_line(bad, chat_model, tmp_path):
         (
             "a.jsonl",
             b'{"prompt": "caf\xe9"}\n',
-            "a.jsonl: is not text in the encoding utf-8-sig: invalid continuation byte",
+            "a.jsonl: line 1 is not text in the encoding utf-8-sig: invalid continuation byte",
         ),
         ("a.csv", "prompt,completion\nw1,w2,w3\n", "line 2 has 3 fields, but the header has 2"),
         ("a.jsonl", '{"prompt": "w1", "completion": null}\n', "row 0 (line 1) has no completion"),

@@ -61,8 +61,12 @@ def test_the_model_card_says_how_to_load_it_once(tmp_path):
         model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text()
     assert card.count("import curlora") == 1
-    assert 'AutoModel.from_pretrained("maker/base")' in card
+    assert 'LlamaForCausalLM.from_pretrained("maker/base")' in card  # PEFT saves it if there is no task type
     assert ModelCard(card).data.library_name == "peft"  # PEFT's own part is unchanged
+    model.peft_config["default"].task_type = "SEQ_CLS"
+    model.save_pretrained(tmp_path / "classifier")
+    card = (tmp_path / "classifier" / "README.md").read_text()
+    assert 'AutoModelForSequenceClassification.from_pretrained("maker/base")' in card
 
 
 def test_indices_come_from_the_file_not_from_the_seed(tmp_path):

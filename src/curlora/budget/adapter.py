@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -15,9 +17,10 @@ from transformers.models.auto.modeling_auto import (
 from curlora.guard.calibration import adapter_of
 from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import changes_the_base, without_adapters
+from curlora.tuner.format import saved_U
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["trained_adapter"]
+__all__ = ["keep_in_float32", "trained_adapter"]
 
 _UNTRAINED = "The adapter has no trained parameters. Load it with PeftModel.from_pretrained(..., is_trainable=True)."
 _WITHOUT_PERPLEXITY = {
@@ -59,6 +62,38 @@ def trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
         raise GuardError(f"{adapter!r} is not an active adapter of this model; {active} are active. Name one of these.")
     _check_base(model)
     return adapter or active[0], False
+
+
+def keep_in_float32(model: nn.Module) -> None:
+    """Convert trained ``U`` in half precision to float32, and undo the rounding where the exact values are known.
+
+    TRL casts the trained parameters of a quantized base model to bfloat16, where small steps round to zero. An adapter
+    that was trained before has lost digits by then. They are read again from its file, or from where the last training
+    within a budget has left them.
+    """
+    rounded = []
+    for layer in (module for module in model.modules() if isinstance(module, CurloraLayer)):
+        for name, matrix in layer.matrices.items():
+            U = matrix.weight
+            if not (U.requires_grad and U.dtype in (torch.bfloat16, torch.float16)):
+                continue
+            file = getattr(getattr(model, "peft_config", {}).get(name), "weights_file", None)
+            known = [matrix.trained, None if file is None else saved_U(file).get(layer.name)]
+            exact = next((one for one in known if one is not None and _rounds_to(one, U)), None)
+            if exact is None and bool(U.any()):
+                rounded.append(layer.name)
+            U.data = U.data.float() if exact is None else exact.to(device=U.device, dtype=torch.float32)
+    if rounded:
+        warnings.warn(
+            f"U of {len(rounded)} layers (the first is {rounded[0]}) has been rounded to half precision, as TRL does "
+            "on a quantized base model, and its exact values are not known. Save the adapter before, and load it for "
+            "this training.",
+            stacklevel=4,
+        )
+
+
+def _rounds_to(exact: Tensor, U: Tensor) -> bool:
+    return exact.shape == U.shape and torch.equal(exact.to(device=U.device).to(U.dtype), U.detach())
 
 
 def _guarded(model: nn.Module, adapter: str | None) -> str | None:

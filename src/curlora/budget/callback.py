@@ -10,19 +10,18 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curlora._compat import scale_base_rate
-from curlora.budget.adapter import trained_adapter
+from curlora.budget.adapter import keep_in_float32, trained_adapter
 from curlora.budget.examples import Examples
 from curlora.budget.guard_restraint import GuardRestraint
 from curlora.budget.limited_texts import LimitedTexts
 from curlora.budget.outcome import Outcome
 from curlora.budget.penalty_restraint import PenaltyRestraint
 from curlora.budget.restraint import Restraint
-from curlora.budget.start import Start
+from curlora.budget.start import UNKNOWN, Start
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
@@ -31,7 +30,6 @@ from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
 from curlora.guard.texts import Texts
 from curlora.storage import write_whole
-from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
 __all__ = ["ForgettingBudget"]
@@ -171,12 +169,7 @@ class ForgettingBudget(TrainerCallback):
         if model is None:  # model_init creates it when training begins
             return
         trained_adapter(model, self.adapter)
-        # TRL casts the adapter of a quantized base model to bfloat16, where small steps round to zero.
-        for layer in model.modules():
-            if isinstance(layer, CurloraLayer):
-                for parameter in layer.curlora_U.parameters():
-                    if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-                        parameter.data = parameter.data.float()
+        keep_in_float32(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -206,6 +199,11 @@ class ForgettingBudget(TrainerCallback):
         restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
         if state.global_step:
             self._start = self._found(args, state)
+            if self._start.lifetime not in (UNKNOWN, self.lifetime):
+                raise GuardError(
+                    f"The training that resumes began with lifetime={self._start.lifetime}, and now it is "
+                    f"{self.lifetime}. Give it the same."
+                )
             rewritten = self._texts.check_stated(self._start.stated)
             restraint.load_state_dict(self._start.restraint)
             if rewritten:
@@ -300,10 +298,13 @@ class ForgettingBudget(TrainerCallback):
         with restraint.as_base():
             base = self._texts.measure(model)
         spent = self._texts.measure(model) if restraint.trained_before else base
+        self._texts.check_unchanged(restraint.last_measured, base, spent, lifetime)
         limits = self._texts.limits_from(base, spent, lifetime, known=bool(restraint.last_measured))
         restraint.set_limits(limits, self.limit)
         before_training = [whole(parameter.detach()).clone() for parameter in restraint.parameters]
-        return Start(before_training, base, limits, restraint.state_dict(), stated=self._texts.stated())
+        return Start(
+            before_training, base, limits, restraint.state_dict(), stated=self._texts.stated(), lifetime=self.lifetime
+        )
 
     def _set_rate(
         self, restraint: Restraint, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]

@@ -209,6 +209,9 @@ class GuardRestraint(Restraint):
         training = TrainingRecord(
             steps, outcome.learning_rate, self.budget, outcome.predicted, outcome.kept, outcome.texts
         )
+        for layer in self.layers.values():
+            matrix = layer.matrices[self.adapter]
+            matrix.trained = whole(matrix.weight.detach()).clone()
         self.ledger.after(training, digest_of(self.layers, self.adapter)).put_beside(self._config)
 
     def save_record(self, checkpoint: Path) -> None:

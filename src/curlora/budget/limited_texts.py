@@ -20,9 +20,10 @@ from curlora.guard.progress import Shown, part_of, stage
 from curlora.guard.share import as_share
 from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
 
-__all__ = ["LimitedTexts"]
+__all__ = ["OWN_TEXT", "LimitedTexts"]
 
-_OWN = "own text"
+OWN_TEXT = "own text"
+_CHANGED = 0.01  # a larger difference between two measurements of one text is not due to rounding
 
 
 class LimitedTexts:
@@ -51,7 +52,7 @@ class LimitedTexts:
         batch_size: int,
         seed: int,
     ) -> None:
-        self.texts = {_OWN: None} if texts is None else named_texts(texts)
+        self.texts = {OWN_TEXT: None} if texts is None else named_texts(texts)
         if not isinstance(limits, Mapping):
             raise GuardError(f"limits must be a mapping from names of texts to limits, got {limits!r:.80}.")
         given = {name: as_share(f"limits[{name!r}]", value) for name, value in limits.items()}
@@ -76,7 +77,7 @@ class LimitedTexts:
         """
         self._shown, self._measured = shown, {}
         texts = {name: text for name, text in self.texts.items() if not callable(text)}
-        texts = texts or {_OWN: None}  # with measurements only, the restraint still needs a text
+        texts = texts or {OWN_TEXT: None}  # with measurements only, the restraint still needs a text
         if tokenizer is None and any(text is None for text in texts.values()):
             raise GuardError(
                 "The model cannot write the text that forgetting is measured on without its tokenizer: pass "
@@ -105,7 +106,11 @@ class LimitedTexts:
         # The number of measurements until all limits hold is unknown, so progress counts only the first as work.
         again = bool(self._measured)
         self._measured = {name: self._measure(model, name, again) for name in self.texts}
-        shares = [(value / start.base[name] - 1) / start.limits[name] for name, value in self._measured.items()]
+        # A measurement of the user's own that is not positive means nothing, and counts as over its limit.
+        rises = {
+            name: value / start.base[name] - 1 if value > 0 else math.nan for name, value in self._measured.items()
+        }
+        shares = [rise / start.limits[name] for name, rise in rises.items()]
         return float(numpy.max(shares))  # the built-in max would overlook a measurement that is not a number
 
     def outcomes(self, start: Start) -> dict[str, TextOutcome]:
@@ -222,6 +227,46 @@ class LimitedTexts:
                     f"{found}, and the lifetime's budget of {lifetime:.2%} counts on it. Give the same text under the "
                     "same name, with the same tokens and max_length. Further texts may be added."
                 )
+
+    def check_unchanged(
+        self,
+        earlier: Mapping[str, TextOutcome],
+        base: Mapping[str, float],
+        spent: Mapping[str, float],
+        lifetime: float | None,
+    ) -> None:
+        """Compare the measurements with those at the end of the last training, of the same text.
+
+        They differ if the base model or the adapter has been changed where no fingerprint sees it: in the embeddings,
+        in layers without an adapter, in the adapter's ``alpha``, or by another precision.
+
+        Args:
+            earlier: the outcomes of earlier trainings.
+            base, spent: the measurements of the base model, and of the model as it is.
+            lifetime: the limit over all trainings, if there is one.
+
+        Raises:
+            GuardError: if they differ, and a lifetime counts on them.
+        """
+        for name, text in earlier.items():
+            if name not in self.rows or text.sha256 is None or text.sha256 != digest(self.rows[name]):
+                continue
+            before = base[name] / text.before
+            after = spent[name] / base[name] / (1 + text.rise)
+            changed = [("base model", before), ("adapter", after)]
+            what, ratio = next((one for one in changed if abs(one[1] - 1) > _CHANGED), (None, 1.0))
+            if what is None:
+                continue
+            found = (
+                f"The {what} is not what it was at the end of the adapter's last training: the perplexity of {name!r}"
+                f"{'' if what == 'base model' else ' relative to the base model'} differs by {ratio - 1:+.1%}"
+            )
+            if lifetime is not None:
+                raise GuardError(
+                    f"{found}. So the lifetime's budget of {lifetime:.2%} cannot be counted. Use the model and the "
+                    "adapter as they were, in the same precision."
+                )
+            warnings.warn(f"{found}. Forgetting is counted from the base model as it is now.", stacklevel=5)
 
     def _measure(self, model: nn.Module, name: str, again: bool = False) -> float:
         text, rows = self.texts[name], self.rows.get(name, Rows([]))

@@ -74,7 +74,7 @@ def read_conversations(
     for i, row in enumerate(table):
         try:
             conversation = read(row)
-            fault = fault_of(conversation)
+            fault = fault_of(conversation) or _fault_of_tools(row.get("tools"))
         except RowTemplateError as error:
             fault = str(error)
         if fault is not None:
@@ -117,6 +117,13 @@ def fault_of(conversation: Any) -> str | None:
         masked = sum(message.get("weight", 1) == 0 for message in conversation)
         more = f", and {masked} of them have weight 0" if masked else ""
         return f"has no assistant message that answers a user message: its roles are {roles}{more}"
+    return None
+
+
+def _fault_of_tools(tools: Any) -> str | None:
+    """Return what is wrong with a row's column ``tools``: schemas of functions, as a list or as JSON."""
+    if (isinstance(tools, list) and tools) or (isinstance(tools, str) and tools.lstrip()[:2] in ("[{", '{"')):
+        return "has tools, which would not reach the prompt: only conversations without tools can be trained"
     return None
 
 

@@ -6,7 +6,7 @@ import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,12 @@ class Table:
     Args:
         columns: the columns' names. A row may lack some of them.
         rows: a list of mappings, or a data set of the library ``datasets``.
+        lines: for each row the line of the file at which it begins, from 1; ``None`` if rows have no lines.
     """
 
     columns: Sequence[str]
     rows: Any
+    lines: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,7 +86,11 @@ class Table:
     def select(self, numbers: Sequence[int]) -> Table:
         """Return a table of the rows with these numbers, in this order."""
         rows = [self.rows[i] for i in numbers] if isinstance(self.rows, list) else self.rows.select(numbers)
-        return Table(self.columns, rows)
+        return Table(self.columns, rows, None if self.lines is None else [self.lines[i] for i in numbers])
+
+    def number(self, row: int) -> str:
+        """Return a row's number for error messages, with its line: ``3 (line 5)``."""
+        return f"{row}" if self.lines is None else f"{row} (line {self.lines[row]})"
 
     def check_columns(self, columns: Iterable[str], where: str) -> None:
         """Check that the columns exist.
@@ -131,8 +137,7 @@ def read_table(place: Place, where: str) -> Table:
         raise
     except UnicodeDecodeError as error:
         raise EncodingError(
-            f"{where}: is not text in the encoding {place.encoding}: {error.reason} at byte {error.start}",
-            "If it is text in another encoding, set encoding to it",
+            f"{where}: {_undecodable(place, error)}", "If it is text in another encoding, set encoding to it"
         ) from error
     except UnicodeError as error:
         raise DataError(f"{where}: is not text in the encoding {place.encoding}: {error}") from error
@@ -166,6 +171,18 @@ _SIGNATURES = {
 }
 
 
+def _undecodable(place: Place, error: UnicodeDecodeError) -> str:
+    """Say where a file cannot be decoded. A reader's error counts bytes from the beginning of its buffer."""
+    assert place.path is not None
+    content = place.path.read_bytes()
+    try:
+        content.decode(place.encoding)
+    except UnicodeDecodeError as whole:
+        error = whole
+    line = content[: error.start].decode(place.encoding, errors="ignore").count("\n") + 1
+    return f"line {line} is not text in the encoding {place.encoding}: {error.reason} at byte {error.start} of the file"
+
+
 def _listed() -> str:
     return ", ".join(TABLE_SUFFIXES)
 
@@ -192,13 +209,14 @@ def _lines(place: Place, where: str, newline: str | None) -> Iterator[str]:
     assert place.path is not None
     with place.path.open("rb") as raw:
         if raw.read(2) in _UTF16 and "16" not in place.encoding:
-            raise DataError(f"{where}: is text in UTF-16. Set encoding: utf-16")
+            raise EncodingError(f"{where}: is text in UTF-16", "Set encoding: utf-16")
     with place.path.open(encoding=place.encoding, newline=newline) as stream:
         for number, line in enumerate(stream, start=1):
             if "\0" in line:
-                raise DataError(
+                raise EncodingError(
                     f"{where}: line {number} holds a NUL character, so this is not a text file, or its text is in "
-                    "another encoding. Set encoding to it"
+                    "another encoding",
+                    "Set encoding to it",
                 )
             yield line.removeprefix("\ufeff") if number == 1 else line
 
@@ -209,6 +227,7 @@ def _from_csv(place: Place, separator: str, where: str) -> Table:
     reader = csv.reader(_lines(place, where, newline=""), delimiter=separator, quoting=quoting, strict=True)
     columns, named_by = place.columns, "columns names"
     rows: list[dict[str, str]] = []
+    at_lines: list[int] = []
     limit = csv.field_size_limit(2**31 - 1)  # a global setting, whose default is too small for long texts
     line = 1
     try:
@@ -223,15 +242,16 @@ def _from_csv(place: Place, separator: str, where: str) -> Table:
                     )
                 else:
                     rows.append(dict(zip(columns, fields, strict=True)))
+                    at_lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
-            f"{where}: line {line}: {error}. A field that starts with a quotation mark must end with one. If the file "
-            "does not enclose fields in quotation marks, set quoted: false"
+            f"{where}: line {line}: {error}. A field that starts with a quotation mark must end with one",
+            "If the file does not enclose fields in quotation marks, set quoted: false",
         ) from error
     finally:
         csv.field_size_limit(limit)
-    return Table([name for name in columns or [] if name], rows)
+    return Table([name for name in columns or [] if name], rows, at_lines)
 
 
 def _heading(names: Sequence[str], where: str) -> list[str]:
@@ -259,7 +279,7 @@ def _from_json(place: Place, where: str) -> Table:
     if first == "[" or (place.path.suffix.lower() == ".json" and not _is_json(next(filter(str.strip, lines), ""))):
         try:
             whole = json.loads("".join(lines))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: is not valid JSON: {error}") from error
         rows = whole if isinstance(whole, list) else [whole]
     else:
@@ -272,35 +292,38 @@ def _from_json(place: Place, where: str) -> Table:
                 except json.JSONDecodeError as error:
                     at = f"{error.msg}, column {error.colno}"
                     raise DataError(f"{where}: line {number} is not valid JSON: {at}") from error
+                except RecursionError as error:
+                    raise DataError(f"{where}: line {number} has too many values inside each other") from error
+    table = Table([], rows, at_lines or None)
     columns: dict[str, None] = {}  # an ordered set
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            place_of = f"row {number} (line {at_lines[number]})" if at_lines else f"row {number}"
             raise DataError(
-                f"{where}: {place_of} is {_kind(row)}, but an object with a value for each column is expected"
+                f"{where}: row {table.number(number)} is {_kind(row)}, but an object with a value for each column is "
+                "expected"
             )
         columns.update(dict.fromkeys(row))
     if any("\\ud" in line or "\\uD" in line for line in lines):
-        _check_surrogates(rows, where)
-    return Table(list(columns), rows)
+        _check_surrogates(table, where)
+    return replace(table, columns=list(columns))
 
 
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _check_surrogates(rows: Sequence[Any], where: str) -> None:
+def _check_surrogates(table: Table, where: str) -> None:
     """Reject unpaired surrogates, which JSON allows but no tokenizer accepts."""
-    for number, row in enumerate(rows):
+    for number, row in enumerate(table):
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             raise DataError(
-                f"{where}: row {number} holds half of a character (an unpaired surrogate): {error.reason}"
+                f"{where}: row {table.number(number)} holds half of a character (an unpaired surrogate): {error.reason}"
             ) from error
 
 

@@ -19,10 +19,11 @@ from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration
 from curlora.guard.errors import GuardError
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
+from curlora.tuner.format import saved_indices, saved_U
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
-__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "digest_of", "pack", "unpack"]
+__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "belongs_to", "digest_of", "pack", "unpack"]
 
 _VERSION = 2
 _READ = (1, 2)
@@ -178,12 +179,29 @@ class Ledger:
         config.beside[LEDGER_NAME] = self.to_bytes()
 
 
+def belongs_to(ledger: Ledger, weights: Path) -> bool:
+    """Return whether a ledger was written for the adapter in a weights file, as far as can be told without the model.
+
+    Args:
+        ledger: the ledger.
+        weights: the adapter's weights file.
+    """
+    U, drawn = saved_U(weights), saved_indices(weights)
+    if U.keys() != ledger.calibration.layers.keys() or U.keys() != drawn.keys():
+        return not U.keys().isdisjoint(ledger.calibration.layers)  # experts have other names in files
+    return ledger.adapter == _digest_of({name: (U[name], drawn[name][0]) for name in U})
+
+
 def digest_of(layers: Mapping[str, CurloraLayer], adapter: str) -> str:
     """Return the SHA-256 of an adapter: ``U`` as float32, columns and rows, in the order of the layers' names."""
+    matrices = {name: layer.matrices[adapter].weight for name, layer in layers.items()}
+    return _digest_of({name: (whole(U.detach()), layers[name].basis(adapter).indices) for name, U in matrices.items()})
+
+
+def _digest_of(tensors: Mapping[str, tuple[Tensor, Tensor]]) -> str:
     found = hashlib.sha256()
-    for name, layer in sorted(layers.items()):
-        matrix = layer.matrices[adapter]
-        for tensor in (whole(matrix.weight.detach()).float(), layer.basis(adapter).indices):
+    for name, (U, indices) in sorted(tensors.items()):
+        for tensor in (U.float(), indices):
             found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
 

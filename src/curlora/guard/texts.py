@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from curlora.guard.errors import GuardError
@@ -16,6 +17,8 @@ __all__ = ["IGNORED", "Rows", "Texts", "digest", "named_texts", "rows_of"]
 
 IGNORED = -100
 """The label of a token that is not learned, as in transformers and in torch's cross-entropy."""
+
+_SUFFIXES_OF_TEXTS = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz"}
 
 Texts = str | Path | Sequence[Any] | Callable[[], float]
 """The path of a text file; a list of texts, conversations or rows of tokens; or a function that measures the model."""
@@ -69,7 +72,7 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
     if isinstance(texts, Mapping):
         named = dict(texts)
     else:
-        named = {Path(texts).name if isinstance(texts, (str, Path)) else "general text": texts}
+        named = {Path(texts).stem if isinstance(texts, (str, Path)) else "general text": texts}
     if not named:
         raise GuardError("texts is empty: give a text, or leave texts out to let the model write one itself.")
     for name, text in named.items():
@@ -81,10 +84,10 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
             )
         if isinstance(text, (str, Path)) and _is(Path.is_dir, text):
             raise GuardError(f"texts[{name!r}] is a folder, {str(text)!r}: give the path of a text file.")
-        if isinstance(text, (list, tuple)) and text and all(_is_file(one) for one in text):
+        if isinstance(text, (list, tuple)) and (path := next(filter(_is_path, text), None)) is not None:
             raise GuardError(
-                f"texts[{name!r}] is a list of files' paths. Give a mapping from names to paths: each text has its own "
-                "limit."
+                f"texts[{name!r}] is a list with the path of a file, {str(path)!r}. Items of a list are texts "
+                "themselves: give a mapping from names to paths, or read the files."
             )
         if isinstance(text, (str, Path)) and not _is_file(text):
             raise GuardError(
@@ -147,6 +150,14 @@ def _is_file(path: Any) -> bool:
     return isinstance(path, (str, Path)) and _is(Path.is_file, path)
 
 
+def _is_path(item: Any) -> bool:
+    """Return whether an item of a list must be meant as the path of a file, whether or not this exists."""
+    if not isinstance(item, str):
+        return isinstance(item, Path)
+    one_word = len(item) < 1000 and not any(map(str.isspace, item))
+    return _is_file(item) or (one_word and Path(item).suffix.lower() in _SUFFIXES_OF_TEXTS)
+
+
 def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:
     try:
         return kind(Path(path))
@@ -185,7 +196,10 @@ def _tokens(name: str, number: int, item: Any, tokenizer: Any) -> tuple[list[int
                 f"texts[{name!r}] has conversations, and the tokenizer has no chat template to format them: give "
                 "texts, or set tokenizer.chat_template."
             )
-        return _conversation(messages, tokenizer)
+        try:
+            return _conversation(messages, tokenizer)
+        except (TemplateError, KeyError, TypeError, ValueError) as error:
+            raise GuardError(f"texts[{name!r}][{number}] does not fit the chat template: {error}") from error
     raise GuardError(
         f"texts[{name!r}][{number}] is {type(item).__name__}: a text, a conversation (a list of messages) or a row of "
         "tokens (a one-dimensional tensor) is expected."

@@ -155,10 +155,8 @@ def _read(options: TrainOptions, name: str) -> _Source:
     try:
         place = _place(options, name)
         table = read_table(place, name)
-        lines = _lines(place.path, len(table))
-        number_of = lambda i: i if lines is None else f"{i} (line {lines[i]})"  # noqa: E731
         prompt, completion = options.columns or (None, None)
-        conversations = read_conversations(table, name, number_of, prompt=prompt, completion=completion)
+        conversations = read_conversations(table, name, table.number, prompt=prompt, completion=completion)
     except LayoutError as error:
         raise TrainError(
             f"{error.problem}. If two of them hold prompts and answers, name these with --columns PROMPT,ANSWER."
@@ -166,8 +164,8 @@ def _read(options: TrainOptions, name: str) -> _Source:
     except EncodingError as error:
         raise TrainError(f"{error.problem}. Convert the file to UTF-8.") from error
     except DataError as error:
-        raise TrainError(f"{error}.") from error
-    return _Source(name, conversations, _is_text(table, options), lambda i: f"{name}: row {number_of(i)}")
+        raise TrainError(f"{error.problem}.") from error
+    return _Source(name, conversations, _is_text(table, options), lambda i: f"{name}: row {table.number(i)}")
 
 
 def _place(options: TrainOptions, name: str) -> Place:
@@ -177,15 +175,6 @@ def _place(options: TrainOptions, name: str) -> Place:
     if ("/" not in name and path.suffix) or no_such_folder(name):
         raise TrainError(f"{name}: there is no such file, and this is not a valid id of a data set on the hub.")
     return Place(hub=name, split=options.split, subset=options.subset)
-
-
-def _lines(path: Path | None, rows: int) -> list[int] | None:
-    """Return each row's line number, from 1, if the file holds one row per line; else ``None``."""
-    if path is None or path.suffix.lower() != ".jsonl":
-        return None
-    with path.open("rb") as stream:
-        lines = [number for number, line in enumerate(stream, start=1) if line.strip()]
-    return lines if len(lines) == rows else None
 
 
 def _is_text(table: Table, options: TrainOptions) -> bool:

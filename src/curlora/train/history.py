@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
 from curlora.guard.errors import GuardError
-from curlora.guard.ledger import Ledger
+from curlora.guard.ledger import Ledger, belongs_to
 from curlora.train.errors import TrainError
 from curlora.train.folder import RECORD
-from curlora.tuner.config import CurloraConfig
+from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 
 __all__ = ["History", "history_of"]
 
@@ -25,10 +25,12 @@ class History:
     Args:
         lifetime: the largest allowed rise of perplexity over all trainings; ``None`` without such a limit.
         risen: the largest rise of a text so far.
+        texts: the names of the texts that were measured.
     """
 
     lifetime: float | None = None
     risen: float = 0.0
+    texts: tuple[str, ...] = ()
 
     @property
     def left(self) -> float | None:
@@ -53,7 +55,7 @@ def history_of(adapter: PeftConfig, folder: str | None, lifetime: float | None) 
             found = _of_ledger(adapter) if isinstance(adapter, CurloraConfig) else _of_record(Path(folder) / RECORD)
         except GuardError as error:
             raise TrainError(f"--continue-from {folder}: {error}") from error
-    found = History(found.lifetime if lifetime is None else lifetime, found.risen)
+    found = replace(found, lifetime=found.lifetime if lifetime is None else lifetime)
     if found.left is not None and found.left <= 0:
         raise TrainError(
             f"The lifetime's budget is used up: perplexity has risen by {found.risen:.2%} since the adapter's first "
@@ -66,7 +68,14 @@ def _of_ledger(adapter: CurloraConfig) -> History:
     ledger = Ledger.of(adapter)
     if ledger is None:
         return History()
-    return History(ledger.lifetime, max((text.rise for text in ledger.last_measured.values()), default=0.0))
+    if adapter.weights_file is not None and not belongs_to(ledger, adapter.weights_file):
+        raise GuardError(
+            f"its ledger ({LEDGER_NAME}) belongs to another adapter, or the adapter has been trained since without a "
+            "budget. Take the folder that the last training has saved, or delete the ledger: forgetting still counts "
+            "from the base model then, but earlier tasks are no longer held."
+        )
+    texts = ledger.last_measured
+    return History(ledger.lifetime, max((text.rise for text in texts.values()), default=0.0), tuple(texts))
 
 
 def _of_record(path: Path) -> History:

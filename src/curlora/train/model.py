@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -104,7 +105,7 @@ class Base:
             if self.continue_from is None:
                 return model
             return PeftModel.from_pretrained(model, self.continue_from, is_trainable=True)
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise TrainError(f"{self.continue_from or self.name} cannot be loaded: {error}") from error
 
     def _quantization(self) -> BitsAndBytesConfig:

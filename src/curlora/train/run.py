@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,9 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from curlora.budget.limited_texts import OWN_TEXT
 from curlora.convert import save_as_lora, save_merged
 from curlora.guard.progress import Advance, NullProgress, Portion, Progress
 from curlora.train.card import write_card
@@ -68,11 +70,32 @@ def prepare(options: TrainOptions) -> Prepared:
         get_reporting_integration_callbacks([name for name in options.report_to if name not in ("none", "all")])
     except (ValueError, ImportError, RuntimeError) as error:
         raise TrainError(f"--report-to {' '.join(options.report_to)}: {error}") from error
+    _check_installed(options.report_to)
     base = find_base(options)
+    _check_texts(options, base)
     examples = read_examples(options, base)
     folder = Folder(options.out, {**options.identity(), "data": examples.sha256, "guard_texts": _digests(options)})
     folder.record()
     return Prepared(options, base, examples, make_plan(options, base, examples), folder)
+
+
+def _check_installed(trackers: Sequence[str]) -> None:
+    installed = {"none", "all", *get_available_reporting_integrations()}
+    if missing := [name for name in trackers if name not in installed]:
+        raise TrainError(f"--report-to {missing[0]}: the package of this tracker is not installed.")
+
+
+def _check_texts(options: TrainOptions, base: Base) -> None:
+    """Check that the texts on which a lifetime counts are given again."""
+    given = {*options.guard_texts} or {OWN_TEXT}
+    if missing := [name for name in base.history.texts if name not in given]:
+        if base.history.lifetime is None:
+            return  # the callback warns
+        again = "leave --guard-text out" if missing[0] == OWN_TEXT else f"give --guard-text {missing[0]}=PATH again"
+        raise TrainError(
+            f"--continue-from {options.continue_from}: the lifetime's budget counts on the text {missing[0]!r}, which "
+            f"is not measured in this training: {again}."
+        )
 
 
 def finished(prepared: Prepared) -> TrainOutcome | None:

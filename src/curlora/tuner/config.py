@@ -29,6 +29,16 @@ _CHANGED = "changed"  # users write this in place of the digest
 # Saved with the weights if an adapter was trained within a budget: see curlora.guard.ledger.
 LEDGER_NAME = "curlora_ledger.safetensors"
 
+# The class of transformers that loads the base model of an adapter, by the adapter's task type.
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+}
+
 # Part of the model card. Without the import, PEFT's own error does not say what to do.
 _HOW_TO_LOAD = """
 ## How to load the adapter
@@ -38,9 +48,9 @@ _HOW_TO_LOAD = """
 ```python
 import curlora  # makes CURLoRA known to PEFT
 from peft import PeftModel
-from transformers import AutoModel
+from transformers import {model_class}
 
-model = PeftModel.from_pretrained(AutoModel.from_pretrained("{base}"), "this folder or repository")
+model = PeftModel.from_pretrained({model_class}.from_pretrained("{base}"), "this folder or repository")
 ```
 """
 
@@ -241,7 +251,14 @@ class CurloraConfig(PeftConfig):
         card = folder / "README.md"  # PEFT has written it before; transformers' own save_pretrained writes none
         if card.exists() and "import curlora" not in (text := card.read_text(encoding="utf-8")):
             base = self.base_model_name_or_path or "the base model"
-            card.write_text(f"{text.rstrip()}\n{_HOW_TO_LOAD.format(base=base)}", encoding="utf-8")
+            how = _HOW_TO_LOAD.format(base=base, model_class=self._model_class(kwargs.get("auto_mapping_dict")))
+            card.write_text(f"{text.rstrip()}\n{how}", encoding="utf-8")
+
+    def _model_class(self, auto_mapping: dict[str, Any] | None) -> str:
+        """Return the class of transformers that loads the base model. PEFT saves its name if there is no task type."""
+        if self.task_type is not None:
+            return AUTO_CLASSES.get(str(getattr(self.task_type, "value", self.task_type)), "AutoModel")
+        return (auto_mapping or self.auto_mapping or {}).get("base_model_class") or "AutoModel"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options with their digest."""

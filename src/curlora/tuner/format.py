@@ -22,7 +22,7 @@ from torch import Tensor
 
 from curlora.tuner.fingerprint import LENGTH
 
-__all__ = ["ENTRIES", "check_file", "digest_of_options", "present_name", "saved_indices", "seal"]
+__all__ = ["ENTRIES", "check_file", "digest_of_options", "present_name", "saved_U", "saved_indices", "seal"]
 
 VERSION = 2
 ENTRIES = ("weight", "indices", "fingerprint")
@@ -101,6 +101,20 @@ def saved_indices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     except (OSError, SafetensorError):  # the file was removed or replaced after the check
         return {}
     return found
+
+
+def saved_U(path: Path) -> dict[str, Tensor]:
+    """Return ``U`` of each layer in a weights file, by the layer's name in the base model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            current = {present_name(key): key for key in file.keys()}  # noqa: SIM118  not a mapping
+            return {
+                name.removeprefix(_PREFIX).removesuffix(".curlora_U.weight"): file.get_tensor(key)
+                for name, key in current.items()
+                if name.endswith(".curlora_U.weight")
+            }
+    except (OSError, SafetensorError):  # the file was removed or replaced after the check
+        return {}
 
 
 def digest_of_options(options: Mapping[str, Any]) -> str:

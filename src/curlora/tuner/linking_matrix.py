@@ -61,6 +61,8 @@ class LinkingMatrix(nn.Module):
         # The settings of the draw; empty if the indices were chosen or loaded since. An adapter with the same settings
         # takes the same basis.
         self.drawn_by: tuple[object, ...] = ()
+        # U as the last training within a budget has left it, since TRL rounds it when the next one begins.
+        self.trained: Tensor | None = None
 
     @property
     def r(self) -> int:
