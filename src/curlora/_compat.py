@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ __all__ = [
     "in_out_features",
     "offloaded_bias",
     "refuse_what_reads_the_weight",
+    "require_hooks",
     "scale_base_rate",
     "shallow_twin",
     "support_hotswapping",
@@ -324,6 +325,19 @@ def support_mixed_models(config_class: type, model_class: Any, layer_class: type
             create(self, config, *args, **kwargs)
 
     mixed.MixedModel._create_and_replace = create_and_replace
+
+
+def require_hooks(owner: type, names: Sequence[str]) -> None:
+    """Check that a class still has the private methods that a subclass overrides. Else it would never call them.
+
+    Raises:
+        ImportError: if one is missing.
+    """
+    if missing := [name for name in names if not hasattr(owner, name)]:
+        raise ImportError(
+            f"{owner.__module__}.{owner.__name__} has no {missing[0]}, which runs of recipes override: install a "
+            "version of transformers that docs/compatibility.md lists."
+        )
 
 
 def support_hotswapping(config_class: type, swap: Callable[..., None]) -> None:

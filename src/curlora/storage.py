@@ -59,6 +59,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        # A process that waits for the removed file notices that, and waits for its successor (filelock 3.21 and later).
         with contextlib.suppress(OSError):  # Windows does not remove an open file
             Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

@@ -169,6 +169,10 @@ def train(
         list[str] | None,
         typer.Option(help="NAME=1%: the limit of one --guard-text, instead of --max-forgetting. May be repeated."),
     ] = None,
+    other_text: Annotated[
+        list[str] | None,
+        typer.Option(help="A file of text that is only measured: NAME=PATH or PATH. May be repeated."),
+    ] = None,
     lifetime: Annotated[
         str | None, typer.Option(help="The limit over all trainings of this adapter together: 3% or 0.03.")
     ] = None,
@@ -235,6 +239,7 @@ def train(
             continue_from=continue_from,
             guard_texts=training.parse_texts(guard_text or []),
             limits=training.parse_limits(limit or []),
+            other_texts=training.parse_texts(other_text or [], "--other-text"),
             lifetime=None if lifetime is None else training.parse_share(lifetime, "--lifetime"),
             split=split,
             subset=subset,

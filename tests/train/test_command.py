@@ -24,6 +24,8 @@ from curlora.guard.texts import rows_of
 from curlora.storage import Checkpoints
 from curlora.train import TrainOptions, prepare
 from curlora.train.measure import measure
+from curlora.train.other_texts import OWN_SAMPLE
+from curlora.train.outcome import TrainOutcome
 from curlora_cli.commands import app
 from tests.models import gpt2
 from tests.train.conftest import conversations, write_lines
@@ -449,7 +451,7 @@ def test_the_bar_moves_with_what_the_guard_does(data, chat_model, tmp_path, monk
     names = list(done)
     at = names.index(guards[0])
     assert names[at : at + len(guards) + 1] == [*guards, "training"]
-    assert names[-3:] == ["computing the task's anchor", "held-out examples, after", "writing"]
+    assert names[-4:-1] == ["computing the task's anchor", "held-out examples, after", "other texts, after"]
     assert all(len(units) > 2 for text, units in bars[-1].stages if text in guards)
     assert done["the model writes 2,048 tokens"] > 0.2 * bars[-1].total
     done = run("two")  # the text is there already, and what was to be done for it is passed over
@@ -603,7 +605,7 @@ def test_a_bad_row_is_named_with_its_line(row, message, chat_model, tmp_path, mo
 @pytest.mark.parametrize(
     ("missing", "options", "message"),
     [
-        ("trl", [], "pip install 'curlora[train]'"),
+        ("trl", [], "pip install trl"),
         ("bitsandbytes", ["--quantize", "4bit"], "pip install bitsandbytes"),
     ],
 )
@@ -614,3 +616,36 @@ def test_a_package_that_is_missing(missing, options, message, data, chat_model, 
     done = command(data, *options, model=chat_model, out=tmp_path / "out")
     assert (done.exit_code, message in done.stderr) == (1, True)
     assert done.stderr.count("\n") == 1
+
+
+def test_other_texts_are_measured_and_have_no_limit(data, chat_model, tmp_path):
+    text = tmp_path / "novel.txt"
+    text.write_text("\n\n".join(f"w{i} w{i + 1} w{i + 2}" for i in range(30)))
+    out = tmp_path / "out"
+    done = command(data, *SMALL, model=chat_model, out=out, other_text=text)
+    assert done.exit_code == 0, done.output
+    outcome = TrainOutcome.model_validate(record(out)["outcome"])
+    assert set(outcome.others) == {"novel", OWN_SAMPLE}
+    base = AutoModelForCausalLM.from_pretrained(chat_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    kept = rows_of("novel", text, tokenizer, tokens=8192, max_length=128)
+    adapted = PeftModel.from_pretrained(base, out)
+    after = perplexity(adapted, kept, max_length=128)
+    with adapted.disable_adapter():
+        before = perplexity(adapted, kept, max_length=128)
+    assert outcome.others["novel"].before == pytest.approx(before, rel=1e-5)
+    assert outcome.others["novel"].after == pytest.approx(after, rel=1e-5)
+    name, worst = outcome.worst_other
+    assert worst.rise == max(other.rise for other in outcome.others.values())
+    assert f"on {name}" in " ".join(done.output.split())
+    for page in ("README.md", "report.html"):
+        assert "perplexity of novel" in (out / page).read_text()
+
+
+def test_other_texts_are_checked_before_weights_are_loaded(data, chat_model, tmp_path):
+    text = tmp_path / "novel.txt"
+    done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out", other_text=text)
+    assert f"--other-text {text}: there is no such file" in done.output.replace("\n", "")
+    text.write_text("w1 w2 w3")
+    done = command(data, "--dry-run", model=chat_model, out=tmp_path / "out", other_text=text, guard_text=text)
+    assert "another text is called 'novel' too" in " ".join(done.output.split())

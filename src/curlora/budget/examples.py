@@ -81,8 +81,9 @@ class Examples:
         """Yield this process's batches of token ids, mask, positions and labels."""
         rank, processes = rank_and_count()
         device, found = next(model.parameters()).device, self._batches
-        # Every process runs the same number of batches, because a sharded model has to run in all of them.
-        for number in range(rank, -(-len(found) // processes) * processes, processes):
+        # Every process runs the same number of batches, because a sharded model has to run in all of them. The rest is
+        # left out. Only if there are fewer batches than processes, several processes run the same one.
+        for number in range(rank, max(1, len(found) // processes) * processes, processes):
             batch = found[number % len(found)]
             yield {key: value.to(device) if to_device else value for key, value in batch.items()}
 

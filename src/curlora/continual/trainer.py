@@ -38,6 +38,12 @@ def steps_of(rows: int, settings: Settings) -> int:
     return -(-batches // settings.gradient_accumulation_steps) * settings.epochs
 
 
+_compat.require_hooks(
+    Trainer,
+    ("_get_train_sampler", "_get_output_dir", "_save", "_load_from_checkpoint", "_save_checkpoint"),
+)
+
+
 class TaskTrainer(Trainer):
     """Trains a :class:`TaskModel` on one task and scores rows.
 
@@ -129,6 +135,7 @@ class TaskTrainer(Trainer):
         self.tokenizer = tokenizer
         self.on_generated = on_generated
         self.seconds = self._began = 0.0
+        self._penalized = -1  # the last step whose loss has the plug-ins' penalties
 
     def train_or_go_on(self) -> None:
         """Train from the start, or resume from the newest complete checkpoint in the directory.
@@ -157,11 +164,11 @@ class TaskTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
+        if model.training and self.state.global_step != self._penalized:  # only in the first batch of a step
+            self._penalized = self.state.global_step
             for plugin in self.plugins:
                 penalty = plugin.penalty(self.model)
-                if penalty is not None:  # added once per step, however many batches a step has
-                    loss = loss + penalty / self.current_gradient_accumulation_steps
+                loss = loss if penalty is None else loss + penalty
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

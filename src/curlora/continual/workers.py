@@ -48,7 +48,7 @@ def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: s
     try:
         import ray
     except ImportError as error:
-        raise RunError("Workers need Ray, which is not installed: pip install 'curlora[ray]'") from error
+        raise RunError("Workers need Ray, which is not installed: pip install ray") from error
     if workers is not None and workers < 1:
         raise RunError(f"A run needs 1 or more workers, got {workers}.")
     cpus, gpus = recipe.resources.cpus or 1, recipe.resources.gpus

@@ -39,6 +39,7 @@ class TrainOptions:
         guard_texts: names and text files on which forgetting is limited. Empty: text that the model itself writes.
         limits: limits of single guard texts by name, which replace ``max_forgetting``.
         lifetime: the largest relative rise of perplexity over all trainings of this adapter together.
+        other_texts: names and text files that are only measured, beside another sample of what the model itself writes.
         split, subset: the split and the subset of a data set on the hub.
         columns: the columns of prompts and completions, if they have other names than these.
         turns: which messages of the assistant are trained: ``"all"``, or the ``"last"`` of each conversation.
@@ -71,6 +72,7 @@ class TrainOptions:
     guard_texts: Mapping[str, Path] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     lifetime: float | None = None
+    other_texts: Mapping[str, Path] = field(default_factory=dict)
     split: str = "train"
     subset: str | None = None
     columns: tuple[str, str] | None = None
@@ -102,6 +104,7 @@ class TrainOptions:
     GUARD_ROW = 128
     GUARD_BATCH = 8
     PENALTY_ROWS = 4
+    OTHER_TOKENS = 2048  # of the sample of the model's own text that is only measured
     REPLIES = 3
     REPLY_TOKENS = 96
 
@@ -194,7 +197,7 @@ def parse_share(given: str, option: str = "--max-forgetting") -> float:
         raise TrainError(str(error)) from None
 
 
-def parse_texts(given: Sequence[str]) -> dict[str, Path]:
+def parse_texts(given: Sequence[str], option: str = "--guard-text") -> dict[str, Path]:
     """Parse values such as ``NAME=PATH`` or ``PATH`` into paths by name, and check that each file holds text.
 
     Raises:
@@ -206,10 +209,10 @@ def parse_texts(given: Sequence[str]) -> dict[str, Path]:
         path = Path(rest if equals else one)
         name = name if equals else path.stem
         if not name:
-            raise TrainError(f"--guard-text {one!r} has no name before the equals sign: write NAME=PATH or PATH.")
+            raise TrainError(f"{option} {one!r} has no name before the equals sign: write NAME=PATH or PATH.")
         if name in texts:
-            raise TrainError(f"--guard-text: two texts are called {name!r}. Rename one of them with NAME=PATH.")
-        _check_text(path)
+            raise TrainError(f"{option}: two texts are called {name!r}. Rename one of them with NAME=PATH.")
+        _check_text(path, option)
         texts[name] = path
     return texts
 
@@ -273,15 +276,15 @@ def read_prompts(given: Sequence[str], path: Path | None) -> list[str]:
     return [*given, *found]
 
 
-def _check_text(path: Path) -> None:
+def _check_text(path: Path, option: str) -> None:
     if not path.exists():
-        raise TrainError(f"--guard-text {path}: there is no such file.")
+        raise TrainError(f"{option} {path}: there is no such file.")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise TrainError(f"--guard-text {path} cannot be read as text in UTF-8: {error}.") from error
+        raise TrainError(f"{option} {path} cannot be read as text in UTF-8: {error}.") from error
     if not text.strip():
-        raise TrainError(f"--guard-text {path} is empty: give a text of a few thousand words.")
+        raise TrainError(f"{option} {path} is empty: give a text of a few thousand words.")
 
 
 def _listed(value: str | Sequence[str] | None) -> str | list[str] | None:

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from curlora.guard import TextOutcome
 
-__all__ = ["Budget", "HeldOut", "Reply", "Run", "TrainOutcome"]
+__all__ = ["Budget", "HeldOut", "OtherText", "Reply", "Run", "TrainOutcome"]
 
 
 class _Part(BaseModel):
@@ -54,6 +54,19 @@ class Budget(_Part):
         return all(text.rise <= text.limit for text in self.texts.values())
 
 
+class OtherText(_Part):
+    """The perplexity of the base model and of the trained model on a text that was only measured."""
+
+    tokens: int
+    before: float
+    after: float
+
+    @property
+    def rise(self) -> float:
+        """The relative rise of perplexity: 0.01 for 1 %."""
+        return self.after / self.before - 1
+
+
 class Reply(_Part):
     """The replies to a prompt before and after training; ``data`` is the answer in the data, if there is one."""
 
@@ -92,5 +105,13 @@ class TrainOutcome(_Part):
     run: Run
     held_out: HeldOut
     budget: Budget
+    others: dict[str, OtherText] = {}
     replies: list[Reply]
     exported: str | None = None
+
+    @property
+    def worst_other(self) -> tuple[str, OtherText] | None:
+        """The name and the figures of the text that has lost most of those that were only measured."""
+        rises = {name: math.inf if math.isnan(text.rise) else text.rise for name, text in self.others.items()}
+        name = max(rises, key=lambda name: rises[name], default=None)
+        return None if name is None else (name, self.others[name])

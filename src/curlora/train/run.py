@@ -22,7 +22,9 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from curlora.budget.limited_texts import OWN_TEXT
+from curlora.budget.work import WRITTEN
 from curlora.convert import save_as_lora, save_merged
+from curlora.guard.evaluating import without_adapters
 from curlora.guard.progress import Advance, NullProgress, Portion, Progress
 from curlora.train.card import write_card
 from curlora.train.data import Examples, read_examples
@@ -31,7 +33,8 @@ from curlora.train.folder import Folder, claim
 from curlora.train.measure import Measured, measure
 from curlora.train.model import Base, find_base
 from curlora.train.options import TrainOptions
-from curlora.train.outcome import Budget, HeldOut, Reply, Run, TrainOutcome
+from curlora.train.other_texts import OWN_SAMPLE, perplexities, read_files, write_sample
+from curlora.train.outcome import Budget, HeldOut, OtherText, Reply, Run, TrainOutcome
 from curlora.train.page import write_page
 from curlora.train.plan import TrainPlan, make_plan
 
@@ -60,7 +63,7 @@ def prepare(options: TrainOptions) -> Prepared:
             output folder cannot be used.
     """
     if importlib.util.find_spec("trl") is None:
-        raise TrainError("curlora train needs TRL, which is not installed: pip install 'curlora[train]'")
+        raise TrainError("curlora train needs TRL, which is not installed: pip install trl")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise TrainError(
             "curlora train runs in one process. For several GPUs, pass curlora.ForgettingBudget to TRL's SFTTrainer in "
@@ -73,6 +76,7 @@ def prepare(options: TrainOptions) -> Prepared:
     _check_installed(options.report_to)
     base = find_base(options)
     _check_texts(options, base)
+    read_files(options, base)
     examples = read_examples(options, base)
     folder = Folder(options.out, {**options.identity(), "data": examples.sha256, "guard_texts": _digests(options)})
     folder.record()
@@ -153,7 +157,8 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
 
     options, base, examples, plan, folder = prepared
     replies = len(examples.prompts) * examples.reply_tokens * _WRITING
-    bar = progress(_TRAINING * plan.tokens + 2 * (examples.held_out.tokens + replies) + sum(plan.guard_work))
+    scored = 2 * (examples.held_out.tokens + replies) + WRITTEN * options.OTHER_TOKENS
+    bar = progress(_TRAINING * plan.tokens + scored + sum(plan.guard_work))
     guard = _Guarding(bar)
 
     def begin() -> None:
@@ -176,6 +181,11 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
         bar.advance(replies)
         return found
 
+    bar.stage("other texts, before")
+    others = {**read_files(options, base), OWN_SAMPLE: write_sample(options, base, training.model)}
+    bar.advance(WRITTEN * options.OTHER_TOKENS)
+    with without_adapters(training.model):
+        others_before = perplexities(training.model, others, training.autocast)
     bar.stage("held-out examples, before")
     before = measured()
     bar.stage("preparing the training")
@@ -183,6 +193,8 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
     guard.part.end()
     bar.stage("held-out examples, after")
     after = measured()
+    bar.stage("other texts, after")
+    others_after = perplexities(training.model, others, training.autocast)
 
     bar.stage("writing")
     outcome = TrainOutcome(
@@ -221,6 +233,10 @@ def _train(prepared: Prepared, progress: Callable[[float], Progress]) -> TrainOu
             kept=ended.budget.kept,
             texts=ended.budget.texts,
         ),
+        others={
+            name: OtherText(tokens=sum(map(len, rows)), before=others_before[name], after=others_after[name])
+            for name, rows in others.items()
+        },
         replies=[
             Reply(prompt=prompt.text, before=one, after=other, data=prompt.answer)
             for prompt, one, other in zip(examples.prompts, before.replies, after.replies, strict=True)

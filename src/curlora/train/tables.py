@@ -11,9 +11,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from curlora.guard import TextOutcome
 from curlora.report.formatting import format_size, format_time
 from curlora.train.data import Split
-from curlora.train.outcome import TrainOutcome
+from curlora.train.outcome import OtherText, TrainOutcome
 from curlora.train.plan import with_checkpointing
 
 if TYPE_CHECKING:
@@ -82,16 +83,21 @@ def loss_row(outcome: TrainOutcome) -> tuple[str, str, str, str]:
 
 
 def text_rows(outcome: TrainOutcome) -> list[tuple[str, str, str, str, str]]:
-    """Return a row for each guard text: label, perplexity before, perplexity after, relative rise, limit."""
+    """Return a row for each text: label, perplexity before, perplexity after, relative rise, limit.
+
+    Texts that were only measured follow the guard's, and have no limit.
+    """
+    limits = {name: percent(text.limit) for name, text in outcome.budget.texts.items()}
+    texts: list[tuple[str, TextOutcome | OtherText]] = [*outcome.budget.texts.items(), *outcome.others.items()]
     return [
         (
             f"perplexity of {name}",
             f"{text.before:.3f}",
             f"{text.after:.3f}",
             percent(text.rise, True),
-            percent(text.limit),
+            limits.get(name, ""),
         )
-        for name, text in outcome.budget.texts.items()
+        for name, text in texts
     ]
 
 
@@ -104,6 +110,11 @@ def budget_rows(outcome: TrainOutcome) -> list[tuple[str, str]]:
         (
             "measured",
             f"{percent(worst.rise, True)}" + (f" on {name}, the worst" if len(budget.texts) > 1 else f" on {name}"),
+        ),
+        *(
+            []
+            if (other := outcome.worst_other) is None
+            else [("worst of the other texts", f"{percent(other[1].rise, True)} on {other[0]}")]
         ),
         ("share of the change kept", percent(budget.kept)),
         ("learning rate", f"{outcome.run.learning_rate:.3g}"),
