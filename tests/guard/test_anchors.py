@@ -100,3 +100,15 @@ def test_bad_input_is_named():
         Anchors().add({"U": torch.zeros(2, 2)}, [])
     with pytest.raises(GuardError, match="U: the gradients .* not finite"):
         Anchors().add({"U": torch.zeros(2, 2)}, [{"U": torch.full((2, 2), torch.nan)}])
+
+
+def test_other_matrices_than_the_tasks_are_refused_and_another_device_is_not():
+    anchors, U = Anchors(), {"a": torch.ones(2, 2), "b": torch.ones(2, 2)}
+    anchors.add(U, [{name: torch.eye(2) for name in U}])
+    moved = {name: matrix + 1 for name, matrix in U.items()}
+    found = anchors.penalty(moved)
+    assert anchors.penalty({"a": moved["a"]}) == found / 2
+    with pytest.raises(GuardError, match="and not 'c'. Train the same layers as before"):
+        anchors.penalty({**U, "c": U["a"]})
+    assert anchors.penalty({name: matrix.to("meta") for name, matrix in moved.items()}).is_meta
+    assert anchors.penalty(dict(reversed(moved.items()))) == found > 0

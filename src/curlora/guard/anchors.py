@@ -36,7 +36,7 @@ class Anchors:
     def __init__(self) -> None:
         self._centre: dict[str, Tensor] = {}
         self._tasks: list[dict[str, tuple[Tensor, Tensor]]] = []
-        self._stacks: dict[tuple[str, ...], tuple[Tensor, Tensor, Tensor]] = {}
+        self._stacks: dict[tuple[torch.device, tuple[str, ...]], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
         """Return the number of tasks."""
@@ -94,28 +94,40 @@ class Anchors:
         """Return the penalty in nats as a scalar tensor, or ``None`` if there are no tasks.
 
         Args:
-            values: each current ``U`` by name, shape ``(r, r)`` or ``(E, r, r)``.
+            values: each current ``U`` by name, shape ``(r, r)`` or ``(E, r, r)``. Those that are not trained may be left
+                out.
+
+        Raises:
+            GuardError: if a name is not among those of the tasks.
         """
         if not self._tasks:
             return None
-        if not self._stacks:
-            groups = defaultdict(list)
-            for name, U in values.items():
-                groups[U.shape, U.device].append(name)
-            for (_, device), group in groups.items():
-                centre = torch.stack([self._centre[name] for name in group]).to(device)
-                left, right = (
-                    torch.stack([torch.stack([task[name][side] for name in group]) for task in self._tasks]).to(device)
-                    for side in (0, 1)
-                )
-                self._stacks[tuple(group)] = centre, left, right
+        if unknown := sorted(values.keys() - self._centre.keys()):
+            raise GuardError(
+                f"The anchors of earlier tasks hold {len(self._centre)} matrices U, and not {unknown[0]!r}. Train the "
+                "same layers as before."
+            )
+        groups = defaultdict(list)
+        for name, U in values.items():
+            groups[U.shape, U.device].append(name)
         total = []
-        for names, (centre, left, right) in self._stacks.items():
+        for (_, device), names in groups.items():
+            centre, left, right = self._stacked(device, tuple(names))
             moved = (torch.stack([values[name] for name in names]) - centre).to(left.dtype)  # (layers, r, r)
             with autocast_off(moved):  # the caller usually computes its loss under autocast
                 # left and right have shape (tasks, layers, r, r), so moved broadcasts over the tasks.
                 total.append(0.5 * ((left @ moved @ right) * moved).sum())
         return torch.stack([part.to(total[0].device) for part in total]).sum()
+
+    def _stacked(self, device: torch.device, names: tuple[str, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return centre, ``L`` and ``R`` of these matrices, with all tasks in ``L`` and ``R``, on a device."""
+        if (device, names) not in self._stacks:
+            left, right = (
+                torch.stack([torch.stack([task[name][side] for name in names]) for task in self._tasks]).to(device)
+                for side in (0, 1)
+            )
+            self._stacks[device, names] = torch.stack([self._centre[name] for name in names]).to(device), left, right
+        return self._stacks[device, names]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the centre and all tasks as tensors by name."""
