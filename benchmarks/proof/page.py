@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 import matplotlib
-from tables import table
+from tables import lines, table
 
 from curlora.continual.results import RunResults
 from curlora.continual.task_measure import TaskMeasure
@@ -35,7 +35,7 @@ def tables():
     compared = compared_of(entries)
     return {
         "proof_summary": summary(entries), "proof": every_run(entries),
-        "proof_within": within(compared), "levels": at_levels(compared),
+        "proof_within": within(compared), "proof_costs": costs(), "levels": at_levels(compared),
         "proof_seeds": over_seeds(by_entry("seeds")), "proof_rivals": every_run(by_entry("rivals")),
         "proof_stream": stream(),
     }  # fmt: skip
@@ -43,6 +43,7 @@ def tables():
 
 def figures(docs):
     tradeoff(compared_of(by_entry()), docs / "proof.svg")
+    against_costs(compared_of(by_entry()), docs / "proof-costs.svg")
 
 
 def by_entry(study="gsm8k"):
@@ -171,6 +172,53 @@ def learned_at(known, level):
         if less <= level <= more:
             return low + (high - low) * math.log(level / less) / math.log(more / less)
     return best[-1][1] if best[-1][0] <= level else None
+
+
+def step_costs():
+    """Per entry: trained parameters, MiB kept for backward and per cent of time, both beyond a step without adapter."""
+    known = {row["entry"]: row for row in lines(HERE.parent / "speed" / "methods.jsonl")}
+    floor = known.pop("floor", None)
+    return {
+        entry: (row["parameters"], (row["kept"] - floor["kept"]) / 2**20, 100 * (row["of_floor"] - 1))
+        for entry, row in known.items()
+    }
+
+
+def costs():
+    """What a step of each method costs, and what it learns within ``WITHIN``."""
+    entries = compared_of(by_entry())
+    rows = [
+        [label(entries[entry]), f"{parameters:,}", f"{kept:.1f} MiB", f"+{time:.0f} %", learned_within(entries[entry])]
+        for entry, (parameters, kept, time) in step_costs().items()
+    ]
+    return table(["", "parameters", "kept for backward", "time of a step", f"learned within {WITHIN:g}"], rows)
+
+
+def learned_within(known):
+    return shown(best_within(known).learned, 3)
+
+
+def against_costs(entries, path):
+    """What is learned within ``WITHIN`` against the trained parameters, the memory, and the time of a step."""
+    matplotlib.rcParams["svg.hashsalt"] = "proof"
+    drawing, axes = plt.subplots(1, 3, figsize=(9.5, 3.6), sharey=True, layout="constrained")
+    for number, (entry, of_entry) in enumerate(step_costs().items()):
+        known = entries[entry]
+        style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "linestyle": "none"}
+        for axis, cost in zip(axes, of_entry, strict=True):
+            axis.plot(cost, best_within(known).learned.mean, label=label(known), **style)
+    for axis, name in zip(
+        axes, ("trained parameters", "kept for backward, MiB", "more time in a step, %"), strict=True
+    ):
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_xscale("log")
+    axes[0].set_ylim(0)
+    axes[0].set_ylabel(f"learned within {WITHIN:g} nats")
+    drawing.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    drawing.savefig(path, metadata={"Date": None})
+    plt.close(drawing)
 
 
 def tradeoff(entries, path):

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import curlora
 from curlora.callbacks import KLToBaseCallback
-from models import held
+from models import kept_for_backward
 
 RECIPE = Path(__file__).parent.parent / "proof" / "gsm8k" / "recipe.yaml"
 
@@ -34,7 +34,7 @@ CONFIGS = {"lora": LoraConfig, "curlora": curlora.CurloraConfig}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".jsonl"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -46,8 +46,9 @@ def main():
     steps = {"floor": Floor(base, first=min(methods["lora"]["options"]["layers_to_transform"]))}
     steps |= {name: Step(base, methods[name], text) for name in ENTRIES}
     batch = torch.randint(0, base.config.vocab_size, (ROWS, LENGTH))
-    kept = {name: bytes_kept(step, batch) for name, step in steps.items()}
-    seconds = measure.in_turn({name: partial(step.take, batch) for name, step in steps.items()}, options.rounds)
+    # A penalty's own passes are over before the loss is computed, and keep less.
+    kept = {name: kept_for_backward(step.model, partial(step.loss, batch)) for name, step in steps.items()}
+    seconds = measure.in_turn({name: partial(step.take, batch) for name, step in steps.items()}, options.rounds, 1)
     options.out.unlink(missing_ok=True)
     for name, step in steps.items():
         relative = [time / floor for time, floor in zip(seconds[name], seconds["floor"], strict=True)]
@@ -109,25 +110,6 @@ class Step(Floor):
 def sharing(base):
     """Return a copy of the model that shares its weights."""
     return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
-
-
-def bytes_kept(step, batch):
-    """Return the bytes that the forward pass of the loss keeps for backward, without the model's own tensors.
-
-    A penalty's own passes are over before, and keep less.
-    """
-    own = {tensor.untyped_storage().data_ptr() for tensor in held(step.model)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step.loss(batch)
-    return sum(kept.values())
 
 
 if __name__ == "__main__":

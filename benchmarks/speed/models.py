@@ -1,6 +1,7 @@
 """Models with SmolLM2-135M's shapes and random weights: one for each method, all sharing the frozen weights."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -54,6 +55,22 @@ def held(model: nn.Module) -> list[Tensor]:
     bases = [layer.basis(name) for layer in layers for name in layer.curlora_U]
     drawn = [tensor for basis in bases for tensor in basis.tensors]
     return [*model.parameters(), *model.buffers(), *drawn]
+
+
+def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
+    """Return the bytes that autograd keeps while ``run`` is called, without the model's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in held(model)}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
 
 
 def adapted(base: nn.Module, method: str, r: int, targets: list[str]) -> nn.Module:

@@ -19,7 +19,7 @@ import measure
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import TARGETS, adapted, held, smollm2
+from models import TARGETS, adapted, kept_for_backward, smollm2
 
 RESULTS = Path(__file__).with_suffix(".jsonl")
 ALL, QKV = "all linear layers", "query, key, value"
@@ -117,21 +117,13 @@ def infer(model, x):
 
 def counted(model, x):
     """Return the bytes kept for backward, without the model's own tensors, and the FLOPs. Both are exact counts."""
-    own = {t.untyped_storage().data_ptr() for t in held(model)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    embedded = x.clone().requires_grad_()
+    embedded, hidden = x.clone().requires_grad_(), []
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            hidden = model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        hidden.sum().backward()
-    return sum(kept.values()), counter.get_total_flops()
+        kept = kept_for_backward(
+            model, lambda: hidden.append(model(inputs_embeds=embedded, use_cache=False).last_hidden_state)
+        )
+        hidden[0].sum().backward()
+    return kept, counter.get_total_flops()
 
 
 if __name__ == "__main__":

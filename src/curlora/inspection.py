@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from curlora.convert import AdapterError, adapter_config, load_with_base
 from curlora.guard import GuardError, Ledger
-from curlora.guard.ledger import belongs_to
+from curlora.guard.ledger import OTHER_LEDGER, belongs_to
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.format import present_name
 from curlora.tuner.model import adapted_layers
@@ -24,7 +23,7 @@ from curlora.tuner.weight import read
 
 __all__ = ["AdapterSummary", "LayerSummary", "adapter_tables", "inspect_adapter"]
 
-_U, _FINGERPRINT = ".curlora_U.weight", ".curlora_U.fingerprint"
+_U = ".curlora_U.weight"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class AdapterSummary:
         layers: the adapted layers, in the model's order.
         parameters: number of trained parameters, in ``U`` and in everything else that is saved with the adapter.
         bytes: size of the weights file in bytes.
-        fingerprint: SHA-256 of the fingerprints of the base model's adapted weights.
         ledger: the forgetting that was allowed and measured in each training; ``None`` without a budget.
         ledger_fits: whether the ledger was written for this adapter.
     """
@@ -64,7 +62,6 @@ class AdapterSummary:
     layers: list[LayerSummary]
     parameters: int
     bytes: int
-    fingerprint: str
     ledger: Ledger | None = None
     ledger_fits: bool = True
 
@@ -91,7 +88,7 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
             f"{adapter} has a configuration but no {SAFETENSORS_WEIGHTS_NAME}: it is incomplete. Copy or download it "
             "again."
         )
-    layers, parameters, fingerprints = [], 0, hashlib.sha256()
+    layers, parameters = [], 0
     try:
         with safe_open(path, framework="pt") as file:
             for stored in file.keys():  # noqa: SIM118  # not a dict
@@ -99,8 +96,6 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
                 name = key.removeprefix("base_model.model.").removesuffix(_U)
                 if key.endswith(_U):
                     layers.append(LayerSummary(name, tensor.shape[-1], float(tensor.double().norm())))
-                elif key.endswith(_FINGERPRINT):
-                    fingerprints.update(key.encode() + tensor.numpy().tobytes())
                 if ".curlora_" not in key or key.endswith(_U):
                     parameters += tensor.numel()
     except SafetensorError as error:
@@ -117,7 +112,7 @@ def inspect_adapter(adapter: str | Path, base: str | None = None, *, with_base: 
         raise AdapterError(str(error)) from error
     fits = ledger is None or belongs_to(ledger, path)
     size, base_name = path.stat().st_size, config.base_model_name_or_path
-    return AdapterSummary(base_name, config, layers, parameters, size, fingerprints.hexdigest(), ledger, fits)
+    return AdapterSummary(base_name, config, layers, parameters, size, ledger, fits)
 
 
 @torch.no_grad()
@@ -140,7 +135,6 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
     facts = Table(show_header=False, box=None)
     for name, value in (
         ("base model", summary.base or "not named"),
-        ("its fingerprint", summary.fingerprint[:8]),
         (
             "layers",
             f"{len(summary.layers)} ({', '.join(sorted({one.name.rpartition('.')[2] for one in summary.layers}))})",
@@ -158,12 +152,12 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
         by_layer.add_row(Text(one.name), str(one.r), f"{one.norm:.3g}", change)
     if summary.ledger is None:
         return [facts, by_layer]
-    foreign = Text(
-        "The ledger does not match the adapter: it belongs to another one, the adapter has been trained since without "
-        "a budget, or its training was interrupted.",
-        style="bold red",
-    )
-    return [facts, by_layer, *([] if summary.ledger_fits else [foreign]), *_ledger_tables(summary.ledger)]
+    return [
+        facts,
+        by_layer,
+        *([] if summary.ledger_fits else [Text(OTHER_LEDGER, style="bold red")]),
+        *_ledger_tables(summary.ledger),
+    ]
 
 
 def _ledger_tables(ledger: Ledger) -> list[RenderableType]:

@@ -480,6 +480,37 @@ class TestLedger:
             with pytest.raises(GuardError, match=message):
                 train(loaded, tmp_path / "again", budget(lifetime=lifetime))
 
+    def test_a_text_that_the_last_training_has_not_measured_says_nothing_of_the_adapter(self, tmp_path):
+        model = fresh()
+        for name, text in (("a", TEXT), ("b", OTHER)):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                train(model, tmp_path, budget(0.1, texts={name: text}, learning_rate=0.3), seed=len(name))
+        model.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*is not what it was")
+            train(loaded, tmp_path / "again", budget(0.1, texts={"a": TEXT, "b": OTHER}))
+
+    def test_a_text_under_another_name_is_the_same_text(self, tmp_path):
+        model = fresh()
+        train(model, tmp_path, budget(lifetime=0.5))
+        model.save_pretrained(tmp_path / "saved")
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "saved", is_trainable=True)
+        train(loaded, tmp_path / "again", budget(texts={"renamed": TEXT}))
+
+    def test_a_new_adapter_with_the_columns_of_a_saved_one_has_no_ledger(self, tmp_path):
+        model = fresh()
+        train(model, tmp_path, budget())
+        model.save_pretrained(tmp_path / "saved")
+        config = CurloraConfig.from_pretrained(str(tmp_path / "saved"))
+        config.inference_mode = False
+        again = get_peft_model(base(), config)
+        assert torch.equal(layers(again)[0].basis("default").indices, layers(model)[0].basis("default").indices)
+        train(again, tmp_path / "again", callback := budget())
+        assert callback.outcome.kept > 0
+        assert len(Ledger.of(again.peft_config["default"]).trainings) == 1
+
     def test_inspect_and_the_command_tell_a_ledger_of_another_adapter(self, tmp_path):
         for name, seed in (("one", 3), ("other", 4)):
             model = fresh()
@@ -887,6 +918,20 @@ class TestBadInput:
     def test_a_measurement_that_is_no_number(self, tmp_path):
         with pytest.raises(GuardError, match="The measurement 'mine' returned None, not a number"):
             train(fresh(), tmp_path, budget(texts={"mine": lambda: None}))
+
+    @pytest.mark.parametrize(("after", "kept"), [(0.0, 1.0), (-0.1, 0.0)])
+    def test_a_measurement_that_falls_to_nothing_is_no_loss(self, after, kept, tmp_path):
+        model = fresh()
+        moved = lambda: any(bool(U.any()) for U in matrices(model))  # noqa: E731
+        callback = budget(texts={"errors": lambda: after if moved() else 0.5})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(model, tmp_path, callback)
+        assert callback.outcome.kept == kept
+
+    def test_texts_that_only_look_like_paths(self):
+        budget(texts=["pyproject.toml", "a text"])
+        budget(texts=["https://example.com/a.json", "a text"])
 
     def test_limits_that_are_no_mapping(self):
         with pytest.raises(GuardError, match=r"limits must be a mapping .*, got \[0.01\]"):

@@ -139,8 +139,9 @@ def test_what_is_no_conversation_is_named_with_its_row_in_the_file(messages, mes
         read(rows, shuffle=5)
 
 
-@pytest.mark.parametrize("tools", [[{"type": "function", "function": {"name": "f"}}], '[{"type": "function"}]'])
+@pytest.mark.parametrize("tools", [[{"type": "function", "function": {"name": "f"}}], '[\n  {"type": "function"}]'])
 def test_tools_are_not_left_out_in_silence(tools, read):
+    read([{"messages": [ASKED, ANSWERED], "tools": ["hammer", "saw"]}])
     with pytest.raises(DataError, match="row 1 has tools, which would not reach the prompt"):
         read([{"messages": [ASKED, ANSWERED], "tools": None}, {"messages": [ASKED, ANSWERED], "tools": tools}])
 

@@ -107,7 +107,7 @@ def test_where_there_is_no_room(changes, options, message, recipe_path, tmp_path
 
 def test_without_ray(recipe_path, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(RunError, match=r"pip install 'curlora\[ray\]'"):
+    with pytest.raises(RunError, match=r"pip install ray"):
         run_recipe(load_recipe(recipe_path), tmp_path / "run", workers=1)
 
 

@@ -111,19 +111,3 @@ def test_what_is_drawn_otherwise_is_drawn_anew(change):
                     linear.weight = torch.nn.Parameter(changed, requires_grad=False)
     model.add_adapter("second", config)
     assert same(indices(model, "second"), indices(get_peft_model(plain, config)))
-
-
-def test_a_draw_is_not_that_of_an_adapter_whose_columns_were_chosen_since():
-    model, expected = curlora(llama()), indices(curlora(llama()))
-    for layer in layers(model):
-        torch.nn.init.zeros_(layer.curlora_U["default"].weight)
-        layer.redraw("default", torch.arange(8).view(2, 4))
-    model.add_adapter("second", CurloraConfig(r=4))
-    assert same(indices(model, "second"), expected)
-
-
-def test_a_draw_is_not_that_of_an_adapter_that_was_loaded_since():
-    model, other = curlora(llama()), curlora(llama(), seed=9)
-    model.load_state_dict(other.state_dict())
-    model.add_adapter("second", CurloraConfig(r=4))
-    assert same(indices(model, "second"), indices(curlora(llama())))

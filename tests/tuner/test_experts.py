@@ -12,10 +12,13 @@ from transformers import (
     MixtralForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
 )
 
-from curlora import CurloraConfig, Guard, calibrate, convert_to_lora, redraw, save_as_lora
+from curlora import CurloraConfig, ForgettingBudget, Guard, calibrate, convert_to_lora, redraw, save_as_lora
 from curlora.guard.errors import GuardError
+from curlora.inspection import inspect_adapter
 from curlora.tuner.param_wrapper import ParamWrapper
 from tests.models import layers, randomize, tokens
 
@@ -293,3 +296,24 @@ def test_what_experts_cannot_have_is_refused():
     with pytest.raises(GuardError, match="columns and rows cannot be chosen for a task there"):
         redraw(model, [batch], rows(), progress=False)
     assert math.isfinite(float(model(**batch).loss))
+
+
+def test_a_ledger_of_experts_belongs_to_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    model = get_peft_model(mixtral(), CurloraConfig(r=3, **targets))
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    budget = ForgettingBudget(0.1, texts={"words": list(tokens(seed=5, batch=16))})
+    Trainer(model, arguments, train_dataset=rows, callbacks=[budget]).train()
+    model.save_pretrained(tmp_path / "saved")
+    assert inspect_adapter(tmp_path / "saved").ledger_fits
+
+
+def test_a_rank_that_is_too_high_in_a_later_layer_is_named():
+    targets = {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    config = CurloraConfig(r=3, rank_pattern={"layers.1.mlp.experts.down_proj": 40}, **targets)
+    with pytest.raises(ValueError, match="40"):
+        get_peft_model(mixtral(), config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -72,13 +73,19 @@ def keep_in_float32(model: nn.Module) -> None:
     within a budget has left them.
     """
     rounded = []
-    for layer in (module for module in model.modules() if isinstance(module, CurloraLayer)):
+
+    @functools.cache
+    def saved(name: str) -> dict[str, Tensor]:
+        file = getattr(getattr(model, "peft_config", {}).get(name), "weights_file", None)
+        return {} if file is None else saved_U(file)
+
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, CurloraLayer)}
+    for path, layer in layers.items():
         for name, matrix in layer.matrices.items():
             U = matrix.weight
             if not (U.requires_grad and U.dtype in (torch.bfloat16, torch.float16)):
                 continue
-            file = getattr(getattr(model, "peft_config", {}).get(name), "weights_file", None)
-            known = [matrix.trained, None if file is None else saved_U(file).get(layer.name)]
+            known = [matrix.trained, saved(name).get(path.removeprefix("base_model.model."))]
             exact = next((one for one in known if one is not None and _rounds_to(one, U)), None)
             if exact is None and bool(U.any()):
                 rounded.append(layer.name)

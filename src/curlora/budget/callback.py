@@ -298,7 +298,7 @@ class ForgettingBudget(TrainerCallback):
         with restraint.as_base():
             base = self._texts.measure(model)
         spent = self._texts.measure(model) if restraint.trained_before else base
-        self._texts.check_unchanged(restraint.last_measured, base, spent, lifetime)
+        self._texts.check_unchanged(restraint.last_measured, restraint.newest_measured, base, spent, lifetime)
         limits = self._texts.limits_from(base, spent, lifetime, known=bool(restraint.last_measured))
         restraint.set_limits(limits, self.limit)
         before_training = [whole(parameter.detach()).clone() for parameter in restraint.parameters]

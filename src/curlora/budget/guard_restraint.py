@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +25,7 @@ from curlora.guard.collect import calibrate
 from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
-from curlora.guard.ledger import Ledger, TextOutcome, TrainingRecord, digest_of
+from curlora.guard.ledger import OTHER_LEDGER, Ledger, TextOutcome, TrainingRecord, digest_of
 from curlora.guard.progress import Shown, part_of
 from curlora.guard.redraw import redraw
 from curlora.guard.scale_back import with_values
@@ -110,19 +110,19 @@ class GuardRestraint(Restraint):
     def last_measured(self) -> Mapping[str, TextOutcome]:
         return self.ledger.last_measured
 
+    @property
+    def newest_measured(self) -> Collection[str]:
+        return self.ledger.trainings[-1].texts if self.ledger.trainings else ()
+
     def prepare(self, lifetime: float | None) -> float | None:
         self.examples.check()
         ledger = Ledger.of(self._config)
+        if ledger is not None and ledger.adapter != digest_of(self.layers, self.adapter):
+            if self._has_moved():
+                raise GuardError(OTHER_LEDGER)
+            ledger = None  # a new adapter with the columns and rows of a saved one
         if ledger is not None:
             ledger.calibration.check(self.model, self.adapter)
-            if ledger.adapter != digest_of(self.layers, self.adapter):
-                raise GuardError(
-                    f"The adapter does not match its ledger ({LEDGER_NAME}): its last training with a budget did not "
-                    "come to its end, it has been trained since without a budget, or the ledger belongs to another "
-                    "adapter. Resume that training, or begin again with a new adapter or the one that the last "
-                    "finished training saved, or delete the ledger: forgetting still counts from the base model "
-                    "then, but earlier tasks are no longer held."
-                )
         else:
             if self.redraw:
                 self._redraw()

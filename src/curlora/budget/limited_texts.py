@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy
@@ -106,9 +106,9 @@ class LimitedTexts:
         # The number of measurements until all limits hold is unknown, so progress counts only the first as work.
         again = bool(self._measured)
         self._measured = {name: self._measure(model, name, again) for name in self.texts}
-        # A measurement of the user's own that is not positive means nothing, and counts as over its limit.
+        # A measurement of the user's own that is negative means nothing, and counts as over its limit.
         rises = {
-            name: value / start.base[name] - 1 if value > 0 else math.nan for name, value in self._measured.items()
+            name: value / start.base[name] - 1 if value >= 0 else math.nan for name, value in self._measured.items()
         }
         shares = [rise / start.limits[name] for name, rise in rises.items()]
         return float(numpy.max(shares))  # the built-in max would overlook a measurement that is not a number
@@ -207,7 +207,10 @@ class LimitedTexts:
         Raises:
             GuardError: if one is not, and a lifetime counts on it.
         """
+        digests = {digest(rows) for rows in self.rows.values()}
         for name, text in earlier.items():
+            if name not in self.texts and text.sha256 in digests:
+                continue  # the same text under another name
             if name not in self.texts:
                 problem = "is not among the texts of this training"
             elif self.texts[name] is None:
@@ -231,6 +234,7 @@ class LimitedTexts:
     def check_unchanged(
         self,
         earlier: Mapping[str, TextOutcome],
+        newest: Collection[str],
         base: Mapping[str, float],
         spent: Mapping[str, float],
         lifetime: float | None,
@@ -242,6 +246,7 @@ class LimitedTexts:
 
         Args:
             earlier: the outcomes of earlier trainings.
+            newest: the names of those that the last training has measured; the adapter has not moved since.
             base, spent: the measurements of the base model, and of the model as it is.
             lifetime: the limit over all trainings, if there is one.
 
@@ -253,7 +258,7 @@ class LimitedTexts:
                 continue
             before = base[name] / text.before
             after = spent[name] / base[name] / (1 + text.rise)
-            changed = [("base model", before), ("adapter", after)]
+            changed = [("base model", before), ("adapter", after if name in newest else 1.0)]
             what, ratio = next((one for one in changed if abs(one[1] - 1) > _CHANGED), (None, 1.0))
             if what is None:
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
@@ -59,6 +59,11 @@ class Restraint(TrainerCallback, ABC):
     def last_measured(self) -> Mapping[str, TextOutcome]:
         """The last outcome of each text that an earlier training has measured, by name, as far as it is known."""
         return {}
+
+    @property
+    def newest_measured(self) -> Collection[str]:
+        """The names of the texts that the adapter's last training has measured, as far as they are known."""
+        return ()
 
     @abstractmethod
     def prepare(self, lifetime: float | None) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -122,7 +123,13 @@ def fault_of(conversation: Any) -> str | None:
 
 def _fault_of_tools(tools: Any) -> str | None:
     """Return what is wrong with a row's column ``tools``: schemas of functions, as a list or as JSON."""
-    if (isinstance(tools, list) and tools) or (isinstance(tools, str) and tools.lstrip()[:2] in ("[{", '{"')):
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):  # a column of another kind
+            return None
+    schemas = tools if isinstance(tools, list) else [tools]
+    if any(isinstance(schema, Mapping) and schema for schema in schemas):
         return "has tools, which would not reach the prompt: only conversations without tools can be trained"
     return None
 

@@ -94,8 +94,8 @@ class Anchors:
         """Return the penalty in nats as a scalar tensor, or ``None`` if there are no tasks.
 
         Args:
-            values: each current ``U`` by name, shape ``(r, r)`` or ``(E, r, r)``. Those that are not trained may be left
-                out.
+            values: each current ``U`` by name, shape ``(r, r)`` or ``(E, r, r)``. Some may be left out, such as
+                those that are not trained.
 
         Raises:
             GuardError: if a name is not among those of the tasks.

@@ -23,7 +23,15 @@ from curlora.tuner.format import saved_indices, saved_U
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import whole
 
-__all__ = ["Ledger", "TextOutcome", "TrainingRecord", "belongs_to", "digest_of", "pack", "unpack"]
+__all__ = ["OTHER_LEDGER", "Ledger", "TextOutcome", "TrainingRecord", "belongs_to", "digest_of", "pack", "unpack"]
+
+OTHER_LEDGER = (
+    f"The adapter does not match its ledger ({LEDGER_NAME}): its last training with a budget did not come to its end, "
+    "it has been trained since without a budget, or the ledger belongs to another adapter. Resume that training, or "
+    "begin again with a new adapter or the one that the last finished training saved, or delete the ledger: "
+    "forgetting still counts from the base model then, but earlier tasks are no longer held."
+)
+"""What is said of a ledger that was written for another adapter."""
 
 _VERSION = 2
 _READ = (1, 2)
@@ -188,7 +196,9 @@ def belongs_to(ledger: Ledger, weights: Path) -> bool:
     """
     U, drawn = saved_U(weights), saved_indices(weights)
     if U.keys() != ledger.calibration.layers.keys() or U.keys() != drawn.keys():
-        return not U.keys().isdisjoint(ledger.calibration.layers)  # experts have other names in files
+        # Files name the modules of experts, and the calibration their parameters.
+        modules = [name.removesuffix(".base_layer") for name in U]
+        return any(layer.startswith(module) for module in modules for layer in ledger.calibration.layers)
     return ledger.adapter == _digest_of({name: (U[name], drawn[name][0]) for name in U})
 
 

@@ -84,7 +84,7 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
             )
         if isinstance(text, (str, Path)) and _is(Path.is_dir, text):
             raise GuardError(f"texts[{name!r}] is a folder, {str(text)!r}: give the path of a text file.")
-        if isinstance(text, (list, tuple)) and (path := next(filter(_is_path, text), None)) is not None:
+        if isinstance(text, (list, tuple)) and (path := _path_among(text)) is not None:
             raise GuardError(
                 f"texts[{name!r}] is a list with the path of a file, {str(path)!r}. Items of a list are texts "
                 "themselves: give a mapping from names to paths, or read the files."
@@ -150,12 +150,19 @@ def _is_file(path: Any) -> bool:
     return isinstance(path, (str, Path)) and _is(Path.is_file, path)
 
 
-def _is_path(item: Any) -> bool:
-    """Return whether an item of a list must be meant as the path of a file, whether or not this exists."""
+def _path_among(items: Sequence[Any]) -> str | Path | None:
+    """Return an item of a list of texts that must be meant as the path of a file, whether or not this exists."""
+    if items and all(map(_is_file, items)):
+        found: str | Path = items[0]
+        return found
+    return next((item for item in items if _must_be_a_path(item)), None)
+
+
+def _must_be_a_path(item: Any) -> bool:
     if not isinstance(item, str):
         return isinstance(item, Path)
-    one_word = len(item) < 1000 and not any(map(str.isspace, item))
-    return _is_file(item) or (one_word and Path(item).suffix.lower() in _SUFFIXES_OF_TEXTS)
+    one_word = len(item) < 1000 and not any(map(str.isspace, item)) and "://" not in item
+    return one_word and "/" in item and (_is_file(item) or Path(item).suffix.lower() in _SUFFIXES_OF_TEXTS)
 
 
 def _is(kind: Callable[[Path], bool], path: str | Path) -> bool:

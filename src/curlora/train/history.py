@@ -10,10 +10,10 @@ from typing import Any
 from peft import PeftConfig
 
 from curlora.guard.errors import GuardError
-from curlora.guard.ledger import Ledger, belongs_to
+from curlora.guard.ledger import OTHER_LEDGER, Ledger, belongs_to
 from curlora.train.errors import TrainError
 from curlora.train.folder import RECORD
-from curlora.tuner.config import LEDGER_NAME, CurloraConfig
+from curlora.tuner.config import CurloraConfig
 
 __all__ = ["History", "history_of"]
 
@@ -69,11 +69,7 @@ def _of_ledger(adapter: CurloraConfig) -> History:
     if ledger is None:
         return History()
     if adapter.weights_file is not None and not belongs_to(ledger, adapter.weights_file):
-        raise GuardError(
-            f"its ledger ({LEDGER_NAME}) belongs to another adapter, or the adapter has been trained since without a "
-            "budget. Take the folder that the last training has saved, or delete the ledger: forgetting still counts "
-            "from the base model then, but earlier tasks are no longer held."
-        )
+        raise GuardError(OTHER_LEDGER)
     texts = ledger.last_measured
     return History(ledger.lifetime, max((text.rise for text in texts.values()), default=0.0), tuple(texts))
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from curlora.budget.limited_texts import OWN_TEXT
 from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import evaluating
 from curlora.guard.model_pass import perplexity
@@ -31,7 +32,7 @@ def read_files(options: TrainOptions, base: Base) -> dict[str, Rows]:
     """
     found = {}
     for name, path in options.other_texts.items():
-        if name in (*options.guard_texts, OWN_SAMPLE):
+        if name in (*options.guard_texts, OWN_TEXT, OWN_SAMPLE):
             raise TrainError(f"--other-text {path}: another text is called {name!r} too. Give it a name: NAME=PATH.")
         try:
             found[name] = rows_of(name, path, base.tokenizer, tokens=options.GUARD_TOKENS, max_length=guard_row(base))
@@ -41,9 +42,9 @@ def read_files(options: TrainOptions, base: Base) -> dict[str, Rows]:
 
 
 def write_sample(options: TrainOptions, base: Base, model: Any) -> Rows:
-    """Let the base model write text with another seed than the guard's, which no training has used."""
+    """Let the base model write text that no training has used: the seeds of trainings are below ``2**32``."""
     return own_text(
-        model, base.tokenizer, tokens=options.OTHER_TOKENS, max_length=guard_row(base), seed=options.seed + 1,
+        model, base.tokenizer, tokens=options.OTHER_TOKENS, max_length=guard_row(base), seed=options.seed + 2**32,
         progress=False,
     )  # fmt: skip
 

@@ -84,7 +84,8 @@ def prepare(options: TrainOptions) -> Prepared:
 
 
 def _check_installed(trackers: Sequence[str]) -> None:
-    installed = {"none", "all", *get_available_reporting_integrations()}
+    # transformers does not list the last two.
+    installed = {"none", "all", *get_available_reporting_integrations(), "azure_ml", "flyte"}
     if missing := [name for name in trackers if name not in installed]:
         raise TrainError(f"--report-to {missing[0]}: the package of this tracker is not installed.")
 
@@ -120,6 +121,11 @@ def finished(prepared: Prepared) -> TrainOutcome | None:
             "training.json: choose another folder."
         ) from error
     export, out = prepared.options.export, prepared.options.out
+    if missing := [name for name in prepared.options.other_texts if name not in outcome.others]:
+        raise TrainError(
+            f"--out {out} holds a finished training, which was not measured on --other-text {missing[0]}. Measure the "
+            "adapter with curlora.guard.perplexity, or choose another folder."
+        )
     if export not in (None, outcome.exported):
         convert = f"curlora convert {out} --to {export} --out {out / export}"
         remedy = f"Export its adapter: {convert}" if prepared.base.guarded else "Merge its adapter with PEFT."

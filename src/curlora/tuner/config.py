@@ -78,7 +78,8 @@ class CurloraConfig(PeftConfig):
             or ``"reference"`` (the author's code, 1/(p + 0.001)). Zero columns and rows are never drawn, except under
             ``"reference"``.
         replacement: whether a column or row may be drawn more than once, as in the author's code.
-        seed: seed of the draws. A draw depends only on the seed, the layer's name and its weight.
+        seed: seed of the draws. A draw depends only on the seed, the layer's name and its weight. An adapter with the
+            same settings as one that the model already has takes that one's columns and rows.
         curlora_dropout: probability with which entries of ``R x`` are zeroed in training.
         bias: which biases are trained: ``"none"``, ``"all"`` or ``"curlora_only"``.
         modules_to_save: further modules to train and save whole, such as a new head.

@@ -85,7 +85,8 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         """Add an adapter, or reset an existing one. Its columns and rows are drawn, and ``U`` is zero.
 
         If the layer already has an adapter with the same settings, the new adapter takes its columns and rows, as long
-        as the weight still has the same values there. On the meta device (PEFT's ``low_cpu_mem_usage``) nothing is
+        as the weight still has the same values there, and even if they were chosen or loaded since: TRL adds a
+        reference in this way, and copies only parameters. On the meta device (PEFT's ``low_cpu_mem_usage``) nothing is
         drawn: the indices are loaded with the adapter's weights.
 
         Args:
@@ -188,7 +189,6 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
                 f"layer {self.name!r}: the loaded adapter {adapter_name!r} was made on another base model, or on "
                 "this one before its weights changed or were rounded. Load it onto the model it was trained on."
             )
-        U.drawn_by = ()
         self._hold(U, basis)
 
     def redraw(self, adapter_name: str, indices: Tensor) -> None:
@@ -215,7 +215,6 @@ class CurloraLayer(MergeMixin, nn.Module, BaseTunerLayer):
         problem = problem_of_indices(indices, U.r, self.weight_shape)
         if problem is not None:
             raise ValueError(f"layer {self.name!r}: {problem}")
-        U.drawn_by = ()
         self._hold(U, self.read_basis(indices))
 
     def read_basis(self, indices: Tensor) -> Basis:

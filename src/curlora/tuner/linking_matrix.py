@@ -58,8 +58,7 @@ class LinkingMatrix(nn.Module):
         self.dropout = nn.Dropout(dropout) if dropout else None
         self.alpha, self.scaling, self.fan_in_fan_out = alpha, alpha, fan_in_fan_out
         self.basis: Basis | None = None
-        # The settings of the draw; empty if the indices were chosen or loaded since. An adapter with the same settings
-        # takes the same basis.
+        # The settings of the draw. An adapter with the same settings takes the same basis.
         self.drawn_by: tuple[object, ...] = ()
         # U as the last training within a budget has left it, since TRL rounds it when the next one begins.
         self.trained: Tensor | None = None

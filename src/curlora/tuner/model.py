@@ -372,6 +372,7 @@ def swap_adapter(model: nn.Module, state_dict: dict[str, Tensor], adapter_name: 
         U.load_state_dict({entry: state[prefix + entry] for entry in ENTRIES})
         layer.refresh(adapter_name)
         U.alpha = U.scaling = config.alpha_of(layer.name)
+        U.drawn_by = (U.r, *config.drawn_by)
     if (present := getattr(model, "peft_config", {}).get(adapter_name)) is not None:
         present.take_over(config)
 
@@ -460,4 +461,4 @@ def _roll_back(model: nn.Module, adapter_name: str) -> None:
 
 def _set_trained(model: nn.Module, trained: Mapping[str, bool]) -> None:
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trained[name])
+        parameter.requires_grad_(trained.get(name, parameter.requires_grad))
