@@ -117,12 +117,13 @@ class GuardRestraint(Restraint):
     def prepare(self, lifetime: float | None) -> float | None:
         self.examples.check()
         ledger = Ledger.of(self._config)
-        if ledger is not None and ledger.adapter != digest_of(self.layers, self.adapter):
-            if self._has_moved():
-                raise GuardError(OTHER_LEDGER)
-            ledger = None  # a new adapter with the columns and rows of a saved one
+        fits = ledger is None or ledger.adapter == digest_of(self.layers, self.adapter)
+        if not fits and not self._has_moved():
+            ledger = None  # it came with the configuration of a saved adapter, whose columns and rows this new one has
         if ledger is not None:
             ledger.calibration.check(self.model, self.adapter)
+            if not fits:
+                raise GuardError(OTHER_LEDGER)
         else:
             if self.redraw:
                 self._redraw()
