@@ -24,13 +24,14 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from typer.testing import CliRunner
 
 from curlora import CurloraConfig, ForgettingBudget, calibrate
 from curlora.budget import limited_texts
 from curlora.budget.adapter import keep_in_float32
-from curlora.budget.callback import STATE_NAME, _check_pushes
+from curlora.budget.callback import STATE_NAME
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.learning_rate import learning_rate
@@ -206,6 +207,19 @@ def test_gone_on_with_to_the_bit(tmp_path):
         (where / STATE_NAME).unlink()
     with pytest.raises(GuardError, match="resumes at step 8, and the state of its budget was not found"):
         train(fresh(), tmp_path, budget(0.01), resume=str(tmp_path / "checkpoint-8"), **arguments)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("config", [CurloraConfig(r=4), LoraConfig(r=4)], ids=lambda one: one.peft_type.value)
+def test_a_limit_holds_in_half_precision(config, precision, tmp_path):
+    model = get_peft_model(base(), config)
+    train(model, tmp_path, callback := budget(0.02, learning_rate=0.05), **{precision: True})
+    text = callback.outcome.texts["words"]
+    assert callback.outcome.kept > 0
+    assert text.rise <= 0.02
+    kind = torch.bfloat16 if precision == "bf16" else torch.float16
+    with torch.autocast("cpu", kind):
+        assert perplexity(model, TEXT, max_length=16) == pytest.approx(text.after, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -994,14 +1008,27 @@ class TestBadInput:
             with pytest.raises(GuardError, match="pass processing_class=tokenizer to the trainer"):
                 trainer.train()
 
-    def test_checkpoints_that_are_pushed_are_told(self, tmp_path):
-        pushing = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", push_to_hub=True)
-        with pytest.warns(UserWarning, match="Set hub_strategy='end'"):
-            _check_pushes(pushing)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            _check_pushes(TrainingArguments(str(tmp_path), use_cpu=True, push_to_hub=True, hub_strategy="end"))
-            _check_pushes(TrainingArguments(str(tmp_path), use_cpu=True))
+    @pytest.mark.parametrize("strategy", ["every_save", "end"])
+    def test_nothing_is_pushed_before_the_limits_are_held(self, strategy, tmp_path, monkeypatch):
+        pushed = []
+
+        def push(trainer, folder):
+            if trainer.args.hub_strategy != HubStrategy.END:
+                pushed.append((trainer.state.global_step, perplexity(trainer.model, TEXT, max_length=16)))
+
+        monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+        monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+        callback, model = budget(learning_rate=3.0), fresh()
+        before = perplexity(model, TEXT, max_length=16)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            trainer = train(
+                model, tmp_path, callback, save_strategy="steps", save_steps=4, push_to_hub=True, hub_strategy=strategy
+            )
+        assert trainer.args.hub_strategy == strategy
+        assert [step for step, _ in pushed] == ([12] if strategy == "every_save" else [])
+        assert all(found <= before * 1.02 for _, found in pushed)
+        assert any("only the last checkpoint is pushed" in str(one.message) for one in told) == bool(pushed)
 
     def test_an_optimizer_without_the_adapter(self, tmp_path):
         model = fresh()

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from curlora._compat import scale_base_rate
 from curlora.budget.adapter import keep_in_float32, trained_adapter
@@ -160,6 +161,7 @@ class ForgettingBudget(TrainerCallback):
         self._held: _Held | None = None
         self._start: Start | None = None
         self._rate = math.nan
+        self._pushing: HubStrategy | None = None  # the strategy of pushes, while they are held back
         self._last_saved: list[Tensor] = []  # the trained parameters in the newest checkpoint
 
     # Events
@@ -189,7 +191,7 @@ class ForgettingBudget(TrainerCallback):
                 "forgetting would be counted from there. Resume it (resume_from_checkpoint), or begin again with a new "
                 "adapter."
             )
-        _check_pushes(args)
+        self._pushing = _hold_pushes(args) or self._pushing
         tokenizer = getattr(processing, "tokenizer", processing)
         tokens = self.batch_size * self.max_length
         examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
@@ -227,6 +229,8 @@ class ForgettingBudget(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._holding.restraint.on_step_end(args, state, control, **kwargs)
         self._holding.on_step_end(args, state, control, **kwargs)
+        if state.global_step >= state.max_steps:  # the limits are held, and the last checkpoint comes next
+            self._push_again(args)
 
     def on_log(
         self,
@@ -253,6 +257,7 @@ class ForgettingBudget(TrainerCallback):
     ) -> None:
         held, start = self._holding, self._start
         assert start is not None
+        self._push_again(args)
         held.restraint.on_train_end(args, state, control, **kwargs)
         # A training that is resumed from its last step has been scaled back already.
         kept = start.kept if held.unchanged(held.begun_with) else 1.0
@@ -271,6 +276,11 @@ class ForgettingBudget(TrainerCallback):
         self._held, self._last_saved = None, []
 
     # Helpers of the events
+
+    def _push_again(self, args: TrainingArguments) -> None:
+        """Restore the strategy of pushes that :func:`_hold_pushes` has changed."""
+        if self._pushing is not None:
+            args.hub_strategy, self._pushing = self._pushing, None
 
     @property
     def _holding(self) -> _Held:
@@ -370,15 +380,18 @@ class ForgettingBudget(TrainerCallback):
         return Start.from_bytes(content, STATE_NAME)
 
 
-def _check_pushes(args: TrainingArguments) -> None:
-    """Warn if checkpoints are pushed to the hub before the limit is held."""
-    strategy = getattr(args.hub_strategy, "value", args.hub_strategy)
-    if args.push_to_hub and strategy != "end":
-        warnings.warn(
-            f"With hub_strategy={strategy!r} checkpoints are pushed before the last step, when the budget is not held "
-            "yet. Set hub_strategy='end' to push only the finished adapter.",
-            stacklevel=4,
-        )
+def _hold_pushes(args: TrainingArguments) -> HubStrategy | None:
+    """Let no checkpoint be pushed to the hub before the limits are held, and return the strategy that was set."""
+    strategy = HubStrategy(args.hub_strategy)
+    if not args.push_to_hub or strategy == HubStrategy.END:
+        return None
+    warnings.warn(
+        f"hub_strategy={strategy.value!r} pushes checkpoints during training, when the limits are not held yet. Within "
+        "a budget only the last checkpoint is pushed.",
+        stacklevel=4,
+    )
+    args.hub_strategy = HubStrategy.END
+    return strategy
 
 
 class _Held(MeasuredLimit):
