@@ -11,12 +11,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from demo import page as demo
 from paper import page as paper
 from proof import page as proof
 from speed import page as speed
 from tables import filled
 
+from demo import page as demo
 from guard import page as guard
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -15,7 +15,7 @@ def tables():
 
 
 def over_seeds():
-    """Loss on the task; rise of perplexity and, in brackets, divergence on each text: means with standard deviations."""
+    """Loss on the task, and on each text the rise of perplexity and, in brackets, the divergence: means over seeds."""
     runs = [RunResults.load(path) for path in sorted(HERE.glob("seed-*.json"))]
     texts = list(runs[0].methods[0].seeds[0].heldout)
     rows = []
