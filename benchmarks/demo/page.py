@@ -1,11 +1,11 @@
 """The table of the demo over seeds, from the ``results.json`` of each ``curlora demo --seed``."""
 
-import statistics
 from pathlib import Path
 
 from tables import table
 
-from curlora.continual.results import RunResults
+from curlora.continual.results import RunResults, Statistic
+from curlora.report.formatting import format_percent, format_statistic
 
 HERE = Path(__file__).parent
 
@@ -21,18 +21,12 @@ def over_seeds():
     rows = []
     for methods in zip(*(run.methods for run in runs), strict=True):
         seeds = [method.seeds[0] for method in methods]
-        cells = [spread([seed.scores[-1][0].loss for seed in seeds], 3)]
+        cells = [format_statistic(Statistic.of([seed.scores[-1][0].loss for seed in seeds]))]
         for name in texts if methods[0].method != "frozen" else ():
             first_and_last = [(seed.heldout[name][0], seed.heldout[name][-1]) for seed in seeds]
-            rises = [100 * (last.perplexity / first.perplexity - 1) for first, last in first_and_last]
-            moved = [last.drift for _, last in first_and_last]
-            cells.append(f"{spread(rises, 1, '+')} % ({spread(moved, 3)})")
+            rise = Statistic.of([last.perplexity / first.perplexity - 1 for first, last in first_and_last])
+            moved = Statistic.of([last.drift for _, last in first_and_last])
+            cells.append(f"{format_percent(rise)} ({format_statistic(moved)})")
         rows.append([methods[0].label, f"{methods[0].trainable_parameters:,}", *cells])
     header = ["", "parameters", "loss on the task", *texts]
     return table(header, [row + [""] * (len(header) - len(row)) for row in rows])
-
-
-def spread(values, digits, sign=""):
-    deviation = statistics.stdev(values)
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    return mean if deviation < 0.5 * 10**-digits else f"{mean} ± {deviation:.{digits}f}"

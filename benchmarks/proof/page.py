@@ -35,15 +35,16 @@ def tables():
     compared = compared_of(entries)
     return {
         "proof_summary": summary(entries), "proof": every_run(entries),
-        "proof_within": within(compared), "proof_costs": costs(), "levels": at_levels(compared),
+        "proof_within": within(compared), "proof_costs": costs(compared), "levels": at_levels(compared),
         "proof_seeds": over_seeds(by_entry("seeds")), "proof_rivals": every_run(by_entry("rivals")),
         "proof_stream": stream(),
     }  # fmt: skip
 
 
 def figures(docs):
-    tradeoff(compared_of(by_entry()), docs / "proof.svg")
-    against_costs(compared_of(by_entry()), docs / "proof-costs.svg")
+    compared = compared_of(by_entry())
+    tradeoff(compared, docs / "proof.svg")
+    against_costs(compared, docs / "proof-costs.svg")
 
 
 def by_entry(study="gsm8k"):
@@ -177,25 +178,24 @@ def learned_at(known, level):
 def step_costs():
     """Per entry: trained parameters, MiB kept for backward and per cent of time, both beyond a step without adapter."""
     known = {row["entry"]: row for row in lines(HERE.parent / "speed" / "methods.jsonl")}
-    floor = known.pop("floor", None)
+    floor = known.pop("floor")
     return {
         entry: (row["parameters"], (row["kept"] - floor["kept"]) / 2**20, 100 * (row["of_floor"] - 1))
         for entry, row in known.items()
     }
 
 
-def costs():
+def costs(entries):
     """What a step of each method costs, and what it learns within ``WITHIN``."""
-    entries = compared_of(by_entry())
-    rows = [
-        [label(entries[entry]), f"{parameters:,}", f"{kept:.1f} MiB", f"+{time:.0f} %", learned_within(entries[entry])]
-        for entry, (parameters, kept, time) in step_costs().items()
-    ]
+    rows = []
+    for entry, (parameters, kept, time) in step_costs().items():
+        learned = shown(best_within(entries[entry]).learned, 3)
+        rows.append([label(entries[entry]), f"{parameters:,}", f"{kept:.1f} MiB", f"+{time:.0f} %", learned])
     return table(["", "parameters", "kept for backward", "time of a step", f"learned within {WITHIN:g}"], rows)
 
 
-def learned_within(known):
-    return shown(best_within(known).learned, 3)
+def style(number):
+    return {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
 
 
 def against_costs(entries, path):
@@ -204,9 +204,8 @@ def against_costs(entries, path):
     drawing, axes = plt.subplots(1, 3, figsize=(9.5, 3.6), sharey=True, layout="constrained")
     for number, (entry, of_entry) in enumerate(step_costs().items()):
         known = entries[entry]
-        style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}", "linestyle": "none"}
         for axis, cost in zip(axes, of_entry, strict=True):
-            axis.plot(cost, best_within(known).learned.mean, label=label(known), **style)
+            axis.plot(cost, best_within(known).learned.mean, label=label(known), linestyle="none", **style(number))
     for axis, name in zip(
         axes, ("trained parameters", "kept for backward, MiB", "more time in a step, %"), strict=True
     ):
@@ -227,13 +226,12 @@ def tradeoff(entries, path):
     drawing, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True, layout="constrained")
     for axis, name in zip(axes, ("mean", "worst"), strict=True):
         for number, known in enumerate(entries.values()):
-            style = {"marker": MARKERS[number % len(MARKERS)], "color": f"C{number % 10}"}
             for point in known:
                 x, y = getattr(point, name), point.learned
-                axis.errorbar(x.mean, y.mean, y.deviation, x.deviation, linestyle="none", capsize=2, **style)
+                axis.errorbar(x.mean, y.mean, y.deviation, x.deviation, linestyle="none", capsize=2, **style(number))
             best = front(known, lambda point, name=name: getattr(point, name))
             forgotten = [getattr(point, name).mean for point in best]
-            axis.plot(forgotten, [point.learned.mean for point in best], label=label(known), **style)
+            axis.plot(forgotten, [point.learned.mean for point in best], label=label(known), **style(number))
         axis.set_xscale("log")
         within = [tick for tick in TICKS if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
         axis.set_xticks(within, [f"{tick:g}" for tick in within])

@@ -9,7 +9,6 @@ All methods run alternately in one process. Each is a line of ``methods.jsonl``.
 """
 
 import argparse
-import copy
 import statistics
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import curlora
 from curlora.callbacks import KLToBaseCallback
-from models import kept_for_backward
+from models import SHAPE, kept_for_backward, sharing
 
 RECIPE = Path(__file__).parent.parent / "proof" / "gsm8k" / "recipe.yaml"
 
@@ -62,8 +61,7 @@ def main():
 
 
 def smollm2():
-    sizes = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
-    config = LlamaConfig(vocab_size=49_152, num_hidden_layers=30, tie_word_embeddings=True, **sizes)
+    config = LlamaConfig(vocab_size=49_152, num_hidden_layers=30, tie_word_embeddings=True, **SHAPE)
     return LlamaForCausalLM(config).requires_grad_(False).eval()
 
 
@@ -105,11 +103,6 @@ class Step(Floor):
         super().take(batch)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def sharing(base):
-    """Return a copy of the model that shares its weights."""
-    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from curlora import CurloraLayer, sampling
 
 QKV = ["q_proj", "k_proj", "v_proj"]
 ALL = [*QKV, "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPE = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
 TARGETS = {"query, key, value": QKV, "all linear layers": ALL}
 
 
 def smollm2(layers: int = 30, **changes: int) -> LlamaModel:
     """Return the model without its embedding table: inputs are embeddings, outputs are the last hidden states."""
-    shape = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3) | changes
-    return LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=layers, **shape)).requires_grad_(False)
+    return LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=layers, **SHAPE | changes)).requires_grad_(False)
 
 
 class DenseCUR(nn.Module):
@@ -73,10 +73,14 @@ def kept_for_backward(model: nn.Module, run: Callable[[], object]) -> int:
     return sum(kept.values())
 
 
+def sharing(base: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its weights."""
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
+
+
 def adapted(base: nn.Module, method: str, r: int, targets: list[str]) -> nn.Module:
     """Return a new model for the method. It shares the frozen weights with ``base``."""
-    shared = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
-    model = copy.deepcopy(base, shared)
+    model = sharing(base)
     if method == "floor":
         return model
     if method == "reference":

@@ -88,33 +88,30 @@ def check_file(path: Path) -> bool:
 
 def saved_indices(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return ``(indices, fingerprint)`` of each layer in a weights file, by the layer's name in the base model."""
-    found = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            current = {present_name(key): key for key in file.keys()}  # noqa: SIM118  not a mapping
-            for name in current:
-                layer, is_index, _ = name.partition(".curlora_U.indices")
-                if is_index and (other := f"{layer}.curlora_U.fingerprint") in current:
-                    indices, fingerprint = file.get_tensor(current[name]), file.get_tensor(current[other])
-                    if fingerprint.shape == (LENGTH,) and fingerprint.dtype == torch.int32:
-                        found[layer.removeprefix(_PREFIX)] = indices, fingerprint
-    except (OSError, SafetensorError):  # the file was removed or replaced after the check
-        return {}
-    return found
+    return {
+        layer: (entries["indices"], fingerprint)
+        for layer, entries in _saved(path, "indices", "fingerprint").items()
+        if (fingerprint := entries["fingerprint"]).shape == (LENGTH,) and fingerprint.dtype == torch.int32
+    }
 
 
 def saved_U(path: Path) -> dict[str, Tensor]:
     """Return ``U`` of each layer in a weights file, by the layer's name in the base model."""
+    return {layer: entries["weight"] for layer, entries in _saved(path, "weight").items()}
+
+
+def _saved(path: Path, *wanted: str) -> dict[str, dict[str, Tensor]]:
+    """Return these entries of each layer that has all of them; nothing if the file was removed or replaced."""
+    found: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            current = {present_name(key): key for key in file.keys()}  # noqa: SIM118  not a mapping
-            return {
-                name.removeprefix(_PREFIX).removesuffix(".curlora_U.weight"): file.get_tensor(key)
-                for name, key in current.items()
-                if name.endswith(".curlora_U.weight")
-            }
-    except (OSError, SafetensorError):  # the file was removed or replaced after the check
+            for key in file.keys():  # noqa: SIM118  not a mapping
+                layer, _, entry = present_name(key).partition(".curlora_U.")
+                if entry in wanted:
+                    found.setdefault(layer.removeprefix(_PREFIX), {})[entry] = file.get_tensor(key)
+    except (OSError, SafetensorError):
         return {}
+    return {layer: entries for layer, entries in found.items() if len(entries) == len(wanted)}
 
 
 def digest_of_options(options: Mapping[str, Any]) -> str:

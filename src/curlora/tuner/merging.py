@@ -210,14 +210,13 @@ class MergeMixin:
             backend.set_base_weight(self, weight)
         except BaseException as error:
             self.base_layer = base
-            if isinstance(error, (AttributeError, NotImplementedError, TypeError, ValueError)) and not isinstance(
-                error, _NotFiniteError
-            ):
-                raise ValueError(
-                    f"layer {self.name!r} is a {kind}, and adapters cannot be merged into its quantized weight "
-                    f"({error}). {instead}"
-                ) from error
-            raise
+            refused = isinstance(error, (AttributeError, NotImplementedError, TypeError, ValueError))
+            if isinstance(error, _NotFiniteError) or not refused:
+                raise
+            raise ValueError(
+                f"layer {self.name!r} is a {kind}, and adapters cannot be merged into its quantized weight "
+                f"({error}). {instead}"
+            ) from error
         self._unmerged, self._merged_factors, self.merged_adapters = [base], factors, list(adapters)
 
     def _not_finite(self, adapter: str) -> ValueError:
