@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import shutil
 import warnings
 
@@ -103,6 +104,10 @@ def train(model, folder, callback, resume=None, seed=3, rows=None, more=(), **ar
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def trained(model):
+    return [parameter.detach().clone() for name, parameter in model.named_parameters() if "lora_" in name]
 
 
 QUIET = dict(report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
@@ -286,6 +291,43 @@ def test_a_measurement_that_is_not_a_number_keeps_nothing(tmp_path, first):
     training = Ledger.of(model.peft_config["default"]).trainings[0]
     assert math.isnan(training.worst)
     assert math.isnan(Ledger.of(model.peft_config["default"]).after(training, "").left or math.nan)
+
+
+@pytest.mark.parametrize("kind", ["curlora", "lora"])
+@pytest.mark.parametrize("fails_with", [OSError("the server is away"), "no number"], ids=["raises", "text"])
+def test_a_measurement_that_fails_at_the_end_loses_nothing(fails_with, kind, tmp_path):
+    """The trained parameters are saved, and the training goes on from there once the measurement works."""
+    make = fresh if kind == "curlora" else lambda: get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
+
+    def run(folder, fails=False, resume=None):
+        model, seen = make(), []
+        start = trained(model)
+
+        def how_far():
+            seen.append(trained(model))
+            moved = sum(float((now - then).norm()) for now, then in zip(seen[-1], start, strict=True))
+            if not (fails and moved):
+                return 1.0 + moved
+            if isinstance(fails_with, Exception):
+                raise fails_with
+            return fails_with
+
+        callback = budget(0.01, texts={"how far": how_far}, learning_rate=0.3)
+        try:
+            train(model, folder, callback, resume=resume)
+        except GuardError as error:
+            return model, callback, str(error)
+        return model, callback, ""
+
+    stopped, _, message = run(tmp_path, fails=True)
+    assert re.search(r"after the last step failed .* are in checkpoint-12 of .*\. Correct the measurement", message)
+    mended, callback, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-12"))
+    assert 0 < callback.outcome.kept < 0.9
+    undisturbed, expected, _ = run(tmp_path / "undisturbed")
+    assert callback.outcome.kept == pytest.approx(expected.outcome.kept, rel=1e-4)
+    torch.testing.assert_close(trained(mended), trained(undisturbed))
+    with pytest.raises(AssertionError):  # these have not been scaled back
+        torch.testing.assert_close(trained(stopped), trained(mended))
 
 
 def test_examples_may_be_longer_than_the_models_positions(tmp_path):
@@ -710,6 +752,13 @@ def test_trackers_see_it(tmp_path, monkeypatch):
     assert rise.value == pytest.approx(callback.outcome.texts["words"].rise, abs=1e-7)
 
 
+def test_the_progress_bar_shows_it(tmp_path, capsys):
+    train(fresh(), tmp_path, budget(), disable_tqdm=False)
+    shown = capsys.readouterr()
+    assert shown.out.count("'drift': ") == 13
+    assert "'perplexity_rise/words': " in shown.out
+
+
 def test_U_of_half_precision_is_trained_in_single(tmp_path):
     """TRL casts the adapter of a quantized base model to half precision."""
     model = fresh()
@@ -754,6 +803,25 @@ class TestTRL:
         assert callback.outcome.texts["words"].rise <= 0.02
         assert callback.outcome.learning_rate != trainer.args.learning_rate
         assert any(U.any() for U in matrices(trainer.model))
+
+    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.filterwarnings("ignore:.*flash attention")
+    def test_gone_on_with_to_the_bit(self, packing, tmp_path):
+        def run(resume=None):
+            callback = budget(0.01, learning_rate=0.3)
+            options = dict(save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, packing=packing)
+            trainer = SFTTrainer(
+                base(), self.arguments(tmp_path, per_device_train_batch_size=2, **{**options, "max_length": 32}),
+                train_dataset=Dataset.from_list(CHATS), processing_class=with_end(), peft_config=CurloraConfig(r=4),
+                callbacks=[callback],
+            )  # fmt: skip
+            trainer.train(resume_from_checkpoint=resume)
+            return trainer.model, callback.outcome
+
+        whole, outcome = run()
+        again, same_outcome = run(str(tmp_path / "checkpoint-2"))
+        assert same(again, matrices(whole))
+        assert same_outcome == outcome
 
     def test_assistant_only_loss(self, tmp_path):
         tokenizer = with_end()

@@ -5,12 +5,14 @@ import html
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import typer
@@ -354,17 +356,18 @@ def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp
     assert command(data, lifetime=spent * 2, max_forgetting=spent / 2, **tells).exit_code == 0
 
 
-def test_quantized_and_merged(data, chat_model, guard_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantized_and_merged(bits, data, chat_model, guard_file, tmp_path, monkeypatch):
     """The base is read again in full precision, and the merged weights differ from it by the adapter's update."""
     # Where a processor has AVX512-BF16, bitsandbytes refuses layers as narrow as these.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     out = tmp_path / "out"
-    tells = dict(guard_text=guard_file, quantize="4bit", export="merged", epochs=2, rank=4)
+    tells = dict(guard_text=guard_file, quantize=bits, export="merged", epochs=2, rank=4)
     done = command(data, model=chat_model, out=out, **tells)
     assert done.exit_code == 0, done.output
-    assert ", 4bit" in done.stdout
+    assert f", {bits}" in done.stdout
     outcome = record(out)["outcome"]
-    assert (outcome["quantize"], outcome["exported"]) == ("4bit", "merged")
+    assert (outcome["quantize"], outcome["exported"]) == (bits, "merged")
     saved = load_file(out / "adapter_model.safetensors")
     assert {value.dtype for name, value in saved.items() if "curlora_U" in name and "weight" in name} == {torch.float32}
     base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (chat_model, out / "merged"))
@@ -373,6 +376,34 @@ def test_quantized_and_merged(data, chat_model, guard_file, tmp_path, monkeypatc
     assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-5)
     with adapted.disable_adapter():
         assert not torch.allclose(merged(ids).logits, adapted(ids).logits, atol=1e-3)
+
+
+def test_hub_ids(chat_model, guard_file, tmp_path):
+    """A model, data and an adapter from the hub, here from its caches, without a network."""
+    models, sets = tmp_path / "models", tmp_path / "sets"
+    write_lines((tmp_path / "chats").mkdir() or tmp_path / "chats" / "train.jsonl", conversations())
+    datasets.load_dataset(str(tmp_path / "chats"), cache_dir=str(sets))
+    (sets / "chats").rename(sets / "me___chats")
+
+    def publish(folder, name):
+        repository, revision = models / f"models--me--{name}", "0123456789abcdef0123456789abcdef01234567"
+        shutil.copytree(folder, repository / "snapshots" / revision)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(revision)
+
+    def run(out, *more):
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(models), "HF_DATASETS_CACHE": str(sets)}
+        told = arguments("me/chats", *more, guard_text=guard_file, out=out, epochs=1)
+        command = [sys.executable, "-m", "curlora_cli", *told]
+        done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return record(out)["outcome"]
+
+    publish(chat_model, "model")
+    assert run(tmp_path / "first", "--model", "me/model", "--rank", "4")["base_model"] == "me/model"
+    publish(tmp_path / "first", "adapter")
+    second = run(tmp_path / "second", "--continue-from", "me/adapter")
+    assert (second["base_model"], second["continue_from"]) == ("me/model", "me/adapter")
 
 
 def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeypatch):

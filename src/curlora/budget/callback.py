@@ -59,7 +59,8 @@ class ForgettingBudget(TrainerCallback):
 
     After the last step, the callback measures each text, and scales the training's change back until every text is
     within its limit. This happens before the last evaluation and the last checkpoint, and again if
-    ``load_best_model_at_end`` loads another checkpoint.
+    ``load_best_model_at_end`` loads another checkpoint. If the measurement fails, the trained parameters are saved as a
+    checkpoint before the error is raised.
 
     A further training of the adapter still counts forgetting from the base model before the first training. A CURLoRA
     adapter carries a ledger (:class:`curlora.guard.Ledger`), which is saved with it. With it the next training needs no
@@ -229,7 +230,7 @@ class ForgettingBudget(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._holding.restraint.on_step_end(args, state, control, **kwargs)
         self._holding.on_step_end(args, state, control, **kwargs)
-        if state.global_step >= state.max_steps:  # the limits are held, and the last checkpoint comes next
+        if self._holding.kept is not None:  # the limits are held, and the last checkpoint comes next
             self._push_again(args)
 
     def on_log(
@@ -251,6 +252,8 @@ class ForgettingBudget(TrainerCallback):
             self._last_saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
             kept = 1.0 if self._held.kept is None else self._held.kept.scale
             self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
+        if self._held is not None:
+            self._held.on_save(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -44,6 +44,9 @@ class MeasuredLimit(TrainerCallback):
     last checkpoint. It happens again after training if the parameters have changed since: training was stopped early,
     or the best checkpoint was loaded. :attr:`kept` holds the share of the change that remains.
 
+    If the measure raises an error after the last step, the trained parameters are saved as a checkpoint, and then a
+    :class:`GuardError` is raised. The training can be resumed from there once the measure works.
+
     For a further training, the change is counted from the end of the last one. The rise of the measure is always
     counted from before the first training.
 
@@ -72,6 +75,7 @@ class MeasuredLimit(TrainerCallback):
         self.kept: Kept | None = None
         self._model, self._moved = model, parameters
         self._left: list[Tensor] = []
+        self._failure: Exception | None = None  # of the measurement after the last step
         self.count_from(self._now())
 
     def as_before(self) -> AbstractContextManager[None]:
@@ -101,7 +105,20 @@ class MeasuredLimit(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:  # before the last evaluation and checkpoint
-            self._hold()
+            try:
+                self._hold()
+            except Exception as error:  # the user's measure may raise anything
+                self._failure = error
+                control.should_save, control.should_evaluate = True, False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if (failure := self._failure) is not None:
+            self._failure = None
+            raise GuardError(
+                f"The measurement after the last step failed with {type(failure).__name__}: {failure}. The trained "
+                f"parameters are in checkpoint-{state.global_step} of {args.output_dir}, not scaled back. Correct the "
+                "measurement and resume from there (resume_from_checkpoint)."
+            ) from failure
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
