@@ -97,6 +97,19 @@ def test_a_run_with_and_without_are_the_same_to_the_bit(study, tmp_path):
     assert files(tmp_path / "kept") == before
 
 
+def test_fixed_batches_serve_all_epochs_and_seeds(study, tmp_path):
+    """To the bit, and a second seed adds nothing to the cache. Plug-ins that draw examples draw others, without it."""
+    guard = "{name: guard, max_perplexity_increase: 0.2}"
+    changes = ["training.fixed_batches=true", "methods.1.plugins=[]", f"methods.2.plugins=[{guard}]"]
+    without = run_recipe(load_recipe(study, [*changes, "seeds=[0, 1]"]), tmp_path / "without")
+    kept = run_recipe(load_recipe(study, [*changes, KEPT]), tmp_path / "kept")
+    before = files(tmp_path / "kept")
+    kept = run_recipe(load_recipe(study, [*changes, KEPT, "seeds=[0, 1]"]), tmp_path / "kept")
+    assert figures(kept) == figures(without)
+    assert learned(tmp_path / "kept") == learned(tmp_path / "without")
+    assert files(tmp_path / "kept") == before
+
+
 def alone(path, method):
     """A recipe with one task, and one method besides the frozen one."""
     content = yaml.safe_load(path.read_text())
@@ -124,10 +137,12 @@ def test_the_lower_layers_do_not_run_again(study, tmp_path, monkeypatch):
     assert calls.count(1) == 1  # the check on a few tokens
 
 
-@pytest.mark.parametrize("order", ["shuffled", "as_given"])
-def test_the_plan_gives_the_size_of_the_cache(study, tmp_path, order):
+@pytest.mark.parametrize(
+    "changes", [[], ["switches.order=as_given"], ["training.fixed_batches=true"]], ids=["shuffled", "as given", "fixed"]
+)
+def test_the_plan_gives_the_size_of_the_cache(study, tmp_path, changes):
     alone(study, {"options": {"r": 4, **UPPER}})
-    changes = ["seeds=[0, 1]", f"switches.order={order}"] if order == "as_given" else ["seeds=[0, 1]"]
+    changes = ["seeds=[0, 1]", *changes]
     assert make_plan(load_recipe(study, changes)).cache == 0
     recipe = load_recipe(study, [KEPT, *changes])
     plan = make_plan(recipe)

@@ -25,15 +25,28 @@ class LengthGrouped(Sampler[int]):
 
     Args:
         lengths: the rows' lengths in tokens.
-        batch_size: examples of one optimizer step over all processes.
+        batch_size: examples of one batch over all processes.
+        batches: the number of batches in an optimizer step.
         seed: seed of the order.
+        fixed: whether all seeds and epochs have the same batches, in different orders. The last batch may be smaller
+            than the others, and stays last.
         fillers: the number of further rows, which come last.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, fillers: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        batches: int,
+        seed: int,
+        fixed: bool = False,
+        fillers: int = 0,
+    ) -> None:
         self.lengths = list(lengths)
         self.batch_size = batch_size
+        self.batches = batches
         self.seed = seed
+        self.fixed = fixed
         self.fillers = fillers
         self.epoch = 0
 
@@ -46,7 +59,13 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        making = torch.Generator().manual_seed(0) if self.fixed else generator
+        order = get_length_grouped_indices(self.lengths, self.batch_size * self.batches, generator=making)
+        if self.fixed:
+            made = [order[begin : begin + self.batch_size] for begin in range(0, len(order), self.batch_size)]
+            whole = len(order) // self.batch_size
+            order = [row for i in torch.randperm(whole, generator=generator) for row in made[i]]
+            order += [row for batch in made[whole:] for row in batch]
         return iter([*order, *range(len(order), len(self))])
 
 

@@ -3,7 +3,8 @@
 Hidden states are cached per batch, not per row. A cache per row would also serve other epochs and seeds, but the last
 bits of a row depend on its batch: matrix products of another height are summed in another order. A cache per batch
 returns exactly what the layers would compute. The same batch occurs again when another method, value of a grid or order
-of the tasks trains with the same seed, when anything is scored, and when a general text is read.
+of the tasks trains with the same seed, when anything is scored, and when a general text is read. With
+``fixed_batches`` the batches of all epochs and seeds are the same too.
 """
 
 from __future__ import annotations

@@ -128,7 +128,7 @@ def _tokens_cached(stream: Stream, tasks: Sequence[Encoded]) -> int:
     for number, part in enumerate(tasks):
         epochs = max((of[number].settings.epochs for of in by_method), default=1)
         # Shuffled examples form other batches in each epoch and with each seed.
-        shuffled = part.settings.order == "shuffled" and by_method
+        shuffled = part.settings.order == "shuffled" and not part.settings.fixed_batches and by_method
         trained += tokens_of(part.train) * (epochs * len(stream.seeds) if shuffled else 1)
     scored = sum(tokens_of(part.evaluation) for part in tasks)
     read = sum(len(window) for text in stream.texts for window, _ in text.scored())

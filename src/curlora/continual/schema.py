@@ -132,6 +132,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "epochs": "How often each example is trained on.",
         "batch_size": "Examples of a batch, over all processes.",
         "gradient_accumulation_steps": "Batches of an optimizer step.",
+        "fixed_batches": "Whether each epoch and seed has the same batches, in another order.",
         "evaluation_batch_size": "Examples of a batch when scoring, over all processes.",
         "max_length": "The most tokens of an example; longer ones are cut or left out.",
         "head_learning_rate": "The learning rate of the head of a classification task.",

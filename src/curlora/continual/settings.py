@@ -44,6 +44,7 @@ class Settings(BaseModel):
 
     - ``head_learning_rate`` is the heads' learning rate; a method has its own for everything else.
     - Batch sizes count the examples of a batch over all processes.
+    - ``fixed_batches`` puts the examples into batches once; each epoch and seed has these batches in another order.
     - ``warmup`` is a fraction of a task's steps if below 1, else a number of steps.
     - ``max_grad_norm: 0`` turns gradient clipping off.
     - ``checkpoint_steps`` is the most steps that an interrupted run loses.
@@ -62,6 +63,7 @@ class Settings(BaseModel):
     epochs: Annotated[int, Field(gt=0)] = 1
     batch_size: Annotated[int, Field(gt=0)] = 8
     gradient_accumulation_steps: Annotated[int, Field(gt=0)] = 1
+    fixed_batches: bool = False
     evaluation_batch_size: Annotated[int, Field(gt=0)] = 16
     max_length: Annotated[int, Field(gt=0)] = 128
     head_learning_rate: Annotated[float, Field(gt=0)] = 5e-3

@@ -186,8 +186,14 @@ class TaskTrainer(Trainer):
         if self.settings.order == "as_given":
             return SequentialSampler(self.train_dataset)
         lengths = [len(row["input_ids"]) for row in self.rows]
-        step = self.settings.batch_size * self.settings.gradient_accumulation_steps
-        return LengthGrouped(lengths, step, self.seed, fillers=len(self.train_dataset) - len(lengths))
+        return LengthGrouped(
+            lengths,
+            self.settings.batch_size,
+            self.settings.gradient_accumulation_steps,
+            self.seed,
+            fixed=self.settings.fixed_batches,
+            fillers=len(self.train_dataset) - len(lengths),
+        )
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.checkpoints.folder)
