@@ -5,11 +5,12 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
 
-from curlora.continual.results import Score, Statistic, TextScore
+from curlora.continual.results import RunResults, Score, Statistic, TextScore
 from curlora.report import render, write_report
 from curlora.report.formatting import format_percent, format_size, format_statistic, format_time
 from tests.results import TEXT, make_method, make_results, make_results_by_loss, make_seed, make_task, with_guard
@@ -306,6 +307,11 @@ browser = pytest.mark.skipif(
 )
 
 
+def study():
+    """Results with grids, limits and many texts."""
+    return RunResults.load(Path(__file__).parent.parent / "benchmarks" / "proof" / "gsm8k" / "results.json")
+
+
 def chromium(folder, *arguments):
     base = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000"]
     base += [f"--user-data-dir={folder / 'profile'}"]
@@ -316,10 +322,10 @@ def chromium(folder, *arguments):
 @pytest.mark.parametrize("width", [1200, 390])
 def test_a_browser_draws_it(width, tmp_path):
     page, window = tmp_path / "report.html", f"--window-size={width},1000"
-    write_report([make_results(seeds=(0, 1)), make_results(base_model="another")], page)
+    write_report([make_results(seeds=(0, 1)), make_results(base_model="another"), study()], page)
     dom = chromium(tmp_path, window, "--dump-dom", page.as_uri())
     assert Tables(dom).tables["summary-2"][4][0] == "CURLoRA"
-    assert len(panels(dom)["training loss"]) == 2
+    assert len(panels(dom)["training loss"]) == 3
     picture = tmp_path / "page.png"
     chromium(tmp_path, window, f"--screenshot={picture}", page.as_uri())
     pixels = imread(picture)[..., :3]
@@ -332,7 +338,9 @@ def test_a_browser_draws_it(width, tmp_path):
 @pytest.mark.parametrize("width", [1200, 390])
 def test_nothing_but_tables_scrolls_sideways(width, tmp_path):
     recipe = {"name": 300 * "x", "path": "/a/" + 90 * "b"}
-    html = render([make_results(seeds=(0, 1), recipe=recipe), make_results(base_model="another", title=200 * "t")])
+    html = render(
+        [make_results(seeds=(0, 1), recipe=recipe), make_results(base_model="another", title=200 * "t"), study()]
+    )
     # In a frame, because a window cannot be as narrow as a phone. The page itself has no such script.
     report = "<script>parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')</script>"
     (tmp_path / "report.html").write_text(html + report)
@@ -347,7 +355,7 @@ def test_nothing_but_tables_scrolls_sideways(width, tmp_path):
 
 @browser
 def test_it_can_be_printed(tmp_path):
-    write_report([make_results(seeds=(0, 1))], tmp_path / "report.html")
+    write_report([make_results(seeds=(0, 1)), study()], tmp_path / "report.html")
     chromium(tmp_path, f"--print-to-pdf={tmp_path / 'report.pdf'}", (tmp_path / "report.html").as_uri())
     printed = (tmp_path / "report.pdf").read_bytes()
     assert printed.startswith(b"%PDF")

@@ -102,7 +102,7 @@ def run(
 
         loaded = load_recipe(recipe, changes or [])
         if dry_run:
-            _print_plan(loaded)
+            _print_plan(loaded, workers is not None or address is not None)
         else:
             _run(loaded, out or loaded.output or Path("runs") / recipe.stem, workers, address)
 
@@ -415,11 +415,11 @@ def _run(recipe: Recipe, directory: Path, workers: int | None = None, address: s
     return results
 
 
-def _print_plan(recipe: Recipe) -> None:
+def _print_plan(recipe: Recipe, workers: bool) -> None:
     from curlora.continual.plan import make_plan
     from curlora.report.plan import plan_tables
 
-    for part in plan_tables(make_plan(recipe)):
+    for part in plan_tables(make_plan(recipe, workers)):
         console.print(part)
 
 

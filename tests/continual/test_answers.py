@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from curlora.continual import load_recipe, run_recipe
+from curlora.continual import load_recipe, run, run_recipe
 from curlora.continual.answers import Answers, PromptList, answer, kept_answers
 from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import measure
@@ -64,6 +64,43 @@ def test_they_are_kept(tmp_path):
     path.write_text(path.read_text()[:-5])
     with pytest.raises(RunError, match=r"does not hold the text that the base model has written. Remove the file"):
         kept_answers(text, word_tokenizer(), tmp_path, no_model)
+
+
+class TestAnotherModel:
+    """What one model has written is not taken for another's."""
+
+    @pytest.fixture
+    def stopped(self, recipe_path, tmp_path, monkeypatch):
+        """A run that was interrupted when the base model had written its answers."""
+        words = "{name: words, path: text.txt, tokens: 50, window: 16}"
+        where = f"heldout=[{words}, {{name: own, prompts: {json.dumps(PROMPTS)}, max_new_tokens: 5}}]"
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        recipe = load_recipe(recipe_path, [*QUICK, where])
+        monkeypatch.setattr(run, "measured_base", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "run")
+        monkeypatch.undo()
+        assert list((tmp_path / "run").glob("answers-*.json"))
+        other = llama()
+        torch.nn.init.normal_(other.lm_head.weight)
+        other.save_pretrained(tmp_path / "another")
+        word_tokenizer().save_pretrained(tmp_path / "another")
+        return recipe_path, where, tmp_path
+
+    def test_named_in_the_recipe(self, stopped):
+        recipe_path, where, folder = stopped
+        recipe = load_recipe(recipe_path, [*QUICK, where, "model.name=another"])
+        found, fresh = (run_recipe(recipe, folder / name) for name in ("run", "fresh"))
+        assert found.methods[1].seeds[0].heldout == fresh.methods[1].seeds[0].heldout
+
+    def test_in_the_same_folder(self, stopped):
+        recipe_path, where, folder = stopped
+        (folder / "another" / "model.safetensors").replace(folder / "model" / "model.safetensors")
+        with pytest.raises(RunError, match=r"The text 'own' in .* was written by another model than this one"):
+            run_recipe(load_recipe(recipe_path, [*QUICK, where]), folder / "run")
 
 
 def test_a_run_follows_them(recipe_path, tmp_path):

@@ -56,6 +56,21 @@ def test_texts_longer_than_the_models_positions(short_model, tmp_path):
     make_plan(load_recipe(short_model, [*fitting, "training.max_length=64"]))
 
 
+def test_prompts_longer_than_the_models_positions(short_model, tmp_path):
+    fitting = ["model.name=gpt2", "methods.1.options={r: 4}", "training.max_length=64"]
+    text = f"heldout={{name: own, prompts: [w1, {'w1 ' * 60}], max_new_tokens: 5}}"
+    assert refused(load_recipe(short_model, [*fitting, text]), tmp_path / "run") == (
+        "The base model would write rows of 65 tokens for the text 'own', but it has only 64 positions. Lower its "
+        "max_new_tokens, or shorten its longest prompt, of 60 tokens."
+    )
+    make_plan(load_recipe(short_model, [*fitting, text.replace("tokens: 5", "tokens: 4")]))
+
+
+def test_weights_that_cannot_be_read(unreadable, tmp_path):
+    with pytest.raises(RecipeError, match=r"model\.name: .*model cannot be loaded: .*header"):
+        run_recipe(load_recipe(unreadable), tmp_path / "run")
+
+
 def test_windows_longer_than_the_models_positions(short_model, tmp_path):
     (short_model.parent / "text.txt").write_text("w1 w2 " * 60)
     (short_model.parent / "guard.txt").write_text("w3 w4 " * 60)

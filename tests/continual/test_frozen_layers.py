@@ -1,5 +1,7 @@
 """Caching the outputs of frozen lower layers leaves a run's results bit-identical."""
 
+import copy
+import importlib.util
 import io
 import os
 
@@ -79,7 +81,13 @@ def learned(directory):
 
 
 def files(directory):
-    return {path.name: path.stat().st_mtime_ns for path in (directory / FOLDER / "2").iterdir()}
+    return {path.name: path.stat().st_mtime_ns for path in below(directory, 2).iterdir()}
+
+
+def below(directory, layers):
+    """The folder of the outputs of so many layers; its name ends with a digest of the model."""
+    (folder,) = (directory / FOLDER).glob(f"{layers}-*")
+    return folder
 
 
 def test_a_run_with_and_without_are_the_same_to_the_bit(study, tmp_path):
@@ -87,7 +95,7 @@ def test_a_run_with_and_without_are_the_same_to_the_bit(study, tmp_path):
     kept = run_recipe(load_recipe(study, [KEPT]), tmp_path / "kept")
     assert figures(kept) == figures(without)
     assert learned(tmp_path / "kept") == learned(tmp_path / "without")
-    assert [path.name for path in (tmp_path / "kept" / FOLDER).iterdir()] == ["2"]
+    assert list((tmp_path / "kept" / FOLDER).iterdir()) == [below(tmp_path / "kept", 2)]
     before = files(tmp_path / "kept")
     assert before
     assert all(name.endswith(".safetensors") for name in before)
@@ -99,12 +107,18 @@ def test_a_run_with_and_without_are_the_same_to_the_bit(study, tmp_path):
 
 def test_fixed_batches_serve_all_epochs_and_seeds(study, tmp_path):
     """To the bit, and a second seed adds nothing to the cache. Plug-ins that draw examples draw others, without it."""
-    guard = "{name: guard, max_perplexity_increase: 0.2}"
-    changes = ["training.fixed_batches=true", "methods.1.plugins=[]", f"methods.2.plugins=[{guard}]"]
+    content = yaml.safe_load(study.read_text())
+    frozen, lora, cur = METHODS[:3]
+    content["methods"] = [frozen, {**lora, "plugins": [], "learning_rate": 0.01}, {**cur, "plugins": GUARDED[1:]}]
+    content["tasks"] = content["tasks"][1:]
+    content["resources"] = {"cpus": 1}
+    study.write_text(yaml.safe_dump(content))
+    changes = ["training.fixed_batches=true"]
     without = run_recipe(load_recipe(study, [*changes, "seeds=[0, 1]"]), tmp_path / "without")
     kept = run_recipe(load_recipe(study, [*changes, KEPT]), tmp_path / "kept")
     before = files(tmp_path / "kept")
-    kept = run_recipe(load_recipe(study, [*changes, KEPT, "seeds=[0, 1]"]), tmp_path / "kept")
+    both = load_recipe(study, [*changes, KEPT, "seeds=[0, 1]"])
+    kept = run_recipe(both, tmp_path / "kept", workers=2 if importlib.util.find_spec("ray") else None)
     assert figures(kept) == figures(without)
     assert learned(tmp_path / "kept") == learned(tmp_path / "without")
     assert files(tmp_path / "kept") == before
@@ -147,7 +161,7 @@ def test_the_plan_gives_the_size_of_the_cache(study, tmp_path, changes):
     recipe = load_recipe(study, [KEPT, *changes])
     plan = make_plan(recipe)
     run_recipe(recipe, tmp_path / "run")
-    states = [load_file(path)["states"] for path in (tmp_path / "run" / FOLDER / "2").iterdir()]
+    states = [load_file(path)["states"] for path in below(tmp_path / "run", 2).iterdir()]
     assert 0.5 < plan.cache / sum(held.nbytes for held in states) <= 1.0  # the rest is padding; the rows are short
     console = Console(file=io.StringIO())
     console.print(*plan_tables(plan))
@@ -160,7 +174,7 @@ def test_a_run_that_goes_on_may_begin_to_keep(study, tmp_path):
     whole = run_recipe(load_recipe(study), run)
     (run / "it" / "seed-0" / "result.json").unlink()
     assert figures(run_recipe(load_recipe(study, [KEPT]), run)) == figures(whole)
-    torn = sorted((run / FOLDER / "2").iterdir())
+    torn = sorted(below(run, 2).iterdir())
     torn[0].write_bytes(b"")  # as after a power failure
     os.truncate(torn[1], 100)
     (run / "it" / "seed-0" / "result.json").unlink()
@@ -212,7 +226,7 @@ def test_a_model_with_dropout_is_refused(study, tmp_path):
 def test_passes_that_want_more_run_all_layers(tmp_path):
     plain, model = llama().eval(), keep_frozen_layers(llama().eval(), 1, tmp_path)
     ids = tokens()
-    folder = tmp_path / FOLDER / "1"
+    folder = below(tmp_path, 1)
     with torch.no_grad():
         states = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
         assert all(map(torch.equal, states, plain(input_ids=ids, output_hidden_states=True).hidden_states))
@@ -229,6 +243,17 @@ def test_passes_that_want_more_run_all_layers(tmp_path):
         with torch.autocast("cpu", torch.bfloat16):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         assert len(list(folder.iterdir())) == 3
+
+
+def test_another_model_has_another_cache(tmp_path):
+    ids, config = tokens(), llama().config
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        plain = LlamaForCausalLM(config).eval()
+        kept = keep_frozen_layers(copy.deepcopy(plain), 1, tmp_path)
+        for _ in range(2):
+            assert torch.equal(kept(input_ids=ids, use_cache=False).logits, plain(input_ids=ids).logits)
+    assert len(list((tmp_path / FOLDER).iterdir())) == 2
 
 
 def test_layers_that_speak_with_each_other_are_refused(tmp_path):

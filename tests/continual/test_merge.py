@@ -48,6 +48,16 @@ def test_one_name_for_different_methods_stays_two():
     assert [m.label for m in merged.methods if m.name == "lora (2)"] == ["LoRA (2)"]
 
 
+def test_settings_that_came_later_had_their_default():
+    earlier = make_results()
+    later = make_results(seeds=(1,), settings={**earlier.settings, "fixed_batches": False, "cache_frozen_layers": True})
+    other = make_results(seeds=(2,), settings={**earlier.settings, "fixed_batches": True})
+    merged, alone = merge([earlier, later, other])
+    assert seeds(merged)["lora"] == [0, 1]
+    assert seeds(alone)["lora"] == [2]
+    assert differing([earlier, other]) == ["settings (fixed_batches)"]
+
+
 RECIPE = {"model": {"name": "/a/model"}, "tasks": [{"name": "reviews"}], "methods": [{"name": "lora"}]}
 
 

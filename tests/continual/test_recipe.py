@@ -374,6 +374,10 @@ def test_a_misspelt_name_of_a_recipe_that_comes_with_it():
         ("tasks.0.evaluation.path=text.txt", "the file type .txt is not supported"),
         ("tasks.0.train.label_names={0: a}", "row .* has label 1, which is not in label_names"),
         ("tasks.0.train={hub: ./nowhere, split: train, text: text, label: label}", "cannot be loaded from the hub"),
+        (
+            "tasks.0.train={hub: ., split: train, text: text, label: label}",
+            r"holds .*\.(csv|tsv)\. Name that file under",
+        ),
         ("heldout.path=gone.txt", "text 'words' .*gone.txt.* cannot be read"),
     ],
 )

@@ -159,9 +159,12 @@ def test_killed_at_random_moments(workers, recipe, recipe_path, tmp_path):
     assert "cur" in after.stdout
 
 
-def test_ctrl_c_says_how_to_go_on(recipe_path, tmp_path):
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]], ids=["one process", "workers"])
+def test_ctrl_c_says_how_to_go_on(options, recipe_path, tmp_path):
+    if options:
+        pytest.importorskip("ray", reason="needs Ray")
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", str(out)]
+    command = [sys.executable, "-m", "curlora_cli", "run", str(recipe_path), "--out", str(out), *options]
     process = subprocess.Popen(
         [*command, "--set", "training.epochs=2000", "--set", "training.checkpoint_steps=5"],
         stdout=subprocess.DEVNULL,

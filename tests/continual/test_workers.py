@@ -18,6 +18,7 @@ from curlora.continual.workers import _Combined
 from tests.continual.streams import figures
 
 pytest.importorskip("ray", reason="needs Ray")
+from ray.cluster_utils import Cluster
 
 STUDY = [
     "training.logging_steps=1", "training.checkpoint_steps=1", "resources={cpus: 1}",
@@ -52,8 +53,10 @@ def workers():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_path, tmp_path):
+def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_path, tmp_path, monkeypatch):
     alone = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "alone")
+    # Without an address this machine is used, whatever cluster there is.
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     killed, over, heard = [], threading.Event(), Heard()
 
     def kill():
@@ -75,8 +78,35 @@ def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_pat
         watcher.join()
     assert killed
     assert figures(shared) == figures(alone)
+    assert shared.environment["threads"] == "1"
     assert heard.units == pytest.approx(heard.total)
     assert not list((tmp_path / "shared").rglob("checkpoints"))
+
+
+def test_a_cluster_of_which_one_machine_is_lost(recipe_path, tmp_path):
+    """Two machines with a GPU each run a job each. The jobs of the lost one resume on the other."""
+    alone = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "alone")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    machines = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+    over, most = threading.Event(), [0]
+
+    def lose():
+        while not over.wait(0.02):
+            most[0] = max(most[0], len(workers()))
+            begun = glob.glob("*/seed-0*/checkpoints/*/checkpoint-*/complete", root_dir=tmp_path / "shared")
+            if begun and most[0] == 2 and len(machines) == 2:
+                cluster.remove_node(machines.pop(), allow_graceful=False)
+
+    watcher = threading.Thread(target=lose)
+    watcher.start()
+    try:
+        shared = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "shared", address=cluster.address)
+    finally:
+        over.set()
+        watcher.join()
+        cluster.shutdown()
+    assert len(machines) == 1
+    assert figures(shared) == figures(alone)
 
 
 def test_what_is_wrong_is_said_as_by_one_process(recipe_path, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curlora.callbacks.penalty import PenaltyCallback, check_strength
+from curlora.guard.decoding import draw
 from curlora.guard.evaluating import evaluating
 from curlora.guard.texts import IGNORED
 
@@ -190,7 +191,7 @@ def drawn_gradients(
     for parts in answered:
         losses = []
         for logits in parts:
-            drawn = torch.multinomial(logits.detach().float().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            drawn = draw(logits.detach().float().softmax(-1).cpu(), torch.rand(len(logits), generator=generator))
             losses.append(nn.functional.cross_entropy(logits.float(), drawn.to(logits.device), reduction="sum"))
         found = torch.autograd.grad(torch.stack(losses).sum(), list(trained.values()), allow_unused=True)
         yield {

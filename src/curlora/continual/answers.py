@@ -19,13 +19,17 @@ from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
+from curlora.continual.model_digest import model_digest
 from curlora.guard.decoding import named_ends, sample
 from curlora.guard.errors import GuardError
 from curlora.guard.own_text import own_text
 from curlora.guard.texts import Rows
 from curlora.storage import write_whole
 
-__all__ = ["Answers", "OwnText", "PromptList", "answer", "kept_answers"]
+__all__ = ["ANSWERS", "Answers", "OwnText", "PromptList", "answer", "encoded_prompt", "kept_answers"]
+
+ANSWERS = "answers-"
+"""How the names of the files in a run directory begin that hold what the base model has written."""
 
 _TOGETHER = 8  # prompts in a batch
 
@@ -39,12 +43,14 @@ class PromptList:
         prompts: the prompts as text. If the tokenizer has a chat template, each becomes a user message.
         max_new_tokens: the most tokens of an answer.
         seed: seed of the sampling.
+        longest_prompt: the number of tokens of the longest prompt, if it is known.
     """
 
     name: str
     prompts: tuple[str, ...]
     max_new_tokens: int = 128
     seed: int = 0
+    longest_prompt: int = 1
 
     @property
     def digest(self) -> str:
@@ -59,8 +65,8 @@ class PromptList:
 
     @property
     def longest(self) -> int:
-        """The number of tokens of a full answer to a prompt of one token."""
-        return self.max_new_tokens + 1
+        """The number of tokens of the longest prompt with a full answer."""
+        return self.longest_prompt + self.max_new_tokens
 
     def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
         """Return pairs of the tokens of a prompt and the tokens of the model's answer."""
@@ -116,11 +122,13 @@ class Answers(HeldOut):
 
     Args:
         prompt_lengths: the number of prompt tokens of each row.
+        model: the digest of the model that has written the text; empty if it is unknown.
         lengths: the number of tokens of each row; ``tokens`` is the concatenation of the rows.
     """
 
     lengths: tuple[int, ...] = field(default=(), repr=False)
     prompt_lengths: tuple[int, ...] = field(default=(), repr=False)
+    model: str = ""
 
     @property
     def rows(self) -> tuple[Tensor, ...]:
@@ -159,11 +167,12 @@ def kept_answers(
     Raises:
         RunError: if the file does not hold this text.
     """
-    path = directory / f"answers-{text.digest[:16]}.json"
+    path = directory / f"{ANSWERS}{text.digest[:16]}.json"
     if not path.exists():
-        rows = text.sample(load_model(), tokenizer)
+        model = load_model()
+        rows = text.sample(model, tokenizer)
         kept = [{"prompt": prompt.tolist(), "answer": tokens.tolist()} for prompt, tokens in rows]
-        write_whole(path, json.dumps({"digest": text.digest, "rows": kept}))
+        write_whole(path, json.dumps({"digest": text.digest, "model": model_digest(model), "rows": kept}))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pairs = [(row["prompt"], row["answer"]) for row in content["rows"]]
@@ -181,6 +190,7 @@ def kept_answers(
         torch.tensor([token for prompt, tokens in pairs for token in prompt + tokens]),
         lengths=tuple(len(prompt) + len(tokens) for prompt, tokens in pairs),
         prompt_lengths=tuple(len(prompt) for prompt, _ in pairs),
+        model=content.get("model", ""),
     )
 
 
@@ -199,7 +209,7 @@ def answer(
     Returns:
         Pairs of the tokens of a prompt, as the model reads it, and the tokens of its answer, at least one.
     """
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encoded_prompt(tokenizer, prompt) for prompt in prompts]
     ends, pad = named_ends(model), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     answers = []
     for begin in range(0, len(encoded), _TOGETHER):
@@ -210,7 +220,12 @@ def answer(
     return answers
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encoded_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Return the tokens of a prompt as the model reads it.
+
+    Raises:
+        RunError: if there are none.
+    """
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": prompt}]
         ids: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]

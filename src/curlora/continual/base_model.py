@@ -12,10 +12,13 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from curlora.continual.answers import ANSWERS, Answers
 from curlora.continual.checks import check_texts
 from curlora.continual.encoding import Encoded
 from curlora.continual.errors import RunError
+from curlora.continual.frozen_layers import FOLDER
 from curlora.continual.heldout import HeldOut, measure
+from curlora.continual.model_digest import model_digest
 from curlora.continual.processes import process_state
 from curlora.continual.results import Score, TextScore
 from curlora.continual.stream import Stream
@@ -62,6 +65,13 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
             )
     wanted = [part for part in encoded if part.settings.forward_transfer]
     language_model: Any = stream.load_model().to(process_state().device).requires_grad_(False)
+    digest = model_digest(language_model)
+    for text in stream.texts:
+        if isinstance(text, Answers) and text.model not in ("", digest):
+            raise RunError(
+                f"The text {text.name!r} in {directory} was written by another model than this one. Choose another "
+                f"folder, or remove {directory / ANSWERS}*.json: this model then writes it."
+            )
     model = TaskModel(language_model)
     check_texts(language_model.config, stream.texts, encoded)
     scores = []
@@ -74,7 +84,7 @@ def measured_base(stream: Stream, encoded: Sequence[Encoded], directory: Path) -
         shutil.rmtree(directory / ".base", ignore_errors=True)  # created by the Trainer and left empty
     base = Base(
         data=data,
-        model=_model_digest(language_model),
+        model=digest,
         parameters=language_model.num_parameters(),  # also correct for packed quantized weights
         heldout={text.name: measure(language_model, text) for text in stream.texts},
         tasks=scores,
@@ -96,14 +106,11 @@ def _data_digest(encoded: Sequence[Encoded], texts: Sequence[HeldOut]) -> str:
     return digest.hexdigest()
 
 
-def _model_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of the names and shapes of a model's weights and of at most 16 values of each."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        few = tensor.flatten()[:: max(1, tensor.numel() // 16)][:16]
-        digest.update(json.dumps(few.double().tolist()).encode())
-    return digest.hexdigest()
+def forget_base(directory: Path) -> None:
+    """Remove what the base model has written in a run directory, and what was measured on it."""
+    for path in (directory / _BASE, *directory.glob(f"{ANSWERS}*.json")):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(directory / FOLDER, ignore_errors=True)
 
 
 def same_model(model: nn.Module, digest: str, directory: Path) -> nn.Module:
@@ -117,7 +124,7 @@ def same_model(model: nn.Module, digest: str, directory: Path) -> nn.Module:
     Raises:
         RunError: if it is another model.
     """
-    if _model_digest(model) != digest:
+    if model_digest(model) != digest:
         raise RunError(
             f"The base model is not the one that the run in {directory} began with. Choose another folder, or use that "
             "model."

@@ -26,8 +26,8 @@ class LengthGrouped(Sampler[int]):
     Args:
         lengths: the rows' lengths in tokens.
         batch_size: examples of one batch over all processes.
-        batches: the number of batches in an optimizer step.
         seed: seed of the order.
+        batches: the number of batches in an optimizer step.
         fixed: whether all seeds and epochs have the same batches, in different orders. The last batch may be smaller
             than the others, and stays last.
         fillers: the number of further rows, which come last.
@@ -37,8 +37,8 @@ class LengthGrouped(Sampler[int]):
         self,
         lengths: Sequence[int],
         batch_size: int,
-        batches: int,
         seed: int,
+        batches: int = 1,
         fixed: bool = False,
         fillers: int = 0,
     ) -> None:

@@ -120,7 +120,9 @@ def _too_long(
     ]
     for text in unwritten:
         option, rows = (
-            ("max_length", text.max_length) if isinstance(text, OwnText) else ("max_new_tokens", text.longest)
+            ("max_length", text.max_length)
+            if isinstance(text, OwnText)
+            else (f"max_new_tokens, or shorten its longest prompt, of {text.longest_prompt} tokens", text.longest)
         )
         if rows > positions:
             problems.append(

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from curlora.continual.errors import RunError
+from curlora.continual.model_digest import model_digest
 from curlora.guard.evaluating import evaluating
 
 __all__ = ["FOLDER", "keep_frozen_layers", "layers_below", "layers_below_targets"]
@@ -130,7 +131,7 @@ def keep_frozen_layers(model: nn.Module, below: int, directory: Path) -> nn.Modu
         RunError: if the model's upper layers need more from the lower layers than their output.
     """
     decoder, layers = _decoder_of(model)
-    folder = directory / FOLDER / str(below)
+    folder = directory / FOLDER / f"{below}-{model_digest(model)[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     _check_alone(model, decoder, layers, below)
     _Kept(decoder, layers, below, _Files(folder))

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.answers import OwnText, PromptList
+from curlora.continual.answers import OwnText, PromptList, encoded_prompt
+from curlora.continual.base_model import forget_base
 from curlora.continual.computing import computing
 from curlora.continual.data import AnswersSpec, HeldOutSpec, OwnTextSpec, read_prompts, read_task, read_text
 from curlora.continual.errors import RecipeError, RecipeWarning, RunError
@@ -47,11 +48,12 @@ def build(recipe: Recipe) -> Stream:
             settings.check_trainer()
         tasks = [read_task(part, reference) for part in recipe.tasks]
         texts = [(part, read_text(part)) for part in recipe.heldout if isinstance(part, HeldOutSpec)]
-        sampled = [_sampled(part) for part in recipe.heldout if not isinstance(part, HeldOutSpec)]
-        guard = read_text(recipe.guard) if isinstance(recipe.guard, HeldOutSpec) else _sampled(recipe.guard)
+        tokenizer = recipe.model.load_tokenizer()
+        sampled = [_sampled(part, tokenizer) for part in recipe.heldout if not isinstance(part, HeldOutSpec)]
+        part = recipe.guard
+        guard = read_text(part) if isinstance(part, HeldOutSpec) else _sampled(part, tokenizer)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    tokenizer = recipe.model.load_tokenizer()
     guard_text: HeldOut | None = None
     heldout = [(part, _held_out(part, text, tokenizer, protocol)) for part, text in texts]
     if isinstance(recipe.guard, HeldOutSpec):
@@ -113,11 +115,11 @@ def run_recipe(
     begin = partial(_claim, recipe, directory)
     if workers is not None or address is not None:
         with (
-            computing(None, recipe.training.fp32_products),
+            computing(recipe.resources.threads(workers=True), recipe.training.fp32_products),
             ray_workers(recipe, directory, workers, address) as runner,
         ):
             return run_stream(build(recipe), directory, progress, begin, runner)
-    with computing(recipe.resources.cpus, recipe.training.fp32_products):
+    with computing(recipe.resources.threads(workers=False), recipe.training.fp32_products):
         return run_stream(build(recipe), directory, progress, begin)
 
 
@@ -146,6 +148,8 @@ def _claim(recipe: Recipe, directory: Path) -> None:
                 f"{directory} holds a run of another recipe: {', '.join(changed)} changed. Choose another folder, undo "
                 "the change, or remove the folder."
             )
+        if changed:
+            forget_base(directory)
     elif any(path.name != LOCK for path in directory.iterdir()):
         raise RunError(f"{directory} holds files, but no run. Choose another folder.")
     write_whole(saved, recipe.model_dump_json(indent=2))
@@ -191,10 +195,12 @@ def _held_out(part: HeldOutSpec, text: str, tokenizer: PreTrainedTokenizerBase, 
     return scored
 
 
-def _sampled(part: AnswersSpec | OwnTextSpec | None) -> PromptList | OwnText | None:
+def _sampled(part: AnswersSpec | OwnTextSpec | None, tokenizer: PreTrainedTokenizerBase) -> PromptList | OwnText | None:
     """Return the text that the base model is to write."""
     if isinstance(part, AnswersSpec):
-        return PromptList(part.name, read_prompts(part), part.max_new_tokens, part.seed)
+        prompts = read_prompts(part)
+        longest = max(len(encoded_prompt(tokenizer, prompt)) for prompt in prompts)
+        return PromptList(part.name, prompts, part.max_new_tokens, part.seed, longest)
     return None if part is None else OwnText(part.name, part.tokens, part.max_length, part.seed)
 
 

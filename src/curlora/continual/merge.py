@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from curlora.continual.results import MethodResult, RunResults, name_of
+from curlora.continual.settings import Settings
 
 __all__ = ["definition", "differing", "merge"]
 
@@ -68,8 +69,14 @@ def _conditions(run: RunResults) -> dict[str, Any]:
         "held-out texts": run.heldout,
         "first held-out text": next(iter(run.heldout)),  # summaries show it
         "protocol": dict.fromkeys(run.protocol, True),
-        "settings": {**run.settings, **own},
+        "settings": {**_settings(run), **own},
     }
+
+
+def _settings(run: RunResults) -> dict[str, Any]:
+    """Return the settings that figures depend on. Runs of earlier versions lack the newest, and had their defaults."""
+    settings = {**Settings().model_dump(mode="json"), **run.settings}
+    return {name: value for name, value in settings.items() if name != "cache_frozen_layers"}
 
 
 def _united(runs: Sequence[RunResults]) -> RunResults:

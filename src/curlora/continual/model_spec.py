@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, field_validator
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
@@ -76,7 +77,7 @@ class ModelSpec(BaseModel, extra="forbid", frozen=True):
                 dtype=getattr(torch, self.dtype),
                 quantization_config=None if given is None else AutoQuantizationConfig.from_dict(dict(given)),
             )
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise RecipeError(f"model.name: {self.name} cannot be loaded: {error}") from error
 
     def _check_folder(self) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from curlora.continual.batches import Collator
@@ -73,8 +72,12 @@ class Plan:
     cache: int
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, workers: bool = False) -> Plan:
     """Check a recipe and its data, and compute what running it takes.
+
+    Args:
+        recipe: the recipe.
+        workers: whether it is to be run on workers.
 
     Raises:
         RecipeError: see :func:`curlora.continual.launch.build`.
@@ -113,10 +116,9 @@ def make_plan(recipe: Recipe) -> Plan:
                 memory=max(steps, key=lambda memory: memory.total or 0, default=Memory(0, 0, 0, 0)),
             )
         )
-    threads = recipe.resources.cpus or torch.get_num_threads()
     parameters = sum(p.numel() for p in base.parameters())
     cache = _tokens_cached(stream, tasks) * base.config.get_text_config().hidden_size * base.dtype.itemsize
-    return Plan(stream, tasks, parameters, windows, methods, threads, cache)
+    return Plan(stream, tasks, parameters, windows, methods, recipe.resources.threads(workers), cache)
 
 
 def _tokens_cached(stream: Stream, tasks: Sequence[Encoded]) -> int:

@@ -338,6 +338,14 @@ def _from_parquet(path: Path) -> Table:
 def _from_hub(place: Place, where: str) -> Table:
     import datasets
 
+    if place.hub is not None and Path(place.hub).is_dir():
+        # The reader of datasets moves the columns where a row has more fields than the header.
+        separated = [path for suffix in _SEPARATORS for path in Path(place.hub).rglob(f"*{suffix}")]
+        if separated:
+            raise DataError(
+                f"{where}: the folder holds {separated[0].name}. Name that file under path instead of hub, so that its "
+                "rows are checked"
+            )
     try:
         rows = datasets.load_dataset(place.hub, place.subset, split=place.split, revision=place.revision)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

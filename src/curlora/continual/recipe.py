@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -37,12 +38,17 @@ _PERMUTED_AT_MOST = 4
 class Resources(BaseModel, extra="forbid", frozen=True):
     """The CPU threads and GPUs that one method with one seed runs on.
 
-    ``cpus`` is the number of threads; all of the process's if ``None``. ``gpus`` is used only with workers; 0.5 puts
+    ``cpus`` is the number of threads. If it is ``None``, each worker has one, and a run without workers has all of the
+    process's. ``gpus`` is used only with workers; 0.5 puts
     two workers on one GPU. If it is ``None``, each worker gets one GPU where there are any.
     """
 
     cpus: Annotated[int, Field(gt=0)] | None = None
     gpus: Annotated[float, Field(ge=0, le=1)] | None = None
+
+    def threads(self, workers: bool) -> int:
+        """Return the number of CPU threads of a job, with workers or without."""
+        return self.cpus or (1 if workers else torch.get_num_threads())
 
 
 def _distinct(values: list[Any]) -> list[Any]:

@@ -95,7 +95,7 @@ DESCRIPTIONS: dict[str, dict[str, str]] = {
         "training": "Settings that are different for this method.",
     },
     "Resources": {
-        "cpus": "CPU threads; all of the process's if not given.",
+        "cpus": "CPU threads. If not given, a worker has one, and a run without workers all of the process's.",
         "gpus": "GPUs of a worker, if the run is divided among workers; 0.5 puts two methods on one GPU. Default: one.",
     },
     "AnswersSpec": {

@@ -189,8 +189,8 @@ class TaskTrainer(Trainer):
         return LengthGrouped(
             lengths,
             self.settings.batch_size,
-            self.settings.gradient_accumulation_steps,
             self.seed,
+            batches=self.settings.gradient_accumulation_steps,
             fixed=self.settings.fixed_batches,
             fillers=len(self.train_dataset) - len(lengths),
         )

@@ -51,13 +51,12 @@ def ray_workers(recipe: Recipe, directory: Path, workers: int | None, address: s
         raise RunError("Workers need Ray, which is not installed: pip install ray") from error
     if workers is not None and workers < 1:
         raise RunError(f"A run needs 1 or more workers, got {workers}.")
-    cpus, gpus = recipe.resources.cpus or 1, recipe.resources.gpus
-    options: dict[str, Any] = {"include_dashboard": False, "logging_level": "error", "log_to_driver": False}
+    cpus, gpus = recipe.resources.threads(workers=True), recipe.resources.gpus
+    options: dict[str, Any] = {"address": address or "local", "logging_level": "error", "log_to_driver": False}
     if address is None:
         # The number of workers that was asked for is used, even if it exceeds the machine's cores.
-        options |= {"num_cpus": (workers or max(1, (os.cpu_count() or 1) // cpus)) * cpus}
-    else:
-        options = {"address": address, "logging_level": "error", "log_to_driver": False}
+        of_machine = (workers or max(1, (os.cpu_count() or 1) // cpus)) * cpus
+        options |= {"num_cpus": of_machine, "include_dashboard": False}
     try:
         if address is not None and ":" in address:  # Ray itself would retry for minutes
             host, _, port = address.rpartition(":")
@@ -124,9 +123,10 @@ def _record(reference: Any) -> Finished:
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
         raise cause from error
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+    except ray.exceptions.RayError as error:  # the worker, its machine or the memory of both
         raise RunError(
-            f"A worker has died {_TRIES + 1} times on the same method. It may need more memory than there is."
+            f"A worker has died {_TRIES + 1} times on the same method. It may need more memory than there is. Ray's "
+            f"message: {error}"
         ) from error
 
 
