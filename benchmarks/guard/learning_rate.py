@@ -74,7 +74,8 @@ def main():
         setting = MIDDLE | changed
         if any(str(setting[name]) != value for name, value in only.items()):
             continue
-        while (multiple := next_multiple(known(setting))) is not None:
+        rule = curlora.guard.learning_rate(setting["budget"], setting["steps"], setting["r"])
+        while (multiple := next_multiple(known(setting), rule / math.sqrt(setting["budget"]))) is not None:
             lab = lab or Lab(options.model, options.cache)
             run = {**setting, "multiple": multiple}
             add(RESULTS, run | lab.run(**run))
@@ -85,19 +86,19 @@ def known(setting):
     return {row["multiple"]: row for row in rows(RESULTS) if setting.items() <= row.items()}
 
 
-def next_multiple(runs):
-    """Return the next multiple to run: the two in the middle first, then the neighbours of the best one.
+def next_multiple(runs, rule):
+    """Return the next multiple to run.
 
-    Returns ``None`` when the best multiple has both neighbours.
+    The two in the middle come first, then the neighbours of the best one, then those around the multiple of the rule.
+    Returns ``None`` when all of them have been run.
     """
     for multiple in (1.0, 3.0):
         if multiple not in runs:
             return multiple
     place = MULTIPLES.index(min(runs, key=lambda multiple: runs[multiple]["loss"]))
-    for neighbour in MULTIPLES[max(0, place - 1) : place + 2]:
-        if neighbour not in runs:
-            return neighbour
-    return None
+    wanted = MULTIPLES[max(0, place - 1) : place + 2]
+    wanted += [multiple for multiple in MULTIPLES if multiple <= rule][-1:]
+    return next((multiple for multiple in wanted if multiple not in runs), None)
 
 
 class Lab:

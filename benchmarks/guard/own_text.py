@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from chat_data import LENGTH, articles, lines, read, root
-from learning_rate import LAYERS, MIDDLE, TEXT, Lab
+from learning_rate import ALL, LAYERS, MIDDLE, TEXT, Lab
 from lower_layers import kept
 from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
@@ -93,7 +93,7 @@ class TextLab(Lab):
 
     def guarded_by(self, text, seed, multiple):
         self.text, self.seed = "guard" if text == "articles" else f"guard {text}", seed
-        found = self.run(**MIDDLE, multiple=multiple)
+        found = self.run(**(MIDDLE | ALL), multiple=multiple)
         kl = {name.removeprefix("measured "): self.drift(name) for name in self.data if name.startswith("measured ")}
         return {**found, "tokens": sum(map(len, self.data[self.text]["rows"])), "texts": kl}
 

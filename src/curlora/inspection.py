@@ -161,14 +161,14 @@ def adapter_tables(summary: AdapterSummary) -> list[RenderableType]:
 
 
 def _ledger_tables(ledger: Ledger) -> list[RenderableType]:
-    of_trainings = ("steps", "learning rate", "predicted, nats", "kept")
+    of_trainings = ("steps", "learning rate", "allowed, nats", "predicted, nats", "kept")
     trainings = Table("training", *(Column(head, justify="right") for head in of_trainings))
     of_texts = ("tokens", "SHA-256", "perplexity before", "after", "rise", "allowed")
     texts = Table("training", "text", *(Column(head, justify="right") for head in of_texts))
     for number, training in enumerate(ledger.trainings, 1):
         trainings.add_row(
-            str(number), f"{training.steps:,}", f"{training.learning_rate:.2g}", f"{training.predicted:.4f}",
-            f"{training.kept:.0%}",
+            str(number), f"{training.steps:,}", f"{training.learning_rate:.2g}", f"{training.allowed:.4f}",
+            f"{training.predicted:.4f}", f"{training.kept:.0%}",
         )  # fmt: skip
         for name, text in training.texts.items():
             texts.add_row(
@@ -178,5 +178,11 @@ def _ledger_tables(ledger: Ledger) -> list[RenderableType]:
     facts = Table(show_header=False, box=None)
     if ledger.lifetime is not None:
         facts.add_row(Text("lifetime's budget", style="bold"), f"{ledger.lifetime:.2%}, {ledger.left:.2%} of it left")
-    facts.add_row(Text("earlier tasks held", style="bold"), str(len(ledger.anchors)))
+    calibration = ledger.calibration
+    for name, value in (
+        ("earlier tasks held", str(len(ledger.anchors))),
+        ("calibrated on", f"{calibration.tokens:,} tokens in {calibration.rows:,} rows"),
+        ("base model's fingerprint", calibration.base[:16]),
+    ):
+        facts.add_row(Text(name, style="bold"), value)
     return [trainings, texts, facts]

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import warnings
+from concurrent.futures import Future
 
 import numpy
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers import trainer as transformers_trainer
 from transformers.trainer_utils import HubStrategy
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from typer.testing import CliRunner
@@ -495,6 +497,11 @@ class TestLedger:
             assert f"{outcome.predicted:.4f}" in done.output
             assert f"{outcome.learning_rate:.2g}" in done.output
             assert outcome.texts["words"].sha256[:8] in done.output
+            assert f"{outcome.texts['words'].tokens:,} tokens in 24 rows" in done.output
+        calibration = Ledger.load(tmp_path / "saved").calibration
+        assert calibration.base[:16] in done.output
+        other = calibrate(curlora(llama(initializer_range=0.3)), TEXT[:2], progress=False)
+        assert other.base != calibration.base
         left = 0.5 - second.outcome.texts["words"].rise
         assert f"50.00%, {left:.2%} of it left" in done.output
         (tmp_path / "saved" / LEDGER_NAME).write_bytes(b"\0" * 100)
@@ -804,16 +811,26 @@ class TestTRL:
         assert callback.outcome.learning_rate != trainer.args.learning_rate
         assert any(U.any() for U in matrices(trainer.model))
 
-    @pytest.mark.parametrize("packing", [False, True])
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {},
+            {"packing": True},
+            {"bf16": True},
+            {"fp16": True},
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2},
+        ],
+        ids=str,
+    )
     @pytest.mark.filterwarnings("ignore:.*flash attention")
-    def test_gone_on_with_to_the_bit(self, packing, tmp_path):
+    def test_gone_on_with_to_the_bit(self, more, tmp_path):
         def run(resume=None):
             callback = budget(0.01, learning_rate=0.3)
-            options = dict(save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, packing=packing)
+            options = dict(save_strategy="steps", save_steps=2, gradient_accumulation_steps=2, **more)
             trainer = SFTTrainer(
                 base(), self.arguments(tmp_path, per_device_train_batch_size=2, **{**options, "max_length": 32}),
-                train_dataset=Dataset.from_list(CHATS), processing_class=with_end(), peft_config=CurloraConfig(r=4),
-                callbacks=[callback],
+                train_dataset=Dataset.from_list(CHATS), eval_dataset=Dataset.from_list(CHATS[:8]),
+                processing_class=with_end(), peft_config=CurloraConfig(r=4), callbacks=[callback],
             )  # fmt: skip
             trainer.train(resume_from_checkpoint=resume)
             return trainer.model, callback.outcome
@@ -907,6 +924,12 @@ class TestTRL:
         trainer.train()
         assert callback.outcome.texts["words"].rise <= 0.02
         assert len(Ledger.of(trainer.model.peft_config["default"]).anchors) == 1
+        second = DPOTrainer(
+            trainer.model, args=self.arguments(tmp_path, DPOConfig), train_dataset=Dataset.from_list(pairs),
+            processing_class=with_end(), callbacks=[budget()],
+        )  # fmt: skip
+        second.train()
+        assert len(Ledger.of(second.model.peft_config["default"]).trainings) == 2
 
 
 class TestBadInput:
@@ -960,6 +983,11 @@ class TestBadInput:
         ("text", "message"),
         [
             (["", " "], "no two tokens in a row"),
+            (" ", r"texts\['words'\] is empty: give at least one text, or the path"),
+            (
+                [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}],
+                r"texts\['words'\]\[0\] is dict",
+            ),
             ([[{"role": "user", "content": "w1"}]], "the tokenizer has no chat template"),
             ([3], r"texts\['words'\]\[0\] is int"),
         ],
@@ -971,11 +999,38 @@ class TestBadInput:
             train(model, tmp_path, budget(texts={"words": text}))
         assert not any(U.any() for U in matrices(model))
 
-    def test_a_file(self, tmp_path):
+    def test_a_file(self, tmp_path, caplog):
         (tmp_path / "words.txt").write_text("\n\n".join(" ".join(WORDS[i : i + 20]) for i in range(0, 70, 2)))
-        callback = budget(texts=str(tmp_path / "words.txt"))
-        train(fresh(), tmp_path, callback)
-        assert list(callback.outcome.texts) == ["words"]
+        caplog.set_level("WARNING", logger="curlora")
+        for path in (str(tmp_path / "words.txt"), tmp_path / "words.txt"):
+            train(fresh(), tmp_path, callback := budget(texts=path))
+            assert list(callback.outcome.texts) == ["words"]
+        said = [one.message for one in caplog.records if "is read from the file" in one.message]
+        assert said == [f"The text 'words' is read from the file {tmp_path / 'words.txt'}."]  # a string could be a text
+
+    def test_only_the_first_label_is_left(self, tmp_path):
+        """Nothing comes before it, so it is not learned."""
+        rows = [{"input_ids": row, "labels": torch.cat([row[:1], torch.full_like(row[1:], -100)])} for row in tokens()]
+        with pytest.raises(GuardError, match="is masked"):
+            train(fresh(), tmp_path, budget(), rows=rows)
+
+    @pytest.mark.parametrize("kind", ["curlora", "lora"])
+    @pytest.mark.filterwarnings("ignore:Columns and rows are not chosen")
+    def test_masked_labels_that_could_not_be_seen_before(self, kind, tmp_path):
+        """Data that can be iterated only once."""
+        once = iter([{"input_ids": row, "labels": torch.full_like(row, -100)} for row in tokens(batch=48, length=8)])
+
+        class Once(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                return once
+
+        model = fresh() if kind == "curlora" else get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=4, per_device_train_batch_size=4, use_cpu=True, report_to="none", logging_steps=2
+        )
+        trainer = Trainer(model, arguments, train_dataset=Once(), processing_class=with_end(), callbacks=[budget()])
+        with pytest.warns(UserWarning, match="The loss was 0 at every step, .* Are all labels masked"):
+            trainer.train()
 
     def test_an_encoder_with_a_decoder(self, tmp_path):
         config = T5Config(vocab_size=100, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
@@ -1076,27 +1131,55 @@ class TestBadInput:
             with pytest.raises(GuardError, match="pass processing_class=tokenizer to the trainer"):
                 trainer.train()
 
-    @pytest.mark.parametrize("strategy", ["every_save", "end"])
+    @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
     def test_nothing_is_pushed_before_the_limits_are_held(self, strategy, tmp_path, monkeypatch):
+        """What is pushed then is the adapter with its ledger."""
         pushed = []
 
-        def push(trainer, folder):
-            if trainer.args.hub_strategy != HubStrategy.END:
-                pushed.append((trainer.state.global_step, perplexity(trainer.model, TEXT, max_length=16)))
+        class Hub:
+            @staticmethod
+            def upload_folder(folder_path, path_in_repo="", **_):
+                pushed.append(path_in_repo)
+                kept_back = shutil.ignore_patterns("checkpoint-*")
+                shutil.copytree(folder_path, tmp_path / "hub" / path_in_repo, ignore=kept_back, dirs_exist_ok=True)
+                done = Future()
+                done.set_result(None)
+                return done
 
-        monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
-        monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
-        callback, model = budget(learning_rate=3.0), fresh()
+        monkeypatch.setattr(transformers_trainer, "hf_api", Hub, raising=False)
+        monkeypatch.setattr(transformers_trainer, "upload_folder", Hub.upload_folder, raising=False)
+
+        def repository(trainer, *_, **__):
+            trainer.hub_model_id, trainer.push_in_progress = "me/adapter", None
+
+        monkeypatch.setattr(Trainer, "init_hf_repo", repository)
+        callback, model = budget(learning_rate=3.0, lifetime=0.03), fresh()
         before = perplexity(model, TEXT, max_length=16)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             trainer = train(
-                model, tmp_path, callback, save_strategy="steps", save_steps=4, push_to_hub=True, hub_strategy=strategy
-            )
+                model, tmp_path / "out", callback, save_strategy="steps", save_steps=4, push_to_hub=True,
+                hub_strategy=strategy,
+            )  # fmt: skip
         assert trainer.args.hub_strategy == strategy
-        assert [step for step, _ in pushed] == ([12] if strategy == "every_save" else [])
-        assert all(found <= before * 1.02 for _, found in pushed)
+        others = {"checkpoint": ["last-checkpoint"], "all_checkpoints": ["checkpoint-12"]}
+        assert pushed == ([] if strategy == "end" else ["", *others.get(strategy, [])])
         assert any("only the last checkpoint is pushed" in str(one.message) for one in told) == bool(pushed)
+        for place in pushed:
+            loaded = PeftModel.from_pretrained(base(), tmp_path / "hub" / place, is_trainable=True)
+            assert perplexity(loaded, TEXT, max_length=16) <= before * 1.02
+            ledger = Ledger.of(loaded.peft_config["default"])
+            assert (ledger.lifetime, len(ledger.trainings)) == (0.03, 1)
+            train(loaded, tmp_path / "next", budget(0.02, learning_rate=0.1))  # another's ledger would be refused
+
+    def test_pushes_are_as_before_if_nothing_begins(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)
+        rows = [{"input_ids": row, "labels": torch.full_like(row, -100)} for row in tokens(batch=8)]
+        arguments = TrainingArguments(str(tmp_path), push_to_hub=True, use_cpu=True, report_to="none")
+        trainer = Trainer(fresh(), arguments, train_dataset=rows, processing_class=with_end(), callbacks=[budget()])
+        with pytest.raises(GuardError, match="is masked"), pytest.warns(UserWarning, match="only the last checkpoint"):
+            trainer.train()
+        assert arguments.hub_strategy == HubStrategy.EVERY_SAVE
 
     def test_an_optimizer_without_the_adapter(self, tmp_path):
         model = fresh()

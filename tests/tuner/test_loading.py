@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, pipeline
 
 from curlora import CurloraConfig
 from curlora.tuner import weight as module
-from tests.models import BASES, curlora, layers, llama, tokens
+from tests.models import BASES, curlora, layers, llama, tokens, word_tokenizer
 
 both = pytest.mark.parametrize("base", BASES)
 
@@ -176,3 +177,21 @@ def test_of_buffers_that_were_replaced_past_load_state_dict_the_adapters_are_loo
     with pytest.raises(ValueError, match=r"'second' was made on another base"):
         model.eval()
     assert len(taken) == 1
+
+
+def test_programs_that_read_the_adapters_configuration(tmp_path):
+    """After `import curlora` they find the base model and the adapter from the adapter's folder alone."""
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    model = curlora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model.eval()(tokens()).logits
+    for load in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        assert torch.equal(load.from_pretrained(tmp_path / "adapter").eval()(tokens()).logits, expected)
+    tokenizer = word_tokenizer()
+    writer = pipeline("text-generation", model=str(tmp_path / "adapter"), tokenizer=tokenizer, device="cpu")
+    (written,) = writer("w1 w2", max_new_tokens=5, do_sample=False)
+    ids = tokenizer("w1 w2", return_tensors="pt")
+    answer = model.generate(**ids, max_new_tokens=5, do_sample=False)
+    assert written["generated_text"].split()[-4:] == tokenizer.decode(answer[0], skip_special_tokens=True).split()[-4:]

@@ -164,6 +164,7 @@ class ForgettingBudget(TrainerCallback):
         self._rate = math.nan
         self._pushing: HubStrategy | None = None  # the strategy of pushes, while they are held back
         self._last_saved: list[Tensor] = []  # the trained parameters in the newest checkpoint
+        self._recorded: list[Tensor] = []  # the trained parameters of the outcome
 
     # Events
 
@@ -178,6 +179,92 @@ class ForgettingBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         act_first(self)
+        try:
+            self._set_up(args, state, control, kwargs)
+        except BaseException:
+            self._push_again(args)
+            raise
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._holding.restraint.on_step_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        held = self._holding
+        held.restraint.on_step_end(args, state, control, **kwargs)
+        kept = self._kept_before(held)
+        held.on_step_end(args, state, control, **kwargs)
+        if held.kept is not None:  # the limits are held, and the last checkpoint comes next
+            try:
+                self._record(held, kept * held.kept.scale, state)
+            except Exception as error:
+                held.save_before_raising(error, control)
+            else:
+                self._push_again(args)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._held is not None and state.is_world_process_zero:
+            # The trainer copies the files that PEFT knows from the checkpoint to the folder that it pushes.
+            self._held.restraint.save_record(Path(args.output_dir))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._held is not None and logs is not None and "loss" in logs:
+            found = self._held.restraint.logs()
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._start is not None and self._held is not None and folder.is_dir():
+            self._last_saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
+            kept = 1.0 if self._held.kept is None else self._held.kept.scale
+            self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
+        if self._held is not None:
+            self._held.on_save(args, state, control, **kwargs)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        held = self._holding
+        self._push_again(args)
+        held.restraint.on_train_end(args, state, control, **kwargs)
+        kept = self._kept_before(held)
+        held.finish()
+        kept *= 1.0 if held.kept is None else held.kept.scale
+        # Another checkpoint may have been loaded since the last step, or training may have ended early.
+        if self.outcome is None or not held.unchanged(self._recorded):
+            self._record(held, kept, state)
+            last = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            if held.unchanged(self._last_saved) and last.is_dir() and state.is_world_process_zero:
+                held.restraint.save_record(last)
+        outcome = self.outcome
+        assert outcome is not None
+        losses = [one["loss"] for one in state.log_history if "loss" in one]
+        if losses and not any(losses):
+            warnings.warn(
+                "The loss was 0 at every step, so nothing was learned. Are all labels masked (-100)?", stacklevel=2
+            )
+        rises = {f"perplexity_rise/{name}": text.rise for name, text in outcome.texts.items()}
+        drift = {} if outcome.predicted is None else {"drift": outcome.predicted}
+        log(self, args, state, control, {**drift, "kept": kept, **rises})
+        self._held, self._last_saved, self._recorded = None, [], []
+
+    # Helpers of the events
+
+    def _set_up(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
+    ) -> None:
+        """Prepare a training that begins or resumes."""
         interrupted = False
         if self._held is not None:  # the last training did not come to its end
             self._held.restraint.on_train_end(args, state, control, **kwargs)
@@ -222,63 +309,20 @@ class ForgettingBudget(TrainerCallback):
         self._held.on_train_begin(args, state, control, **kwargs)
         restraint.on_train_begin(args, state, control, **kwargs)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._holding.restraint.on_step_begin(args, state, control, **kwargs)
+    def _kept_before(self, held: _Held) -> float:
+        """Return what is left of the training's change before the limits are held.
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._holding.restraint.on_step_end(args, state, control, **kwargs)
-        self._holding.on_step_end(args, state, control, **kwargs)
-        if self._holding.kept is not None:  # the limits are held, and the last checkpoint comes next
-            self._push_again(args)
+        A training that is resumed from its last step has been scaled back already.
+        """
+        assert self._start is not None
+        return self._start.kept if held.unchanged(held.begun_with) else 1.0
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._held is not None and logs is not None and "loss" in logs:
-            found = self._held.restraint.logs()
-            logs.update(found)
-            state.log_history[-1].update(found)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._start is not None and self._held is not None and folder.is_dir():
-            self._last_saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
-            kept = 1.0 if self._held.kept is None else self._held.kept.scale
-            self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
-        if self._held is not None:
-            self._held.on_save(args, state, control, **kwargs)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        held, start = self._holding, self._start
-        assert start is not None
-        self._push_again(args)
-        held.restraint.on_train_end(args, state, control, **kwargs)
-        # A training that is resumed from its last step has been scaled back already.
-        kept = start.kept if held.unchanged(held.begun_with) else 1.0
-        held.finish()
-        kept *= 1.0 if held.kept is None else held.kept.scale
-        texts = self._texts.outcomes(start)
-        predicted = held.restraint.predicted()
-        self.outcome = Outcome(predicted, kept, self._rate, texts)
-        rises = {f"perplexity_rise/{name}": text.rise for name, text in texts.items()}
-        drift = {} if predicted is None else {"drift": predicted}
-        log(self, args, state, control, {**drift, "kept": kept, **rises})
+    def _record(self, held: _Held, kept: float, state: TrainerState) -> None:
+        """Set the outcome, and enter the training in the adapter's history."""
+        assert self._start is not None
+        self.outcome = Outcome(held.restraint.predicted(), kept, self._rate, self._texts.outcomes(self._start))
         held.restraint.record(state.global_step, self.outcome)
-        # Another checkpoint may have been loaded since, or training may have ended early and been scaled back since.
-        if held.unchanged(self._last_saved) and state.is_world_process_zero:
-            held.restraint.save_record(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        self._held, self._last_saved = None, []
-
-    # Helpers of the events
+        self._recorded = [whole(parameter.detach()).clone() for parameter in held.restraint.parameters]
 
     def _push_again(self, args: TrainingArguments) -> None:
         """Restore the strategy of pushes that :func:`_hold_pushes` has changed."""

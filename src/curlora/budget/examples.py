@@ -66,7 +66,8 @@ class Examples:
             GuardError: if every label is masked.
         """
         batches = self._batches
-        if self.problem is None and not any(bool((batch["labels"] != IGNORED).any()) for batch in batches):
+        # The first token of a row has nothing before it, so its label is not learned.
+        if self.problem is None and not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in batches):
             raise GuardError(
                 f"Every label of {len(self._chosen)} examples is masked (-100), so there is nothing to learn: are "
                 "the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"

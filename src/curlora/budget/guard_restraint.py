@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import math
@@ -198,13 +199,14 @@ class GuardRestraint(Restraint):
         return self.guard.drift()
 
     def record(self, steps: int, outcome: Outcome) -> None:
+        anchors = copy.deepcopy(self.ledger.anchors)  # the task may be entered again, as another checkpoint has it
         if self.anchors and self.examples.problem is None and outcome.kept > 0:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # they concern the guard's text, not the task
                 work = WITH_BACKWARD * self.examples.tokens
                 batches = list(self.examples.batches(self.model, to_device=False))
                 task = self._calibrate(batches, work, "computing the task's anchor", cut=False)
-            add_anchor(self.ledger.anchors, task, self.layers, self.adapter)
+            add_anchor(anchors, task, self.layers, self.adapter)
         assert self.budget is not None
         assert outcome.predicted is not None
         training = TrainingRecord(
@@ -213,12 +215,13 @@ class GuardRestraint(Restraint):
         for layer in self.layers.values():
             matrix = layer.matrices[self.adapter]
             matrix.trained = whole(matrix.weight.detach()).clone()
-        self.ledger.after(training, digest_of(self.layers, self.adapter)).put_beside(self._config)
+        ledger = dataclasses.replace(self.ledger, anchors=anchors)
+        ledger.after(training, digest_of(self.layers, self.adapter)).put_beside(self._config)
 
-    def save_record(self, checkpoint: Path) -> None:
-        folder = checkpoint if self.adapter == "default" else checkpoint / self.adapter
-        if (folder / LEDGER_NAME).exists():
-            write_whole(folder / LEDGER_NAME, self._config.beside[LEDGER_NAME])
+    def save_record(self, folder: Path) -> None:
+        folder = folder if self.adapter == "default" else folder / self.adapter
+        folder.mkdir(exist_ok=True)
+        write_whole(folder / LEDGER_NAME, self._config.beside[LEDGER_NAME])
 
     @property
     def _config(self) -> CurloraConfig:

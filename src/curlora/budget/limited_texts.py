@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
@@ -23,6 +24,7 @@ from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
 __all__ = ["OWN_TEXT", "LimitedTexts"]
 
 OWN_TEXT = "own text"
+_logger = logging.getLogger(__name__)
 _CHANGED = 0.01  # a larger difference between two measurements of one text is not due to rounding
 
 
@@ -83,6 +85,9 @@ class LimitedTexts:
                 "The model cannot write the text that forgetting is measured on without its tokenizer: pass "
                 "processing_class=tokenizer to the trainer, or give texts."
             )
+        for name, text in texts.items():
+            if isinstance(text, str):  # a Path says so itself
+                _logger.warning("The text %r is read from the file %s.", name, text)
         tokens, length = self.tokens, self.max_length
         writing = part_of(shown, WRITTEN * tokens)
         self.rows = {

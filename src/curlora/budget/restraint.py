@@ -117,8 +117,8 @@ class Restraint(TrainerCallback, ABC):
         """Enter a finished training in the adapter's history, if it has one."""
         return
 
-    def save_record(self, checkpoint: Path) -> None:
-        """Save the history in the checkpoint of the last step as well, which was saved before :meth:`record`."""
+    def save_record(self, folder: Path) -> None:
+        """Save the history in a folder where the adapter was saved without it."""
         return
 
     def why_nothing(self, kept: Kept) -> str:

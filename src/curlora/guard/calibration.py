@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,14 @@ class Calibration:
     layers: Mapping[str, KroneckerFactors]
     tokens: int
     rows: int
+
+    @property
+    def base(self) -> str:
+        """SHA-256 of the fingerprints of the base model's adapted weights (:mod:`curlora.tuner.fingerprint`)."""
+        digest = hashlib.sha256()
+        for name, moments in sorted(self.layers.items()):
+            digest.update(name.encode() + moments.fingerprint.cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return all moments and counts as tensors by name."""

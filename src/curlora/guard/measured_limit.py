@@ -75,7 +75,7 @@ class MeasuredLimit(TrainerCallback):
         self.kept: Kept | None = None
         self._model, self._moved = model, parameters
         self._left: list[Tensor] = []
-        self._failure: Exception | None = None  # of the measurement after the last step
+        self._failure: Exception | None = None  # after the last step
         self.count_from(self._now())
 
     def as_before(self) -> AbstractContextManager[None]:
@@ -108,16 +108,20 @@ class MeasuredLimit(TrainerCallback):
             try:
                 self._hold()
             except Exception as error:  # the user's measure may raise anything
-                self._failure = error
-                control.should_save, control.should_evaluate = True, False
+                self.save_before_raising(error, control)
+
+    def save_before_raising(self, error: Exception, control: TrainerControl) -> None:
+        """Have the trained parameters saved as a checkpoint, and then raise an error that names this one."""
+        self._failure = error
+        control.should_save, control.should_evaluate = True, False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if (failure := self._failure) is not None:
             self._failure = None
             raise GuardError(
                 f"The measurement after the last step failed with {type(failure).__name__}: {failure}. The trained "
-                f"parameters are in checkpoint-{state.global_step} of {args.output_dir}, not scaled back. Correct the "
-                "measurement and resume from there (resume_from_checkpoint)."
+                f"parameters are in checkpoint-{state.global_step} of {args.output_dir}. Correct the measurement, and "
+                "resume from there (resume_from_checkpoint): the limits are held then."
             ) from failure
 
     def on_train_end(

@@ -82,6 +82,8 @@ def named_texts(texts: Mapping[str, Texts] | Texts) -> dict[str, Texts]:
             raise GuardError(
                 f"texts[{name!r}] is {type(text).__name__}: a list of texts, a file's path or a function is expected."
             )
+        if isinstance(text, str) and not text.strip():
+            raise GuardError(f"texts[{name!r}] is empty: give at least one text, or the path of a text file.")
         if isinstance(text, (str, Path)) and _is(Path.is_dir, text):
             raise GuardError(f"texts[{name!r}] is a folder, {str(text)!r}: give the path of a text file.")
         if isinstance(text, (list, tuple)) and (path := _path_among(text)) is not None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 
 from curlora.guard.errors import GuardError
@@ -52,7 +54,7 @@ def history_of(adapter: PeftConfig, folder: str | None, lifetime: float | None) 
     found = History()
     if folder is not None:
         try:
-            found = _of_ledger(adapter) if isinstance(adapter, CurloraConfig) else _of_record(Path(folder) / RECORD)
+            found = _of_ledger(adapter) if isinstance(adapter, CurloraConfig) else _of_record(folder)
         except GuardError as error:
             raise TrainError(f"--continue-from {folder}: {error}") from error
     found = replace(found, lifetime=found.lifetime if lifetime is None else lifetime)
@@ -74,8 +76,23 @@ def _of_ledger(adapter: CurloraConfig) -> History:
     return History(ledger.lifetime, max((text.rise for text in texts.values()), default=0.0), tuple(texts))
 
 
-def _of_record(path: Path) -> History:
-    """Read ``training.json``, which is there if ``curlora train`` has made the adapter."""
+def _of_record(folder: str) -> History:
+    """Read ``training.json``, which is there if ``curlora train`` has made the adapter.
+
+    Raises:
+        TrainError: if ``folder`` is a hub id, and the hub cannot be asked whether there is such a file.
+    """
+    path = Path(folder) / RECORD
+    if not path.parent.is_dir():
+        try:
+            path = Path(hf_hub_download(folder, RECORD))
+        except LocalEntryNotFoundError as error:
+            raise TrainError(
+                f"--continue-from {folder}: it is unknown what earlier trainings have cost, because {RECORD} is not in "
+                "the cache and the hub cannot be reached. Connect to the hub, or download the whole repository."
+            ) from error
+        except EntryNotFoundError:
+            return History()
     try:
         budget: Any = json.loads(path.read_text(encoding="utf-8"))["outcome"]["budget"]
         return History(budget["lifetime"], max(text["rise"] for text in budget["texts"].values()))

@@ -43,7 +43,7 @@ AUTO_CLASSES = {
 _HOW_TO_LOAD = """
 ## How to load the adapter
 
-`pip install curlora`, and import it first. Without the import PEFT stops with `KeyError: 'CURLORA'`.
+Install curlora, and import it first. Without the import PEFT stops with `KeyError: 'CURLORA'`.
 
 ```python
 import curlora  # makes CURLoRA known to PEFT
@@ -52,6 +52,9 @@ from transformers import {model_class}
 
 model = PeftModel.from_pretrained({model_class}.from_pretrained("{base}"), "this folder or repository")
 ```
+
+`curlora convert this-folder --to lora --out my-lora` exports the adapter, exactly, as an ordinary LoRA adapter. PEFT,
+vLLM and others load that without curlora.
 """
 
 
