@@ -146,7 +146,7 @@ def test_a_page_with_other_figures_is_named(tmp_path, old, new, told):
 def test_studies_are_recipes(path, monkeypatch):
     monkeypatch.setenv("CURLORA_DATA_DIR", "data")
     recipe = load_recipe(path)
-    assert recipe.guard is not None
+    assert recipe.guard is not None or path.parent.name == "engine"  # which measures time
     assert any(method.grid for method in recipe.methods)
     assert str(path.relative_to(ROOT)) in path.read_text(encoding="utf-8")  # how it is run
     assert str(path.relative_to(ROOT / "benchmarks")) in (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")

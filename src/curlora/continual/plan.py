@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 
 from curlora.continual.batches import Collator
-from curlora.continual.encoding import Encoded, encode, in_order, trained_by
+from curlora.continual.encoding import Encoded, in_order, trained_by
 from curlora.continual.heldout import HeldOut
 from curlora.continual.launch import build
 from curlora.continual.memory import Memory, estimate
 from curlora.continual.methods import Method
 from curlora.continual.plugins import Plugin, TaskContext
-from curlora.continual.processes import check_shared_out
 from curlora.continual.recipe import Recipe
+from curlora.continual.run import encoded_and_checked
 from curlora.continual.stream import Stream
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row
@@ -86,11 +86,8 @@ def make_plan(recipe: Recipe, workers: bool = False) -> Plan:
             batch size is not a multiple of the number of processes.
     """
     stream = build(recipe)
-    tasks = encode(stream.tasks, stream.tokenizer, stream.settings)
-    for part in tasks:
-        check_shared_out(part.settings.batch_size)
+    tasks, adapted = encoded_and_checked(stream)
     base: Any = recipe.model.load_empty()
-    adapted = stream.checked(tasks)
     windows = sum(text.windows for text in stream.texts) + sum(text.rows for text in stream.unwritten)
     runs = len(stream.seeds) * (1 + len(stream.orders))
     quantization = recipe.model.quantization or getattr(base.config, "quantization_config", None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from curlora.continual.base_model import Base, measured_base, same_model
+from curlora.continual.checks import Adapted
 from curlora.continual.encoding import Encoded, encode, in_order
 from curlora.continual.errors import RecipeWarning, RunError
 from curlora.continual.heldout import HeldOut
@@ -25,7 +26,7 @@ from curlora.continual.tasks import ClassificationTask
 from curlora.guard.progress import NullProgress, Progress
 from curlora.storage import write_whole
 
-__all__ = ["Finished", "Job", "Runner", "jobs_of", "run_job", "run_stream"]
+__all__ = ["Finished", "Job", "Runner", "encoded_and_checked", "jobs_of", "run_job", "run_stream"]
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,26 @@ def run_stream(
         curlora.continual.tasks.TaskError: if an example has no token to learn or score.
     """
     directory = Path(directory)
-    encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
-    for part in encoded:
-        check_shared_out(part.settings.batch_size)
-    adapted = stream.checked(encoded)
+    encoded, adapted = encoded_and_checked(stream)
     with in_use(directory, begin):
         stream = stream.with_answers(directory).keeping_frozen_layers(adapted, directory)
         return _run(stream, encoded, directory, progress, runner)
+
+
+def encoded_and_checked(stream: Stream) -> tuple[list[Encoded], dict[str, Adapted]]:
+    """Encode a stream's tasks, and check everything that can be checked without the model's weights.
+
+    Returns:
+        The encoded tasks, and by method what it adapts; see :meth:`Stream.checked`.
+
+    Raises:
+        RunError: see :func:`run_stream`.
+        curlora.continual.tasks.TaskError: if an example has no token to learn or score.
+    """
+    encoded = encode(stream.tasks, stream.tokenizer, stream.settings)
+    for part in encoded:
+        check_shared_out(part.settings.batch_size)
+    return encoded, stream.checked(encoded)
 
 
 def _run(

@@ -1,11 +1,12 @@
 """Measure the engine's overhead: a continual run beside a bare loop over the same batches.
 
-    python benchmarks/engine_overhead.py [--rounds 3] [--examples 96]
+    python benchmarks/engine/overhead.py --examples 96
+    python benchmarks/engine/overhead.py --examples 32
 
 Both train CURLoRA on the demo's first task with the demo's settings, alternately, in one process and one thread. Then
-both score. Prints a JSON object with the medians in seconds of CPU time, which other work on the machine hardly
-changes, and with their ratio. It also holds the share of padding in batches grouped by length, and in batches that are
-not.
+both score. Adds a line to ``overhead.jsonl`` with the medians in seconds of CPU time, which other work on the machine
+hardly changes, and with their ratio. It also holds the share of padding in batches grouped by length, and in batches
+that are not.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def main() -> None:
         "environment": environment(),
     }
     print(json.dumps(result, indent=2))
+    with (Path(__file__).parent / "overhead.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def side_by_side(engine: Callable[[], None], bare: Callable[[], None], rounds: int) -> dict[str, float]:
