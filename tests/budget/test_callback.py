@@ -35,6 +35,7 @@ from curlora import CurloraConfig, ForgettingBudget, calibrate
 from curlora.budget import limited_texts
 from curlora.budget.adapter import keep_in_float32
 from curlora.budget.callback import STATE_NAME
+from curlora.budget.guard_restraint import GuardRestraint
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.learning_rate import learning_rate
@@ -322,7 +323,7 @@ def test_a_measurement_that_fails_at_the_end_loses_nothing(fails_with, kind, tmp
         return model, callback, ""
 
     stopped, _, message = run(tmp_path, fails=True)
-    assert re.search(r"after the last step failed .* are in checkpoint-12 of .*\. Correct the measurement", message)
+    assert re.search(r"after the last step failed .* are in checkpoint-12 of .*\. Correct the cause", message)
     mended, callback, _ = run(tmp_path, resume=str(tmp_path / "checkpoint-12"))
     assert 0 < callback.outcome.kept < 0.9
     undisturbed, expected, _ = run(tmp_path / "undisturbed")
@@ -330,6 +331,37 @@ def test_a_measurement_that_fails_at_the_end_loses_nothing(fails_with, kind, tmp
     torch.testing.assert_close(trained(mended), trained(undisturbed))
     with pytest.raises(AssertionError):  # these have not been scaled back
         torch.testing.assert_close(trained(stopped), trained(mended))
+
+
+@pytest.mark.parametrize("strategy", ["no", "best"])
+def test_a_record_that_fails_is_not_lost(strategy, tmp_path, monkeypatch):
+    """With `best` the trainer itself decides whether to save, so the error comes at the end."""
+    fails = [True]
+    enter = GuardRestraint.record
+
+    def record(self, *arguments):
+        if fails[0]:
+            raise OSError("no room")
+        enter(self, *arguments)
+
+    monkeypatch.setattr(GuardRestraint, "record", record)
+    best = dict(metric_for_best_model="loss", eval_strategy="steps", eval_steps=4) if strategy == "best" else {}
+    arguments = {**best, "save_strategy": strategy}
+    model = fresh()
+    with pytest.raises(GuardError, match="OSError: no room") as raised:
+        train(model, tmp_path, failing := budget(0.02, learning_rate=0.1), **arguments)
+    assert any(U.any() for U in matrices(model))
+    assert failing.outcome is None
+    if "are in checkpoint-12" in str(raised.value):
+        fails[0] = False
+        again, mended = fresh(), budget(0.02, learning_rate=0.1)
+        train(again, tmp_path, mended, resume=str(tmp_path / "checkpoint-12"), **arguments)
+        assert same(again, matrices(model))
+        assert len(Ledger.of(again.peft_config["default"]).trainings) == 1
+        assert not Ledger.load(tmp_path / "checkpoint-12").trainings  # as of any checkpoint during training
+    else:
+        assert strategy == "best"
+        assert "save_model()" in str(raised.value)
 
 
 def test_examples_may_be_longer_than_the_models_positions(tmp_path):
@@ -1029,7 +1061,7 @@ class TestBadInput:
             str(tmp_path), max_steps=4, per_device_train_batch_size=4, use_cpu=True, report_to="none", logging_steps=2
         )
         trainer = Trainer(model, arguments, train_dataset=Once(), processing_class=with_end(), callbacks=[budget()])
-        with pytest.warns(UserWarning, match="The loss was 0 at every step, .* Are all labels masked"):
+        with pytest.warns(UserWarning, match="The logged loss was 0 at every step. Unless .* all labels are masked"):
             trainer.train()
 
     def test_an_encoder_with_a_decoder(self, tmp_path):

@@ -381,7 +381,8 @@ def test_a_misspelt_name_of_a_recipe_that_comes_with_it():
         ("heldout.path=gone.txt", "text 'words' .*gone.txt.* cannot be read"),
     ],
 )
-def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message):
+def test_bad_data_is_named_before_a_model_is_loaded(recipe_path, change, message, monkeypatch):
+    monkeypatch.chdir(recipe_path.parent)
     (recipe_path.parent / "model" / "model.safetensors").write_bytes(b"not a model")  # loading it would fail
     with pytest.raises(RecipeError, match=message):
         build(load_recipe(recipe_path, [change]))

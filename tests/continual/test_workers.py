@@ -83,6 +83,7 @@ def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_pat
     assert not list((tmp_path / "shared").rglob("checkpoints"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_cluster_of_which_one_machine_is_lost(recipe_path, tmp_path):
     """Two machines with a GPU each run a job each. The jobs of the lost one resume on the other."""
     alone = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "alone")

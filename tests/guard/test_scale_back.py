@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curlora.guard import scale_to_limit
+from curlora.guard.processes import in_all
 
 
 def step(curve, limit, **options):
@@ -102,3 +103,20 @@ def test_an_error_while_measuring_loses_nothing():
     with pytest.raises(StopIteration):
         scale_to_limit(1.0, measure, [U], [torch.zeros(2, 2)])
     assert (U == 3).all()
+
+
+def test_a_measure_that_raises_in_one_process_raises_in_all(monkeypatch):
+    others = []
+
+    def gather(into, mine):
+        into[:] = [mine, *others]
+
+    monkeypatch.setattr("curlora.guard.processes.rank_and_count", lambda: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    others[:] = [None]
+    assert in_all(lambda: 3.0) == 3.0
+    with pytest.raises(ZeroDivisionError):
+        in_all(lambda: 1 / 0)
+    others[:] = ["OSError: away"]
+    with pytest.raises(RuntimeError, match="Another process has failed with OSError: away"):
+        in_all(lambda: 3.0)

@@ -16,6 +16,7 @@ import datasets
 import pytest
 import torch
 import typer
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import IA3Config, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,7 +25,8 @@ from typer.testing import CliRunner
 from curlora.guard import perplexity
 from curlora.guard.texts import rows_of
 from curlora.storage import Checkpoints
-from curlora.train import TrainOptions, prepare
+from curlora.train import TrainOptions, history, prepare
+from curlora.train.errors import TrainError
 from curlora.train.measure import measure
 from curlora.train.other_texts import OWN_SAMPLE
 from curlora.train.outcome import TrainOutcome
@@ -404,6 +406,21 @@ def test_hub_ids(chat_model, guard_file, tmp_path):
     publish(tmp_path / "first", "adapter")
     second = run(tmp_path / "second", "--continue-from", "me/adapter")
     assert (second["base_model"], second["continue_from"]) == ("me/model", "me/adapter")
+
+
+def test_the_lifetime_of_a_lora_adapter_on_the_hub(tmp_path, monkeypatch):
+    record = tmp_path / "training.json"
+    budget = {"lifetime": 0.03, "texts": {"novel": {"rise": 0.02}}}
+    record.write_text(json.dumps({"outcome": {"budget": budget}}))
+    monkeypatch.setattr(history, "hf_hub_download", lambda name, file: str(tmp_path / file))
+    assert history.history_of(LoraConfig(), "me/lora", None) == history.History(0.03, 0.02)
+
+    def away(name, file):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(history, "hf_hub_download", away)
+    with pytest.raises(TrainError, match=r"it is unknown what earlier trainings have cost, because training\.json"):
+        history.history_of(LoraConfig(), "me/lora", None)
 
 
 def test_without_a_text_the_model_writes_one(data, chat_model, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from curlora.budget.start import UNKNOWN, Start
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
-from curlora.guard.processes import of_first
+from curlora.guard.processes import in_all, of_first
 from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
 from curlora.guard.texts import Texts
@@ -59,8 +59,8 @@ class ForgettingBudget(TrainerCallback):
 
     After the last step, the callback measures each text, and scales the training's change back until every text is
     within its limit. This happens before the last evaluation and the last checkpoint, and again if
-    ``load_best_model_at_end`` loads another checkpoint. If the measurement fails, the trained parameters are saved as a
-    checkpoint before the error is raised.
+    ``load_best_model_at_end`` loads another checkpoint. If the measurement after the last step fails, the trained
+    parameters are saved as a checkpoint before the error is raised.
 
     A further training of the adapter still counts forgetting from the base model before the first training. A CURLoRA
     adapter carries a ledger (:class:`curlora.guard.Ledger`), which is saved with it. With it the next training needs no
@@ -193,15 +193,19 @@ class ForgettingBudget(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         held = self._holding
         held.restraint.on_step_end(args, state, control, **kwargs)
+        if state.global_step < state.max_steps:
+            return
         kept = self._kept_before(held)
         held.on_step_end(args, state, control, **kwargs)
-        if held.kept is not None:  # the limits are held, and the last checkpoint comes next
-            try:
-                self._record(held, kept * held.kept.scale, state)
-            except Exception as error:
-                held.save_before_raising(error, control)
-            else:
-                self._push_again(args)
+        if held.kept is None:
+            return  # it has failed
+        kept *= held.kept.scale
+        try:
+            in_all(lambda: self._record(held, kept, state))
+        except Exception as error:
+            held.save_before_raising(error, control)
+        else:  # the limits are held, and the last checkpoint comes next
+            self._push_again(args)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -229,7 +233,8 @@ class ForgettingBudget(TrainerCallback):
             self._last_saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
             kept = 1.0 if self._held.kept is None else self._held.kept.scale
             self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
-        if self._held is not None:
+        if self._held is not None and self._held.failed:
+            self._push_again(args)
             self._held.on_save(args, state, control, **kwargs)
 
     def on_train_end(
@@ -252,7 +257,9 @@ class ForgettingBudget(TrainerCallback):
         losses = [one["loss"] for one in state.log_history if "loss" in one]
         if losses and not any(losses):
             warnings.warn(
-                "The loss was 0 at every step, so nothing was learned. Are all labels masked (-100)?", stacklevel=2
+                "The logged loss was 0 at every step. Unless this trainer's loss is near 0 by nature, as GRPO's is, "
+                "all labels are masked (-100) and nothing was learned.",
+                stacklevel=2,
             )
         rises = {f"perplexity_rise/{name}": text.rise for name, text in outcome.texts.items()}
         drift = {} if outcome.predicted is None else {"drift": outcome.predicted}
@@ -320,8 +327,9 @@ class ForgettingBudget(TrainerCallback):
     def _record(self, held: _Held, kept: float, state: TrainerState) -> None:
         """Set the outcome, and enter the training in the adapter's history."""
         assert self._start is not None
-        self.outcome = Outcome(held.restraint.predicted(), kept, self._rate, self._texts.outcomes(self._start))
-        held.restraint.record(state.global_step, self.outcome)
+        outcome = Outcome(held.restraint.predicted(), kept, self._rate, self._texts.outcomes(self._start))
+        held.restraint.record(state.global_step, outcome)
+        self.outcome = outcome
         self._recorded = [whole(parameter.detach()).clone() for parameter in held.restraint.parameters]
 
     def _push_again(self, args: TrainingArguments) -> None:

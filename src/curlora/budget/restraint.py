@@ -26,7 +26,8 @@ class Restraint(TrainerCallback, ABC):
     :class:`curlora.ForgettingBudget` measures the texts before and after training, and scales the change back at the
     end. A restraint acts during training, so that little has to be scaled back. The budget calls, in this order,
     :meth:`prepare` or, if the training resumes, :meth:`load_state_dict`; :meth:`set_limits`; the events of a
-    :class:`transformers.TrainerCallback` from ``on_train_begin`` to ``on_train_end``; and :meth:`record`.
+    :class:`transformers.TrainerCallback` from ``on_train_begin`` to ``on_train_end``. It calls :meth:`record` after the
+    last step, and again at the end if the parameters have changed since.
 
     Args:
         model: the model with its adapter.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,11 @@ class Answers(HeldOut):
 
 
 def kept_answers(
-    text: PromptList | OwnText, tokenizer: PreTrainedTokenizerBase, directory: Path, load_model: Any
+    text: PromptList | OwnText,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    load_model: Callable[[], Any],
+    digest_of: Callable[[nn.Module], str] = model_digest,
 ) -> Answers:
     """Read the base model's text from ``directory``; sample and save it first if it is not there.
 
@@ -163,6 +167,7 @@ def kept_answers(
         tokenizer: the model's tokenizer.
         directory: an existing folder.
         load_model: returns the base model on the device that it is to run on; called only if the text is missing.
+        digest_of: returns the model's digest as it was loaded; a forward pass may repack quantized weights.
 
     Raises:
         RunError: if the file does not hold this text.
@@ -170,9 +175,10 @@ def kept_answers(
     path = directory / f"{ANSWERS}{text.digest[:16]}.json"
     if not path.exists():
         model = load_model()
+        written_by = digest_of(model)
         rows = text.sample(model, tokenizer)
         kept = [{"prompt": prompt.tolist(), "answer": tokens.tolist()} for prompt, tokens in rows]
-        write_whole(path, json.dumps({"digest": text.digest, "model": model_digest(model), "rows": kept}))
+        write_whole(path, json.dumps({"digest": text.digest, "model": written_by, "rows": kept}))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         pairs = [(row["prompt"], row["answer"]) for row in content["rows"]]

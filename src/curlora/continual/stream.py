@@ -19,6 +19,7 @@ from curlora.continual.errors import RunError
 from curlora.continual.frozen_layers import keep_frozen_layers
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method
+from curlora.continual.model_digest import model_digest
 from curlora.continual.processes import process_state
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import Task
@@ -87,10 +88,11 @@ class Stream:
         """
         if not self.unwritten:
             return self
+        digest_of = functools.cache(model_digest)  # asked for before the model has written anything
         load = functools.cache(lambda: self.load_model().to(process_state().device))
         if process_state().is_main_process:
             for text in self.unwritten:
-                kept_answers(text, self.tokenizer, directory, load)
+                kept_answers(text, self.tokenizer, directory, load, digest_of)
         process_state().wait_for_everyone()
         written: list[HeldOut] = [kept_answers(text, self.tokenizer, directory, load) for text in self.unwritten]
         guard = self.guard_text

@@ -123,11 +123,17 @@ def _record(reference: Any) -> Finished:
         while isinstance(cause, ray.exceptions.RayTaskError):
             cause = cause.cause
         raise cause from error
-    except ray.exceptions.RayError as error:  # the worker, its machine or the memory of both
+    except (
+        ray.exceptions.WorkerCrashedError,
+        ray.exceptions.NodeDiedError,
+        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.LocalRayletDiedError,
+    ) as error:
         raise RunError(
-            f"A worker has died {_TRIES + 1} times on the same method. It may need more memory than there is. Ray's "
-            f"message: {error}"
+            f"A worker has died {_TRIES + 1} times on the same method. It may need more memory than there is."
         ) from error
+    except ray.exceptions.RayError as error:
+        raise RunError(f"Ray has lost a method: {error}") from error
 
 
 def _work(content: str, directory: str, folder: str, cpus: int, heard: Any) -> str:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from curlora._compat import callbacks_around
 from curlora.guard.errors import GuardError
+from curlora.guard.processes import rank_and_count
 from curlora.guard.scale_back import scale_to_limit, with_values
 from curlora.tuner.sharded import reshard, whole
 
@@ -44,8 +45,9 @@ class MeasuredLimit(TrainerCallback):
     last checkpoint. It happens again after training if the parameters have changed since: training was stopped early,
     or the best checkpoint was loaded. :attr:`kept` holds the share of the change that remains.
 
-    If the measure raises an error after the last step, the trained parameters are saved as a checkpoint, and then a
-    :class:`GuardError` is raised. The training can be resumed from there once the measure works.
+    If the measure raises an error after the last step, the trained parameters are saved as a checkpoint, unless only
+    the best ones are saved (``save_strategy="best"``). Then a :class:`GuardError` is raised. The training can be
+    resumed from the checkpoint once the measure works.
 
     For a further training, the change is counted from the end of the last one. The rise of the measure is always
     counted from before the first training.
@@ -98,7 +100,7 @@ class MeasuredLimit(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.kept, self._left = None, []
+        self.kept, self._left, self._failure = None, [], None
         # The trainer has prepared the model by now: both measurements are in the precision of its autocast.
         if self.measure is not None and math.isnan(self.at_start):
             self._measure_start()
@@ -113,16 +115,33 @@ class MeasuredLimit(TrainerCallback):
     def save_before_raising(self, error: Exception, control: TrainerControl) -> None:
         """Have the trained parameters saved as a checkpoint, and then raise an error that names this one."""
         self._failure = error
-        control.should_save, control.should_evaluate = True, False
+        control.should_save = True
+
+    @property
+    def failed(self) -> bool:
+        """Whether the work after the last step has failed, and this has not been reported yet."""
+        return self._failure is not None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if (failure := self._failure) is not None:
-            self._failure = None
-            raise GuardError(
-                f"The measurement after the last step failed with {type(failure).__name__}: {failure}. The trained "
-                f"parameters are in checkpoint-{state.global_step} of {args.output_dir}. Correct the measurement, and "
-                "resume from there (resume_from_checkpoint): the limits are held then."
-            ) from failure
+        self._report(
+            f"The trained parameters are in checkpoint-{state.global_step} of {args.output_dir}. Correct the "
+            "cause, and resume from there (resume_from_checkpoint): the limits are held then."
+        )
+
+    def _report(self, saved: str) -> None:
+        """Raise the error of the work after the last step, if there was one.
+
+        Args:
+            saved: sentences on where the trained parameters are.
+        """
+        if (failure := self._failure) is None:
+            return
+        self._failure = None
+        if rank_and_count()[1] > 1:
+            torch.distributed.barrier()  # the first process may still be writing the checkpoint
+        raise GuardError(
+            f"Measuring the limits after the last step failed with {type(failure).__name__}: {failure}. {saved}"
+        ) from failure
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -133,6 +152,7 @@ class MeasuredLimit(TrainerCallback):
 
     def finish(self) -> None:
         """Scale back once more if the parameters have changed since the last time."""
+        self._report("The trained parameters are in the model, not scaled back: save them with save_model().")
         if not (self._left and self.unchanged(self._left)):
             self._hold()
         self.count_from(self._now())
@@ -140,7 +160,8 @@ class MeasuredLimit(TrainerCallback):
 
     def unchanged(self, since: Sequence[Tensor]) -> bool:
         """Return whether the parameters have these values, on whatever device."""
-        return all(map(_same, self._now(), since))
+        now = self._now()
+        return len(now) == len(since) and all(map(_same, now, since))
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         """Return a warning message that explains why nothing of the training was kept."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["of_first", "rank_and_count", "sum_over_processes"]
+__all__ = ["in_all", "of_first", "rank_and_count", "sum_over_processes"]
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -29,6 +30,31 @@ def of_first(value: Any, device: torch.device | None = None) -> Any:
     held = [value]
     torch.distributed.broadcast_object_list(held, src=0, device=device)
     return held[0]
+
+
+def in_all(run: Callable[[], Any]) -> Any:
+    """Call a function in every process, and return its value. If it raises in one of them, it raises in all.
+
+    Otherwise the process that has failed would leave the others waiting for it.
+
+    Raises:
+        RuntimeError: if the function has raised in another process only.
+    """
+    processes = rank_and_count()[1]
+    if processes == 1:
+        return run()
+    value, failure = None, None
+    try:
+        value = run()
+    except Exception as error:
+        failure = error
+    failures: list[str | None] = [None] * processes
+    torch.distributed.all_gather_object(failures, None if failure is None else f"{type(failure).__name__}: {failure}")
+    if failure is not None:
+        raise failure
+    if elsewhere := [one for one in failures if one is not None]:
+        raise RuntimeError(f"Another process has failed with {elsewhere[0]}")
+    return value
 
 
 def sum_over_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:

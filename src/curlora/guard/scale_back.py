@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from curlora.guard.processes import of_first
+from curlora.guard.processes import in_all, of_first
 from curlora.tuner.sharded import laid_out_like, whole
 
 __all__ = ["scale_to_limit", "with_values"]
@@ -50,8 +50,8 @@ def scale_to_limit(
     within the limit, whatever the curve.
 
     With ``torch.distributed``, every process has to call this function. All processes use the first one's measurement:
-    values that differ in the last digit would send them different ways. If ``measure`` raises, the parameters are
-    restored.
+    values that differ in the last digit would send them different ways. If ``measure`` raises in
+    one of them, it raises in all, and the parameters are restored.
 
     Args:
         limit: the largest allowed value of ``measure``, positive.
@@ -76,7 +76,7 @@ def scale_to_limit(
         for parameter, old, new in zip(parameters, before, after, strict=True):
             # The ends are copied, because lerp gives NaN at scale 0 if the new value is not finite.
             parameter.copy_(new if scale == 1 else old if scale == 0 else torch.lerp(old, new, scale))
-        value: float = of_first(measure())
+        value: float = of_first(in_all(measure))
         return value if math.isfinite(value) else math.inf
 
     try:
