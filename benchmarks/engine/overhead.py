@@ -1,7 +1,6 @@
 """Measure the engine's overhead: a continual run beside a bare loop over the same batches.
 
-    python benchmarks/engine/overhead.py --examples 96
-    python benchmarks/engine/overhead.py --examples 32
+    python benchmarks/engine/overhead.py [--rounds 3] [--examples 96]
 
 Both train CURLoRA on the demo's first task with the demo's settings, alternately, in one process and one thread. Then
 both score. Adds a line to ``overhead.jsonl`` with the medians in seconds of CPU time, which other work on the machine
