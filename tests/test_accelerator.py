@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 # Besides the checks for this device: whole runs, which use the device as the machine's accelerator.
 RUNS = [
     "tests/continual/test_resume.py::test_cut_off_at_one_write_after_another",
-    "tests/continual/plugins/test_guard.py::test_the_budget_holds_on_the_guard_text_after_every_task",
-    "tests/continual/plugins/test_guard.py::test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share",
-    "tests/continual/plugins/test_guard.py::test_the_penalty_is_toward_the_base_where_its_weights_were_changed",
-    "tests/continual/plugins/test_guard.py::test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one",
+    "tests/continual/plugins/test_guard_plugin.py::test_the_budget_holds_on_the_guard_text_after_every_task",
+    "tests/continual/plugins/test_guard_plugin.py::test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share",
+    "tests/continual/plugins/test_guard_plugin.py::test_the_penalty_is_toward_the_base_where_its_weights_were_changed",
+    "tests/continual/plugins/test_guard_plugin.py::test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one",
 ]
 
 

@@ -337,13 +337,13 @@ def compare(
     if len(directories) < 2:
         raise typer.BadParameter("give two or more run directories", param_hint="DIRECTORIES")
     with _errors_for_people(), _quiet_libraries():
-        from curlora.continual.merge import merge
         from curlora.continual.results import RunResults
+        from curlora.continual.united_runs import unite
         from curlora.report.tables import comparison, within_limits
 
         runs = [RunResults.load(directory / "results.json") for directory in directories]
         console.print(comparison(runs, [str(directory) for directory in directories]))
-        merged = merge(runs)
+        merged = unite(runs)
         for results in merged:
             for table in within_limits(results, of=results.title if len(merged) > 1 else ""):
                 console.print(table)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from curlora.continual.merge import differing, merge
 from curlora.continual.results import (
     SCHEMA_VERSION,
     MethodResult,
@@ -17,6 +16,7 @@ from curlora.continual.results import (
     TextScore,
     environment,
 )
+from curlora.continual.united_runs import differing, unite
 from curlora.report import render
 from tests.results import TEXT, make_method, make_results, make_seed
 
@@ -117,7 +117,7 @@ def test_results_from_before_examples_were_counted_are_read_and_united_with_new_
     old = RunResults.load(tmp_path / "results.json")
     assert old.tasks[0].train_cut == old.methods[0].seeds[0].scores[0][0].unfinished == 0
     assert old.methods == results.methods
-    assert len(merge([results, old])) == 1
+    assert len(unite([results, old])) == 1
     other = old.model_copy(update={"tasks": [*old.tasks[:2], old.tasks[2].model_copy(update={"train_examples": 9})]})
     assert differing([results, other]) == ["tasks (tweets)"]
 

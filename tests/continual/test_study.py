@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from curlora.continual import load_recipe, run_recipe
 from curlora.continual.errors import RecipeError, RunError
-from curlora.continual.merge import merge
 from curlora.continual.results import RunResults
+from curlora.continual.united_runs import unite
 from curlora.report import render
 from curlora.report.tables import results_tables
 from tests.continual.streams import figures
@@ -75,7 +75,7 @@ def test_an_order_may_be_added_and_no_other_change_of_them(recipe_path, tmp_path
 def test_runs_with_other_orders_are_united(recipe_path, tmp_path):
     one = run_recipe(load_recipe(recipe_path, QUICK), tmp_path / "one")
     two = run_recipe(load_recipe(recipe_path, [*QUICK, ORDER]), tmp_path / "two")
-    (united,) = merge([one, two])
+    (united,) = unite([one, two])
     assert [seed.order for seed in united.methods[1].seeds] == [[], ["second", "first"]]
 
 

@@ -13,10 +13,10 @@ import jinja2
 import yaml
 from markupsafe import Markup, escape
 
-from curlora.continual.merge import differing, merge
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.task_measure import TaskMeasure
 from curlora.continual.tradeoff import Limit, Point, best_within, limited_text, limits_of, points
+from curlora.continual.united_runs import differing, unite
 from curlora.report.formatting import (
     allowed,
     format_missing,
@@ -41,10 +41,10 @@ def write_report(runs: Sequence[RunResults], path: Path | str) -> None:
 def render(runs: Sequence[RunResults]) -> str:
     """Return the page as a string.
 
-    Runs that differ only in methods and seeds are merged first; see :func:`curlora.continual.merge.merge`. Each
+    Runs that differ only in methods and seeds are merged first; see :func:`curlora.continual.united_runs.unite`. Each
     resulting run has its own section.
     """
-    runs = merge(runs)
+    runs = unite(runs)
     styles = styles_of(runs)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(measure=TaskMeasure.of, in_two_lines=_in_two_lines)

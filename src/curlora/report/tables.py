@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from curlora.continual.merge import definition, differing
 from curlora.continual.results import MethodResult, RunResults, Statistic
 from curlora.continual.task_measure import TaskMeasure
 from curlora.continual.tradeoff import best_within, limited_text, limits_of, points
+from curlora.continual.united_runs import definition, differing
 from curlora.report.formatting import (
     allowed,
     format_in_train,

@@ -11,12 +11,12 @@ from curlora.guard import TextOutcome
 __all__ = ["Budget", "HeldOut", "OtherText", "Reply", "Run", "TrainOutcome"]
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     # A perplexity may be infinite, which JSON has no number for.
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="strings", extra="ignore")
 
 
-class HeldOut(_Part):
+class HeldOut(_Record):
     """Held-out examples: their number, the number of tokens in their answers, and the loss in nats per token."""
 
     source: str
@@ -26,7 +26,7 @@ class HeldOut(_Part):
     loss_after: float
 
 
-class Budget(_Part):
+class Budget(_Record):
     """The forgetting budget, and the forgetting that was predicted and measured.
 
     ``stated``, ``limits`` (the texts with a limit of their own) and ``lifetime`` are relative rises of perplexity.
@@ -54,7 +54,7 @@ class Budget(_Part):
         return all(text.rise <= text.limit for text in self.texts.values())
 
 
-class OtherText(_Part):
+class OtherText(_Record):
     """The perplexity of the base model and of the trained model on a text that was only measured."""
 
     tokens: int
@@ -67,7 +67,7 @@ class OtherText(_Part):
         return self.after / self.before - 1
 
 
-class Reply(_Part):
+class Reply(_Record):
     """The replies to a prompt before and after training; ``data`` is the answer in the data, if there is one."""
 
     prompt: str
@@ -76,7 +76,7 @@ class Reply(_Part):
     data: str | None
 
 
-class Run(_Part):
+class Run(_Record):
     """Facts about the training run; ``log`` is what transformers' Trainer logged."""
 
     steps: int
@@ -89,7 +89,7 @@ class Run(_Part):
     log: list[dict[str, float]]
 
 
-class TrainOutcome(_Part):
+class TrainOutcome(_Record):
     """All results of a finished training."""
 
     curlora: str

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from curlora.continual.plugins.anchors import AnchorsPlugin
+from curlora.continual.plugins.anchors_plugin import AnchorsPlugin
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.ewc import EWC
-from curlora.continual.plugins.guard import GuardPlugin
+from curlora.continual.plugins.guard_plugin import GuardPlugin
 from curlora.continual.plugins.kl_to_base import KLToBase
-from curlora.continual.plugins.probe import Probe
-from curlora.continual.plugins.redraw import Redraw
+from curlora.continual.plugins.probe_plugin import Probe
+from curlora.continual.plugins.redraw_plugin import Redraw
 from curlora.continual.plugins.replay import Replay
 from curlora.continual.plugins.replay_text import ReplayText
 from curlora.continual.plugins.scale_back import ScaleBack

@@ -60,7 +60,7 @@ def test_it_is_redraw_with_the_tasks_loss(classes, monkeypatch):
         given.append((total / sum(len(batch["task"]) for batch in batches), copy.deepcopy(task.model.heads)))
         redraw(model, batches, general, **options)
 
-    monkeypatch.setattr("curlora.continual.plugins.redraw.redraw", seen)
+    monkeypatch.setattr("curlora.continual.plugins.redraw_plugin.redraw", seen)
     model = untrained()
     drawn = indices(model)
     task = context(model.train(), classes)
@@ -156,7 +156,7 @@ def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut, per_
     monkeypatch.undo()
     if not per_task or number == "1":  # else another adapter is still to be redrawn
         # On another machine the choice might differ, so a resumed run must not choose again.
-        monkeypatch.setattr("curlora.continual.plugins.redraw.redraw", None)
+        monkeypatch.setattr("curlora.continual.plugins.redraw_plugin.redraw", None)
     assert figures(run_recipe(recipe, tmp_path / "cut")) == figures(whole)
     folders = [Path("redrawn/seed-0/adapter", part) for part in (["task0", "task1"] if per_task else [""])]
     for folder in folders:

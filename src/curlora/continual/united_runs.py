@@ -8,10 +8,10 @@ from typing import Any
 from curlora.continual.results import MethodResult, RunResults, name_of
 from curlora.continual.settings import Settings
 
-__all__ = ["definition", "differing", "merge"]
+__all__ = ["definition", "differing", "unite"]
 
 
-def merge(runs: Sequence[RunResults]) -> list[RunResults]:
+def unite(runs: Sequence[RunResults]) -> list[RunResults]:
     """Merge runs that differ only in methods and seeds.
 
     Methods with the same name and definition become one method with the seeds of all. If a seed occurs more than once,
