@@ -42,6 +42,16 @@ class Heard:
         self.units += units
 
 
+ALONE = []
+
+
+def of_one_process(recipe_path, folder):
+    """Return the figures of the study in one process; it runs once for all tests here."""
+    if not ALONE:
+        ALONE.append(figures(run_recipe(load_recipe(recipe_path, STUDY), folder)))
+    return ALONE[0]
+
+
 def workers():
     """Return the processes that run a job."""
     found = []
@@ -54,7 +64,6 @@ def workers():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_path, tmp_path, monkeypatch):
-    alone = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "alone")
     # Without an address this machine is used, whatever cluster there is.
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     killed, over, heard = [], threading.Event(), Heard()
@@ -77,7 +86,7 @@ def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_pat
         over.set()
         watcher.join()
     assert killed
-    assert figures(shared) == figures(alone)
+    assert figures(shared) == of_one_process(recipe_path, tmp_path / "alone")
     assert shared.environment["threads"] == "1"
     assert heard.units == pytest.approx(heard.total)
     assert not list((tmp_path / "shared").rglob("checkpoints"))
@@ -86,7 +95,6 @@ def test_workers_of_which_some_are_killed_give_what_one_process_gives(recipe_pat
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_a_cluster_of_which_one_machine_is_lost(recipe_path, tmp_path):
     """Two machines with a GPU each run a job each. The jobs of the lost one resume on the other."""
-    alone = run_recipe(load_recipe(recipe_path, STUDY), tmp_path / "alone")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     machines = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
     over, most = threading.Event(), [0]
@@ -107,7 +115,7 @@ def test_a_cluster_of_which_one_machine_is_lost(recipe_path, tmp_path):
         watcher.join()
         cluster.shutdown()
     assert len(machines) == 1
-    assert figures(shared) == figures(alone)
+    assert figures(shared) == of_one_process(recipe_path, tmp_path / "alone")
 
 
 def test_what_is_wrong_is_said_as_by_one_process(recipe_path, tmp_path):

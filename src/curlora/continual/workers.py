@@ -90,8 +90,11 @@ def _run_on_ray(
 ) -> Iterator[tuple[Job, Finished]]:
     import ray
     from ray.util.queue import Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    heard: Any = Queue(actor_options={"num_cpus": 0})
+    # On this machine, so that the loss of another one does not take the progress of all jobs with it.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    heard: Any = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
     content = recipe.model_dump_json()
     task = ray.remote(_work).options(num_cpus=cpus, num_gpus=gpus, max_retries=_TRIES)
     waiting = list(jobs)
