@@ -90,8 +90,7 @@ def next_multiple(runs, rule):
     """Return the next multiple to run.
 
     The two in the middle come first, then the neighbours of the best one, then the nearest one at or below
-    the rule's.
-    Returns ``None`` when all of them have been run.
+    the rule's. Returns ``None`` when all of them have been run.
     """
     for multiple in (1.0, 3.0):
         if multiple not in runs:

@@ -340,10 +340,10 @@ def _from_hub(place: Place, where: str) -> Table:
 
     if place.hub is not None and Path(place.hub).is_dir():
         # The reader of datasets moves the columns where a row has more fields than the header.
-        separated = [path for suffix in _SEPARATORS for path in Path(place.hub).rglob(f"*{suffix}")]
-        if separated:
+        separated = (path for suffix in _SEPARATORS for path in Path(place.hub).rglob(f"*{suffix}"))
+        if (found := next(separated, None)) is not None:
             raise DataError(
-                f"{where}: the folder holds {separated[0].name}. Name that file under path instead of hub, so that its "
+                f"{where}: the folder holds {found.name}. Name that file under path instead of hub, so that its "
                 "rows are checked"
             )
     try:

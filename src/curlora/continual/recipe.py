@@ -39,8 +39,8 @@ class Resources(BaseModel, extra="forbid", frozen=True):
     """The CPU threads and GPUs that one method with one seed runs on.
 
     ``cpus`` is the number of threads. If it is ``None``, each worker has one, and a run without workers has all of the
-    process's. ``gpus`` is used only with workers; 0.5 puts
-    two workers on one GPU. If it is ``None``, each worker gets one GPU where there are any.
+    process's. ``gpus`` is used only with workers; 0.5 puts two workers on one GPU. If it is ``None``, each worker gets
+    one GPU where there are any.
     """
 
     cpus: Annotated[int, Field(gt=0)] | None = None
