@@ -8,10 +8,11 @@ import torch
 from rich.console import Console
 
 from curlora.continual import load_recipe, run, run_recipe
-from curlora.continual.answers import Answers, PromptList, answer, kept_answers
+from curlora.continual.answers import Answers, OwnText, PromptList, answer, kept_answers
 from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import measure
 from curlora.continual.plan import make_plan
+from curlora.guard.own_text import own_text
 from curlora.report.plan import plan_tables
 from tests.models import WORDS, llama, word_tokenizer
 
@@ -41,9 +42,9 @@ def test_sampling_leaves_the_generator_alone():
 def test_an_answer_is_scored_after_its_prompt(tmp_path):
     text = kept_answers(PromptList("own", tuple(PROMPTS), 6), word_tokenizer(), tmp_path, llama)
     model, losses = llama(), []
-    for row, prompt in zip(text.rows, text.prompt_lengths, strict=True):
+    for row, prompt in zip(text.as_rows(), PROMPTS, strict=True):
         log_p = model(row[None]).logits[0].double().log_softmax(-1)
-        losses += [-float(log_p[i - 1, row[i]]) for i in range(prompt, len(row))]
+        losses += [-float(log_p[i - 1, row[i]]) for i in range(len(prompt.split()), len(row))]
     expected = torch.tensor(losses).mean().exp().item()
     assert measure(model, text).perplexity == pytest.approx(expected, rel=1e-5)
     assert text.windows == 3
@@ -64,6 +65,34 @@ def test_they_are_kept(tmp_path):
     path.write_text(path.read_text()[:-5])
     with pytest.raises(RunError, match=r"does not hold the text that the base model has written. Remove the file"):
         kept_answers(text, word_tokenizer(), tmp_path, no_model)
+
+
+def test_of_the_models_own_text_what_the_template_adds_is_not_scored(tmp_path):
+    """A model learns to predict it in a few steps, and this gain would hide the loss on the other tokens."""
+    tokenizer, model = word_tokenizer(), llama()
+    tokenizer.chat_template = (
+        "{% for m in messages %}w90 {{ m.content }}<|end|>w91{% endfor %}{% if add_generation_prompt %}w92{% endif %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"], "bos_token": "w93"})
+    model.resize_token_embeddings(len(tokenizer))
+    expected = own_text(model, tokenizer, tokens=200, max_length=12, progress=False)
+    ends_inside = [mask.int().diff().eq(-1).any() for mask in expected.counted]
+    assert any(ends_inside), "in some row a template should stand between what is drawn"
+    for _ in range(2):  # as sampled, and as read again
+        text = kept_answers(OwnText("own", 200, 12), tokenizer, tmp_path, lambda: model)
+        for found in (text.as_rows(), text.pieces(12)):
+            assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+            assert [mask.tolist() for mask in found.counted] == [mask.tolist() for mask in expected.counted]
+
+
+def test_a_file_of_an_earlier_version_is_read_as_it_was_written(tmp_path):
+    text = PromptList("own", ("w1", "w2 w3"), 3)
+    rows = [{"prompt": [4], "answer": [5, 6]}, {"prompt": [7, 8], "answer": [9]}]
+    path = tmp_path / f"answers-{text.digest[:16]}.json"
+    path.write_text(json.dumps({"digest": text.digest, "rows": rows}))
+    found = kept_answers(text, word_tokenizer(), tmp_path, llama).as_rows()
+    assert [row.tolist() for row in found] == [[4, 5, 6], [7, 8, 9]]
+    assert [mask.tolist() for mask in found.counted] == [[False, True, True], [False, False, True]]
 
 
 class TestAnotherModel:

@@ -68,9 +68,10 @@ class PromptList:
         """The number of tokens of the longest prompt with a full answer."""
         return self.longest_prompt + self.max_new_tokens
 
-    def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of the tokens of a prompt and the tokens of the model's answer."""
-        return answer(model, tokenizer, self.prompts, self.max_new_tokens, self.seed)
+    def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Rows:
+        """Return the prompts with the model's answers, whose tokens count."""
+        pairs = answer(model, tokenizer, self.prompts, self.max_new_tokens, self.seed)
+        return Rows((torch.cat(pair) for pair in pairs), (_after(len(prompt), len(new)) for prompt, new in pairs))
 
 
 @dataclass(frozen=True)
@@ -100,57 +101,51 @@ class OwnText:
         """About the number of rows that will be sampled."""
         return -(-self.tokens // self.max_length)
 
-    def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[tuple[Tensor, Tensor]]:
-        """Return pairs of the tokens that a row begins with and the tokens that the model has sampled after them.
+    def sample(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Rows:
+        """Return rows of which the tokens count that the model has sampled.
 
         Raises:
             RunError: if the model cannot write such text.
         """
         try:
-            found = own_text(
+            return own_text(
                 model, tokenizer, tokens=self.tokens, max_length=self.max_length, seed=self.seed, progress=False
             )
         except GuardError as error:
             raise RunError(f"text {self.name!r}: {error}") from error
-        begins = [int(drawn.int().argmax()) for drawn in found.counted]
-        return [(row[:begin], row[begin:]) for row, begin in zip(found, begins, strict=True)]
 
 
 @dataclass(frozen=True)
 class Answers(HeldOut):
-    """Text that the base model has written. Only the tokens after each row's prompt, or start, are scored.
+    """Text that the base model has written. Only the tokens that it has sampled are scored.
 
     Args:
-        prompt_lengths: the number of prompt tokens of each row.
+        counted: for each row, the mask of the sampled tokens, bool, shape ``(length,)``; ``tokens`` is the
+            concatenation of the rows.
         model: the digest of the model that has written the text; empty if it is unknown.
-        lengths: the number of tokens of each row; ``tokens`` is the concatenation of the rows.
     """
 
-    lengths: tuple[int, ...] = field(default=(), repr=False)
-    prompt_lengths: tuple[int, ...] = field(default=(), repr=False)
+    counted: tuple[Tensor, ...] = field(default=(), repr=False)
     model: str = ""
 
-    @property
-    def rows(self) -> tuple[Tensor, ...]:
-        """The rows: each prompt with its answer, shape ``(length,)``."""
-        return self.tokens.split(list(self.lengths))
+    @classmethod
+    def of(cls, name: str, rows: Rows, model: str = "") -> Answers:
+        """Return the text with these rows."""
+        return cls(name, torch.cat(list(rows)), counted=tuple(rows.counted), model=model)
 
     @property
     def longest(self) -> int:
-        return max(self.lengths)
+        return max(map(len, self.counted))
 
-    def scored(self) -> list[tuple[Tensor, int]]:
-        return [(row, len(row) - prompt) for row, prompt in zip(self.rows, self.prompt_lengths, strict=True)]
+    def as_rows(self) -> Rows:
+        return Rows(self.tokens.split([len(mask) for mask in self.counted]), self.counted)
 
     def pieces(self, length: int = 128) -> Rows:
-        written = (
-            torch.arange(n, device="cpu") >= prompt for n, prompt in zip(self.lengths, self.prompt_lengths, strict=True)
-        )
-        return Rows(self.rows, written).cut(length)
+        return self.as_rows().cut(length)
 
     def describe(self) -> str:
-        count = sum(new for _, new in self.scored())
-        return f"{self.name} ({len(self.lengths)} pieces written by the base model, {count:,} tokens)"
+        rows = self.as_rows()
+        return f"{self.name} ({len(rows)} pieces written by the base model, {rows.tokens:,} tokens)"
 
 
 def kept_answers(
@@ -176,14 +171,18 @@ def kept_answers(
     if not path.exists():
         model = load_model()
         written_by = digest_of(model)
-        rows = text.sample(model, tokenizer)
-        kept = [{"prompt": prompt.tolist(), "answer": tokens.tolist()} for prompt, tokens in rows]
+        sampled = text.sample(model, tokenizer)
+        kept = [
+            {"tokens": row.tolist(), "counted": mask.int().tolist()}
+            for row, mask in zip(sampled, sampled.counted, strict=True)
+        ]
         write_whole(path, json.dumps({"digest": text.digest, "model": written_by, "rows": kept}))
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        pairs = [(row["prompt"], row["answer"]) for row in content["rows"]]
-        complete = content["digest"] == text.digest and bool(pairs)
-        complete = complete and (isinstance(text, OwnText) or len(pairs) == len(text.prompts))
+        read = [_read_row(row) for row in content["rows"]]
+        rows = Rows((row for row, _ in read), (mask for _, mask in read))
+        complete = content["digest"] == text.digest and bool(rows)
+        complete = complete and (isinstance(text, OwnText) or len(rows) == len(text.prompts))
     except (OSError, ValueError, KeyError, TypeError):
         complete = False
     if not complete:
@@ -191,13 +190,19 @@ def kept_answers(
             f"{path} does not hold the text that the base model has written. Remove the file: the text is then sampled "
             "again."
         )
-    return Answers(
-        text.name,
-        torch.tensor([token for prompt, tokens in pairs for token in prompt + tokens]),
-        lengths=tuple(len(prompt) + len(tokens) for prompt, tokens in pairs),
-        prompt_lengths=tuple(len(prompt) for prompt, _ in pairs),
-        model=content.get("model", ""),
-    )
+    return Answers.of(text.name, rows, content.get("model", ""))
+
+
+def _read_row(row: dict[str, list[int]]) -> tuple[Tensor, Tensor]:
+    """Return the tokens of a stored row, and the mask of those that count."""
+    if "prompt" in row:  # files of earlier versions: all tokens after the prompt count, also those of a chat template
+        return torch.tensor(row["prompt"] + row["answer"]), _after(len(row["prompt"]), len(row["answer"]))
+    return torch.tensor(row["tokens"]), torch.tensor(row["counted"], dtype=torch.bool)
+
+
+def _after(prompt: int, new: int) -> Tensor:
+    """Return a mask of the tokens after a prompt."""
+    return torch.arange(prompt + new, device="cpu") >= prompt
 
 
 def answer(

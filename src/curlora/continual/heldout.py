@@ -54,34 +54,29 @@ class HeldOut:
     @property
     def windows(self) -> int:
         """The number of forward passes that scoring takes."""
-        return len(self.scored())
+        return len(self.as_rows())
 
     @property
     def longest(self) -> int:
         """Tokens of the longest forward pass."""
         return min(self.window, len(self.tokens))
 
-    def scored(self) -> list[tuple[Tensor, int]]:
-        """Return the windows, each with the number of its last tokens that are scored.
+    def as_rows(self) -> Rows:
+        """Return one row for each forward pass, with the mask of the tokens that are scored.
 
         A window starts every ``stride`` tokens and scores the tokens that no earlier window has scored.
         """
-        passes, last = [], 0
+        windows, masks, last = [], [], 0
         for begin in range(0, len(self.tokens), self.step):
             end = min(begin + self.window, len(self.tokens))
             new = end - 1 - max(last, begin)
             if new > 0:
-                passes.append((self.tokens[begin:end], new))
+                windows.append(self.tokens[begin:end])
+                masks.append(torch.arange(end - begin, device="cpu") >= end - begin - new)
                 last = end - 1
             if end == len(self.tokens):
                 break
-        return passes
-
-    def windows_as_rows(self) -> Rows:
-        """Return the windows as rows of which the scored tokens count."""
-        windows = self.scored()
-        counted = (torch.arange(len(tokens), device="cpu") >= len(tokens) - new for tokens, new in windows)
-        return Rows((tokens for tokens, _ in windows), counted)
+        return Rows(windows, masks)
 
     def pieces(self, length: int = 128) -> Sequence[Tensor]:
         """Split the text into rows of ``length`` tokens, or of ``window`` tokens if that is less, for calibration."""
@@ -116,8 +111,7 @@ def measure(
     Returns:
         Perplexity and drift.
     """
-    rows = text.windows_as_rows()
     perplexity, drift = score_text(
-        model, rows, base_logits=base_logits, max_length=text.longest, batch_size=1, progress=progress
+        model, text.as_rows(), base_logits=base_logits, max_length=text.longest, batch_size=1, progress=progress
     )
     return TextScore(perplexity=perplexity, drift=drift)

@@ -130,7 +130,7 @@ def _tokens_cached(stream: Stream, tasks: Sequence[Encoded]) -> int:
         shuffled = part.settings.order == "shuffled" and not part.settings.fixed_batches and by_method
         trained += tokens_of(part.train) * (epochs * len(stream.seeds) if shuffled else 1)
     scored = sum(tokens_of(part.evaluation) for part in tasks)
-    read = sum(len(window) for text in stream.texts for window, _ in text.scored())
+    read = sum(len(row) for text in stream.texts for row in text.as_rows())
     return trained + scored + read
 
 

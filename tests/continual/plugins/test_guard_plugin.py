@@ -228,7 +228,8 @@ def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_p
 def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one():
     adapted = curlora(llama()).double().train()  # a divergence of 1e-6 is not rounded away
     lengths, prompts = (9, 14, 6), (4, 3, 2)
-    text = Answers("own", tokens(batch=1, length=sum(lengths))[0], lengths=lengths, prompt_lengths=prompts)
+    counted = tuple(torch.arange(length) >= prompt for length, prompt in zip(lengths, prompts, strict=True))
+    text = Answers("own", tokens(batch=1, length=sum(lengths))[0], counted=counted)
 
     def base_logits(ids, kept):
         with adapted.disable_adapter():
@@ -236,11 +237,11 @@ def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one():
 
     plugin = KLToBase(strength=3.0, tokens=16)
     plugin.before_task(TaskContext(0, TaskModel(adapted), [], lambda rows: {}, 0, text, base_logits))
-    order = [i for row, _ in plugin.pieces for i, one in enumerate(text.rows) if torch.equal(row, one)]
+    order = [i for row, _ in plugin.pieces for i, one in enumerate(text.as_rows()) if torch.equal(row, one)]
     assert sorted(order) == [0, 1, 2]
     for number, i in enumerate([*order, order[0]]):
         plugin.step = number
-        row = Answers("row", text.rows[i], lengths=lengths[i : i + 1], prompt_lengths=prompts[i : i + 1])
+        row = Answers("row", text.as_rows()[i], counted=counted[i : i + 1])
         expected = 3.0 * measure(adapted, row, base_logits).drift
         assert float(plugin.penalty(TaskModel(adapted)).detach()) == pytest.approx(expected, rel=1e-4)
     single = []

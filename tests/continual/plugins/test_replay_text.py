@@ -36,7 +36,8 @@ def test_their_loss_is_the_text_s_in_windows_of_so_many_tokens():
 
 
 def test_only_what_the_base_model_has_written_is_learned():
-    text = Answers("own", torch.arange(10, 24), lengths=(8, 6), prompt_lengths=(3, 1))
+    counted = (torch.arange(8) >= 3, torch.arange(6) >= 1)
+    text = Answers("own", torch.arange(10, 24), counted=counted)
     by_start = {row["input_ids"][0]: row["labels"] for row in rows_of(text, 2, 8)}
     assert by_start == {10: [-100, -100, 13, 14, 15, 16, 17], 18: [19, 20, 21, 22, 23]}
 
