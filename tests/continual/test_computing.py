@@ -25,7 +25,14 @@ def test_an_older_torch_is_told(monkeypatch):
         pass
 
 
-def test_a_run_computes_so_and_says_it(recipe_path, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["training.fp32_products=bfloat16"],
+        ["protocol=paper", "reference={fp32_products: bfloat16}"],
+    ],
+)
+def test_a_run_computes_so_and_says_it(recipe_path, tmp_path, monkeypatch, changes):
     seen = set()
 
     def linear(*arguments):
@@ -33,8 +40,7 @@ def test_a_run_computes_so_and_says_it(recipe_path, tmp_path, monkeypatch):
         return FORWARD(*arguments)
 
     monkeypatch.setattr(torch.nn.functional, "linear", linear)
-    changes = ["training.epochs=1", "training.fp32_products=bfloat16"]
-    results = run_recipe(load_recipe(recipe_path, changes), tmp_path / "run")
+    results = run_recipe(load_recipe(recipe_path, ["training.epochs=1", *changes]), tmp_path / "run")
     assert seen == {"bfloat16"}
     assert results.environment["products of float32"] == "in bfloat16"
     assert results.settings["fp32_products"] == "bfloat16"

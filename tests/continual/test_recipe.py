@@ -483,6 +483,14 @@ def test_arguments_that_the_trainer_refuses_are_one_message(recipe_path, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def test_arguments_of_one_method_that_the_trainer_refuses_are_found_before_the_run(recipe_path, tmp_path):
+    method = "{name: lora, method: lora, learning_rate: 0.01, training: {schedule: cosine_with_min_lr}}"
+    recipe = load_recipe(recipe_path, [f"methods=[{{name: frozen, method: frozen}}, {method}]"])
+    with pytest.raises(RecipeError, match="transformers' Trainer rejects the arguments: One of min_lr"):
+        run_recipe(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_quantization_is_passed_on(recipe_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(

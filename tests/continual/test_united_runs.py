@@ -85,6 +85,13 @@ def test_runs_that_measure_something_else_stay_apart(changes, what):
     assert unite([first, other, first, other]) == [first, other]
 
 
+def test_runs_whose_methods_use_other_texts_stay_apart():
+    """A text that one of them used is none that no method has seen."""
+    plain, guarded = make_results(), make_results(shown=[TEXT])
+    assert len(unite([plain, guarded])) == 2
+    assert differing([plain, guarded]) == ["texts that methods use"]
+
+
 def test_where_a_model_lies_does_not_count():
     elsewhere = {**RECIPE, "model": {"name": "/b/model"}}
     assert differing([make_results(recipe=RECIPE), make_results(recipe=elsewhere)]) == []

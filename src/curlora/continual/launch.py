@@ -42,8 +42,12 @@ def build(recipe: Recipe) -> Stream:
     protocol = recipe.switched()
     reference = protocol.data == "reference"
     try:
-        own = [recipe.settings().changed(part.variant(reference).training) for part in recipe.tasks]
-        # Check each distinct set of arguments once, not once for each task.
+        own = [
+            recipe.settings().changed(part.variant(reference).training).changed(method.training)
+            for part in recipe.tasks
+            for method in recipe.methods
+        ]
+        # Check each distinct set of arguments once, not once for each task and method.
         for settings in {of.model_dump_json(include={"schedule", "trainer"}): of for of in own}.values():
             settings.check_trainer()
         tasks = [read_task(part, reference) for part in recipe.tasks]
@@ -115,11 +119,11 @@ def run_recipe(
     begin = partial(_claim, recipe, directory)
     if workers is not None or address is not None:
         with (
-            computing(recipe.resources.threads(workers=True), recipe.training.fp32_products),
+            computing(recipe.resources.threads(workers=True), recipe.settings().fp32_products),
             ray_workers(recipe, directory, workers, address) as runner,
         ):
             return run_stream(build(recipe), directory, progress, begin, runner)
-    with computing(recipe.resources.threads(workers=False), recipe.training.fp32_products):
+    with computing(recipe.resources.threads(workers=False), recipe.settings().fp32_products):
         return run_stream(build(recipe), directory, progress, begin)
 
 

@@ -67,6 +67,7 @@ def _conditions(run: RunResults) -> dict[str, Any]:
         "tasks": {task.name: task.model_dump(exclude=_COUNTED) for task in run.tasks},
         "order of the tasks": [task.name for task in run.tasks],
         "held-out texts": run.heldout,
+        "texts that methods use": run.shown,
         "first held-out text": next(iter(run.heldout)),  # summaries show it
         "protocol": dict.fromkeys(run.protocol, True),
         "settings": {**_settings(run), **own},
