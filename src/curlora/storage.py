@@ -140,9 +140,13 @@ class Checkpoints:
         """Return the newest complete checkpoint, or ``None``."""
         return newest(self.folder, _CHECKPOINT)
 
+    def of(self, step: int) -> Path:
+        """Return the path of the checkpoint of a step."""
+        return self.folder / f"{_CHECKPOINT}{step}"
+
     def complete(self, step: int, seconds: float) -> Path:
         """Mark the checkpoint of a step as complete, and store its seconds."""
-        checkpoint = self.folder / f"{_CHECKPOINT}{step}"
+        checkpoint = self.of(step)
         (checkpoint / _SECONDS).write_text(str(seconds), encoding="utf-8")
         mark_complete(checkpoint)
         return checkpoint

@@ -22,14 +22,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from curlora.guard import perplexity
+from curlora.budget.limited_texts import LimitedTexts
+from curlora.guard import TextOutcome, perplexity
 from curlora.guard.texts import rows_of
 from curlora.storage import Checkpoints
 from curlora.train import TrainOptions, history, prepare
 from curlora.train.errors import TrainError
 from curlora.train.measure import measure
 from curlora.train.other_texts import OWN_SAMPLE
-from curlora.train.outcome import TrainOutcome
+from curlora.train.outcome import Budget, TrainOutcome
 from curlora_cli.commands import app
 from tests.models import gpt2
 from tests.train.conftest import conversations, write_lines
@@ -233,6 +234,25 @@ def test_killed_at_the_very_end_it_ends_the_same(whole, data, chat_model, guard_
     assert figures(out) == figures(whole[0])
 
 
+def test_if_the_last_measurement_fails_the_training_is_kept(whole, data, chat_model, guard_file, tmp_path, monkeypatch):
+    out, trained_steps = tmp_path / "out", []
+    tells = dict(model=chat_model, guard_text=f"a novel={guard_file}", out=out, export="lora")
+
+    def failing(*_):
+        raise OSError("the disk is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LimitedTexts, "worst_share", failing)
+        done = command(data, *SMALL, **tells)
+    assert done.exit_code == 1
+    assert re.search(r"after the last step failed.* the disk is away", " ".join(done.stderr.split()))
+    monkeypatch.setattr("curlora.train.training._Listener.on_step_end", lambda *_, **__: trained_steps.append(1))
+    done = command(data, *SMALL, **tells)
+    assert done.exit_code == 0, done.output
+    assert figures(out) == figures(whole[0])
+    assert not trained_steps, "the training should go on from its last checkpoint"
+
+
 def test_it_continues_an_adapter(whole, chat_model, guard_file, tmp_path):
     """The ledger continues: forgetting counts from the base model, which the adapter names."""
     new = write_lines(tmp_path / "more.jsonl", conversations(seed=3))
@@ -342,6 +362,10 @@ class TestLora:
         budget = record(tmp_path / "two")["outcome"]["budget"]
         assert budget["lifetime"] == 0.03
         assert budget["texts"]["a novel"]["limit"] <= 0.03
+        other = dict(told, guard_text=f"another={guard_file}")
+        done = command(new, continue_from=tmp_path / "one", out=tmp_path / "three", **other)
+        assert done.exit_code == 1
+        assert "the lifetime's budget counts on the text 'a novel'" in " ".join(done.stderr.split())
 
 
 def test_a_lifetime_that_is_used_up_is_one_sentence(whole, data, guard_file, tmp_path):
@@ -410,10 +434,17 @@ def test_hub_ids(chat_model, guard_file, tmp_path):
 
 def test_the_lifetime_of_a_lora_adapter_on_the_hub(tmp_path, monkeypatch):
     record = tmp_path / "training.json"
-    budget = {"lifetime": 0.03, "texts": {"novel": {"rise": 0.02}}}
-    record.write_text(json.dumps({"outcome": {"budget": budget}}))
+    texts = {
+        name: TextOutcome(before=20.0, after=20 * (1 + rise), rise=rise, limit=0.03, tokens=9, sha256="")
+        for name, rise in {"novel": 0.02, "code": 0.01}.items()
+    }
+    budget = Budget(stated=0.03, lifetime=0.03, predicted=None, kept=1.0, texts=texts)
+    record.write_text(json.dumps({"outcome": {"budget": budget.model_dump(mode="json")}}))
     monkeypatch.setattr(history, "hf_hub_download", lambda name, file: str(tmp_path / file))
-    assert history.history_of(LoraConfig(), "me/lora", None) == history.History(0.03, 0.02)
+    assert history.history_of(LoraConfig(), "me/lora", None) == history.History(0.03, 0.02, ("novel", "code"))
+    record.write_text('{"outcome": {}}')
+    with pytest.raises(TrainError, match=r"training\.json is not the record of a finished training"):
+        history.history_of(LoraConfig(), "me/lora", None)
 
     def away(name, file):
         raise LocalEntryNotFoundError("no network")

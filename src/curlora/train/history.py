@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
@@ -15,6 +15,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.ledger import OTHER_LEDGER, Ledger, belongs_to
 from curlora.train.errors import TrainError
 from curlora.train.folder import RECORD
+from curlora.train.outcome import Budget
 from curlora.tuner.config import CurloraConfig
 
 __all__ = ["History", "history_of"]
@@ -80,7 +81,8 @@ def _of_record(folder: str) -> History:
     """Read ``training.json``, which is there if ``curlora train`` has made the adapter.
 
     Raises:
-        TrainError: if ``folder`` is a hub id, and the hub cannot be asked whether there is such a file.
+        TrainError: if ``folder`` is a hub id, and the hub cannot be asked whether there is such a file; or if the file
+            cannot be read.
     """
     path = Path(folder) / RECORD
     if not path.parent.is_dir():
@@ -94,7 +96,14 @@ def _of_record(folder: str) -> History:
         except EntryNotFoundError:
             return History()
     try:
-        budget: Any = json.loads(path.read_text(encoding="utf-8"))["outcome"]["budget"]
-        return History(budget["lifetime"], max(text["rise"] for text in budget["texts"].values()))
-    except (OSError, ValueError, KeyError, TypeError):
+        budget = Budget.model_validate(json.loads(path.read_text(encoding="utf-8"))["outcome"]["budget"])
+    except FileNotFoundError:
         return History()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainError(
+            f"--continue-from {folder}: its {RECORD} is not the record of a finished training, so it is unknown what "
+            "earlier trainings have cost. Restore the file. If you remove it, earlier trainings count as nothing."
+        ) from error
+    return History(
+        budget.lifetime, float(numpy.max([text.rise for text in budget.texts.values()])), tuple(budget.texts)
+    )

@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 import curlora
 from curlora.continual.processes import use_cpu
+from curlora.guard.errors import GuardError
 from curlora.guard.progress import Shown
 from curlora.train.errors import TrainError
 from curlora.train.folder import Folder
@@ -130,7 +131,12 @@ class Training:
 
     def run(self) -> Ended:
         """Train to the last step."""
-        self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        try:
+            self.trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        except GuardError:
+            # If the last measurement failed, the budget has raised at the last save, before the listener heard of it.
+            self._listener.complete(self.trainer.state.global_step)
+            raise
         state = self.trainer.state
         log = [{name: entry[name] for name in _LOGGED if name in entry} for entry in state.log_history]
         log = [entry for entry in log if "loss" in entry]
@@ -172,4 +178,9 @@ class _Listener(TrainerCallback):
         self._step = state.global_step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.folder.checkpoints.complete(state.global_step, self.seconds)
+        self.complete(state.global_step)
+
+    def complete(self, step: int) -> None:
+        """Mark the checkpoint of a step as complete, if there is one."""
+        if self.folder.checkpoints.of(step).is_dir():
+            self.folder.checkpoints.complete(step, self.seconds)
