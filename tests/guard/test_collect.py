@@ -1,13 +1,14 @@
 """Calibration against moments taken token by token."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
-from curlora.guard import Calibration, GuardError, calibrate, collect, model_pass
+from curlora.guard import Calibration, Guard, GuardError, calibrate, collect, model_pass, perplexity
 from curlora.guard.model_pass import _drawn_gradient
 from curlora.guard.texts import Rows
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
@@ -262,6 +263,21 @@ def test_refused_for_another_model_or_other_indices():
         calibration.check(llama())
 
 
+def test_refused_for_a_base_model_that_has_been_trained_since():
+    model = adapted()
+    calibration = calibrate(model, [batch(tokens())], progress=False)
+    calibration.check(model)
+    model.merge_adapter()
+    with pytest.raises(GuardError, match="has merged adapters. Unmerge them first"):
+        calibration.check(model)
+    model.unmerge_adapter()
+    calibration.check(model)
+    weight = next(m for m in model.modules() if isinstance(m, CurloraLayer)).get_base_layer().weight
+    weight.data += 0.01 * torch.randn_like(weight)
+    with pytest.raises(GuardError, match="the base model has been trained since: the weight of layer"):
+        Guard(model, calibration, budget=0.01)
+
+
 def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "c.safetensors"
     calibration = calibrate(adapted(), [batch(tokens())], progress=False)
@@ -288,6 +304,13 @@ def test_bad_input_is_named():
             calibrate(model, nothing, word_tokenizer(), progress=False)
     with pytest.raises(GuardError, match=r"A string, 'novel.txt', was given where several texts are expected"):
         calibrate(model, "novel.txt", word_tokenizer())
+    with pytest.raises(GuardError, match=r"A path, 'novel.txt', was given where several texts are expected"):
+        perplexity(model, Path("novel.txt"), word_tokenizer())
+    with pytest.raises(GuardError, match="found NoneType among texts"):
+        perplexity(model, ["w1 w2", None], word_tokenizer())
+    for nothing in (None, 5):
+        with pytest.raises(GuardError, match=f"Expected texts, rows of tokens .* found {type(nothing).__name__}"):
+            perplexity(model, nothing, word_tokenizer())
     with pytest.raises(GuardError, match="input_ids"):
         calibrate(model, [tokens()], progress=False)
     with pytest.raises(GuardError, match=r"calibrate\(model, \[batch\]\)"):

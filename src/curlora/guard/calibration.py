@@ -13,11 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from curlora.guard.errors import GuardError
 from curlora.tuner.fingerprint import compare
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.model import adapted_layers
+from curlora.tuner.weight import device_of, is_plain
 
 __all__ = ["Calibration", "KroneckerFactors", "adapter_of", "layers_of"]
 
@@ -162,7 +164,8 @@ class Calibration:
             adapter: the adapter's name; the active one if ``None``.
 
         Raises:
-            GuardError: if the calibration was made on another base model, other layers, or other columns and rows.
+            GuardError: if the calibration was made on another base model, other layers, or other columns and rows; if
+                the base model has been trained since; or if adapters are merged.
         """
         adapter = adapter_of(model, adapter)
         layers = layers_of(model, adapter)
@@ -174,17 +177,30 @@ class Calibration:
             )
         for name, layer in layers.items():
             moments = self.layers[name]
+            if layer.merged:
+                raise GuardError(f"Layer {name!r} has merged adapters. Unmerge them first.")
             if not torch.equal(layer.basis(adapter).indices.cpu(), moments.indices):
                 raise GuardError(
                     f"The calibration was made for other columns and rows than adapter {adapter!r} has in layer "
                     f"{name!r}: the seed, the rank or the draw differs. Calibrate this model."
                 )
-            if compare(moments.fingerprint, layer.basis(adapter).fingerprint) == "other":
+            if compare(moments.fingerprint, _fingerprint(layer, adapter)) == "other":
                 raise GuardError(
-                    f"The calibration was made on another base model: the weight of layer {name!r} differs. Calibrate "
-                    "this model."
+                    f"The calibration was made on another base model, or the base model has been trained since: the "
+                    f"weight of layer {name!r} differs. Calibrate this model."
                 )
         return layers
+
+
+def _fingerprint(layer: CurloraLayer, adapter: str) -> Tensor:
+    """Return the fingerprint of the weight as it is now; where reading that takes long, as it was read last.
+
+    Weights that are quantized, sharded or offloaded are seldom trained.
+    """
+    known, base = layer.basis(adapter), layer.get_base_layer()
+    if not is_plain(base) or isinstance(base.weight, DTensor) or device_of(base).type == "meta":
+        return known.fingerprint
+    return layer.read_basis(known.indices).fingerprint
 
 
 def adapter_of(model: nn.Module, adapter: str | None) -> str:

@@ -6,7 +6,8 @@ import contextlib
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +27,7 @@ from curlora.tuner.sharded import reshard
 
 __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "score_text"]
 
-
+_EXPECTED = "Expected texts, rows of tokens (one-dimensional tensors), or batches (mappings) with a tensor input_ids"
 _NOTHING = (
     "The text has no two tokens in a row, so there is nothing to predict. Is the text empty, or does the tokenizer "
     "drop it?"
@@ -385,18 +386,23 @@ def _batches(
         raise GuardError(f"max_length must be at least 2 and batch_size at least 1, got {max_length} and {batch_size}.")
     if isinstance(data, Mapping):
         raise GuardError("One batch was given, and an iterable of batches is expected: calibrate(model, [batch]).")
-    if isinstance(data, str):
+    if isinstance(data, (str, os.PathLike)):
         raise GuardError(
-            f"A string, {data[:40]!r}, was given where several texts are expected. Give a list of texts. If this is "
-            "the path of a file, read the file first."
+            f"{'A string' if isinstance(data, str) else 'A path'}, {str(data)[:40]!r}, was given where several texts "
+            "are expected. Give a list of texts. If this is the path of a file, read the file first."
         )
-    length = len(data) if hasattr(data, "__len__") else None
+    if not isinstance(data, Iterable):
+        raise GuardError(f"{_EXPECTED}; found {type(data).__name__}.")
+    length = len(data) if isinstance(data, Sized) else None
     items = iter(data)
     first = list(itertools.islice(items, 1))
     if first and isinstance(first[0], str):
         if tokenizer is None:
             raise GuardError("Texts need the model's tokenizer: calibrate(model, texts, tokenizer).")
-        texts = tokenizer([*first, *items])["input_ids"]
+        written = [*first, *items]
+        if others := [type(text).__name__ for text in written if not isinstance(text, str)]:
+            raise GuardError(f"{_EXPECTED}; found {others[0]} among texts.")
+        texts = tokenizer(written)["input_ids"]
     elif first and isinstance(first[0], Tensor) and first[0].ndim == 1:
         texts = [row.tolist() for row in (*first, *items)]
     else:
@@ -438,10 +444,7 @@ def _numbered(batches: Iterable[Any]) -> Iterator[tuple[Sequence[int], Mapping[s
     seen = 0
     for batch in batches:
         if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-            raise GuardError(
-                "Expected texts, rows of tokens (one-dimensional tensors), or batches (mappings) with a tensor "
-                f"input_ids; found {type(batch).__name__}."
-            )
+            raise GuardError(f"{_EXPECTED}; found {type(batch).__name__}.")
         rows = len(batch["input_ids"])
         yield range(seen, seen + rows), batch
         seen += rows
