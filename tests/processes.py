@@ -91,7 +91,7 @@ class Writing(TrainerCallback):
         self.text = written(kwargs["model"])
 
 
-def budgeted(model, folder, **arguments):
+def budgeted(model, folder, resume=None, **arguments):
     """An adapter trained under a budget, with columns and rows chosen, calibrated and measured in its own trainer."""
     texts = {
         "words": tokens(seed=11, batch=9, length=12).unbind(),
@@ -99,7 +99,7 @@ def budgeted(model, folder, **arguments):
     }
     callback = ForgettingBudget(0.01, texts=texts, limits={"words": 0.3}, batch_size=2, max_length=12)
     train = trainer(model, folder, callbacks=[callback], **arguments)
-    train.train()
+    train.train(resume_from_checkpoint=resume)
     outcome = callback.outcome
     return {
         "U": trained(train.model), "indices": indices(train.model),
@@ -229,7 +229,11 @@ def main(kind, folder):
     found["guarded"] = guarded(differently_seeded(), folder / "guarded", logging_steps=1, **arguments)
 
     AcceleratorState._reset_state()
-    found["budgeted"] = budgeted(differently_seeded(), folder / "budgeted", **{**arguments, "learning_rate": 0.3})
+    arguments |= {"learning_rate": 0.3}
+    found["budgeted"] = budgeted(differently_seeded(), folder / "budgeted", **arguments)
+    AcceleratorState._reset_state()
+    middle = str(folder / "budgeted" / f"checkpoint-{STEPS // 2}")
+    found["budgeted, resumed"] = budgeted(differently_seeded(), folder / "budgeted", middle, **arguments)
 
     AcceleratorState._reset_state()
     arguments |= {"logging_steps": 1, "learning_rate": 0.05}

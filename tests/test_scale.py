@@ -97,6 +97,16 @@ def test_a_budget_is_kept_as_in_one_process(one, two):
     assert all(bool(moment.isfinite().all()) for moment in found["anchors"].values())
 
 
+def test_a_training_within_a_budget_is_resumed_to_the_bit(two):
+    expected, found = two["budgeted"], two["budgeted, resumed"]
+    assert found["U"].keys() == expected["U"].keys()
+    assert all(torch.equal(found["U"][name], U) for name, U in expected["U"].items())
+    assert found["anchors"].keys() == expected["anchors"].keys()
+    assert all(torch.equal(found["anchors"][name], moment) for name, moment in expected["anchors"].items())
+    for part in ("indices", "figures", "texts"):
+        assert torch.equal(found[part], expected[part]), part
+
+
 def test_a_budget_of_lora_is_kept_as_in_one_process(one, two):
     """Sharded parameters have no whole gradients that a penalty could add to."""
     expected, found = one["penalized"], two["penalized"]

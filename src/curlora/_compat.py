@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -410,13 +410,70 @@ def callbacks_around(callback: TrainerCallback) -> list[TrainerCallback] | None:
     transformers gives a callback no access to the others, and puts the callbacks of trackers before the user's. So the
     list is read from the caller's frame. If no frame has it, return ``None``; the callback then keeps its place.
     """
+    for caller in _callers():
+        if _calls(caller, callback):
+            callbacks: list[TrainerCallback] = caller.callbacks
+            return callbacks
+    return None
+
+
+def when_the_card_is_written(callback: TrainerCallback, then: Callable[[], None]) -> None:
+    """Call ``then`` when the Trainer that is about to push has written its model card.
+
+    The Trainer writes the card after ``on_push_begin``, and calls no callback before it uploads the folder. So its
+    method is wrapped, once. Without a Trainer in the callers' frames, ``then`` is not called.
+    """
+    trainer = next(
+        (caller for caller in _callers() if _calls(getattr(caller, "callback_handler", None), callback)), None
+    )
+    if trainer is None or "create_model_card" in vars(trainer):
+        return
+    create = trainer.create_model_card
+
+    def create_once(*args: Any, **kwargs: Any) -> None:
+        del trainer.create_model_card
+        create(*args, **kwargs)
+        then()
+
+    trainer.create_model_card = create_once
+
+
+def hold_uploads(callback: TrainerCallback) -> Callable[[], None]:
+    """Keep the trackers that transformers integrates from uploading the checkpoints that are saved from now on.
+
+    Args:
+        callback: a callback of the same Trainer, which is being called.
+
+    Returns:
+        A function that lets them upload again.
+    """
+    trackers = [
+        one
+        for one in callbacks_around(callback) or []
+        if type(one).__module__ == "transformers.integrations.integration_utils" and "on_save" not in vars(one)
+    ]
+    for one in trackers:
+        vars(one)["on_save"] = lambda *_, **__: None
+
+    def let_upload() -> None:
+        for one in trackers:
+            vars(one).pop("on_save", None)
+
+    return let_upload
+
+
+def _callers() -> Iterator[Any]:
+    """Yield the objects whose methods are being called, from the innermost outwards."""
     frame = inspect.currentframe()
     while frame is not None:
-        callbacks = getattr(frame.f_locals.get("self"), "callbacks", None)
-        if isinstance(callbacks, list) and any(one is callback for one in callbacks):
-            return callbacks
+        if "self" in frame.f_locals:
+            yield frame.f_locals["self"]
         frame = frame.f_back
-    return None
+
+
+def _calls(handler: Any, callback: TrainerCallback) -> bool:
+    callbacks = getattr(handler, "callbacks", None)
+    return isinstance(callbacks, list) and any(one is callback for one in callbacks)
 
 
 def scale_base_rate(optimizer: torch.optim.Optimizer, scheduler: Any, group: int, rate: float) -> None:

@@ -7,6 +7,8 @@ import re
 import shutil
 import warnings
 from concurrent.futures import Future
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -892,8 +894,9 @@ class TestTRL:
         assert callback.outcome.texts["chats"].rise <= 0.02
         assert any(U.any() for U in matrices(trainer.model))
 
-    def test_a_quantized_base(self, tmp_path, monkeypatch):
-        """TRL casts its adapter to bfloat16; the callback trains it in float32."""
+    @pytest.mark.parametrize("later", [False, True])
+    def test_a_quantized_base(self, tmp_path, monkeypatch, later):
+        """TRL casts its adapter to bfloat16; the callback trains it in float32, also if it is added later."""
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
         base().save_pretrained(tmp_path / "base")
         quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
@@ -901,8 +904,11 @@ class TestTRL:
         callback = budget()
         trainer = SFTTrainer(
             model, self.arguments(tmp_path), train_dataset=Dataset.from_list(CHATS),
-            processing_class=with_end(), peft_config=CurloraConfig(r=4), callbacks=[callback],
+            processing_class=with_end(), peft_config=CurloraConfig(r=4), callbacks=[] if later else [callback],
         )  # fmt: skip
+        if later:
+            assert {U.dtype for U in matrices(trainer.model)} == {torch.bfloat16}
+            trainer.add_callback(callback)
         trainer.train()
         assert {U.dtype for U in matrices(trainer.model)} == {torch.float32}
         assert any(U.any() for U in matrices(trainer.model))
@@ -962,6 +968,26 @@ class TestTRL:
         )  # fmt: skip
         second.train()
         assert len(Ledger.of(second.model.peft_config["default"]).trainings) == 2
+
+
+def test_a_model_that_is_made_when_training_begins_is_trained_in_float32(tmp_path):
+    made = []
+
+    def make():
+        made.append(fresh())
+        for layer in layers(made[0]):
+            layer.curlora_U["default"].to(torch.bfloat16)
+        return made[0]
+
+    rows = [{"input_ids": row, "labels": row} for row in tokens(batch=40)]
+    trainer = Trainer(
+        model_init=make, args=TrainingArguments(str(tmp_path), max_steps=4, **QUIET), train_dataset=rows,
+        processing_class=with_end(), callbacks=[budget(learning_rate=0.1)],
+    )  # fmt: skip
+    made.clear()
+    trainer.train()
+    assert {U.dtype for U in matrices(made[0])} == {torch.float32}
+    assert any(U.any() for U in matrices(made[0]))
 
 
 class TestBadInput:
@@ -1203,6 +1229,60 @@ class TestBadInput:
             ledger = Ledger.of(loaded.peft_config["default"])
             assert (ledger.lifetime, len(ledger.trainings)) == (0.03, 1)
             train(loaded, tmp_path / "next", budget(0.02, learning_rate=0.1))  # another's ledger would be refused
+
+    def test_the_card_that_trl_writes_says_how_to_load_the_adapter(self, tmp_path, monkeypatch):
+        uploaded = []
+
+        def upload(folder_path, **_):
+            uploaded.append((Path(folder_path) / "README.md").read_text())
+
+        monkeypatch.setattr(
+            transformers_trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload), raising=False
+        )
+        monkeypatch.setattr(transformers_trainer, "upload_folder", upload, raising=False)
+
+        def repository(trainer, *_, **__):
+            trainer.hub_model_id, trainer.push_in_progress = "me/adapter", None
+
+        monkeypatch.setattr(Trainer, "init_hf_repo", repository)
+        arguments = SFTConfig(
+            str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, max_steps=2, max_length=16
+        )
+        trainer = SFTTrainer(
+            base(), arguments, train_dataset=Dataset.from_list(CHATS), processing_class=with_end(),
+            peft_config=CurloraConfig(r=4), callbacks=[budget()],
+        )  # fmt: skip
+        trainer.train()
+        for _ in range(2):
+            trainer.push_to_hub()
+        assert len(uploaded) == 2
+        for card in uploaded:
+            assert "SFT" in card, "TRL's own card"
+            assert card.count("import curlora  # makes CURLoRA known to PEFT") == 1
+
+    @pytest.mark.parametrize("kind", ["curlora", "lora"])
+    def test_trackers_are_given_no_checkpoint_before_the_limits_are_held(self, kind, tmp_path, monkeypatch):
+        seen, holding = [], []
+
+        class Uploads(TrainerCallback):
+            """A tracker as transformers integrates them."""
+
+            def on_save(self, args, state, control, **kwargs):
+                seen.append((state.global_step, holding[0].outcome is not None))
+
+        Uploads.__module__ = "transformers.integrations.integration_utils"
+        make = (
+            fresh if kind == "curlora" else lambda: get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
+        )
+        for _ in range(2):  # a second training holds back as the first
+            holding[:] = [budget(learning_rate=0.1)]
+            trainer = train(
+                make(), tmp_path, holding[0], more=[tracker := Uploads()], save_strategy="steps", save_steps=4
+            )
+            assert seen == [(12, True)]
+            tracker.on_save(trainer.args, trainer.state, trainer.control)  # it is as before
+            assert len(seen) == 2
+            seen.clear()
 
     def test_pushes_are_as_before_if_nothing_begins(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import IterableDataset
 
 from curlora.budget.examples import Examples
+from curlora.guard import GuardError
 from tests.models import llama
 
 
@@ -26,6 +28,29 @@ def test_each_example_is_in_one_batch_and_long_ones_are_fewer(lengths, tokens):
     assert all(ids.numel() <= tokens or len(ids) == 1 for ids in batches)
     assert all(len(ids) <= 8 for ids in batches)
     assert found.tokens == sum(ids.numel() for ids in batches)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_one_label_among_many_examples_is_found(streamed):
+    """What is chosen first has none, as of many long prompts that leave no room for the answer."""
+    rows = [{"input_ids": torch.full((4,), i + 1), "labels": torch.full((4,), -100)} for i in range(400)]
+    rows[317]["labels"] = rows[317]["input_ids"]
+
+    def with_labels(batch):
+        return {key: torch.stack([row[key] for row in batch]) for key in ("input_ids", "labels")}
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(rows)
+
+    loader = SimpleNamespace(dataset=Stream() if streamed else rows, collate_fn=with_labels)
+    found = Examples(loader, 8, 100, seed=0)
+    found.check()
+    assert found.problem is None
+    assert any(bool((batch["labels"] == 318).all(1).any()) for batch in found.batches(llama()))
+    rows[317]["labels"] = rows[0]["labels"]
+    with pytest.raises(GuardError, match="Every label of 400 examples is masked"):
+        Examples(loader, 8, 100, seed=0).check()
 
 
 def test_a_stream_that_can_be_read_only_once_is_left_to_the_training():

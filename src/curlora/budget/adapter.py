@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from transformers.models.auto.modeling_auto import (
 from curlora.guard.calibration import adapter_of
 from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import changes_the_base, without_adapters
+from curlora.tuner.config import CurloraConfig
 from curlora.tuner.format import saved_U
 from curlora.tuner.layer import CurloraLayer
 
-__all__ = ["keep_in_float32", "trained_adapter"]
+__all__ = ["add_how_to_load", "in_half_precision", "keep_in_float32", "trained_adapter"]
 
 _UNTRAINED = "The adapter has no trained parameters. Load it with PeftModel.from_pretrained(..., is_trainable=True)."
+_HALF = (torch.bfloat16, torch.float16)
 _WITHOUT_PERPLEXITY = {
     name
     for names in (MODEL_FOR_MASKED_LM_MAPPING_NAMES, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
@@ -65,6 +68,16 @@ def trained_adapter(model: nn.Module, adapter: str | None) -> tuple[str, bool]:
     return adapter or active[0], False
 
 
+def in_half_precision(model: nn.Module) -> bool:
+    """Return whether a trained ``U`` is in half precision."""
+    return any(
+        U.requires_grad and U.dtype in _HALF
+        for layer in model.modules()
+        if isinstance(layer, CurloraLayer)
+        for U in layer.curlora_U.parameters()
+    )
+
+
 def keep_in_float32(model: nn.Module) -> None:
     """Convert trained ``U`` in half precision to float32, and undo the rounding where the exact values are known.
 
@@ -83,7 +96,7 @@ def keep_in_float32(model: nn.Module) -> None:
     for path, layer in layers.items():
         for name, matrix in layer.matrices.items():
             U = matrix.weight
-            if not (U.requires_grad and U.dtype in (torch.bfloat16, torch.float16)):
+            if not (U.requires_grad and U.dtype in _HALF):
                 continue
             known = [matrix.trained, saved(name).get(path.removeprefix("base_model.model."))]
             exact = next((one for one in known if one is not None and _rounds_to(one, U)), None)
@@ -97,6 +110,14 @@ def keep_in_float32(model: nn.Module) -> None:
             "this training.",
             stacklevel=4,
         )
+
+
+def add_how_to_load(model: nn.Module, folder: Path) -> None:
+    """Let the model card in a folder say how to load the model's CURLoRA adapter, if it has one."""
+    base: Any = getattr(model, "get_base_model", lambda: model)()
+    for config in getattr(model, "peft_config", {}).values():
+        if isinstance(config, CurloraConfig):
+            config.add_how_to_load(folder, {"base_model_class": type(base).__name__})
 
 
 def _rounds_to(exact: Tensor, U: Tensor) -> bool:

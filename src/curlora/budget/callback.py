@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,21 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
-from curlora._compat import scale_base_rate
-from curlora.budget.adapter import keep_in_float32, trained_adapter
+from curlora._compat import scale_base_rate, when_the_card_is_written
+from curlora.budget.adapter import add_how_to_load, in_half_precision, keep_in_float32, trained_adapter
 from curlora.budget.examples import Examples
 from curlora.budget.guard_restraint import GuardRestraint
 from curlora.budget.limited_texts import LimitedTexts
 from curlora.budget.outcome import Outcome
 from curlora.budget.penalty_restraint import PenaltyRestraint
+from curlora.budget.pushes import Pushes
 from curlora.budget.restraint import Restraint
 from curlora.budget.start import UNKNOWN, Start
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
-from curlora.guard.processes import in_all, of_first
+from curlora.guard.processes import in_all, of_first, rank_and_count
 from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
 from curlora.guard.texts import Texts
@@ -162,7 +163,7 @@ class ForgettingBudget(TrainerCallback):
         self._held: _Held | None = None
         self._start: Start | None = None
         self._rate = math.nan
-        self._pushing: HubStrategy | None = None  # the strategy of pushes, while they are held back
+        self._pushes = Pushes()
         self._last_saved: list[Tensor] = []  # the trained parameters in the newest checkpoint
         self._recorded: list[Tensor] = []  # the trained parameters of the outcome
 
@@ -182,7 +183,7 @@ class ForgettingBudget(TrainerCallback):
         try:
             self._set_up(args, state, control, kwargs)
         except BaseException:
-            self._push_again(args)
+            self._pushes.release(args)
             raise
 
     def on_step_begin(
@@ -205,14 +206,20 @@ class ForgettingBudget(TrainerCallback):
         except Exception as error:
             held.save_before_raising(error, control)
         else:  # the limits are held, and the last checkpoint comes next
-            self._push_again(args)
+            self._pushes.release(args)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._held is not None and state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        if self._held is not None:
             # The trainer copies the files that PEFT knows from the checkpoint to the folder that it pushes.
-            self._held.restraint.save_record(Path(args.output_dir))
+            self._held.restraint.save_record(folder)
+        add = functools.partial(add_how_to_load, kwargs["model"], folder)
+        add()
+        when_the_card_is_written(self, add)
 
     def on_log(
         self,
@@ -229,19 +236,22 @@ class ForgettingBudget(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._start is not None and self._held is not None and folder.is_dir():
-            self._last_saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
-            kept = 1.0 if self._held.kept is None else self._held.kept.scale
-            self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
+        if self._start is not None and self._held is not None:
+            # In all processes, also in one that does not see the folder: sharded parameters are gathered.
+            saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
+            if folder.is_dir():
+                self._last_saved = saved
+                kept = 1.0 if self._held.kept is None else self._held.kept.scale
+                self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
         if self._held is not None and self._held.failed:
-            self._push_again(args)
+            self._pushes.release(args)
             self._held.on_save(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         held = self._holding
-        self._push_again(args)
+        self._pushes.release(args)
         held.restraint.on_train_end(args, state, control, **kwargs)
         kept = self._kept_before(held)
         held.finish()
@@ -280,13 +290,20 @@ class ForgettingBudget(TrainerCallback):
             self._held = None
         model, processing = kwargs["model"], kwargs.get("processing_class")
         adapter, guarded = trained_adapter(model, self.adapter)
+        if in_half_precision(model):  # the budget was added to a trainer that was there, or model_init made the model
+            if state.global_step or rank_and_count()[1] > 1:  # the optimizer's state, or DDP's, is in half precision
+                raise GuardError(
+                    "U has been rounded to half precision before the budget could keep it in float32. Pass the budget "
+                    "to the trainer as it is made: callbacks=[budget], with a model instead of model_init."
+                )
+            keep_in_float32(model)
         if interrupted and not guarded:  # a CURLoRA adapter does not match its ledger then
             raise GuardError(
                 "The last training under this budget did not come to its end and has changed the adapter, so "
                 "forgetting would be counted from there. Resume it (resume_from_checkpoint), or begin again with a new "
                 "adapter."
             )
-        self._pushing = _hold_pushes(args) or self._pushing
+        self._pushes.hold(self, args)
         tokenizer = getattr(processing, "tokenizer", processing)
         tokens = self.batch_size * self.max_length
         examples = Examples(kwargs.get("train_dataloader"), self.batch_size, tokens, self.seed)
@@ -331,11 +348,6 @@ class ForgettingBudget(TrainerCallback):
         held.restraint.record(state.global_step, outcome)
         self.outcome = outcome
         self._recorded = [whole(parameter.detach()).clone() for parameter in held.restraint.parameters]
-
-    def _push_again(self, args: TrainingArguments) -> None:
-        """Restore the strategy of pushes that :func:`_hold_pushes` has changed."""
-        if self._pushing is not None:
-            args.hub_strategy, self._pushing = self._pushing, None
 
     @property
     def _holding(self) -> _Held:
@@ -433,20 +445,6 @@ class ForgettingBudget(TrainerCallback):
                 "training began with."
             )
         return Start.from_bytes(content, STATE_NAME)
-
-
-def _hold_pushes(args: TrainingArguments) -> HubStrategy | None:
-    """Let no checkpoint be pushed to the hub before the limits are held, and return the strategy that was set."""
-    strategy = HubStrategy(args.hub_strategy)
-    if not args.push_to_hub or strategy == HubStrategy.END:
-        return None
-    warnings.warn(
-        f"hub_strategy={strategy.value!r} pushes checkpoints during training, when the limits are not held yet. Within "
-        "a budget only the last checkpoint is pushed.",
-        stacklevel=4,
-    )
-    args.hub_strategy = HubStrategy.END
-    return strategy
 
 
 class _Held(MeasuredLimit):

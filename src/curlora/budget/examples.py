@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ COUNT = 128
 class Examples:
     """At most ``COUNT`` of the task's training examples, in batches as the Trainer collates them.
 
+    If every label of the first choice is masked, others are chosen.
+
     Args:
         loader: the Trainer's data loader.
         batch_size: the largest number of examples in a batch.
@@ -34,25 +37,33 @@ class Examples:
         self.dataset, self.collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         self.batch_size, self.most_tokens = batch_size, tokens
         self.problem: str | None = None
-        self._chosen: list[Any] = []
+        self._batches: list[dict[str, Tensor]] = []
+        self._seen = 0  # examples that were looked at
         if self.dataset is None or self.collate is None:
             self.problem = "the trainer has no data loader to take examples from"
         elif isinstance(self.dataset, IterableDataset) or not hasattr(self.dataset, "__getitem__"):
             if _is_one_pass(self.dataset):
                 self.problem = "the data can be iterated only once"
             else:
-                self._chosen = [one for one, _ in zip(self.dataset, range(COUNT), strict=False)]
+                self._choose(iter(self.dataset))
         else:
-            generator = torch.Generator().manual_seed(seed)
-            order = torch.randperm(len(self.dataset), generator=generator)[:COUNT].tolist()
-            self._chosen = [self.dataset[i] for i in order]
-        self._batches: list[dict[str, Tensor]] = []
-        if self.problem is None:
-            self._batches, self.problem = self._read()
+            order = torch.randperm(len(self.dataset), generator=torch.Generator().manual_seed(seed))
+            self._choose(self.dataset[i] for i in order.tolist())
 
-    def _read(self) -> tuple[list[dict[str, Tensor]], str | None]:
+    def _choose(self, examples: Iterator[Any]) -> None:
+        """Take the first ``COUNT`` examples; while no label of them is left to learn, the next ones."""
+        chosen = list(itertools.islice(examples, COUNT))
+        while True:
+            self._seen += len(chosen)
+            self._batches, self.problem = self._read(chosen)
+            if self.problem is not None or self._any_label():
+                return
+            if not (chosen := list(itertools.islice(examples, COUNT))):
+                return
+
+    def _read(self, chosen: Sequence[Any]) -> tuple[list[dict[str, Tensor]], str | None]:
         """Return the batches, and the reason if they cannot be used, else ``None``."""
-        found = [_labelled(batch) for batch in self._collated()]
+        found = [_labelled(batch) for batch in self._collated(chosen)]
         if not found:
             return [], "there are no examples"
         labelled = [batch for batch in found if batch is not None]
@@ -65,13 +76,15 @@ class Examples:
         Raises:
             GuardError: if every label is masked.
         """
-        batches = self._batches
-        # The first token of a row has nothing before it, so its label is not learned.
-        if self.problem is None and not any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in batches):
+        if self.problem is None and not self._any_label():
             raise GuardError(
-                f"Every label of {len(self._chosen)} examples is masked (-100), so there is nothing to learn: are "
+                f"Every label of {self._seen:,} examples is masked (-100), so there is nothing to learn: are "
                 "the answers cut off by max_length, or does the chat template mark no turn as the assistant's?"
             )
+
+    def _any_label(self) -> bool:
+        # The first token of a row has nothing before it, so its label is not learned.
+        return any(bool((batch["labels"][:, 1:] != IGNORED).any()) for batch in self._batches)
 
     @property
     def tokens(self) -> int:
@@ -88,10 +101,10 @@ class Examples:
             batch = found[number % len(found)]
             yield {key: value.to(device) if to_device else value for key, value in batch.items()}
 
-    def _collated(self) -> Iterator[Any]:
+    def _collated(self, chosen: Sequence[Any]) -> Iterator[Any]:
         with torch.random.fork_rng(devices=[]):
-            for begin in range(0, len(self._chosen), self.batch_size):
-                yield from self._in_batches(self._chosen[begin : begin + self.batch_size])
+            for begin in range(0, len(chosen), self.batch_size):
+                yield from self._in_batches(chosen[begin : begin + self.batch_size])
 
     def _in_batches(self, examples: Sequence[Any]) -> Iterator[Any]:
         assert self.collate is not None

@@ -17,6 +17,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.ledger import TextOutcome
 from curlora.guard.model_pass import perplexity
 from curlora.guard.own_text import own_text
+from curlora.guard.processes import rank_and_count
 from curlora.guard.progress import Shown, part_of, stage
 from curlora.guard.share import as_share
 from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
@@ -86,7 +87,7 @@ class LimitedTexts:
                 "processing_class=tokenizer to the trainer, or give texts."
             )
         for name, text in texts.items():
-            if isinstance(text, str):  # a Path says so itself
+            if isinstance(text, str) and rank_and_count()[0] == 0:  # a Path says so itself
                 _logger.warning("The text %r is read from the file %s.", name, text)
         tokens, length = self.tokens, self.max_length
         writing = part_of(shown, WRITTEN * tokens)
@@ -122,14 +123,14 @@ class LimitedTexts:
         """Return what :meth:`worst_share` has measured last, for each text."""
         return {
             name: TextOutcome(
-                before=before,
-                after=(now := self._measured[name]),
+                before=(before := start.base[name]),
+                after=now,
                 rise=now / before - 1,
                 limit=start.limits[name],
                 tokens=sum(map(len, self.rows.get(name, []))),
                 sha256=digest(self.rows[name]) if name in self.rows else None,
             )
-            for name, before in start.base.items()
+            for name, now in self._measured.items()
         }
 
     def limits_from(

@@ -252,10 +252,19 @@ class CurloraConfig(PeftConfig):
             (folder / name).write_bytes(content)
         if LEDGER_NAME not in self.beside:  # one that is there belongs to an adapter that was saved there before
             (folder / LEDGER_NAME).unlink(missing_ok=True)
-        card = folder / "README.md"  # PEFT has written it before; transformers' own save_pretrained writes none
+        self.add_how_to_load(folder, kwargs.get("auto_mapping_dict"))
+
+    def add_how_to_load(self, folder: Path, auto_mapping: dict[str, Any] | None = None) -> None:
+        """Let the model card of a saved adapter say how to load it, if there is a card that does not say it yet.
+
+        Args:
+            folder: the adapter's folder. PEFT writes a card into it, transformers' own ``save_pretrained`` none.
+            auto_mapping: the classes of the base model, as PEFT saves them.
+        """
+        card = folder / "README.md"
         if card.exists() and "import curlora" not in (text := card.read_text(encoding="utf-8")):
             base = self.base_model_name_or_path or "the base model"
-            how = _HOW_TO_LOAD.format(base=base, model_class=self._model_class(kwargs.get("auto_mapping_dict")))
+            how = _HOW_TO_LOAD.format(base=base, model_class=self._model_class(auto_mapping))
             card.write_text(f"{text.rstrip()}\n{how}", encoding="utf-8")
 
     def _model_class(self, auto_mapping: dict[str, Any] | None) -> str:
