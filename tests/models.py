@@ -83,11 +83,11 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]")
 
 
-def save_base(folder):
+def save_base(folder, chat_template=None):
     """Save a small model with a tokenizer that has an end-of-text token, in place of one from the hub."""
     llama(initializer_range=0.2).save_pretrained(folder)
     tokenizer = word_tokenizer()
-    tokenizer.eos_token = WORDS[-1]
+    tokenizer.eos_token, tokenizer.chat_template = WORDS[-1], chat_template
     tokenizer.save_pretrained(folder)
 
 

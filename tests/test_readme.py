@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from datasets import Dataset
 
 from curlora.continual.recipe_file import load_recipe
 from curlora.guard import Ledger
 from tests.models import layers, save_base
+from tests.train.conftest import TEMPLATE
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -26,14 +26,14 @@ def test_the_recipe_is_one(tmp_path):
 
 
 def test_the_python_runs(tmp_path, monkeypatch):
-    """With a small local model in the place of the hub's."""
+    """On the line of data that is shown, with a small local model in the place of the hub's."""
     monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
-    save_base(tmp_path / "base")
+    save_base(tmp_path / "base", chat_template=TEMPLATE)
+    (tmp_path / "chat.jsonl").write_text(block("json") * 12)
     monkeypatch.chdir(tmp_path)
-    names = {"conversations": Dataset.from_list([{"prompt": f"w{i} w2 ", "completion": "w3"} for i in range(12)])}
+    names = {}
     for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=32", "(r=4")
-        exec(re.sub(r'SFTConfig\("out"\),  # on a CPU: (.*)', r"\1,", code), names)
+        exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")), names)
     assert len(Ledger.load("my-adapter").trainings) == 1
     trained = [layer.curlora_U["default"].weight for layer in layers(names["trainer"].model)]
     assert any(U.any() for U in trained)
@@ -43,5 +43,5 @@ def test_the_python_runs(tmp_path, monkeypatch):
 
 def test_the_files_it_points_to_exist():
     root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    for target in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\"]+)[)#\"]", README):
         assert (root / target).exists(), target

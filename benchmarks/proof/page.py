@@ -70,14 +70,16 @@ def summary(entries):
     """Of three methods: the most that each learned within ``WITHIN``, and what it forgot over the stream."""
     results = RunResults.load(HERE / "stream" / "results.json")
     run = results.by_order()[tuple(task.name for task in results.tasks)]
-    measure, over_stream = TaskMeasure.of(run), {method.name: method for method in run.methods}
+    measure, over_stream = TaskMeasure.of(run), {point.method.name: point for point in points(run)}
     rows = []
     for name, entry, of_stream in SUMMARIZED:
-        point, method = best_within(entries[entry]), over_stream[of_stream]
-        figures = [f"{point.learned.mean:.2f}", f"{point.mean.mean:.3f}", f"{measure.forgetting(method).mean:.3f}"]
-        seeds = f"{len(point.method.seeds)} and {len(method.seeds)}"
-        rows.append([name, f"{method.trainable_parameters:,}", *figures, seeds])
-    return table(["", "parameters", "learned", "other text moved by", "earlier tasks forgot", "seeds"], rows)
+        point, later = best_within(entries[entry]), over_stream[of_stream]
+        figures = [f"{point.learned.mean:.2f}", f"{point.mean.mean:.3f}", f"{later.mean.mean:.3f}"]
+        seeds = f"{len(point.method.seeds)} and {len(later.method.seeds)}"
+        forgotten = f"{measure.forgetting(later.method).mean:.3f}"
+        rows.append([name, f"{later.method.trainable_parameters:,}", *figures, forgotten, seeds])
+    header = ["", "parameters", "one task: learned", "other text moved by", "three tasks: other text moved by"]
+    return table([*header, "earlier tasks forgot", "seeds"], rows)
 
 
 HEADER = ["", "", "parameters", "learned", "KL, guard's text", "KL, not shown: mean", "worst"]
