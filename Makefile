@@ -35,11 +35,10 @@ notebooks: $(INSTALLED)
 pages: $(INSTALLED)
 	$(BIN)/python benchmarks/pages.py
 
-# Repeat the measurements of docs/benchmarks.md: about 50 minutes on two otherwise idle cores.
+# Repeat the measurements of docs/benchmarks.md: less than an hour on two otherwise idle cores.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/speed/step.py
 	$(BIN)/python benchmarks/speed/attach.py
-	$(BIN)/python benchmarks/speed/growth.py
 	$(BIN)/python benchmarks/speed/storage.py
 	$(BIN)/python benchmarks/pages.py
 

@@ -159,31 +159,45 @@ def test_lm_eval_reads_an_adapter_and_its_conversion(tmp_path, monkeypatch):
 
 
 def test_the_trainers_python_runs(tmp_path, monkeypatch):
-    """In that order: the last block goes on from what the first has saved."""
     save_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
-    pair = {"prompt": "w1 w2 ", "completion": "w3", "chosen": "w3", "rejected": "w4 w5"}
     names = {
         "train_dataset": [{"input_ids": row, "labels": row} for row in tokens(batch=4)],
         "tasks": [[{"input_ids": row, "labels": row} for row in tokens(seed, batch=4)] for seed in range(2)],
         "general_rows": list(tokens(seed=5, batch=2)),
-        "conversations": Dataset.from_list([{k: pair[k] for k in ("prompt", "completion")}] * 4),
-        "preferences": Dataset.from_list([{k: pair[k] for k in ("prompt", "chosen", "rejected")}] * 4),
-        "prompts": Dataset.from_list([{"prompt": f"w{i} w2 "} for i in range(4)]),
+        "conversations": Dataset.from_list([{"prompt": "w1 w2 ", "completion": "w3"}] * 4),
     }
-    *supervised, rewarded = blocks("trainers.md", "python")
-    for block in supervised:
+    for block in blocks("trainers.md", "python"):
         code = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tmp_path / "base")).replace("(r=16)", "(r=4)")
         exec(code.replace('Config("out"', 'Config("out", bf16=False'), names)
         assert all(layer.curlora_U["default"].weight.any() for layer in layers(names["trainer"].model))
+
+
+def test_the_preferences_python_runs(tmp_path, monkeypatch):
+    """In that order: the second block goes on from what the first has saved."""
+    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+    save_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"w{i} w2 ", "chosen": "w3", "rejected": "w4 w5"} for i in range(16)]
+    names = {
+        "preferences": Dataset.from_list(pairs[:8]),
+        "more_preferences": Dataset.from_list(pairs[8:]),
+        "prompts": Dataset.from_list([{"prompt": f"w{i} w2 "} for i in range(4)]),
+    }
+    first, second, rewarded = (
+        block.replace(BASE, str(tmp_path / "base")) for block in blocks("preferences.md", "python")
+    )
+    exec(first, names)
+    exec(second, names)
     saved = PeftModel.from_pretrained(llama(initializer_range=0.2), "my-adapter")
     for one, two in zip(layers(saved), layers(names["trainer"].model), strict=True):
+        assert one.curlora_U["default"].weight.any()
         assert torch.equal(one.curlora_U["default"].weight, two.curlora_U["ref"].weight)
-    code = rewarded.replace(BASE, str(tmp_path / "base")).replace("(r=16)", "(r=4)")
-    sizes = "bf16=False, max_steps=1, max_completion_length=8, num_generations=4, per_device_train_batch_size=4"
-    monkeypatch.setenv("CURLORA_CACHE_DIR", str(tmp_path / "cache"))
+        assert not torch.equal(one.curlora_U["default"].weight, two.curlora_U["default"].weight)
+    assert len(Ledger.of(names["trainer"].model.peft_config["default"]).trainings) == 2
+    sizes = "max_steps=1, max_completion_length=8, num_generations=4, per_device_train_batch_size=4"
     with pytest.warns(UserWarning, match="Columns and rows are not chosen for the task"):
-        exec(code.replace('Config("out"', f'Config("out", {sizes}'), names)
+        exec(rewarded.replace("bf16=False", f"bf16=False, {sizes}"), names)
     assert any(layer.curlora_U["default"].weight.any() for layer in layers(names["trainer"].model))
     assert names["trainer"].state.log_history[-1]["perplexity_rise/own text"] <= 0.01
 

@@ -18,9 +18,9 @@ SHAPE = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num
 TARGETS = {"query, key, value": QKV, "all linear layers": ALL}
 
 
-def smollm2(layers: int = 30, **changes: int) -> LlamaModel:
+def smollm2(layers: int = 30) -> LlamaModel:
     """Return the model without its embedding table: inputs are embeddings, outputs are the last hidden states."""
-    return LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=layers, **SHAPE | changes)).requires_grad_(False)
+    return LlamaModel(LlamaConfig(vocab_size=8, num_hidden_layers=layers, **SHAPE)).requires_grad_(False)
 
 
 class DenseCUR(nn.Module):

@@ -19,13 +19,12 @@ MIB = 2**20
 def tables():
     return {
         "machine": machine(), "headline": headline(), "sizes": sizes(), "attach": attach(), "load": load(),
-        "many": many(), "storage": storage(), "growth": growth(),
+        "many": many(), "storage": storage(),
     }  # fmt: skip
 
 
 def figures(docs):
     plot_sizes(docs / "overhead.svg")
-    plot_growth(docs / "growth.svg")
 
 
 def lines(name):
@@ -36,7 +35,6 @@ def machine():
     said = []
     for name, what in (
         ("step", "steps and inference"),
-        ("growth", "how they grow"),
         ("attach", "attaching and loading"),
     ):
         rows = lines(name)
@@ -157,40 +155,6 @@ def storage():
         ])  # fmt: skip
     return table(["model", "adapted", "rank", "CURLoRA: parameters", "file", "LoRA: parameters", "file",
                   "LoRA's over CURLoRA's"], rows)  # fmt: skip
-
-
-def growth():
-    """Return the table of costs while one quantity varies, with the formula's value beside each count."""
-    rows = []
-    for row in lines("growth"):
-        over, inference, formula = row["step"]["over"], row["inference"]["over"], row["formula"]
-        rows.append([
-            row["grows"], f"{row[row['grows']]:,}", f"{1000 * row['step']['floor']:,.0f} ms",
-            f"{1000 * over['curlora']:,.1f} ms", f"{1000 * over['lora']:,.1f} ms",
-            f"{1000 * inference['curlora']:,.1f} ms", f"{1000 * inference['lora']:,.1f} ms",
-            f"{row['flops']['curlora'] / 1e9:.3f} G ({formula['flops'] / 1e9:.3f})",
-            f"{row['kept']['curlora'] / MIB:.2f} MiB ({formula['kept'] / MIB:.2f})",
-            f"{row['file'] / 1024:,.0f} KiB ({formula['file'] / 1024:,.0f})",
-        ])  # fmt: skip
-    return table(["", "", "a step without", "CURLoRA adds", "LoRA adds", "to inference, CURLoRA", "LoRA",
-                  "FLOPs of a step", "kept for backward", "file"], rows)  # fmt: skip
-
-
-def plot_growth(path):
-    rows = lines("growth")
-    if not rows:
-        return
-    figure, axes = plt.subplots(1, 4, figsize=(11, 2.8), layout="constrained")
-    for axis, what in zip(axes, dict.fromkeys(row["grows"] for row in rows), strict=True):
-        points = [row for row in rows if row["grows"] == what]
-        for method in ("curlora", "lora"):
-            added = [1000 * row["step"]["over"][method] for row in points]
-            axis.plot([row[what] for row in points], added, "o-", color=COLORS[method], label=NAMES[method])
-        axis.set(xlabel=what, xscale="log", yscale="log")
-        ticks(axis, [row[what] for row in points])
-    axes[0].set_ylabel("added to a step, ms")
-    axes[0].legend(frameon=False)
-    save(figure, path)
 
 
 def plot_sizes(path):
