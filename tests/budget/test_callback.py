@@ -36,8 +36,8 @@ from typer.testing import CliRunner
 from curlora import CurloraConfig, ForgettingBudget, calibrate
 from curlora.budget import limited_texts
 from curlora.budget.adapter import keep_in_float32
-from curlora.budget.callback import STATE_NAME
 from curlora.budget.guard_restraint import GuardRestraint
+from curlora.budget.start import STATE_NAME
 from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.learning_rate import learning_rate

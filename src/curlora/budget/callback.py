@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from curlora._compat import scale_base_rate, when_the_card_is_written
+from curlora._compat import when_the_card_is_written
 from curlora.budget.adapter import add_how_to_load, in_half_precision, keep_in_float32, trained_adapter
 from curlora.budget.examples import Examples
 from curlora.budget.guard_restraint import GuardRestraint
+from curlora.budget.learning_rate import set_rate
 from curlora.budget.limited_texts import LimitedTexts
 from curlora.budget.outcome import Outcome
 from curlora.budget.penalty_restraint import PenaltyRestraint
@@ -27,16 +28,13 @@ from curlora.budget.start import UNKNOWN, Start
 from curlora.guard.callback import act_first
 from curlora.guard.errors import GuardError
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
-from curlora.guard.processes import in_all, of_first, rank_and_count
+from curlora.guard.processes import in_all, rank_and_count
 from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
 from curlora.guard.texts import Texts
-from curlora.storage import write_whole
 from curlora.tuner.sharded import whole
 
 __all__ = ["ForgettingBudget"]
-
-STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
 
 
 class ForgettingBudget(TrainerCallback):
@@ -242,7 +240,7 @@ class ForgettingBudget(TrainerCallback):
             if folder.is_dir():
                 self._last_saved = saved
                 kept = 1.0 if self._held.kept is None else self._held.kept.scale
-                self._write(dataclasses.replace(self._start, kept=kept), folder / STATE_NAME, state)
+                dataclasses.replace(self._start, kept=kept).write(folder, state)
         if self._held is not None and self._held.failed:
             self._pushes.release(args)
             self._held.on_save(args, state, control, **kwargs)
@@ -312,7 +310,7 @@ class ForgettingBudget(TrainerCallback):
         self._texts.read(model, tokenizer, self._shown)
         restraint = self._guard(model, adapter, examples) if guarded else self._penalty(model, adapter, examples)
         if state.global_step:
-            self._start = self._found(args, state)
+            self._start = Start.find(args, state)
             if self._start.lifetime not in (UNKNOWN, self.lifetime):
                 raise GuardError(
                     f"The training that resumes began with lifetime={self._start.lifetime}, and now it is "
@@ -326,10 +324,13 @@ class ForgettingBudget(TrainerCallback):
             restraint.set_limits(self._start.limits, self.limit)
         else:
             self._start = self._begun(model, restraint)
-            self._write(self._start, Path(args.output_dir) / STATE_NAME, state)
+            self._start.write(Path(args.output_dir), state)
         start = self._start
         self._held = _Held(restraint, lambda: 1.0 + self._texts.worst_share(model, start), start.before)
-        self._set_rate(restraint, args, state, kwargs)
+        self._rate = set_rate(
+            restraint, self.learning_rate, args, state.max_steps, kwargs["optimizer"], kwargs.get("lr_scheduler"),
+            last=self._rate,
+        )  # fmt: skip
         self._held.on_train_begin(args, state, control, **kwargs)
         restraint.on_train_begin(args, state, control, **kwargs)
 
@@ -382,69 +383,6 @@ class ForgettingBudget(TrainerCallback):
         return Start(
             before_training, base, limits, restraint.state_dict(), stated=self._texts.stated(), lifetime=self.lifetime
         )
-
-    def _set_rate(
-        self, restraint: Restraint, args: TrainingArguments, state: TrainerState, kwargs: Mapping[str, Any]
-    ) -> None:
-        default = next(f.default for f in dataclasses.fields(type(args)) if f.name == "learning_rate")
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        trained = {id(parameter) for parameter in restraint.parameters}
-        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        if missing := len(trained - known):
-            raise GuardError(
-                f"The optimizer does not train {missing} of the {len(trained)} trained parameters of {restraint.moved}."
-                " Create it from this model's parameters, or let the trainer create it."
-            )
-        given = [
-            group.get("initial_lr", group["lr"])
-            for group in optimizer.param_groups
-            if any(id(parameter) in trained for parameter in group["params"])
-        ]
-        # The user has chosen the rate in the arguments, or made an optimizer. A Trainer that trains again has the
-        # optimizer of the last time, at the rate that was set then.
-        chosen = args.learning_rate != default or any(rate not in (args.learning_rate, self._rate) for rate in given)
-        rule = None if chosen else restraint.learning_rate(state.max_steps)
-        rate = self.learning_rate or rule
-        set_on_purpose = self.learning_rate or (max(given, default=args.learning_rate) if chosen else None)
-        if set_on_purpose and (problem := restraint.problem_of(set_on_purpose, state.max_steps)) is not None:
-            warnings.warn(problem, stacklevel=3)
-        if rate is None:
-            self._rate = max(given, default=args.learning_rate)
-            return
-        self._rate = rate
-        rated = {id(parameter) for parameter in (restraint.parameters if self.learning_rate else restraint.rated)}
-        for number, group in enumerate(optimizer.param_groups):
-            mine = [id(parameter) in rated for parameter in group["params"]]
-            if any(mine) and not all(mine):
-                raise GuardError(
-                    f"{mine.count(False)} parameters other than {restraint.moved} are in the same optimizer group, "
-                    f"and the budget's learning rate, {rate:.2g}, does not suit them. Leave modules_to_save and "
-                    "trained biases out, or set learning_rate in the training arguments."
-                )
-            if any(mine):
-                scale_base_rate(optimizer, kwargs.get("lr_scheduler"), number, rate)
-
-    # The state that a resumed training needs
-
-    def _write(self, start: Start, path: Path, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, start.to_bytes())
-
-    def _found(self, args: TrainingArguments, state: TrainerState) -> Start:
-        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)]
-        if isinstance(args.resume_from_checkpoint, str):
-            folders.insert(0, Path(args.resume_from_checkpoint))
-        there = (folder / STATE_NAME for folder in folders if (folder / STATE_NAME).exists())
-        path = next(there, None) if state.is_world_process_zero else None
-        content: bytes | None = of_first(None if path is None else path.read_bytes())
-        if content is None:
-            raise GuardError(
-                f"The training resumes at step {state.global_step}, and the state of its budget was not found: "
-                f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Set output_dir to the folder that the "
-                "training began with."
-            )
-        return Start.from_bytes(content, STATE_NAME)
 
 
 class _Held(MeasuredLimit):

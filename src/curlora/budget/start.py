@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import TrainerState, TrainingArguments
 
 from curlora.guard.errors import GuardError
 from curlora.guard.ledger import pack, unpack
+from curlora.guard.processes import of_first
+from curlora.storage import write_whole
 
-__all__ = ["UNKNOWN", "Start"]
+__all__ = ["STATE_NAME", "UNKNOWN", "Start"]
 
 UNKNOWN = "unknown"
+STATE_NAME = "forgetting_budget.safetensors"  # in the Trainer's output folder and in its checkpoints
 
 
 @dataclasses.dataclass
@@ -56,3 +61,30 @@ class Start:
             before, about["base"], about["limits"], restraint, about.get("kept", 1.0), about.get("stated", {}),
             about.get("lifetime", UNKNOWN),
         )  # fmt: skip
+
+    def write(self, folder: Path, state: TrainerState) -> None:
+        """Write the state into a folder, from the first process."""
+        if state.is_world_process_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / STATE_NAME, self.to_bytes())
+
+    @classmethod
+    def find(cls, args: TrainingArguments, state: TrainerState) -> Start:
+        """Read the state of a training that resumes, from its checkpoint or its output folder.
+
+        Raises:
+            GuardError: if it is in neither.
+        """
+        folders = [Path(args.output_dir) / f"checkpoint-{state.global_step}", Path(args.output_dir)]
+        if isinstance(args.resume_from_checkpoint, str):
+            folders.insert(0, Path(args.resume_from_checkpoint))
+        there = (folder / STATE_NAME for folder in folders if (folder / STATE_NAME).exists())
+        path = next(there, None) if state.is_world_process_zero else None
+        content: bytes | None = of_first(None if path is None else path.read_bytes())
+        if content is None:
+            raise GuardError(
+                f"The training resumes at step {state.global_step}, and the state of its budget was not found: "
+                f"{STATE_NAME} is in none of {', '.join(map(str, folders))}. Set output_dir to the folder that the "
+                "training began with."
+            )
+        return cls.from_bytes(content, STATE_NAME)
