@@ -421,6 +421,27 @@ def test_merging_into_one_of_two_tied_weights_unties_them(targets, tmp_path):
     close(LlamaForCausalLM.from_pretrained(tmp_path).eval()(tokens()).logits, before)
 
 
+@pytest.mark.parametrize("unload", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_merging_an_inactive_adapter_unties_its_layers_and_no_other(unload):
+    model = curlora(tied_llama(), target_modules=["q_proj"], adapter_name="active")
+    model.add_adapter("named", CurloraConfig(r=4, target_modules=["lm_head"]))
+    randomize(model, "named")
+    model.base_model.set_adapter("named")
+    expected = model(tokens()).logits
+    model.base_model.set_adapter("active")
+    head, embedding = model.get_base_model().lm_head, model.get_input_embeddings()
+    before = embedding.weight.clone()
+    model.merge_adapter(adapter_names=["active"])
+    assert head.get_base_layer().weight is embedding.weight
+    model.unmerge_adapter()
+    if unload:
+        close(model.merge_and_unload(adapter_names=["named"])(tokens()).logits, expected)
+    else:
+        model.merge_adapter(adapter_names=["named"])
+    assert torch.equal(embedding.weight, before)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_tied_adapters_are_one(tmp_path):
     model = get_peft_model(

@@ -182,13 +182,19 @@ class CurloraModel(BaseTuner):
             yield
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        _untie(self.model)
+        _untie(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
-    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
         if merge:
-            _untie(self.model)
-        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+            _untie(self.model, adapter_names)
+        unloaded: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         return unloaded
 
     @torch.no_grad()
@@ -420,13 +426,21 @@ def _trained(layer: CurloraLayer, adapter_name: str) -> bool:
     return not U.is_meta and bool(U.any())
 
 
-def _untie(model: nn.Module) -> None:
-    """Give each adapted layer that shares its weight with another module its own copy: a merge would change both."""
+def _untie(model: nn.Module, adapter_names: Sequence[str] | None) -> None:
+    """Give each layer that shares its weight with another module its own copy: a merge into it would change both.
+
+    Args:
+        model: the base model.
+        adapter_names: the adapters that will be merged; each layer's active ones if ``None``.
+    """
     owners: Counter[int] = Counter()
     for module in model.modules():
         owners.update(id(parameter) for parameter in module.parameters(recurse=False))
     for layer in model.modules():
-        if isinstance(layer, CurloraLinear) and layer._active() and not layer.merged:
+        if not isinstance(layer, CurloraLinear) or layer.merged:
+            continue
+        names = layer.active_adapters if adapter_names is None else adapter_names
+        if any(name in layer.curlora_U for name in names):
             base: Any = layer.get_base_layer()
             weight = getattr(base, "weight", None)
             if isinstance(weight, nn.Parameter) and owners[id(weight)] > 1:
