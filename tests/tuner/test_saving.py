@@ -102,6 +102,25 @@ def test_U_has_the_precision_that_is_asked_for_on_a_base_in_half_precision(autoc
         assert torch.equal(U, theirs.curlora_U["default"].weight.to(dtype))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ("v_proj", "q_proj")},
+        {"target_modules": "all-linear", "exclude_modules": ("v_proj", "q_proj")},
+        {"target_modules": ["v_proj"], "layers_to_transform": (1, 0)},
+        {"target_modules": ["v_proj"], "layers_to_transform": (1, 0), "layers_pattern": ("layers", "h")},
+        {"target_modules": ["v_proj"], "modules_to_save": ("norm", "lm_head")},
+        {"target_modules": [], "target_parameters": ("q_proj.weight", "k_proj.weight")},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_options_that_are_tuples_are_loaded_again(options, tmp_path):
+    model = curlora(llama(), **options)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
 def test_load_a_second_adapter_beside_the_first(tmp_path):
     model = curlora(llama(), seed=3)
     model.save_pretrained(tmp_path)

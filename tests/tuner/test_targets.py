@@ -14,6 +14,10 @@ OPTIONS = {
     "exclude names": dict(target_modules="all-linear", exclude_modules=["k_proj", "c_proj"]),
     "exclude by regular expression": dict(target_modules="all-linear", exclude_modules=r".*\.0\..*"),
     "one layer": dict(target_modules=["q_proj", "c_attn"], layers_to_transform=1),
+    "the first layer": dict(target_modules=["q_proj", "c_attn"], layers_to_transform=0),
+    "tuples": dict(
+        target_modules=("q_proj", "v_proj", "c_attn"), exclude_modules=("v_proj",), layers_to_transform=(1, 0)
+    ),
     "layers of a list": dict(
         target_modules=["o_proj", "c_fc"], layers_to_transform=[0], layers_pattern=["layers", "h"]
     ),

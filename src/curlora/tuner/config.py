@@ -159,7 +159,7 @@ class CurloraConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         self._custom_modules: dict[type[nn.Module], type[nn.Module]] = {}
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(value := getattr(self, name), list):
+            if isinstance(value := getattr(self, name), (list, tuple)):
                 setattr(self, name, set(value))
         for label, r in [("r", self.r), *((f"rank_pattern[{k!r}]", v) for k, v in self.rank_pattern.items())]:
             if not isinstance(r, int) or isinstance(r, bool) or r < 1:

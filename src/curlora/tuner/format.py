@@ -117,13 +117,13 @@ def _saved(path: Path, *wanted: str) -> dict[str, dict[str, Tensor]]:
 def digest_of_options(options: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the options that determine what an adapter's tensors mean.
 
-    The digest is the same before saving and after loading. JSON turns sets into lists, so both are sorted; values that
-    JSON cannot hold are hashed as strings.
+    The digest is the same before saving and after loading. JSON turns sets and tuples into lists, so all three are
+    sorted; values that JSON cannot hold are hashed as strings.
 
     Args:
         options: options of the configuration, by name.
     """
-    plain = {key: sorted(value) if isinstance(value, (set, list)) else value for key, value in options.items()}
+    plain = {key: sorted(value) if isinstance(value, (set, list, tuple)) else value for key, value in options.items()}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
