@@ -85,7 +85,14 @@ def test_convolutions_are_refused_with_a_sentence(kind):
 @beside
 @pytest.mark.parametrize("targets", [".*q_proj", "all-linear"])
 @pytest.mark.parametrize(
-    "option", [{"layers_to_transform": [0]}, {"layers_to_transform": 0, "layers_pattern": "layers"}]
+    "option",
+    [
+        {"layers_to_transform": [0]},
+        {"layers_to_transform": 0},
+        {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"layers_to_transform": []},
+        {"layers_pattern": []},
+    ],
 )
 def test_layers_to_transform_with_a_string_is_refused(config, targets, option):
     with pytest.raises(ValueError, match="target_modules"):

@@ -178,7 +178,8 @@ class CurloraConfig(PeftConfig):
             raise ValueError(f"bias must be 'none', 'all' or 'curlora_only', got {self.bias!r}")
         if not 0 <= self.curlora_dropout < 1:
             raise ValueError(f"curlora_dropout must be at least 0 and less than 1, got {self.curlora_dropout!r}")
-        if isinstance(self.target_modules, str) and (self.layers_to_transform or self.layers_pattern) is not None:
+        restricted = self.layers_to_transform is not None or self.layers_pattern is not None
+        if isinstance(self.target_modules, str) and restricted:
             raise ValueError(
                 f"layers_to_transform and layers_pattern have no effect where target_modules is a string, and it is "
                 f"{self.target_modules!r}: give a list of names, or put the layers' indices into the expression"
