@@ -193,6 +193,18 @@ def test_unmerging_after_a_cast_gives_the_base_cast(cast):
     assert torch.equal(layer.get_base_layer().weight, original.to(cast))
 
 
+@pytest.mark.parametrize("cast", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, 1e38])
+def test_unmerging_an_adapter_that_is_not_finite_restores_the_base(cast, broken):
+    layer = make_layer(make_base(), adapters=("a", "b"))
+    original = layer.get_base_layer().weight.clone()
+    layer.curlora_U["a"].weight.data[0, 0] = broken
+    layer.merge()
+    layer.to(cast)
+    layer.unmerge()
+    assert torch.equal(layer.get_base_layer().weight, original.to(cast))
+
+
 def test_safe_merge_refuses_nan_and_changes_nothing():
     layer = make_layer(make_base())
     original = layer.get_base_layer().weight.clone()

@@ -158,7 +158,7 @@ class MergeMixin:
                 before = whole(before)
             before = laid_out_like(before.to(weight.device), weight)
             # The merge is repeated in the copy's dtype: the layer may have been cast since.
-            if isinstance(weight, DTensor) or torch.equal(weight, self._plus_merged(before.clone()).to(weight.dtype)):
+            if isinstance(weight, DTensor) or _equal(weight, self._plus_merged(before.clone()).to(weight.dtype)):
                 # Subtracting would leave rounding errors. In half precision the adapter would then be refused, as on
                 # another base model.
                 weight.copy_(before)
@@ -236,6 +236,11 @@ class MergeMixin:
 def _product(left: Tensor, right: Tensor) -> Tensor:
     with autocast_off(left):
         return left @ right
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Return whether all values are the same. NaN is the same as NaN, so that an adapter with NaN can be unmerged."""
+    return torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor) -> None:
