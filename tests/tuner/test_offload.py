@@ -1,16 +1,22 @@
-"""A model that Accelerate has offloaded has the same outputs, bit for bit, as the model that is not offloaded."""
+"""A model that Accelerate has offloaded has the same outputs, bit for bit, as the model that is not offloaded.
+
+The same holds of what the guard measures on it.
+"""
 
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 
-from curlora import CurloraConfig
+from curlora import CurloraConfig, Guard, calibrate, redraw
 from curlora.functional import gather_update, gather_update_by_row, linear_update
+from curlora.guard import GuardError, own_text, perplexity
 from curlora.tuner.basis import Basis
 from curlora.tuner.linking_matrix import ParameterMatrix
-from tests.models import BASES, curlora, layers, llama, randomize, tokens
+from curlora.tuner.weight import running_device
+from tests.models import BASES, curlora, layers, llama, randomize, tokens, word_tokenizer
 
 both = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
 CPU = torch.device("cpu")
@@ -137,6 +143,66 @@ def test_an_offloaded_model_is_merged_and_unmerged():
     assert torch.equal(model(tokens()).logits, expected(tokens()).logits)
     model.unmerge_adapter()
     assert torch.equal(model(tokens()).logits, plain)
+
+
+TEXT = [{"input_ids": tokens(seed=1, batch=4, length=8)}]
+TASK = [{"input_ids": ids, "labels": ids} for ids in tokens(seed=3, batch=4, length=9).split(2)]
+
+
+def guarded(model):
+    """Choose columns and rows, calibrate, and take one guarded step. Return everything that was found."""
+    model = get_peft_model(model, CurloraConfig(r=4)).eval()
+    redraw(model, TASK, TEXT, progress=False)
+    calibration = calibrate(model, TEXT, progress=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    guard = Guard(model, calibration, budget=0.01)
+    guard.attach(optimizer)
+    model(**TASK[0]).loss.backward()
+    optimizer.step()
+    matrices = [layer.matrices["default"].weight.detach() for layer in layers(model)]
+    return [*calibration.state_dict().values(), *matrices], [perplexity(model, TEXT), guard.drift()]
+
+
+@both
+@every_way
+@pytest.mark.filterwarnings("ignore:The guard's text has")
+def test_the_guard_of_an_offloaded_model(base, offload, tmp_path):
+    tensors, numbers = guarded(base())
+    model = base()
+    offload(model, tmp_path)
+    found, measured = guarded(model)
+    assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
+    assert measured == numbers
+
+
+@every_way
+def test_an_offloaded_model_writes_the_same_text(offload, tmp_path):
+    words = word_tokenizer()
+    words.bos_token = "w90"
+    options = dict(tokens=60, max_length=12, cache=None, progress=False)
+    expected = own_text(llama(), words, **options)
+    model = llama()
+    offload(model, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(own_text(model, words, **options), expected, strict=True))
+
+
+@pytest.mark.parametrize("measure", [calibrate, lambda *given, **how: redraw(given[0], TASK, *given[1:], **how)])
+def test_an_adapter_that_was_offloaded_itself_is_not_calibrated(measure):
+    model = curlora(llama())
+    cpu_offload(model, CPU)
+    with pytest.raises(GuardError, match="U of .*q_proj.* is on the meta device.*after the base model was offloaded"):
+        measure(model, TEXT, progress=False)
+
+
+def test_where_a_model_runs():
+    model = llama()
+    assert running_device(model) == CPU
+    model.model.embed_tokens.to("meta")
+    assert running_device(model) == CPU  # of the first parameter with values
+    assert running_device(model.to("meta")) == torch.device("meta")
+    layer = nn.Sequential(nn.Linear(2, 3))
+    cpu_offload(layer, torch.device("cuda:0"))
+    assert running_device(layer) == torch.device("cuda:0")
 
 
 @pytest.mark.parametrize("which", ["output", "U", "factor"])

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from curlora.guard.errors import GuardError
 from curlora.guard.processes import rank_and_count
 from curlora.guard.texts import IGNORED
+from curlora.tuner.weight import running_device
 
 __all__ = ["Examples"]
 
@@ -94,7 +95,7 @@ class Examples:
     def batches(self, model: nn.Module, to_device: bool = True) -> Iterator[dict[str, Tensor]]:
         """Yield this process's batches of token ids, mask, positions and labels."""
         rank, processes = rank_and_count()
-        device, found = next(model.parameters()).device, self._batches
+        device, found = running_device(model), self._batches
         # Every process runs the same number of batches, because a sharded model has to run in all of them. The rest is
         # left out. Only if there are fewer batches than processes, several processes run the same one.
         for number in range(rank, max(1, len(found) // processes) * processes, processes):

@@ -13,6 +13,7 @@ from curlora.callbacks.penalty import PenaltyCallback, check_strength
 from curlora.guard.decoding import draw
 from curlora.guard.evaluating import evaluating
 from curlora.guard.texts import IGNORED
+from curlora.tuner.weight import running_device
 
 __all__ = ["Consolidated", "EWCCallback", "drawn_gradients", "fisher_diagonal"]
 
@@ -218,7 +219,7 @@ def _rows(batches: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 
 def _answered(model: nn.Module, row: Mapping[str, Any]) -> Tensor:
     """Return the logits wherever a label is not -100, shape ``(n, classes)``."""
-    device = next(model.parameters()).device
+    device = running_device(model)
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in row.items()}
     labels = moved.pop("labels")
     logits: Tensor = model(**moved).logits

@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from curlora.callbacks.penalty import PenaltyCallback, check_strength
 from curlora.guard.evaluating import changes_the_base, evaluating, without_adapters
 from curlora.guard.texts import Rows
+from curlora.tuner.weight import running_device
 
 __all__ = ["KLToBaseCallback", "kl_to_base", "pieces_at", "pieces_of"]
 
@@ -124,7 +125,7 @@ def kl_to_base(model: nn.Module, ids: Tensor, counted: Tensor, base_logits: Call
     Returns:
         The divergence, a scalar tensor with a gradient.
     """
-    device = next(model.parameters()).device
+    device = running_device(model)
     ids, foretold = ids.to(device), counted[:, 1:].to(device)
     with evaluating(model):
         with torch.no_grad():

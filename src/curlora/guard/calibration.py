@@ -232,8 +232,20 @@ def adapter_of(model: nn.Module, adapter: str | None) -> str:
 
 
 def layers_of(model: nn.Module, adapter: str) -> dict[str, CurloraLayer]:
-    """Return an adapter's layers by their names in the base model."""
-    return {layer.name: layer for layer in adapted_layers(model, adapter).values()}
+    """Return an adapter's layers by their names in the base model.
+
+    Raises:
+        GuardError: if the adapter has no values, such as one that Accelerate has offloaded.
+    """
+    layers = {layer.name: layer for layer in adapted_layers(model, adapter).values()}
+    for name, layer in layers.items():
+        if layer.matrices[adapter].weight.is_meta:
+            raise GuardError(
+                f"U of layer {name!r} is on the meta device: Accelerate has offloaded the adapter {adapter!r}, or it "
+                "was never loaded. Add or load the adapter after the base model was offloaded, so that it stays in "
+                "memory."
+            )
+    return layers
 
 
 def _tensor(value: Tensor | float) -> Tensor:

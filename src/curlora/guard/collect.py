@@ -19,6 +19,7 @@ from curlora.guard.progress import Shown
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
+from curlora.tuner.weight import bias_of, running_device
 
 __all__ = ["calibrate"]
 
@@ -102,7 +103,7 @@ def calibrate(
             seed=seed, progress=progress, doing=f"calibrating {len(layers)} layer{'s'[: len(layers) > 1]}", begin=begin,
             end=end,
         )  # fmt: skip
-    packed = sum_over_processes([s.packed() for s in sums.values()], next(model.parameters()).device)
+    packed = sum_over_processes([s.packed() for s in sums.values()], running_device(model))
     moments = {}
     for (name, layer), total in zip(layers.items(), packed, strict=True):
         moments[name] = sums[name].moments(layer, adapter, total, counts, gradients)
@@ -198,7 +199,7 @@ def _listening(
     def base_hook(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
             if current:
-                sums[name].add_output(output, getattr(module, "bias", None), current[0].to(output.device))
+                sums[name].add_output(output, bias_of(module), current[0].to(output.device))
 
         return hook
 

@@ -16,6 +16,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import evaluating
 from curlora.guard.processes import rank_and_count
 from curlora.tuner.sharded import reshard
+from curlora.tuner.weight import running_device
 
 __all__ = ["draw", "generating", "named_ends", "padded", "sample", "uniforms"]
 
@@ -78,7 +79,7 @@ def sample(
     drawing = _Drawing(torch.stack([uniforms(seed, number, max_new_tokens) for number in numbers]))
     several = rank_and_count()[1] > 1
     with generating(base, ends, pad, max_new_tokens, do_sample=False), _generate_of(model, base) as generate:
-        batch = padded(prompts, pad, next(base.parameters()).device)
+        batch = padded(prompts, pad, running_device(base))
         # A sharded model has to run in all processes, even if the rows of one of them end earlier.
         found = generate(**batch, logits_processor=LogitsProcessorList([drawing]), synced_gpus=several)
     new = found[:, batch["input_ids"].shape[1] :].tolist()

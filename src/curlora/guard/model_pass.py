@@ -24,6 +24,7 @@ from curlora.guard.texts import IGNORED, Rows
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
+from curlora.tuner.weight import running_device
 
 __all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "score_text"]
 
@@ -87,7 +88,7 @@ def pass_over(
     batches, count = _batches(model, data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
     if one_by_one:
         batches, count = _in_rows(batches), None
-    device = next(model.parameters()).device
+    device = running_device(model)
     predicted = tokens = rows = 0
     with ready(model, layers, gradients) as reached, stage(progress, doing, count) as advance:
         for numbers, _, mask, answered, logits in _run(model, batches, device, begin):
@@ -165,7 +166,7 @@ def score_text(
     """
     rank, processes = rank_and_count()
     batches, count = _batches(model, data, tokenizer, max_length, batch_size, rank, processes)
-    device = next(model.parameters()).device
+    device = running_device(model)
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # negative log-likelihood, divergence, tokens
     with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
         for _, ids, _, answered, logits in _run(model, batches, device, from_first_answered=True):
@@ -248,7 +249,7 @@ def ready(model: nn.Module, layers: Mapping[str, CurloraLayer], gradients: bool)
         A scalar tensor for :func:`backward`. In the autograd graph the output of every adapted layer depends on it.
         ``U`` cannot take its place, because FSDP2 uses other parameters in the graph than in the model.
     """
-    reached = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+    reached = torch.zeros((), device=running_device(model), requires_grad=True)
 
     def from_here(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         return _Reaches.apply(output, reached)

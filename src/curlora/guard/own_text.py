@@ -27,6 +27,7 @@ from curlora.guard.processes import of_first, rank_and_count
 from curlora.guard.progress import Shown, stage
 from curlora.guard.texts import Rows
 from curlora.tuner.sharded import reshard, whole
+from curlora.tuner.weight import running_device
 
 __all__ = ["own_text"]
 
@@ -87,7 +88,7 @@ def own_text(
     base: Any = getattr(plain, "get_base_model", lambda: plain)()
     _check(base, tokens, max_length, batch_size)
     layout = _layout(base, tokenizer, max_length)
-    device = next(base.parameters()).device
+    device = running_device(base)
     folder = cache_directory() / "own-text" if cache == "default" else cache
     # Not the template's header, because it may contain the date.
     asked = [_VERSION, tokens, max_length, seed, layout.begin, layout.ends, layout.turn_ends]

@@ -19,7 +19,7 @@ from curlora.guard.progress import Shown, stage
 from curlora.guard.texts import IGNORED
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
-from curlora.tuner.weight import device_of, read
+from curlora.tuner.weight import bias_of, read, running_device
 
 __all__ = ["redraw"]
 
@@ -97,7 +97,7 @@ def redraw(
             end=lambda: None,
         )  # fmt: skip
     of_task = {name: _Use(layer, mean_loss=True) for name, layer in layers.items()}
-    device = next(model.parameters()).device
+    device = running_device(model)
     batches, count = 0, len(task) if isinstance(task, Sized) else None
     with (
         ready(model, layers, gradients=True) as reached,
@@ -159,7 +159,7 @@ class _Use:
     def __init__(self, layer: Any, mean_loss: bool = False) -> None:
         base = layer.get_base_layer()
         self.base, self.mean_loss, self.loss_scale = base, mean_loss, 1.0
-        device = device_of(base)
+        device = running_device(base)
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.outputs = torch.zeros(layer.out_features, dtype=dtype, device=device)
         self.inputs = torch.zeros(layer.in_features, dtype=dtype, device=device)
@@ -171,7 +171,7 @@ class _Use:
         size = gradient.abs().amax(-1)
         seen = (size > _ROUNDING * size.amax(-1, keepdim=True)) | ~size.isfinite()
         seen, output, gradient = seen.flatten(), output.flatten(0, -2), gradient.flatten(0, -2)
-        bias = getattr(self.base, "bias", None)
+        bias = bias_of(self.base)
         output = output[seen] if bias is None else output[seen] - bias.to(output.dtype)
         with read(self.base) as weight, autocast_off(gradient):
             back = weight.input_gradient(gradient[seen])

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from curlora._compat import in_out_features, offloaded_bias, shallow_twin, unpacked_4bit
+from curlora._compat import execution_device, in_out_features, offloaded_bias, shallow_twin, unpacked_4bit
 from curlora.sampling import squared_norms
 from curlora.tuner.sharded import whole
 
@@ -38,6 +38,7 @@ __all__ = [
     "is_readable",
     "quantization_backend",
     "read",
+    "running_device",
     "twin",
 ]
 
@@ -101,6 +102,20 @@ def device_of(layer: nn.Module, parameter: str | None = None) -> torch.device:
         if isinstance(tensor, Tensor):
             return tensor.device
     return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
+def running_device(module: nn.Module) -> torch.device:
+    """Return the device on which a layer or a model runs, also if Accelerate has offloaded it.
+
+    That is the device of its first parameter that has values, or to which Accelerate's hook brings its first ones.
+    """
+    for part in module.modules():
+        if has_offloaded_params(part):
+            return execution_device(part)
+        for parameter in part.parameters(recurse=False):
+            if not parameter.is_meta:
+                return parameter.device
+    return device_of(module)
 
 
 def check_adaptable(layer: nn.Module, name: str) -> None:
