@@ -1143,6 +1143,10 @@ class TestBadInput:
         with pytest.raises(GuardError, match="The model has no adapter. Add one first"):
             train(base(), tmp_path, budget())
 
+    def test_an_update_that_is_scaled_by_zero(self, tmp_path):
+        with pytest.raises(GuardError, match="has a scaling of 0"):
+            train(fresh(alpha=0), tmp_path, budget())
+
     def test_answers_that_are_all_masked(self, tmp_path):
         rows = [{"input_ids": row, "labels": torch.full_like(row, -100)} for row in tokens(batch=8)]
         model = fresh()

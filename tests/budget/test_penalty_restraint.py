@@ -183,6 +183,10 @@ class TestRate:
         assert lora_learning_rate(2000, 16) == 1e-3
         assert lora_learning_rate(4096, 32) == pytest.approx(5e-4 * (2000 / 4096) ** 0.78)
 
+    def test_an_update_that_is_scaled_by_zero_has_none(self, tmp_path):
+        with pytest.raises(GuardError, match="alpha must be positive, got 32 and 0"):
+            train(lora(lora_alpha=0), tmp_path, budget())
+
     @pytest.mark.parametrize("config", [{"r": 8}, {"r": 16, "use_rslora": True, "lora_alpha": 2}], ids=str)
     def test_it_does_not_depend_on_the_rank(self, config, tmp_path):
         callback, model = budget(), lora(**config)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from curlora import CurloraLayer
-from curlora.guard import Guard, GuardError, calibrate
+from curlora.guard import Guard, GuardError, calibrate, redraw
 from tests.models import BASES, curlora, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")
@@ -449,6 +449,23 @@ def test_half_precision_models_train():
     guard = Guard(model, calibrated(model), budget=1e-3)
     train(model, guard, steps=3)
     assert 0 < guard.drift() < 2e-3
+
+
+@pytest.mark.parametrize("options", [{"alpha": 0}, {"alpha_pattern": {"layers.0.*q_proj": 0.0}}])
+def test_a_layer_whose_update_is_scaled_by_zero_is_refused_before_anything_is_measured(options):
+    model, sound = fresh(**options), fresh()
+    calibration = calibrated(sound)
+    for refused in (
+        lambda: calibrated(model),
+        lambda: redraw(model, [], [], progress=False),
+        lambda: Guard(model, calibration),
+    ):
+        with pytest.raises(GuardError, match="'model.layers.0.self_attn.q_proj' has a scaling of 0"):
+            refused()
+    guard = Guard(sound, calibration)
+    next(m for m in sound.modules() if isinstance(m, CurloraLayer)).set_scale("default", 0)
+    with pytest.raises(GuardError, match="has a scaling of 0"):
+        train(sound, guard)
 
 
 def test_bad_input_is_named():

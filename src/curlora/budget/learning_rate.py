@@ -32,7 +32,12 @@ def lora_learning_rate(hidden_size: int, alpha: float) -> float:
     Args:
         hidden_size: the width of the model.
         alpha: ``lora_alpha``; with another scaling than ``lora_alpha / r``, the scaling times ``r``.
+
+    Raises:
+        GuardError: if an argument is not positive.
     """
+    if not (hidden_size > 0 and alpha > 0):
+        raise GuardError(f"hidden_size and alpha must be positive, got {hidden_size} and {alpha:g}.")
     return _RATE * (_WIDTH / hidden_size) ** _POWER * _ALPHA / alpha
 
 

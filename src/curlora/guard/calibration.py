@@ -235,10 +235,15 @@ def layers_of(model: nn.Module, adapter: str) -> dict[str, CurloraLayer]:
     """Return an adapter's layers by their names in the base model.
 
     Raises:
-        GuardError: if the adapter has no values, such as one that Accelerate has offloaded.
+        GuardError: if ``U`` of a layer has no values, such as one that Accelerate has offloaded, or no effect.
     """
     layers = {layer.name: layer for layer in adapted_layers(model, adapter).values()}
     for name, layer in layers.items():
+        if not layer.scaling[adapter]:
+            raise GuardError(
+                f"Layer {name!r} has a scaling of 0, so U of adapter {adapter!r} has no effect there: there is nothing "
+                "to measure or to train. Set its alpha (alpha_pattern, set_scale), or leave the layer out."
+            )
         if layer.matrices[adapter].weight.is_meta:
             raise GuardError(
                 f"U of layer {name!r} is on the meta device: Accelerate has offloaded the adapter {adapter!r}, or it "

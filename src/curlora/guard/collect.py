@@ -74,9 +74,9 @@ def calibrate(
         The moments, float64 on the CPU.
 
     Raises:
-        GuardError: if the model is not a causal language model with an adapter, if adapters are merged, if the text
-            has no two consecutive tokens, if a row is longer than the model's maximum length, or if an output or a
-            gradient is not finite.
+        GuardError: if the model is not a causal language model with an adapter, if adapters are merged, if a layer's
+            scaling is 0, if the text has no two consecutive tokens, if a row is longer than the model's maximum length,
+            or if an output or a gradient is not finite.
     """
     adapter = adapter_of(model, adapter)
     layers = layers_of(model, adapter)

@@ -57,7 +57,8 @@ class Guard:
 
     Raises:
         GuardError: if the calibration belongs to another model or adapter, if the adapter has moved further from its
-            calibration than the budget allows, if both limits are given, or if a limit or ``damping`` is not positive.
+            calibration than the budget allows, if a layer's scaling is 0, if both limits are given, or if a limit or
+            ``damping`` is not positive.
     """
 
     def __init__(
