@@ -166,6 +166,10 @@ def test_what_cannot_be_converted_is_refused_and_nothing_written(tmp_path):
     model = adapted(llama())
     with pytest.raises(AdapterError, match=r"no adapter \['other'\]; there are \['default'\]"):
         curlora.save_as_lora(tmp_path / "out", model, "other")
+    model.base_model.set_adapter([])
+    with pytest.raises(AdapterError, match=r"None of the CURLoRA adapters \['default'\] is active: name"):
+        curlora.save_as_lora(tmp_path / "out", model)
+    model.set_adapter("default")
     model.merge_adapter()
     with pytest.raises(AdapterError, match="is merged into the weights.*Unmerge first"):
         curlora.save_as_lora(tmp_path / "out", model)

@@ -62,8 +62,9 @@ def convert_to_lora(
         trained besides ``U``: ``modules_to_save`` and the embeddings of tokens.
 
     Raises:
-        AdapterError: if the model has no CURLoRA layer or no such adapter, if an adapter is merged into the weights, if
-            an adapter trained biases, or if several adapters are given and one trained more than its ``U``.
+        AdapterError: if the model has no CURLoRA layer or no such adapter, if none is given and none is active, if an
+            adapter is merged into the weights, if an adapter trained biases, or if several adapters are given and one
+            trained more than its ``U``.
     """
     layers = {
         name.removeprefix(_PREFIX): layer for name, layer in model.named_modules() if isinstance(layer, CurloraLayer)
@@ -236,7 +237,12 @@ def _adapters(layers: dict[str, CurloraLayer], wanted: str | Sequence[str] | Non
     present = list(dict.fromkeys(name for layer in layers.values() for name in layer.curlora_U))
     if wanted is None:
         active: Any = next(iter(layers.values())).active_adapters  # the same in every layer
-        return [name for name in present if name in active]
+        if found := [name for name in present if name in active]:
+            return found
+        raise AdapterError(
+            f"None of the CURLoRA adapters {present} is active: name those to convert, or activate them with "
+            "set_adapter."
+        )
     names = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in names if name not in present]
     if unknown or not names:
