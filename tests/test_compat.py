@@ -25,6 +25,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import CallbackHandler
 
 from curlora import CurloraConfig, CurloraLayer, CurloraModel, _compat
+from curlora.tuner.format import is_adapter
+from tests.models import curlora, llama
 from tests.tuner.test_experts import mixtral, qwen3
 
 PRIVATE = pytest.mark.parametrize("there", [True, False], ids=["with it", "without"])
@@ -163,14 +165,15 @@ def test_hotswapping(gone, monkeypatch):
 
 @PRIVATE
 def test_configurations_that_cannot_be_read(there, monkeypatch, tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"r": 2}')
     if there:
-        with pytest.raises(ValueError, match="has no peft_type: it is damaged"):
+        with pytest.raises(ValueError, match="its peft_type is None.*: it is damaged"):
             PeftModel.from_pretrained(nn.Linear(2, 2), tmp_path)
     else:
-        monkeypatch.setattr(PeftConfig, "_get_peft_type", None)
-        _compat.explain_unreadable_configurations()
-        assert PeftConfig._get_peft_type is None
+        monkeypatch.setattr(PeftConfig, "from_json_file", None)
+        _compat.explain_damaged_configurations(is_adapter)
+        assert PeftConfig.from_json_file is None
 
 
 @PRIVATE
@@ -183,7 +186,7 @@ def test_whoever_reads_a_configuration_has_its_digest_checked(there, monkeypatch
             PeftConfig.from_pretrained(tmp_path)
     else:
         monkeypatch.setattr(PeftConfig, "from_pretrained", None)
-        _compat.check_digests_on_read(CurloraConfig)
+        _compat.check_digests_on_read(CurloraConfig, is_adapter)
         assert PeftConfig.from_pretrained is None
 
 

@@ -11,14 +11,15 @@ import copy
 import functools
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_MIXED_MODEL_MAPPING
 from peft.tuners.lora import LoraModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -30,7 +31,7 @@ __all__ = [
     "convert_expert_names",
     "copy_into",
     "execution_device",
-    "explain_unreadable_configurations",
+    "explain_damaged_configurations",
     "in_out_features",
     "offloaded_bias",
     "refuse_what_reads_the_weight",
@@ -68,46 +69,55 @@ def add_peft_type(name: str) -> None:
     PeftType._value2member_map_[name] = member
 
 
-def explain_unreadable_configurations() -> None:
-    """Make PEFT explain what is wrong with an ``adapter_config.json`` whose method it cannot read.
+def explain_damaged_configurations(is_adapter: Callable[[Path], bool]) -> None:
+    """Make PEFT explain a CURLoRA adapter's ``adapter_config.json`` that does not say that it belongs to one.
 
-    PEFT reads the method's name from this file first. If the name is missing, PEFT only raises Python's ``KeyError``.
-    Without ``PeftConfig._get_peft_type`` this stays so.
+    PEFT reads the method's name from this file first, and if it cannot, it only raises Python's error. The adapter is
+    known by its weights, in the same folder; errors about adapters of other methods stay PEFT's. If
+    ``PeftConfig.from_json_file`` is no longer a classmethod, all of them do.
+
+    Args:
+        is_adapter: whether a file holds the weights of a CURLoRA adapter.
     """
-    read: Any = getattr(PeftConfig, "_get_peft_type", None)
+    read: Any = getattr(PeftConfig.from_json_file, "__func__", None)
     if read is None:
         return
 
+    def damaged(path: Any, problem: str) -> ValueError | None:
+        if not is_adapter(Path(path).with_name(SAFETENSORS_WEIGHTS_NAME)):
+            return None
+        return ValueError(
+            f"{path} does not configure the CURLoRA adapter whose weights are beside it ({problem}): it is "
+            "damaged. Copy or download it again."
+        )
+
     @classmethod  # type: ignore[misc]
-    @functools.wraps(read.__func__)
-    def get_peft_type(cls: Any, model_id: Any, **kwargs: Any) -> Any:
+    @functools.wraps(read)
+    def from_json_file(cls: Any, path_json_file: Any, **kwargs: Any) -> Any:
         try:
-            found = read.__func__(cls, model_id, **kwargs)
-        except KeyError as error:
-            raise ValueError(
-                f"The configuration of the adapter in {model_id} has no peft_type: it is damaged. Copy or download it "
-                "again."
-            ) from error
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-            raise ValueError(
-                f"The adapter_config.json in {model_id} is not a JSON object ({error}): copy or download it again."
-            ) from error
-        if found not in list(PeftType):
-            raise ValueError(
-                f"The configuration of the adapter in {model_id} has peft_type {found!r}, which this PEFT does not "
-                "know. Either the file is damaged, or the method's package must be imported first."
-            )
-        return found
+            options = read(cls, path_json_file, **kwargs)
+        except (TypeError, ValueError) as error:  # no JSON, or no object
+            if found := damaged(path_json_file, str(error)):
+                raise found from error
+            raise
+        kind = options.get("peft_type") if isinstance(options, dict) else None
+        if kind != "CURLORA" and (found := damaged(path_json_file, f"its peft_type is {kind!r}")):
+            raise found
+        return options
 
-    PeftConfig._get_peft_type = get_peft_type
+    PeftConfig.from_json_file = from_json_file
 
 
-def check_digests_on_read(config_class: Any) -> None:
+def check_digests_on_read(config_class: Any, is_adapter: Callable[[Path], bool]) -> None:
     """Make ``PeftConfig.from_pretrained`` read a CURLoRA adapter as ``config_class.from_pretrained`` does.
 
     transformers' ``load_adapter`` calls ``PeftConfig.from_pretrained``, which only builds a ``config_class`` from the
     options and would not check the digests. If it is no longer a classmethod, nothing is changed and the digests are
     not checked there.
+
+    Args:
+        config_class: configuration class of the adapters.
+        is_adapter: whether a file holds the weights of a CURLoRA adapter.
     """
     read: Any = getattr(PeftConfig.from_pretrained, "__func__", None)
     if read is None:
@@ -115,19 +125,19 @@ def check_digests_on_read(config_class: Any) -> None:
 
     @classmethod  # type: ignore[misc]
     @functools.wraps(read)
-    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: Any, pretrained_model_name_or_path: Any, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        if issubclass(cls, config_class):
+            return read(cls, pretrained_model_name_or_path, subfolder, **kwargs)
         try:
-            config = read(cls, *args, **kwargs)
-        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            if issubclass(cls, config_class):
+            config = read(cls, pretrained_model_name_or_path, subfolder, **kwargs)
+            ours = isinstance(config, config_class)
+        except (AttributeError, TypeError):  # an option has a wrong type, and config_class explains it
+            ours = is_adapter(Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME))
+            if not ours:
                 raise
-            raise ValueError(
-                f"The adapter_config.json in {args[0] if args else kwargs} cannot be used ({error!r}). Either the file "
-                "is damaged, or the method's package must be imported first."
-            ) from error
-        if isinstance(config, config_class) and not issubclass(cls, config_class):
-            return config_class.from_pretrained(*args, **kwargs)
-        return config
+        return config_class.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs) if ours else config
 
     PeftConfig.from_pretrained = from_pretrained
 

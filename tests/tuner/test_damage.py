@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -194,20 +194,51 @@ def test_where_the_base_is_may_be_changed(saved):
     assert torch.equal(PeftModel.from_pretrained(base(), folder).eval()(INPUTS), expected)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "adapter_config.json .* is not a JSON object"),
-        ("[]", "adapter_config.json .* is not a JSON object"),
-        ('{"r": 2}', "has no peft_type"),
-        ('{"peft_type": "CURLPRA"}', "peft_type 'CURLPRA', which this PEFT does not know"),
-        ('{"peft_type": ["CURLORA"]}', "which this PEFT does not know"),
-    ],
-)
-def test_a_configuration_that_says_nothing_is_refused_with_a_sentence(text, message, saved):
+UNREADABLE = {
+    "{": json.JSONDecodeError,
+    "[]": TypeError,
+    '{"r": 2}': KeyError,
+    '{"peft_type": "CURLPRA"}': KeyError,
+    '{"peft_type": ["CURLORA"]}': TypeError,
+}
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_configuration_that_says_nothing_is_refused_with_a_sentence(text, version, saved):
     folder, base, _ = saved
+    if version == 1:
+        tensors = {key.replace(".curlora_U.weight", ".curlora_U"): U for key, U in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, folder / WEIGHTS)
     (folder / CONFIG).write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
-        PeftModel.from_pretrained(base(), folder)
-    assert_a_sentence(caught.value)
-    assert str(folder) in str(caught.value)
+    for read in (lambda: PeftModel.from_pretrained(base(), folder), lambda: PeftConfig.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="adapter_config.json does not configure the CURLoRA adapter") as caught:
+            read()
+        assert_a_sentence(caught.value)
+        assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "target_modules", "curlora_dropout", "seed"])
+def test_an_option_of_a_wrong_type_is_refused_with_a_sentence(option, saved):
+    folder, base, _ = saved
+    options = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps({**options, option: [{}]}))
+    for read in (lambda: PeftModel.from_pretrained(base(), folder), lambda: PeftConfig.from_pretrained(folder)):
+        with pytest.raises(ValueError, match="cannot be used .*it is damaged|not the one that was saved") as caught:
+            read()
+        assert_a_sentence(caught.value)
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+@pytest.mark.parametrize("weights", [True, False])
+def test_errors_about_adapters_of_other_methods_are_pefts(text, weights, tmp_path):
+    get_peft_model(linear(), LoraConfig(target_modules=["first"])).save_pretrained(tmp_path)
+    (tmp_path / CONFIG).write_text(text)
+    if not weights:
+        (tmp_path / WEIGHTS).unlink()
+    with pytest.raises(UNREADABLE[text]) as caught:
+        PeftModel.from_pretrained(linear(), tmp_path)
+    assert type(caught.value) is UNREADABLE[text]
+    assert "damaged" not in str(caught.value)
+    with pytest.raises((KeyError, TypeError, json.JSONDecodeError)):
+        PeftConfig.from_pretrained(tmp_path)

@@ -22,7 +22,16 @@ from torch import Tensor
 
 from curlora.tuner.fingerprint import LENGTH
 
-__all__ = ["ENTRIES", "check_file", "digest_of_options", "present_name", "saved_U", "saved_indices", "seal"]
+__all__ = [
+    "ENTRIES",
+    "check_file",
+    "digest_of_options",
+    "is_adapter",
+    "present_name",
+    "saved_U",
+    "saved_indices",
+    "seal",
+]
 
 VERSION = 2
 ENTRIES = ("weight", "indices", "fingerprint")
@@ -39,6 +48,15 @@ _COPIED_AT_ONCE = 1 << 20
 def present_name(key: str) -> str:
     """Return an entry's name in the current version of the format, from its name in either version."""
     return next((key.removesuffix(old) + new for old, new in _VERSION_1.items() if key.endswith(old)), key)
+
+
+def is_adapter(path: Path) -> bool:
+    """Return whether a file holds the weights of a CURLoRA adapter, of any version."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return any(".curlora_U." in present_name(key) for key in file.keys())  # noqa: SIM118  not a mapping
+    except (OSError, SafetensorError):
+        return False
 
 
 def seal(path: Path) -> None:
