@@ -5,6 +5,8 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -40,6 +42,18 @@ def gpt2(seed=0):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def multimodal(seed=0):
+    """Return a small model of text and images. What is stated of its text is in a configuration of its own."""
+    torch.manual_seed(seed)
+    text = dict(_LLAMA, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    config = Gemma3Config(
+        text_config=text, vision_config=vision | {"patch_size": 14}, mm_tokens_per_image=4, image_token_index=98,
+        boi_token_index=97, eoi_token_index=96,
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration(config).eval()
 
 
 def classifier(kind=LlamaForSequenceClassification, seed=0):

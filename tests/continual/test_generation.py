@@ -22,7 +22,7 @@ from curlora.continual.results import RunResults
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ChatTask, CompletionTask, Prompts
 from curlora.report import render
-from tests.models import WORDS, curlora, gpt2, llama, word_tokenizer
+from tests.models import WORDS, curlora, gpt2, llama, multimodal, word_tokenizer
 
 
 def talkative(model):
@@ -165,10 +165,11 @@ def test_scores_are_the_mean_over_what_was_generated(tokenizer, tmp_path):
 
 def test_an_answer_that_does_not_fit_into_the_positions_is_refused(tokenizer):
     generation = Generation("t", Prompts(prompts(), ["x"] * 11, AnswerScore(max_new_tokens=53)), 4)
-    with pytest.raises(
-        RunError, match="Task 't' generates up to 53 tokens after a prompt of 12 tokens, but the model has only 64"
-    ):
-        score_generated(gpt2(), tokenizer, generation)
+    for model in (gpt2(), multimodal()):
+        with pytest.raises(
+            RunError, match="Task 't' generates up to 53 tokens after a prompt of 12 tokens, but the model has only 64"
+        ):
+            score_generated(model, tokenizer, generation)
 
 
 def copying(count=24, **options):

@@ -9,7 +9,12 @@ from torch.nn.functional import cross_entropy
 from curlora.guard import GuardError, perplexity
 from curlora.guard.model_pass import score_text
 from curlora.guard.texts import Rows
-from tests.models import BASES, curlora, llama, tokens, word_tokenizer
+from tests.models import BASES, curlora, llama, multimodal, tokens, word_tokenizer
+
+
+def test_rows_that_are_longer_than_the_models_positions_are_refused():
+    with pytest.raises(GuardError, match="70 tokens; the model has 64 positions"):
+        perplexity(multimodal(), tokens(length=70).unbind(), max_length=128)
 
 
 @pytest.mark.parametrize("base", BASES)

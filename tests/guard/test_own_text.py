@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LlamaModel, T5Config, T5ForConditiona
 
 from curlora.guard import GuardError, own_text
 from curlora.guard.decoding import draw
-from tests.models import WORDS, curlora, gpt2, llama, word_tokenizer
+from tests.models import WORDS, curlora, gpt2, llama, multimodal, word_tokenizer
 
 # None of these words is the beginning of another word.
 BEGIN, TURN, TURN_END, END = "w90", "w91", "w92", "w93"
@@ -337,8 +337,9 @@ def test_what_cannot_write_is_refused():
         write(T5ForConditionalGeneration(small))
     with pytest.raises(GuardError, match=r"LlamaModel cannot generate"):
         write(LlamaModel(llama().config))
-    with pytest.raises(GuardError, match=r"max_length is 65 and the model has 64 positions"):
-        write(gpt2(), max_length=65)
+    for short in (gpt2(), multimodal()):
+        with pytest.raises(GuardError, match=r"max_length is 65 and the model has 64 positions"):
+            write(short, max_length=65)
     merged = curlora(llama())
     merged.merge_adapter()
     with pytest.raises(GuardError, match=r"merged adapters.*unmerge first"):

@@ -1,16 +1,18 @@
 """The tokens of a text that count: the content of messages, not what the chat template adds around it."""
 
 import math
+import types
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import GPT2Config, LlamaConfig, MambaConfig, XLNetConfig
 
 import curlora
 from curlora.guard import perplexity
-from curlora.guard.texts import Rows, named_texts, rows_of
+from curlora.guard.texts import Rows, longest_row, named_texts, rows_of
 from tests.models import curlora as adapted
-from tests.models import llama, tokens, word_tokenizer
+from tests.models import llama, multimodal, tokens, word_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{{ {'user': 'w91 ', 'assistant': 'w90 ', 'system': 'w92 '}[m.role] + m.content + ' w97 ' }}"
@@ -96,6 +98,23 @@ def test_calibration_is_of_what_counts():
     assert state.keys() == expected.keys()
     assert all(torch.allclose(state[key].double(), expected[key].double(), rtol=1e-4, atol=1e-12) for key in state)
     assert not all(torch.equal(state[key], value) for key, value in whole.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(max_position_embeddings=32), 32),
+        (GPT2Config(n_positions=64), 64),
+        (multimodal().config, 64),
+        (XLNetConfig(), None),  # it states -1: any number
+        (MambaConfig(), None),
+        (types.SimpleNamespace(max_position_embeddings=8), 8),
+        (None, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_longest_row_of_a_model(config, expected):
+    assert longest_row(config) == expected
 
 
 def test_rows_keep_their_mask():

@@ -19,6 +19,7 @@ from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method
 from curlora.continual.methods.peft import Peft
 from curlora.continual.problems import unknown_names
+from curlora.guard.texts import longest_row
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["Adapted", "check_stream", "check_texts"]
@@ -109,7 +110,7 @@ def check_texts(config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded]
 def _too_long(
     config: Any, texts: Sequence[HeldOut], stream: Sequence[Encoded], unwritten: Sequence[PromptList | OwnText] = ()
 ) -> list[str]:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    positions = longest_row(config)
     if positions is None:
         return []
     problems = [

@@ -17,6 +17,7 @@ from curlora.continual.errors import RunError
 from curlora.continual.processes import process_state
 from curlora.continual.tasks import Prompts
 from curlora.guard.decoding import generating, named_ends, padded
+from curlora.guard.texts import longest_row
 from curlora.storage import write_whole
 
 __all__ = [
@@ -102,7 +103,7 @@ def score_generated(
     Raises:
         RunError: if a prompt and its answer do not fit into the model's positions.
     """
-    if problem := generation.problem_of_positions(getattr(model.config, "max_position_embeddings", None)):
+    if problem := generation.problem_of_positions(longest_row(model.config)):
         raise RunError(problem)
     prompts, score = generation.prompts, generation.prompts.score
     state = process_state()

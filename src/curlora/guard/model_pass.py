@@ -20,7 +20,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import evaluating
 from curlora.guard.processes import rank_and_count, sum_over_processes
 from curlora.guard.progress import Shown, stage
-from curlora.guard.texts import IGNORED, Rows
+from curlora.guard.texts import IGNORED, Rows, longest_row
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
@@ -325,7 +325,7 @@ def _base(model: Any) -> Any:
 
 
 def _check_length(model: nn.Module, length: int) -> None:
-    most = getattr(getattr(_base(model), "config", None), "max_position_embeddings", None)
+    most = longest_row(getattr(_base(model), "config", None))
     if most is not None and length > most:
         raise GuardError(
             f"A row of the text has {length:,} tokens; the model has {most:,} positions. Give shorter rows, or lower "

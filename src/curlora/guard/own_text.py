@@ -25,7 +25,7 @@ from curlora.guard.errors import GuardError
 from curlora.guard.evaluating import without_adapters
 from curlora.guard.processes import of_first, rank_and_count
 from curlora.guard.progress import Shown, stage
-from curlora.guard.texts import Rows
+from curlora.guard.texts import Rows, longest_row
 from curlora.tuner.sharded import reshard, whole
 from curlora.tuner.weight import running_device
 
@@ -182,8 +182,8 @@ def _check(base: Any, tokens: int, max_length: int, batch_size: int) -> None:
         raise GuardError(
             f"tokens and batch_size must be at least 1 and max_length 2, got {tokens}, {batch_size} and {max_length}."
         )
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and most > 0 and max_length > most:
+    most = longest_row(config)
+    if most is not None and max_length > most:
         raise GuardError(f"max_length is {max_length:,} and the model has {most:,} positions: give a lower max_length.")
 
 

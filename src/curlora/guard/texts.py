@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curlora.guard.errors import GuardError
 
-__all__ = ["IGNORED", "Rows", "Texts", "digest", "named_texts", "rows_of"]
+__all__ = ["IGNORED", "Rows", "Texts", "digest", "longest_row", "named_texts", "rows_of"]
 
 IGNORED = -100
 """The label of a token that is not learned, as in transformers and in torch's cross-entropy."""
@@ -22,6 +22,16 @@ _SUFFIXES_OF_TEXTS = {".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parque
 
 Texts = str | Path | Sequence[Any] | Callable[[], float]
 """The path of a text file; a list of texts, conversations or rows of tokens; or a function that measures the model."""
+
+
+def longest_row(config: Any) -> int | None:
+    """Return the largest number of tokens in a row that a model has positions for; ``None`` if it states no limit.
+
+    Args:
+        config: the model's transformers configuration. A multimodal model has another one in it for its text.
+    """
+    positions = getattr(getattr(config, "get_text_config", lambda: config)(), "max_position_embeddings", None)
+    return positions if positions is not None and positions > 0 else None
 
 
 class Rows(list[Tensor]):

@@ -24,6 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from curlora.continual.processes import use_cpu
 from curlora.convert import AdapterError, config_of
+from curlora.guard.texts import longest_row
 from curlora.hub import no_such_folder
 from curlora.train.errors import TrainError
 from curlora.train.history import History, history_of
@@ -72,8 +73,7 @@ class Base:
     @property
     def positions(self) -> int | None:
         """The longest input of the model, in tokens; ``None`` if its configuration does not state it."""
-        found: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        return found
+        return longest_row(self.config)
 
     @property
     def dtype(self) -> torch.dtype:
