@@ -10,7 +10,7 @@ from curlora.continual.batches import Collator
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, CompletionTask
 from curlora.guard.texts import IGNORED
-from tests.models import BASES, llama, word_tokenizer
+from tests.models import BASES, llama, multimodal, word_tokenizer
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def test_the_references_readout_is_the_padded_end(tokenizer):
     assert batch["attention_mask"][:, 2].tolist() == [1, 0, 0]
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", [*BASES.values(), multimodal], ids=[*BASES, "multimodal"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_class_is_told_from_its_own_text_whatever_the_batch(base, side, tokenizer):
     tokenizer.padding_side = side
-    model = TaskModel(BASES[base]()).eval()
+    model = TaskModel(base()).eval()
     model.begin(0, 3)
     rows = rows_of(CLASSES, tokenizer, 0)
     collate = Collator(tokenizer)

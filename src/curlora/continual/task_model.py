@@ -63,7 +63,7 @@ class TaskModel(nn.Module):
             return
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            head = nn.Linear(self.language_model.config.hidden_size, classes)
+            head = nn.Linear(self.language_model.config.get_text_config().hidden_size, classes)
         self.heads[str(task)] = head.to(next(self.model.parameters()).device)
 
     @property
