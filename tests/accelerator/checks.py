@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from curlora import Calibration, CurloraConfig, Guard, GuardCallback, calibrate, convert_to_lora, redraw
+from curlora.guard import perplexity
 from curlora.guard.anchors import Anchors
 from tests.accelerator.device import counted
 from tests.models import BASES, curlora, layers, llama, randomize, tokens
@@ -160,6 +162,24 @@ def test_calibration_and_redraw_are_those_of_the_cpu(base, tmp_path):
         redraw(model, [{"input_ids": row[None], "labels": row[None]} for row in rows], TEXT.unbind(), progress=False)
     for a, b in zip(*map(layers, fresh), strict=True):
         assert torch.equal(a.basis("default").indices.cpu(), b.basis("default").indices)
+
+
+@both
+def test_of_an_offloaded_model_too(base):
+    there, here = BASES[base](), cpu_offload(BASES[base](), torch.device(HERE))
+    found = []
+    for model in (there, here):
+        model = get_peft_model(model, CurloraConfig(r=4)).eval()
+        ids = tokens(batch=4, length=9)
+        redraw(model, [{"input_ids": ids, "labels": ids}], TEXT.unbind(), progress=False)
+        calibration = calibrate(model, TEXT.unbind(), progress=False)
+        found.append((calibration, perplexity(model, TEXT.unbind())))
+    (expected, cost), (calibration, measured) = found
+    assert {U.device.type for U in Guard(model, calibration).parameters} == {HERE}
+    assert measured == pytest.approx(cost, rel=1e-4)
+    for name, moments in expected.layers.items():
+        close(calibration.layers[name].inputs, moments.inputs)
+        close(calibration.layers[name].left, moments.left)
 
 
 def test_a_guarded_step_waits_for_nothing_and_stays_within_the_budget():
