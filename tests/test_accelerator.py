@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Besides the checks for this device: whole runs, which use the device as the machine's accelerator.
 RUNS = [
-    "tests/continual/test_resume.py::test_cut_off_at_one_write_after_another",
+    "tests/continual/test_recipe.py::test_a_run_and_going_on_with_one_more_method",
     "tests/continual/plugins/test_guard_plugin.py::test_the_budget_holds_on_the_guard_text_after_every_task",
     "tests/continual/plugins/test_guard_plugin.py::test_an_adapter_for_each_task_has_a_calibration_and_an_equal_share",
     "tests/continual/plugins/test_guard_plugin.py::test_the_penalty_is_toward_the_base_where_its_weights_were_changed",
