@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from curlora.callbacks import EWCCallback, KLToBaseCallback, PenaltyCallback, ScaleBackCallback, replay
 from curlora.callbacks.kl_to_base import pieces_of
 from curlora.guard import perplexity
-from curlora.guard.texts import Rows
+from curlora.text.rows import Rows
 from tests.models import classifier, llama, tokens
 
 ROWS = list(tokens(seed=5, batch=3, length=9))

@@ -81,6 +81,17 @@ def test_every_place_is_in_the_picture():
     assert names - {"recipes"} == (set(arrows) | set().union(*arrows.values())) - {"curlora_cli"}
 
 
+def test_every_file_of_a_room_is_in_its_table_once():
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tables = dict(re.findall(r"^In `(\w+)/`, .*?\n\n(.*?)\n\n", contributing, re.DOTALL | re.MULTILINE))
+    assert set(tables) == {"tuner", "text", "guard", "budget", "data", "continual", "train"}
+    for room, table in tables.items():
+        named = [name for line in table.splitlines() for name in re.findall(r"`([\w/]+)`", line.split("|")[1])]
+        files = [path.stem for path in (SOURCE / "curlora" / room).glob("[!_]*.py")]
+        folders = [f"{path.parent.name}/" for path in (SOURCE / "curlora" / room).glob("*/__init__.py")]
+        assert sorted(named) == sorted(files + folders)
+
+
 def test_importing_curlora_brings_nothing_that_peft_does_not_need():
     """As a user does who adds one line to a script: no pages, tables, recipes or trainers."""
     code = "import sys, peft; before = set(sys.modules); import curlora; print(*sorted(set(sys.modules) - before))"

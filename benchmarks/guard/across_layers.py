@@ -26,7 +26,7 @@ from transformers import (
 
 import curlora
 from curlora.guard.calibration import layers_of
-from curlora.guard.own_text import own_text
+from curlora.text.own_text import own_text
 from results import add, rows
 
 RESULTS = Path(__file__).parent / "across_layers.jsonl"

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from curlora.guard.coordinates import coordinates
-from curlora.guard.own_text import own_text
+from curlora.text.own_text import own_text
 from results import add
 
 RESULTS = Path(__file__).parent / "directions.jsonl"

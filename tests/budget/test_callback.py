@@ -42,8 +42,8 @@ from curlora.guard import GuardError, Ledger, perplexity
 from curlora.guard.anchors import Anchors
 from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import TextOutcome, TrainingRecord, pack, unpack
-from curlora.guard.texts import Rows
 from curlora.inspection import inspect_adapter
+from curlora.text.rows import Rows
 from curlora.train.errors import TrainError
 from curlora.train.history import history_of
 from curlora.tuner.config import LEDGER_NAME

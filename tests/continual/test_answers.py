@@ -12,8 +12,8 @@ from curlora.continual.answers import Answers, OwnText, PromptList, answer, kept
 from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import measure
 from curlora.continual.plan import make_plan
-from curlora.guard.own_text import own_text
 from curlora.report.plan import plan_tables
+from curlora.text.own_text import own_text
 from tests.models import WORDS, llama, word_tokenizer
 
 PROMPTS = [WORDS[1], " ".join(WORDS[2:7]), " ".join(WORDS[7:9])]

@@ -9,7 +9,7 @@ from curlora import CurloraConfig
 from curlora.continual.batches import Collator
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import ClassificationTask, CompletionTask
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 from tests.models import BASES, llama, multimodal, word_tokenizer
 
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curlora.continual.tasks import ChatTask, ClassificationTask, CompletionTask, TaskError
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 from tests.models import word_tokenizer
 
 

@@ -8,9 +8,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from curlora import CurloraConfig, CurloraLayer
-from curlora.guard import Calibration, Guard, GuardError, calibrate, collect, model_pass, perplexity
-from curlora.guard.model_pass import _drawn_gradient
-from curlora.guard.texts import Rows
+from curlora.guard import Calibration, Guard, GuardError, calibrate, collect, perplexity
+from curlora.text import model_pass
+from curlora.text.model_pass import _drawn_gradient
+from curlora.text.rows import Rows
 from tests.models import BASES, WORDS, curlora, llama, tokens, word_tokenizer
 
 # Few tokens are enough here.

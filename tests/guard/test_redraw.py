@@ -6,7 +6,7 @@ from peft import PeftModel
 
 from curlora import CurloraConfig, CurloraLayer, Guard, calibrate, redraw
 from curlora.guard import GuardError
-from curlora.guard.model_pass import _drawn_gradient
+from curlora.text.model_pass import _drawn_gradient
 from tests.models import BASES, curlora, llama, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has")

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curlora.guard import scale_to_limit
-from curlora.guard.processes import in_all
+from curlora.text.processes import in_all
 
 
 def step(curve, limit, **options):
@@ -111,7 +111,7 @@ def test_a_measure_that_raises_in_one_process_raises_in_all(monkeypatch):
     def gather(into, mine):
         into[:] = [mine, *others]
 
-    monkeypatch.setattr("curlora.guard.processes.rank_and_count", lambda: (0, 2))
+    monkeypatch.setattr("curlora.text.processes.rank_and_count", lambda: (0, 2))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
     others[:] = [None]
     assert in_all(lambda: 3.0) == 3.0

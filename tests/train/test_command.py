@@ -24,8 +24,8 @@ from typer.testing import CliRunner
 
 from curlora.budget.limited_texts import LimitedTexts
 from curlora.guard import TextOutcome, perplexity
-from curlora.guard.texts import rows_of
 from curlora.storage import Checkpoints
+from curlora.text.rows import rows_of
 from curlora.train import TrainOptions, history, prepare
 from curlora.train.errors import TrainError
 from curlora.train.measure import measure

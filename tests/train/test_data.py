@@ -8,7 +8,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 from curlora.train import TrainError, TrainOptions
 from curlora.train.data import read_examples
 from curlora.train.model import find_base

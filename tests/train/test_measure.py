@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 from curlora.train.data import Prompt, Split
 from curlora.train.measure import measure
 from tests.models import llama, word_tokenizer

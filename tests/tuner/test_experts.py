@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from curlora import CurloraConfig, ForgettingBudget, Guard, calibrate, convert_to_lora, redraw, save_as_lora
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.inspection import inspect_adapter
 from curlora.tuner.param_wrapper import ParamWrapper
 from tests.models import layers, randomize, tokens
@@ -221,7 +221,7 @@ def guarded():
 @pytest.mark.filterwarnings("ignore:The guard's text")
 def test_moments_of_experts_are_of_the_gradient_of_each_row(guarded, monkeypatch):
     model, calibration = guarded
-    from curlora.guard import model_pass
+    from curlora.text import model_pass
 
     drawn = []
     draw = model_pass._drawn_gradient

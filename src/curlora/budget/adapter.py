@@ -16,9 +16,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from curlora.errors import GuardError
 from curlora.guard.calibration import adapter_of
-from curlora.guard.errors import GuardError
-from curlora.guard.evaluating import changes_the_base, without_adapters
+from curlora.text.evaluating import changes_the_base, without_adapters
 from curlora.tuner.config import CurloraConfig
 from curlora.tuner.format import saved_U
 from curlora.tuner.layer import CurloraLayer

@@ -25,13 +25,13 @@ from curlora.budget.penalty_restraint import PenaltyRestraint
 from curlora.budget.pushes import Pushes
 from curlora.budget.restraint import Restraint
 from curlora.budget.start import UNKNOWN, Start
+from curlora.errors import GuardError
 from curlora.guard.callback import act_first
-from curlora.guard.errors import GuardError
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
-from curlora.guard.processes import in_all, rank_and_count
-from curlora.guard.progress import Shown
 from curlora.guard.share import as_share
-from curlora.guard.texts import Texts
+from curlora.text.processes import in_all, rank_and_count
+from curlora.text.progress import Shown
+from curlora.text.rows import Texts
 from curlora.tuner.sharded import whole
 
 __all__ = ["ForgettingBudget"]
@@ -95,7 +95,7 @@ class ForgettingBudget(TrainerCallback):
         damping: for CURLoRA, see :class:`curlora.Guard`.
         adapter: the adapter's name; the active one if ``None``.
         seed: the seed of the model's own text, of drawn answers, and of the choice of training examples.
-        progress: how to show the progress of the guard's own work, see :data:`curlora.guard.progress.Shown`. The work
+        progress: how to show the progress of the guard's own work, see :data:`curlora.text.progress.Shown`. The work
             is counted in tokens of a forward pass. If ``None``, bars are shown if the trainer shows its own.
 
     Attributes:

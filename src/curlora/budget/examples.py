@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from curlora.guard.errors import GuardError
-from curlora.guard.processes import rank_and_count
-from curlora.guard.texts import IGNORED
+from curlora.errors import GuardError
+from curlora.text.processes import rank_and_count
+from curlora.text.rows import IGNORED
 from curlora.tuner.weight import running_device
 
 __all__ = ["Examples"]

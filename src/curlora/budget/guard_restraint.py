@@ -20,18 +20,18 @@ from curlora.budget.examples import Examples
 from curlora.budget.outcome import Outcome
 from curlora.budget.restraint import Restraint
 from curlora.budget.work import WITH_BACKWARD
+from curlora.errors import GuardError
 from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration, layers_of
 from curlora.guard.collect import calibrate
-from curlora.guard.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.learning_rate import learning_rate
 from curlora.guard.ledger import OTHER_LEDGER, Ledger, TextOutcome, TrainingRecord, digest_of
-from curlora.guard.progress import Shown, part_of
 from curlora.guard.redraw import redraw
 from curlora.guard.scale_back import with_values
-from curlora.guard.texts import Rows
 from curlora.storage import write_whole
+from curlora.text.progress import Shown, part_of
+from curlora.text.rows import Rows
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
@@ -58,7 +58,7 @@ class GuardRestraint(Restraint):
         anchors: whether to protect the tasks of earlier trainings, and to add this task to them.
         damping: see :class:`curlora.Guard`.
         max_length, batch_size, seed: see :func:`curlora.calibrate`.
-        progress: see :data:`curlora.guard.progress.Shown`.
+        progress: see :data:`curlora.text.progress.Shown`.
     """
 
     moved: ClassVar[str] = "U"

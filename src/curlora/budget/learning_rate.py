@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from curlora._compat import scale_base_rate
 from curlora.budget.restraint import Restraint
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 
 __all__ = ["lora_learning_rate", "lora_learning_rate_of", "set_rate"]
 

@@ -13,14 +13,14 @@ from torch import nn
 
 from curlora.budget.start import Start
 from curlora.budget.work import WRITTEN
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.guard.ledger import TextOutcome
-from curlora.guard.model_pass import perplexity
-from curlora.guard.own_text import own_text
-from curlora.guard.processes import rank_and_count
-from curlora.guard.progress import Shown, part_of, stage
 from curlora.guard.share import as_share
-from curlora.guard.texts import Rows, Texts, digest, named_texts, rows_of
+from curlora.text.own_text import own_text
+from curlora.text.perplexity import perplexity
+from curlora.text.processes import rank_and_count
+from curlora.text.progress import Shown, part_of, stage
+from curlora.text.rows import Rows, Texts, digest, named_texts, rows_of
 
 __all__ = ["OWN_TEXT", "LimitedTexts"]
 

@@ -14,8 +14,8 @@ from curlora.budget.examples import Examples
 from curlora.budget.learning_rate import lora_learning_rate_of
 from curlora.budget.restraint import Restraint
 from curlora.callbacks.kl_to_base import KLToBaseCallback
-from curlora.guard.evaluating import without_adapters
-from curlora.guard.texts import Rows
+from curlora.text.evaluating import without_adapters
+from curlora.text.rows import Rows
 
 __all__ = ["PenaltyRestraint"]
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from curlora.budget.outcome import Outcome
 from curlora.guard.ledger import TextOutcome
 from curlora.guard.measured_limit import Kept
-from curlora.guard.texts import Rows
+from curlora.text.rows import Rows
 
 __all__ = ["Restraint"]
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.guard.ledger import pack, unpack
-from curlora.guard.processes import of_first
 from curlora.storage import write_whole
+from curlora.text.processes import of_first
 
 __all__ = ["STATE_NAME", "UNKNOWN", "Start"]
 

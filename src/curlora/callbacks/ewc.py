@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from curlora.callbacks.penalty import PenaltyCallback, check_strength
-from curlora.guard.decoding import draw
-from curlora.guard.evaluating import evaluating
-from curlora.guard.texts import IGNORED
+from curlora.text.decoding import draw
+from curlora.text.evaluating import evaluating
+from curlora.text.rows import IGNORED
 from curlora.tuner.weight import running_device
 
 __all__ = ["Consolidated", "EWCCallback", "drawn_gradients", "fisher_diagonal"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from curlora.callbacks.penalty import PenaltyCallback, check_strength
-from curlora.guard.evaluating import changes_the_base, evaluating, without_adapters
-from curlora.guard.texts import Rows
+from curlora.text.evaluating import changes_the_base, evaluating, without_adapters
+from curlora.text.rows import Rows
 from curlora.tuner.weight import running_device
 
 __all__ = ["KLToBaseCallback", "kl_to_base", "pieces_at", "pieces_of"]
@@ -27,7 +27,7 @@ class KLToBaseCallback(PenaltyCallback):
 
     Args:
         rows: rows of general text, int64 tokens, each of shape ``(length,)``; 100 to 200 tokens in a row are enough.
-            The penalty is the mean over the tokens that count (:class:`curlora.guard.texts.Rows`, which
+            The penalty is the mean over the tokens that count (:class:`curlora.text.rows.Rows`, which
             :func:`curlora.guard.own_text` returns); in rows without a mask all tokens count.
         strength: the factor of the KL divergence, which is in nats per token. 3 is a good start (docs/proof.md).
         rows_per_step: the number of rows in a step.

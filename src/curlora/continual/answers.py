@@ -20,11 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from curlora.continual.errors import RunError
 from curlora.continual.heldout import HeldOut
 from curlora.continual.model_digest import model_digest
-from curlora.guard.decoding import named_ends, sample
-from curlora.guard.errors import GuardError
-from curlora.guard.own_text import own_text
-from curlora.guard.texts import Rows
+from curlora.errors import GuardError
 from curlora.storage import write_whole
+from curlora.text.decoding import named_ends, sample
+from curlora.text.own_text import own_text
+from curlora.text.rows import Rows
 
 __all__ = ["ANSWERS", "Answers", "OwnText", "PromptList", "answer", "encoded_prompt", "kept_answers"]
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from curlora.continual.tasks import Row
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 
 __all__ = ["Collator", "LengthGrouped"]
 

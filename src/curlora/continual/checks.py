@@ -19,7 +19,7 @@ from curlora.continual.heldout import HeldOut
 from curlora.continual.methods import Method
 from curlora.continual.methods.peft import Peft
 from curlora.continual.problems import unknown_names
-from curlora.guard.texts import longest_row
+from curlora.text.rows import longest_row
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["Adapted", "check_stream", "check_texts"]

@@ -10,11 +10,11 @@ import numpy
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, field_validator, model_validator
 
 from curlora.continual.answer_score import AnswerScore
-from curlora.continual.conversations import read_conversations
-from curlora.continual.errors import DataError
-from curlora.continual.read_table import TABLE_SUFFIXES, Place, Table, read_table
-from curlora.continual.row_template import RowTemplate, RowTemplateError
 from curlora.continual.tasks import ChatTask, ClassificationTask, CompletionTask, Task, TaskError
+from curlora.data.conversations import read_conversations
+from curlora.data.errors import DataError
+from curlora.data.read_table import TABLE_SUFFIXES, Place, Table, read_table
+from curlora.data.row_template import RowTemplate, RowTemplateError
 
 __all__ = [
     "AnswersSpec",
@@ -40,7 +40,7 @@ class Source(Place):
     ``"Question: {question}\\nAnswer:"`` or ``"{answers[text][0]}"``.
 
     Chat: conversations in a ``layout``, which is detected if it is not given (see
-    :func:`curlora.continual.conversations.read_conversations`). ``messages`` names their column if it is not the
+    :func:`curlora.data.conversations.read_conversations`). ``messages`` names their column if it is not the
     layout's usual one. ``prompt`` and ``completion`` may be given instead.
 
     ``shuffle`` is the seed with which the rows are shuffled. The first ``skip`` rows are then skipped, and the next

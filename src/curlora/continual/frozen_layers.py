@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from curlora.continual.errors import RunError
 from curlora.continual.model_digest import model_digest
-from curlora.guard.evaluating import evaluating
+from curlora.text.evaluating import evaluating
 
 __all__ = ["FOLDER", "keep_frozen_layers", "layers_below", "layers_below_targets"]
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 from curlora.continual.errors import RunError
 from curlora.continual.processes import process_state
 from curlora.continual.tasks import Prompts
-from curlora.guard.decoding import generating, named_ends, padded
-from curlora.guard.texts import longest_row
 from curlora.storage import write_whole
+from curlora.text.decoding import generating, named_ends, padded
+from curlora.text.rows import longest_row
 
 __all__ = [
     "Answer",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from curlora.continual.results import TextScore
-from curlora.guard.model_pass import score_text
-from curlora.guard.progress import Shown
-from curlora.guard.texts import Rows
+from curlora.text.perplexity import score_text
+from curlora.text.progress import Shown
+from curlora.text.rows import Rows
 
 __all__ = ["HeldOut", "measure"]
 
@@ -94,7 +94,7 @@ def measure(
     base_logits: Callable[[Tensor, int], Tensor] | None = None,
     progress: Shown = False,
 ) -> TextScore:
-    """Measure the perplexity on a text and the drift from a base model (:func:`curlora.guard.model_pass.score_text`).
+    """Measure the perplexity on a text and the drift from a base model (:func:`curlora.text.perplexity.score_text`).
 
     The tokens of a window are scored given all earlier tokens of the window
     (https://huggingface.co/docs/transformers/perplexity). If ``stride`` equals ``window``, the first token of every

@@ -26,8 +26,8 @@ from curlora.continual.results import RunResults
 from curlora.continual.run import run_stream
 from curlora.continual.stream import Stream
 from curlora.continual.workers import ray_workers
-from curlora.guard.progress import NullProgress, Progress
 from curlora.storage import LOCK, write_whole
+from curlora.text.progress import NullProgress, Progress
 
 __all__ = ["build", "run_recipe"]
 

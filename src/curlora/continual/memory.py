@@ -17,7 +17,7 @@ from curlora.continual.encoding import Encoded
 from curlora.continual.methods import Method
 from curlora.continual.processes import process_state
 from curlora.continual.tasks import Row
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 from curlora.tuner.layer import CurloraLayer
 
 __all__ = ["Memory", "UnknownError", "estimate", "kept_for_backward"]

@@ -26,8 +26,8 @@ from curlora.continual.state import State
 from curlora.continual.task_model import HEAD_SEED, TaskModel
 from curlora.continual.tasks import Row
 from curlora.continual.trainer import TaskTrainer, steps_of
-from curlora.guard.progress import Portion, Progress, part_of
 from curlora.storage import sync
+from curlora.text.progress import Portion, Progress, part_of
 
 __all__ = ["BaseScores", "MethodRun", "work_of"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from curlora.continual.task_model import TaskModel
-from curlora.guard.evaluating import evaluating
-from curlora.guard.texts import IGNORED
+from curlora.text.evaluating import evaluating
+from curlora.text.rows import IGNORED
 
 __all__ = ["fit", "states_and_labels"]
 

@@ -23,8 +23,8 @@ from curlora.continual.run_directory import in_use
 from curlora.continual.state import State
 from curlora.continual.stream import Stream
 from curlora.continual.tasks import ClassificationTask
-from curlora.guard.progress import NullProgress, Progress
 from curlora.storage import write_whole
+from curlora.text.progress import NullProgress, Progress
 
 __all__ = ["Finished", "Job", "Runner", "encoded_and_checked", "jobs_of", "run_job", "run_stream"]
 

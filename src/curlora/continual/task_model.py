@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 
 __all__ = ["HEAD_SEED", "Answers", "TaskModel"]
 

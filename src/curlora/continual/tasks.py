@@ -14,9 +14,9 @@ from typing import Any, ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.answer_score import AnswerScore
-from curlora.continual.chat import ChatError, LaidOut, closing_token, lay_out, prompt_of
-from curlora.continual.conversations import Conversation, fault_of, trained_turns
-from curlora.guard.texts import IGNORED
+from curlora.data.chat import ChatError, LaidOut, closing_token, lay_out, prompt_of
+from curlora.data.conversations import Conversation, fault_of, trained_turns
+from curlora.text.rows import IGNORED
 
 __all__ = [
     "ChatTask",
@@ -328,7 +328,7 @@ class CompletionTask(Task):
 class ChatTask(CompletionTask):
     """Conversations, in which the assistant's messages are trained as completions are.
 
-    The tokenizer's chat template renders them; see :func:`curlora.continual.chat.lay_out`. Everything after the last
+    The tokenizer's chat template renders them; see :func:`curlora.data.chat.lay_out`. Everything after the last
     trained message is left out. A conversation that is too long loses its end, and is left out if no answer remains.
     If only the last message is trained, the conversation is cut as a :class:`CompletionTask` is. When answers are
     generated, the prompt is everything before the assistant's last message.

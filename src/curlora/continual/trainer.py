@@ -24,8 +24,8 @@ from curlora.continual.results import Score
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import Row
-from curlora.guard.texts import IGNORED
 from curlora.storage import Checkpoints
+from curlora.text.rows import IGNORED
 
 __all__ = ["TaskTrainer", "steps_of"]
 

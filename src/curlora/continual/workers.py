@@ -20,7 +20,7 @@ from curlora.continual.computing import computing
 from curlora.continual.encoding import Encoded, encode, in_order
 from curlora.continual.errors import RunError
 from curlora.continual.run import Finished, Job, Runner, jobs_of, run_job
-from curlora.guard.progress import Progress
+from curlora.text.progress import Progress
 
 if TYPE_CHECKING:
     from curlora.continual.recipe import Recipe

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from curlora.errors import GuardError
 from curlora.functional import autocast_off
-from curlora.guard.errors import GuardError
 
 __all__ = ["Anchors"]
 

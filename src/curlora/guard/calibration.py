@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.tuner.fingerprint import compare
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.model import adapted_layers

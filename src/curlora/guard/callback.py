@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curlora._compat import callbacks_around
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.guard.guard import Guard
 from curlora.guard.measured_limit import MeasuredLimit
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curlora.errors import GuardError
 from curlora.functional import autocast_off
 from curlora.guard.calibration import Calibration, KroneckerFactors, adapter_of, layers_of
-from curlora.guard.errors import GuardError
-from curlora.guard.model_pass import Counts, pass_over
-from curlora.guard.processes import sum_over_processes
-from curlora.guard.progress import Shown
+from curlora.text.model_pass import Counts, pass_over
+from curlora.text.processes import sum_over_processes
+from curlora.text.progress import Shown
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import whole
@@ -68,7 +68,7 @@ def calibrate(
             only the shift of each layer's output, and cannot predict the KL divergence in nats.
         seed: the seed of the drawn answers.
         progress: whether to show a progress bar, or a function that shows it, see
-            :data:`curlora.guard.progress.Shown`.
+            :data:`curlora.text.progress.Shown`.
 
     Returns:
         The moments, float64 on the CPU.

@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from curlora.errors import GuardError
 from curlora.functional import autocast_off
 from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration, KroneckerFactors, adapter_of
 from curlora.guard.coordinates import Coordinates, coordinates
-from curlora.guard.errors import GuardError
 from curlora.guard.share import as_share
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.sharded import assign, laid_out_like, reshard, whole

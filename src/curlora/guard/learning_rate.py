@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 
 __all__ = ["learning_rate"]
 

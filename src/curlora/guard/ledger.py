@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from curlora.errors import GuardError
 from curlora.guard.anchors import Anchors
 from curlora.guard.calibration import Calibration
-from curlora.guard.errors import GuardError
 from curlora.tuner.config import LEDGER_NAME, CurloraConfig
 from curlora.tuner.format import saved_indices, saved_U
 from curlora.tuner.layer import CurloraLayer

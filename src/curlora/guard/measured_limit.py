@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from curlora._compat import callbacks_around
-from curlora.guard.errors import GuardError
-from curlora.guard.processes import rank_and_count
+from curlora.errors import GuardError
 from curlora.guard.scale_back import scale_to_limit, with_values
+from curlora.text.processes import rank_and_count
 from curlora.tuner.sharded import reshard, whole
 
 __all__ = ["Kept", "MeasuredLimit", "NothingKeptWarning", "log"]

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from curlora.errors import GuardError
 from curlora.functional import autocast_off
 from curlora.guard.calibration import adapter_of, layers_of
-from curlora.guard.errors import GuardError
-from curlora.guard.model_pass import backward, pass_over, ready
-from curlora.guard.processes import sum_over_processes
-from curlora.guard.progress import Shown, stage
-from curlora.guard.texts import IGNORED
+from curlora.text.model_pass import backward, pass_over, ready
+from curlora.text.processes import sum_over_processes
+from curlora.text.progress import Shown, stage
+from curlora.text.rows import IGNORED
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.weight import bias_of, read, running_device

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from curlora.guard.processes import in_all, of_first
+from curlora.text.processes import in_all, of_first
 from curlora.tuner.sharded import laid_out_like, whole
 
 __all__ = ["scale_to_limit", "with_values"]

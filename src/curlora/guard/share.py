@@ -7,7 +7,7 @@ import math
 from numbers import Real
 from typing import Any
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 
 __all__ = ["as_share"]
 

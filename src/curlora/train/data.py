@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy
 
-from curlora.continual.chat import ChatError, closing_token, lay_out, prompt_of
-from curlora.continual.conversations import Conversation, read_conversations, trained_turns
-from curlora.continual.errors import DataError, EncodingError, LayoutError
-from curlora.continual.read_table import TABLE_SUFFIXES, Place, Table, read_table
-from curlora.guard.texts import IGNORED
+from curlora.data.chat import ChatError, closing_token, lay_out, prompt_of
+from curlora.data.conversations import Conversation, read_conversations, trained_turns
+from curlora.data.errors import DataError, EncodingError, LayoutError
+from curlora.data.read_table import TABLE_SUFFIXES, Place, Table, read_table
 from curlora.hub import no_such_folder
+from curlora.text.rows import IGNORED
 from curlora.train.errors import TrainError
 from curlora.train.model import Base
 from curlora.train.options import TrainOptions

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.guard.ledger import OTHER_LEDGER, Ledger, belongs_to
 from curlora.train.errors import TrainError
 from curlora.train.folder import RECORD

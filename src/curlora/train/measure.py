@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from curlora.continual.generation import generate
-from curlora.guard.evaluating import evaluating
-from curlora.guard.model_pass import perplexity
-from curlora.guard.progress import Advance
-from curlora.guard.texts import IGNORED, Rows
+from curlora.text.evaluating import evaluating
+from curlora.text.perplexity import perplexity
+from curlora.text.progress import Advance
+from curlora.text.rows import IGNORED, Rows
 from curlora.train.data import Prompt, Split
 
 __all__ = ["Measured", "measure"]

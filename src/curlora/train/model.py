@@ -24,8 +24,8 @@ from transformers.utils import CONFIG_NAME
 
 from curlora.continual.processes import use_cpu
 from curlora.convert import AdapterError, config_of
-from curlora.guard.texts import longest_row
 from curlora.hub import no_such_folder
+from curlora.text.rows import longest_row
 from curlora.train.errors import TrainError
 from curlora.train.history import History, history_of
 from curlora.train.options import TrainOptions

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 from curlora.guard.share import as_share
 from curlora.train.errors import TrainError
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from curlora.budget.limited_texts import OWN_TEXT
-from curlora.guard.errors import GuardError
-from curlora.guard.evaluating import evaluating
-from curlora.guard.model_pass import perplexity
-from curlora.guard.own_text import own_text
-from curlora.guard.texts import Rows, rows_of
+from curlora.errors import GuardError
+from curlora.text.evaluating import evaluating
+from curlora.text.own_text import own_text
+from curlora.text.perplexity import perplexity
+from curlora.text.rows import Rows, rows_of
 from curlora.train.errors import TrainError
 from curlora.train.model import Base
 from curlora.train.options import TrainOptions

@@ -19,7 +19,7 @@ from curlora.budget.work import work_of
 from curlora.continual.memory import UnknownError, kept_for_backward
 from curlora.continual.processes import use_cpu
 from curlora.guard import GuardError, learning_rate
-from curlora.guard.texts import rows_of
+from curlora.text.rows import rows_of
 from curlora.train.data import Examples, Split
 from curlora.train.errors import TrainError
 from curlora.train.model import Base

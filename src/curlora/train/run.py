@@ -24,8 +24,8 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from curlora.budget.limited_texts import OWN_TEXT
 from curlora.budget.work import WRITTEN
 from curlora.convert import save_as_lora, save_merged
-from curlora.guard.evaluating import without_adapters
-from curlora.guard.progress import Advance, NullProgress, Portion, Progress
+from curlora.text.evaluating import without_adapters
+from curlora.text.progress import Advance, NullProgress, Portion, Progress
 from curlora.train.card import write_card
 from curlora.train.data import Examples, read_examples
 from curlora.train.errors import TrainError
@@ -274,7 +274,7 @@ class _Guarding:
 
     @contextlib.contextmanager
     def stage(self, text: str, work: float | None) -> Iterator[Advance]:
-        """See :data:`curlora.guard.progress.Shown`."""
+        """See :data:`curlora.text.progress.Shown`."""
         self.bar.stage(text)
         yield self.part.advance
 

@@ -16,8 +16,8 @@ from trl import SFTConfig, SFTTrainer
 
 import curlora
 from curlora.continual.processes import use_cpu
-from curlora.guard.errors import GuardError
-from curlora.guard.progress import Shown
+from curlora.errors import GuardError
+from curlora.text.progress import Shown
 from curlora.train.errors import TrainError
 from curlora.train.folder import Folder
 from curlora.train.plan import guard_row, with_checkpointing
@@ -47,7 +47,7 @@ class Training:
         prepared: the prepared training.
         on_begin: called before the first step.
         on_tokens: called after each step with the average number of tokens of a step.
-        guard: shows the guard's progress, see :data:`curlora.guard.progress.Shown`.
+        guard: shows the guard's progress, see :data:`curlora.text.progress.Shown`.
 
     Raises:
         TrainError: if several GPUs are visible, or if the model cannot be loaded.

@@ -12,7 +12,7 @@ from curlora.continual.method_run import BaseScores, MethodRun
 from curlora.continual.methods import make_method
 from curlora.continual.settings import Settings
 from curlora.continual.tasks import ClassificationTask
-from curlora.guard.progress import NullProgress
+from curlora.text.progress import NullProgress
 from tests.models import VOCABULARY, gpt2, layers, llama, word_examples, word_tokenizer
 
 LAYERS = {"target_modules": ["q_proj", "v_proj"]}

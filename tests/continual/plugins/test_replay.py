@@ -8,7 +8,7 @@ from curlora.continual.plugins import Replay, TaskContext, make_plugin
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import CompletionTask
-from curlora.guard.progress import NullProgress
+from curlora.text.progress import NullProgress
 from tests.models import WORDS, llama, word_tokenizer
 
 

@@ -22,7 +22,7 @@ import curlora.tuner  # noqa: F401  registers CURLoRA with PEFT
 from curlora.continual.heldout import HeldOut
 from curlora.continual.methods.base import Method
 from curlora.continual.problems import unknown_names
-from curlora.guard.evaluating import changes_the_base, without_adapters
+from curlora.text.evaluating import changes_the_base, without_adapters
 
 __all__ = ["REFUSED_OPTIONS", "Peft", "peft_types"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curlora.continual.plugins.base import TaskContext
 from curlora.continual.task_model import TaskModel
-from curlora.guard.evaluating import evaluating
+from curlora.text.evaluating import evaluating
 
 __all__ = ["answering", "diverged", "examples_of", "trained"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from curlora.callbacks.kl_to_base import pieces_of
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.tasks import Row
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 
 __all__ = ["ReplayText"]
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curlora.continual.row_template import RowTemplate, RowTemplateError
+from curlora.data.row_template import RowTemplate, RowTemplateError
 
 ROW = {
     "question": "Who?",

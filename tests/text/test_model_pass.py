@@ -7,8 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from curlora.guard import GuardError, perplexity
-from curlora.guard.model_pass import score_text
-from curlora.guard.texts import Rows
+from curlora.text.perplexity import score_text
+from curlora.text.rows import Rows
 from tests.models import BASES, curlora, llama, multimodal, tokens, word_tokenizer
 
 

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from curlora.continual.chat import closing_token
-from curlora.continual.conversations import trained_turns
 from curlora.continual.data import TaskSpec, read_task
 from curlora.continual.tasks import ChatTask, TaskError
+from curlora.data.chat import closing_token
+from curlora.data.conversations import trained_turns
 from curlora.demo import assets
-from curlora.guard.texts import IGNORED
+from curlora.text.rows import IGNORED
 from tests.models import word_tokenizer
 
 CHATML = (

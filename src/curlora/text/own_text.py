@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from curlora.cache import cache_directory
-from curlora.guard.decoding import named_ends, sample
-from curlora.guard.errors import GuardError
-from curlora.guard.evaluating import without_adapters
-from curlora.guard.processes import of_first, rank_and_count
-from curlora.guard.progress import Shown, stage
-from curlora.guard.texts import Rows, longest_row
+from curlora.errors import GuardError
+from curlora.text.decoding import named_ends, sample
+from curlora.text.evaluating import without_adapters
+from curlora.text.processes import of_first, rank_and_count
+from curlora.text.progress import Shown, stage
+from curlora.text.rows import Rows, longest_row
 from curlora.tuner.sharded import reshard, whole
 from curlora.tuner.weight import running_device
 
@@ -56,7 +56,7 @@ def own_text(
     generation configuration says. Therefore the mean rise of the negative log-likelihood of the drawn tokens, from the
     base model to another model, is an unbiased estimate of the KL divergence ``KL(base || other)`` on such text, in
     nats per token. Tokens that were not drawn do not count: a row's first token, and those that the chat template adds
-    around a turn (:attr:`Rows.counted <curlora.guard.texts.Rows>`).
+    around a turn (:attr:`Rows.counted <curlora.text.rows.Rows>`).
 
     PEFT adapters are disabled during sampling. The model and torch's random generators are left unchanged. For a given
     seed the rows do not depend on ``batch_size``, except for rounding. With ``torch.distributed``, every process has to
@@ -74,7 +74,7 @@ def own_text(
             ``CURLORA_CACHE_DIR`` or in the user's cache directory. With ``None``, or if the folder cannot be written
             to, nothing is stored.
         progress: whether to show a progress bar, or a function that shows it, see
-            :data:`curlora.guard.progress.Shown`.
+            :data:`curlora.text.progress.Shown`.
 
     Returns:
         Rows of tokens on the CPU, with the mask of the drawn tokens.

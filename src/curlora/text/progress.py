@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from curlora.guard.processes import rank_and_count
+from curlora.text.processes import rank_and_count
 
 __all__ = ["Advance", "NullProgress", "Portion", "Progress", "Shown", "part_of", "stage"]
 

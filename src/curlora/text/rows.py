@@ -11,7 +11,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from curlora.guard.errors import GuardError
+from curlora.errors import GuardError
 
 __all__ = ["IGNORED", "Rows", "Texts", "digest", "longest_row", "named_texts", "rows_of"]
 

@@ -6,8 +6,8 @@ import datasets
 import pytest
 from pydantic import ValidationError
 
-from curlora.continual.conversations import trained_turns
 from curlora.continual.data import DataError, TaskSpec, read_task
+from curlora.data.conversations import trained_turns
 
 SYSTEM, ASKED, ANSWERED, MORE, LAST = (
     {"role": role, "content": text}

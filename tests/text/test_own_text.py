@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import GenerationConfig, LlamaModel, T5Config, T5ForConditionalGeneration
 
 from curlora.guard import GuardError, own_text
-from curlora.guard.decoding import draw
+from curlora.text.decoding import draw
 from tests.models import WORDS, curlora, gpt2, llama, multimodal, word_tokenizer
 
 # None of these words is the beginning of another word.

@@ -10,7 +10,7 @@ from transformers import GPT2Config, LlamaConfig, MambaConfig, XLNetConfig
 
 import curlora
 from curlora.guard import perplexity
-from curlora.guard.texts import Rows, longest_row, named_texts, rows_of
+from curlora.text.rows import Rows, longest_row, named_texts, rows_of
 from tests.models import curlora as adapted
 from tests.models import llama, multimodal, tokens, word_tokenizer
 

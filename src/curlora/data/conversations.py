@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from curlora.continual.errors import DataError, LayoutError
-from curlora.continual.read_table import Table
-from curlora.continual.row_template import RowTemplate, RowTemplateError
+from curlora.data.errors import DataError, LayoutError
+from curlora.data.read_table import Table
+from curlora.data.row_template import RowTemplate, RowTemplateError
 
 __all__ = ["LAYOUTS", "Conversation", "fault_of", "read_conversations", "trained_turns"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
@@ -13,23 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div
 
-from curlora.guard.decoding import draw, uniforms
-from curlora.guard.errors import GuardError
-from curlora.guard.evaluating import evaluating
-from curlora.guard.processes import rank_and_count, sum_over_processes
-from curlora.guard.progress import Shown, stage
-from curlora.guard.texts import IGNORED, Rows, longest_row
+from curlora.errors import GuardError
+from curlora.text.decoding import draw, uniforms
+from curlora.text.evaluating import evaluating
+from curlora.text.processes import rank_and_count, sum_over_processes
+from curlora.text.progress import Shown, stage
+from curlora.text.rows import IGNORED, Rows, longest_row
 from curlora.tuner.layer import CurloraLayer
 from curlora.tuner.param_wrapper import ParamWrapper
 from curlora.tuner.sharded import reshard
 from curlora.tuner.weight import running_device
 
-__all__ = ["Counts", "backward", "pass_over", "perplexity", "ready", "score_text"]
+__all__ = ["NOTHING", "Counts", "backward", "batches_of", "pass_over", "ready", "run_batches"]
 
 _EXPECTED = "Expected texts, rows of tokens (one-dimensional tensors), or batches (mappings) with a tensor input_ids"
-_NOTHING = (
+NOTHING = (
     "The text has no two tokens in a row, so there is nothing to predict. Is the text empty, or does the tokenizer "
     "drop it?"
 )
@@ -85,13 +83,13 @@ def pass_over(
     rank, processes = rank_and_count()
     # torch sums the gradient of a parameter over a batch, so the gradient of each row needs batches of one row.
     one_by_one = any(isinstance(layer, ParamWrapper) for layer in layers.values())
-    batches, count = _batches(model, data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
+    batches, count = batches_of(model, data, tokenizer, max_length, 1 if one_by_one else batch_size, rank, processes)
     if one_by_one:
         batches, count = _in_rows(batches), None
     device = running_device(model)
     predicted = tokens = rows = 0
     with ready(model, layers, gradients) as reached, stage(progress, doing, count) as advance:
-        for numbers, _, mask, answered, logits in _run(model, batches, device, begin):
+        for numbers, _, mask, answered, logits in run_batches(model, batches, device, begin):
             if gradients:
                 backward(logits, reached, _drawn_gradient(logits.detach(), answered, numbers, seed))
             end()
@@ -102,105 +100,11 @@ def pass_over(
     (counted,) = sum_over_processes([torch.tensor([predicted, tokens, rows], device="cpu")], device)
     counts = Counts(*(int(number) for number in counted))
     if not counts.predicted:
-        raise GuardError(_NOTHING)
+        raise GuardError(NOTHING)
     return counts
 
 
-def perplexity(
-    model: nn.Module,
-    data: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
-    tokenizer: Any = None,
-    *,
-    max_length: int = 128,
-    batch_size: int = 8,
-    progress: Shown = False,
-) -> float:
-    """Return the perplexity: ``exp`` of the mean negative log-likelihood of the predicted tokens that count.
-
-    Each token is predicted from the tokens before it in its row. The rows are those that :func:`curlora.calibrate`
-    makes of the same text. The model is left unchanged. With ``torch.distributed``, texts and rows are divided among
-    the processes, and every process gets the perplexity of all of them.
-
-    Args:
-        model: a causal language model.
-        data, tokenizer, max_length, batch_size, progress: see :func:`curlora.calibrate`.
-
-    Returns:
-        The perplexity; infinity if it is too large for a float, and NaN if a prediction is NaN.
-
-    Raises:
-        GuardError: if the model is not a causal language model, if the text has no two consecutive tokens, or if a row
-            is longer than the model's maximum length.
-    """
-    found, _ = score_text(model, data, tokenizer, max_length=max_length, batch_size=batch_size, progress=progress)
-    return found
-
-
-def score_text(
-    model: nn.Module,
-    data: Iterable[str] | Iterable[Tensor] | Iterable[Mapping[str, Tensor]],
-    tokenizer: Any = None,
-    *,
-    base_logits: Callable[[Tensor, int], Tensor] | None = None,
-    max_length: int = 128,
-    batch_size: int = 8,
-    progress: Shown = False,
-) -> tuple[float, float]:
-    """Measure the perplexity of a text, as :func:`perplexity` does, and the drift from a base model there.
-
-    Drift is the Kullback-Leibler divergence ``KL(base || model)`` between the two distributions of the next token,
-    averaged over the same tokens, in nats per token.
-
-    Args:
-        model: a causal language model.
-        data, tokenizer, max_length, batch_size, progress: see :func:`curlora.calibrate`.
-        base_logits: given ``input_ids`` of shape ``(batch, length)`` and a number ``k``, returns the base model's
-            logits at the last ``k`` positions, shape ``(batch, k, vocabulary)``. Rows are padded on the right. ``None``
-            if drift is not wanted.
-
-    Returns:
-        Perplexity and drift; drift is 0 if there is no base model. Both are NaN if a prediction is NaN.
-
-    Raises:
-        GuardError: see :func:`perplexity`.
-    """
-    rank, processes = rank_and_count()
-    batches, count = _batches(model, data, tokenizer, max_length, batch_size, rank, processes)
-    device = running_device(model)
-    sums = torch.zeros(3, dtype=torch.float64, device="cpu")  # negative log-likelihood, divergence, tokens
-    with ready(model, {}, gradients=False), stage(progress, "measuring perplexity", count) as advance:
-        for _, ids, _, answered, logits in _run(model, batches, device, from_first_answered=True):
-            kept = logits.shape[1]
-            targets = ids[:, ids.shape[1] - kept + 1 :]
-            # A base model may return the logits of all positions.
-            base = None if base_logits is None else base_logits(ids, kept)[:, -kept:]
-            for row, wanted in enumerate(answered):  # row by row, because the logits are large
-                of_row = logits[row, :-1][wanted].float()
-                lost = cross_entropy(of_row, targets[row][wanted], reduction="sum")
-                diverged = 0.0 if base is None else _divergence(base[row, :-1][wanted].float(), of_row)
-                sums += torch.tensor([float(lost), diverged, len(of_row)], dtype=torch.float64, device="cpu")
-            advance(1)
-    (sums,) = sum_over_processes([sums], device)
-    loss, divergence, tokens = sums.tolist()
-    if not tokens:
-        raise GuardError(_NOTHING)
-    try:
-        found = math.exp(loss / tokens)
-    except OverflowError:
-        found = math.inf
-    drift = divergence / tokens
-    return found, drift if math.isnan(drift) else max(0.0, drift)  # below 0 by rounding
-
-
-def _divergence(base: Tensor, logits: Tensor) -> float:
-    """Sum ``KL(base || model)`` over positions, ``_CHUNK`` at a time because the vocabulary is large."""
-    total = 0.0
-    for p, q in zip(base.split(_CHUNK), logits.split(_CHUNK), strict=True):
-        total += float(kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True))
-    return total
-
-
-def _run(
+def run_batches(
     model: nn.Module,
     batches: Iterable[tuple[Sequence[int], Mapping[str, Any]]],
     device: torch.device,
@@ -375,7 +279,7 @@ def _drawn_gradient(logits: Tensor, answered: Tensor, numbers: Sequence[int], se
     return gradient
 
 
-def _batches(
+def batches_of(
     model: nn.Module, data: Any, tokenizer: Any, max_length: int, batch_size: int, rank: int, processes: int
 ) -> tuple[Iterator[tuple[Sequence[int], Mapping[str, Tensor]]], int | None]:
     """Return this process's batches with the numbers of their rows, and the number of batches if it is known.

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model, inject_adapter_in_model
 
 from curlora import CurloraConfig
-from curlora.guard.evaluating import without_adapters
+from curlora.text.evaluating import without_adapters
 from tests.models import curlora, llama, randomize, tokens
 
 LORA = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

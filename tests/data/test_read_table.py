@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from curlora.continual.errors import DataError
-from curlora.continual.read_table import Place, read_table
+from curlora.data.errors import DataError
+from curlora.data.read_table import Place, read_table
 
 
 def rows_of(path, **options):

@@ -11,7 +11,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from curlora.continual.conversations import Conversation
+from curlora.data.conversations import Conversation
 
 __all__ = ["ChatError", "LaidOut", "closing_token", "lay_out", "prompt_of"]
 

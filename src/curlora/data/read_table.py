@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from curlora.continual.errors import DataError, EncodingError
+from curlora.data.errors import DataError, EncodingError
 
 __all__ = ["TABLE_SUFFIXES", "Place", "Table", "read_table"]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from curlora.guard.errors import GuardError
-from curlora.guard.evaluating import evaluating
-from curlora.guard.processes import rank_and_count
+from curlora.errors import GuardError
+from curlora.text.evaluating import evaluating
+from curlora.text.processes import rank_and_count
 from curlora.tuner.sharded import reshard
 from curlora.tuner.weight import running_device
 
