@@ -9,7 +9,7 @@ _ROLE = re.compile(r":(?:class|func|meth|mod|attr|data):`~?([\w.]+)`")
 _SHADOWED = {
     "curlora.redraw": "curlora.guard.redraw.redraw",
     "curlora.guard.learning_rate": "curlora.guard.learning_rate.learning_rate",
-    "curlora.guard.own_text": "curlora.guard.own_text.own_text",
+    "curlora.guard.own_text": "curlora.text.own_text.own_text",
 }
 
 

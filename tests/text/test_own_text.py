@@ -242,7 +242,7 @@ def no_sampling(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("it was sampled again")
 
-    monkeypatch.setattr(sys.modules["curlora.guard.own_text"], "sample", fail)  # a function has the module's name
+    monkeypatch.setattr(sys.modules["curlora.text.own_text"], "sample", fail)  # a function has the module's name
 
 
 def test_it_is_kept(tmp_path, monkeypatch):
