@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from curlora.continual.batches import Collator
-from curlora.continual.plugins import EWC, AnchorsPlugin, TaskContext, make_plugin
+from curlora.continual.plugins import AnchorsPlugin, EWCPlugin, TaskContext, make_plugin
 from curlora.continual.task_model import TaskModel
 from tests.models import curlora, llama, word_tokenizer
 
@@ -65,7 +65,7 @@ def test_its_state_is_what_it_holds():
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("plugin", [AnchorsPlugin(), EWC(strength=1.0)])
+@pytest.mark.parametrize("plugin", [AnchorsPlugin(), EWCPlugin(strength=1.0)])
 def test_of_a_model_that_diverged_nothing_is_held(plugin):
     model, rows, collate = task_model()
     next(p for name, p in model.model.named_parameters() if "curlora_U" in name).data[0, 0] = torch.nan

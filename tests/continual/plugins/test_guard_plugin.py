@@ -17,7 +17,7 @@ from curlora.continual.errors import RecipeError, RunError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.launch import build
 from curlora.continual.method_run import MethodRun
-from curlora.continual.plugins import GuardPlugin, KLToBase, TaskContext
+from curlora.continual.plugins import GuardPlugin, KLToBasePlugin, TaskContext
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import Cut, figures
@@ -211,7 +211,7 @@ def test_the_penalty_is_the_drift_from_the_base_on_a_piece_of_the_text(guarded_p
         with adapted.disable_adapter():
             return adapted(input_ids=ids, logits_to_keep=kept).logits
 
-    plugin = KLToBase(strength=3.0, tokens=8)
+    plugin = KLToBasePlugin(strength=3.0, tokens=8)
     plugin.before_task(TaskContext(0, model, [], lambda rows: {}, 0, text, base_logits))
     assert sorted(row.tolist() for row, _ in plugin.pieces) == sorted(row.tolist() for row in text.tokens.split(8))
     for number in range(4):
@@ -235,7 +235,7 @@ def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one():
         with adapted.disable_adapter():
             return adapted(input_ids=ids, logits_to_keep=kept).logits
 
-    plugin = KLToBase(strength=3.0, tokens=16)
+    plugin = KLToBasePlugin(strength=3.0, tokens=16)
     plugin.before_task(TaskContext(0, TaskModel(adapted), [], lambda rows: {}, 0, text, base_logits))
     order = [i for row, _ in plugin.pieces for i, one in enumerate(text.as_rows()) if torch.equal(row, one)]
     assert sorted(order) == [0, 1, 2]
@@ -256,4 +256,4 @@ def test_the_penalty_goes_by_the_rows_that_the_base_wrote_one_by_one():
 @pytest.mark.parametrize("wrong", [{"strength": 0}, {"strength": 1, "tokens": 1}, {"strength": 1, "rows_per_step": 0}])
 def test_the_penalty_refuses_what_it_cannot_do(wrong):
     with pytest.raises(ValueError, match="kl_to_base needs"):
-        KLToBase(**wrong)
+        KLToBasePlugin(**wrong)

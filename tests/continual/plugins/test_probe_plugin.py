@@ -8,7 +8,7 @@ from curlora.continual import load_recipe, probe, run_recipe
 from curlora.continual.batches import Collator
 from curlora.continual.errors import RunError
 from curlora.continual.method_run import MethodRun
-from curlora.continual.plugins import Probe, TaskContext
+from curlora.continual.plugins import ProbePlugin, TaskContext
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import Cut, figures
@@ -27,7 +27,7 @@ def context(model, classes=2):
 def test_the_head_is_the_fitted_one_whatever_the_batches():
     model = TaskModel(llama())
     task = context(model)
-    Probe(ridge=0.3, batch_size=3).before_task(task)
+    ProbePlugin(ridge=0.3, batch_size=3).before_task(task)
     expected = torch.nn.Linear(model.heads["0"].in_features, 2)
     probe.fit(expected, *probe.states_and_labels(model, [task.collate(task.rows)]), ridge=0.3)
     assert torch.allclose(model.heads["0"].weight, expected.weight, atol=1e-4)
@@ -36,20 +36,20 @@ def test_the_head_is_the_fitted_one_whatever_the_batches():
 
 
 def test_a_task_without_a_head_is_left_alone():
-    Probe().before_task(context(TaskModel(llama()), None))
+    ProbePlugin().before_task(context(TaskModel(llama()), None))
 
 
 def test_a_model_without_finite_states_is_named():
     model = TaskModel(llama())
     model.language_model.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(RunError, match="plug-in probe: the model's hidden states on the task's examples are not"):
-        Probe().before_task(context(model))
+        ProbePlugin().before_task(context(model))
 
 
 @pytest.mark.parametrize("options", [{"ridge": 0}, {"ridge": float("inf")}, {"batch_size": 0}, {"batch_size": True}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match="probe needs"):
-        Probe(**options)
+        ProbePlugin(**options)
 
 
 def test_training_begins_from_it_and_goes_on_from_where_it_was_cut_off(recipe_path, tmp_path, monkeypatch):

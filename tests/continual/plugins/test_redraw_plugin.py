@@ -16,7 +16,7 @@ from curlora.continual import load_recipe, run_recipe
 from curlora.continual.batches import Collator
 from curlora.continual.heldout import HeldOut
 from curlora.continual.method_run import MethodRun
-from curlora.continual.plugins import Redraw, TaskContext
+from curlora.continual.plugins import RedrawPlugin, TaskContext
 from curlora.continual.task_model import TaskModel
 from curlora.continual.trainer import TaskTrainer
 from tests.continual.streams import Cut, figures
@@ -65,7 +65,7 @@ def test_it_is_redraw_with_the_tasks_loss(classes, monkeypatch):
     drawn = indices(model)
     task = context(model.train(), classes)
     fresh = {key: value.clone() for key, value in model.heads.state_dict().items()}
-    plugin = Redraw()
+    plugin = RedrawPlugin()
     before = torch.random.get_rng_state()
     plugin.before_task(task)
     (_, batches, general, _), (loss, heads) = given
@@ -94,7 +94,7 @@ def test_it_is_redraw_with_the_tasks_loss(classes, monkeypatch):
 
 
 def test_later_tasks_keep_what_there_is():
-    model, plugin = untrained(), Redraw()
+    model, plugin = untrained(), RedrawPlugin()
     plugin.before_task(context(model, 2))
     first = indices(model)
     for layer in layers(model):
@@ -105,13 +105,13 @@ def test_later_tasks_keep_what_there_is():
 
 def test_a_text_that_says_nothing_is_named():
     with pytest.raises(ValueError, match="needs at least 2 tokens, got 1"):
-        Redraw().before_task(context(untrained(), 2, text=HeldOut("word", TEXT.tokens[:1])))
+        RedrawPlugin().before_task(context(untrained(), 2, text=HeldOut("word", TEXT.tokens[:1])))
 
 
 @pytest.mark.parametrize("options", [{"examples": 0}, {"examples": 2.5}, {"examples": True}, {"batch_size": 0}])
 def test_bad_options(options):
     with pytest.raises(ValueError, match="redraw needs"):
-        Redraw(**options)
+        RedrawPlugin(**options)
 
 
 @pytest.fixture

@@ -7,28 +7,28 @@ from typing import Any
 
 from curlora.continual.plugins.anchors_plugin import AnchorsPlugin
 from curlora.continual.plugins.base import Plugin, TaskContext
-from curlora.continual.plugins.ewc import EWC
+from curlora.continual.plugins.ewc_plugin import EWCPlugin
 from curlora.continual.plugins.guard_plugin import GuardPlugin
-from curlora.continual.plugins.kl_to_base import KLToBase
-from curlora.continual.plugins.probe_plugin import Probe
-from curlora.continual.plugins.redraw_plugin import Redraw
-from curlora.continual.plugins.replay import Replay
-from curlora.continual.plugins.replay_text import ReplayText
-from curlora.continual.plugins.scale_back import ScaleBack
+from curlora.continual.plugins.kl_to_base_plugin import KLToBasePlugin
+from curlora.continual.plugins.probe_plugin import ProbePlugin
+from curlora.continual.plugins.redraw_plugin import RedrawPlugin
+from curlora.continual.plugins.replay_plugin import ReplayPlugin
+from curlora.continual.plugins.replay_text_plugin import ReplayTextPlugin
+from curlora.continual.plugins.scale_back_plugin import ScaleBackPlugin
 from curlora.continual.problems import unknown_names
 
 __all__ = [
-    "EWC",
     "PLUGINS",
     "AnchorsPlugin",
+    "EWCPlugin",
     "GuardPlugin",
-    "KLToBase",
+    "KLToBasePlugin",
     "Plugin",
-    "Probe",
-    "Redraw",
-    "Replay",
-    "ReplayText",
-    "ScaleBack",
+    "ProbePlugin",
+    "RedrawPlugin",
+    "ReplayPlugin",
+    "ReplayTextPlugin",
+    "ScaleBackPlugin",
     "TaskContext",
     "make_plugin",
 ]
@@ -36,15 +36,15 @@ __all__ = [
 # In the order in which they act before and after a task: first what changes the model, then what changes its head,
 # then what reads both.
 PLUGINS: dict[str, type[Plugin]] = {
-    "redraw": Redraw,
+    "redraw": RedrawPlugin,
     "guard": GuardPlugin,
-    "scale_back": ScaleBack,
-    "probe": Probe,
-    "ewc": EWC,
+    "scale_back": ScaleBackPlugin,
+    "probe": ProbePlugin,
+    "ewc": EWCPlugin,
     "anchors": AnchorsPlugin,
-    "replay": Replay,
-    "replay_text": ReplayText,
-    "kl_to_base": KLToBase,
+    "replay": ReplayPlugin,
+    "replay_text": ReplayTextPlugin,
+    "kl_to_base": KLToBasePlugin,
 }
 
 

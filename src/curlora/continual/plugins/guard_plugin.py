@@ -11,14 +11,14 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from curlora.continual.errors import RunError
 from curlora.continual.plugins.base import TaskContext
-from curlora.continual.plugins.scale_back import ScaleBack, text_of
+from curlora.continual.plugins.scale_back_plugin import ScaleBackPlugin, text_of
 from curlora.continual.results import Guarded
 from curlora.guard import Calibration, Guard, GuardCallback, GuardError, calibrate
 
 __all__ = ["GuardPlugin"]
 
 
-class GuardPlugin(ScaleBack):
+class GuardPlugin(ScaleBackPlugin):
     """Trains a CURLoRA adapter with :class:`curlora.GuardCallback`, on the recipe's ``guard`` text.
 
     The model is calibrated before an adapter's first task, which is usually the first of the stream. During training

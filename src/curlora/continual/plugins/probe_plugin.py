@@ -11,10 +11,10 @@ from curlora.continual import probe
 from curlora.continual.errors import RunError
 from curlora.continual.plugins.base import Plugin, TaskContext
 
-__all__ = ["Probe"]
+__all__ = ["ProbePlugin"]
 
 
-class Probe(Plugin):
+class ProbePlugin(Plugin):
     """Fits a task's head to the model's hidden states before the task, see :mod:`curlora.continual.probe`.
 
     Model and head are then trained together. With a random head, the first steps would change the model in ways that

@@ -15,10 +15,10 @@ from curlora.continual.errors import RunError
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.guard import GuardError, redraw
 
-__all__ = ["Redraw"]
+__all__ = ["RedrawPlugin"]
 
 
-class Redraw(Plugin):
+class RedrawPlugin(Plugin):
     """Calls :func:`curlora.redraw` before an adapter's first task, with the recipe's ``guard`` text as general text.
 
     For a classification task, gradients are computed through a head that is fitted to the model's hidden states

@@ -12,10 +12,10 @@ from curlora.callbacks.replay import chosen
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.tasks import Row
 
-__all__ = ["Replay"]
+__all__ = ["ReplayPlugin"]
 
 
-class Replay(Plugin):
+class ReplayPlugin(Plugin):
     """Keeps some examples of each task and mixes them into the training of all later ones.
 
     This is experience replay with a fixed number of examples per task (Chaudhry et al. 2019,

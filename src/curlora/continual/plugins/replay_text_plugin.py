@@ -13,13 +13,13 @@ from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.tasks import Row
 from curlora.text.rows import IGNORED
 
-__all__ = ["ReplayText"]
+__all__ = ["ReplayTextPlugin"]
 
 # No task has this number, so no head reads the rows: they are learned as text.
 _NO_TASK = -1
 
 
-class ReplayText(Plugin):
+class ReplayTextPlugin(Plugin):
     """Mixes pieces of the recipe's ``guard`` text into the examples of every task, and trains on them as text.
 
     This is the common way to keep general abilities while training on new data. With a text that the base model wrote

@@ -16,7 +16,7 @@ from curlora.continual.results import Guarded, TextScore
 from curlora.guard.measured_limit import MeasuredLimit, NothingKeptWarning
 from curlora.guard.share import as_share
 
-__all__ = ["ScaleBack"]
+__all__ = ["ScaleBackPlugin"]
 
 
 class _Limit(TypedDict):
@@ -27,7 +27,7 @@ class _Limit(TypedDict):
     at_start: float
 
 
-class ScaleBack(Plugin):
+class ScaleBackPlugin(Plugin):
     """Limits any method's forgetting on the recipe's ``guard`` text, by measuring it after each task.
 
     The parameters that the task trained, without heads, are moved back on the straight line to their values before the

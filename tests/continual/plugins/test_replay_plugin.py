@@ -4,7 +4,7 @@ import torch
 from curlora.continual.encoding import encode
 from curlora.continual.method_run import BaseScores, MethodRun
 from curlora.continual.methods import make_method
-from curlora.continual.plugins import Replay, TaskContext, make_plugin
+from curlora.continual.plugins import ReplayPlugin, TaskContext, make_plugin
 from curlora.continual.settings import Settings
 from curlora.continual.task_model import TaskModel
 from curlora.continual.tasks import CompletionTask
@@ -18,7 +18,7 @@ def context(number, count, seed=0):
 
 
 def test_every_later_task_trains_on_so_many_examples_of_each_before():
-    replay = Replay(examples=3)
+    replay = ReplayPlugin(examples=3)
     for number in range(3):
         now = context(number, 10)
         rows = replay.training_rows(now)
@@ -32,7 +32,7 @@ def test_every_later_task_trains_on_so_many_examples_of_each_before():
 
 def test_the_choice_is_a_function_of_the_seed():
     def choice(seed):
-        replay = Replay(examples=4)
+        replay = ReplayPlugin(examples=4)
         replay.after_task(context(0, 50, seed))
         return replay.kept
 
@@ -41,10 +41,10 @@ def test_the_choice_is_a_function_of_the_seed():
 
 
 def test_its_state_is_what_it_keeps():
-    replay = Replay(examples=2)
+    replay = ReplayPlugin(examples=2)
     replay.after_task(context(0, 5))
     replay.kept.append({"input_ids": [1, 2, 3], "labels": 1, "task": 7})  # a class, not tokens
-    other = Replay(examples=2)
+    other = ReplayPlugin(examples=2)
     other.load_state_dict(replay.state_dict())
     assert other.kept == replay.kept
 
@@ -60,7 +60,7 @@ def test_replaying_everything_keeps_what_contradicts_nothing(tmp_path):
     tasks = [mapping("one", 10, [60, 61, 62, 63] * 3), mapping("two", 30, [70, 71, 72, 73] * 3)]
     settings = Settings(batch_size=4, epochs=40)
     kept = {}
-    for label, plugins in (("without", ()), ("with", (lambda: Replay(examples=12),))):
+    for label, plugins in (("without", ()), ("with", (lambda: ReplayPlugin(examples=12),))):
         method = make_method("full", label, label, 1e-2, plugins=plugins)
         result, *_ = MethodRun(
             method, llama, tokenizer, encode(tasks, tokenizer, settings), [],

@@ -12,10 +12,10 @@ from curlora.callbacks.kl_to_base import kl_to_base, pieces_at, pieces_of
 from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.task_model import TaskModel
 
-__all__ = ["KLToBase"]
+__all__ = ["KLToBasePlugin"]
 
 
-class KLToBase(Plugin):
+class KLToBasePlugin(Plugin):
     """Adds ``strength * KL(base || model)`` on pieces of the recipe's ``guard`` text to the loss of every step.
 
     This is learning without forgetting (Li and Hoiem 2016, https://arxiv.org/abs/1606.09282), with a general text in

@@ -6,7 +6,7 @@ from torch import nn
 
 from curlora.callbacks.ewc import fisher_diagonal
 from curlora.continual.batches import Collator
-from curlora.continual.plugins import EWC, make_plugin
+from curlora.continual.plugins import EWCPlugin, make_plugin
 from curlora.continual.plugins.drawn import answering, trained
 from curlora.continual.task_model import TaskModel
 from tests.models import llama, word_tokenizer
@@ -47,7 +47,7 @@ def test_the_optimum_of_quadratic_tasks_is_the_weighted_mean():
     """Each task's loss is F (theta - theta_k)^2 / 2. With EWC the last task ends at the mean weighted by curvature."""
     rng = torch.Generator().manual_seed(1)
     curvature, optimum = torch.rand(3, 5, generator=rng) + 0.1, torch.randn(3, 5, generator=rng)
-    ewc = EWC(strength=1.0)
+    ewc = EWCPlugin(strength=1.0)
     model = Toy([0.0] * 5)
     for k in range(2):
         ewc.held.merge("weight", curvature[k], optimum[k])
@@ -68,7 +68,7 @@ def test_merging_tasks_is_the_sum_of_their_penalties_up_to_a_constant():
     rng = torch.Generator().manual_seed(2)
     curvature, value = torch.rand(4, 6, generator=rng), torch.randn(4, 6, generator=rng)
     curvature[:, 0] = 0  # a parameter that matters to no task
-    ewc = EWC(strength=3.0)
+    ewc = EWCPlugin(strength=3.0)
     for k in range(4):
         ewc.held.merge("weight", curvature[k], value[k])
 
@@ -96,18 +96,18 @@ def test_heads_are_not_held_and_gradients_are_left_alone():
 
 
 def test_its_state_is_what_it_holds():
-    ewc = EWC(strength=1.0)
+    ewc = EWCPlugin(strength=1.0)
     ewc.held.merge("weight", torch.rand(3), torch.rand(3))
-    other = EWC(strength=1.0)
+    other = EWCPlugin(strength=1.0)
     other.load_state_dict(ewc.state_dict())
     model = Toy([0.1, 0.2, 0.3])
     assert torch.equal(other.penalty(model), ewc.penalty(model))
-    assert EWC(strength=1.0).penalty(model) is None
+    assert EWCPlugin(strength=1.0).penalty(model) is None
 
 
 def test_what_was_read_from_a_file_goes_to_where_the_model_is():
     """Also in a run that is resumed after a task, before the penalty was computed."""
-    ewc = EWC(strength=1.0)
+    ewc = EWCPlugin(strength=1.0)
     ewc.held.merge("weight", torch.ones(2), torch.ones(2))
     ewc.held.merge("weight", *torch.ones(2, 2, device="meta"))
     assert ewc.held.curvature["weight"].device.type == ewc.held.centre["weight"].device.type == "meta"

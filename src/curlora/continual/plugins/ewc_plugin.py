@@ -12,10 +12,10 @@ from curlora.continual.plugins.base import Plugin, TaskContext
 from curlora.continual.plugins.drawn import answering, diverged, examples_of, trained
 from curlora.continual.task_model import TaskModel
 
-__all__ = ["EWC"]
+__all__ = ["EWCPlugin"]
 
 
-class EWC(Plugin):
+class EWCPlugin(Plugin):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, https://arxiv.org/abs/1612.00796, eq. 3).
 
     While task ``k`` is learned, ``strength / 2 * sum_{j<k} sum_i F_j[i] (theta[i] - theta_j[i])**2`` is added to the

@@ -10,7 +10,7 @@ from curlora.continual.batches import Collator
 from curlora.continual.errors import RecipeError
 from curlora.continual.heldout import HeldOut, measure
 from curlora.continual.plan import make_plan
-from curlora.continual.plugins import ReplayText, TaskContext, make_plugin
+from curlora.continual.plugins import ReplayTextPlugin, TaskContext, make_plugin
 from curlora.continual.task_model import TaskModel
 from tests.models import llama, word_tokenizer
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The guard's text has", "ignore:T
 def rows_of(text, pieces, tokens, number=0, seed=0):
     own = [{"input_ids": [1, 2], "labels": 1, "task": number}]
     context = TaskContext(number, TaskModel(llama()), own, lambda rows: {}, seed, guard_text=text)
-    rows = ReplayText(pieces, tokens).training_rows(context)
+    rows = ReplayTextPlugin(pieces, tokens).training_rows(context)
     assert rows[:1] == own
     return rows[1:]
 
