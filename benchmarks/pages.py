@@ -13,6 +13,7 @@ from pathlib import Path
 
 import promise
 from engine import page as engine
+from harness import page as harness
 from paper import page as paper
 from proof import page as proof
 from speed import page as speed
@@ -30,7 +31,7 @@ def main():
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     tables = {}
-    for subject in (demo, engine, guard, paper, promise, proof, speed):
+    for subject in (demo, engine, guard, harness, paper, promise, proof, speed):
         for name, table in subject.tables().items():
             if name in tables:
                 sys.exit(f"Two tables are called {name}: rename that of {subject.__name__}.")

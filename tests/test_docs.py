@@ -139,7 +139,7 @@ def test_lm_eval_reads_an_adapter_and_its_conversion(tmp_path, monkeypatch):
     model = curlora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "my-adapter")
     (tmp_path / "pairs.csv").write_text("\n".join(["sentence\tlabel", *(f"w{i} w2\t{i % 2}" for i in range(40))]))
-    task = (DOCS.parent / "benchmarks" / "lm_eval" / "reviews.yaml").read_text(encoding="utf-8")
+    task = (DOCS.parent / "benchmarks" / "harness" / "reviews.yaml").read_text(encoding="utf-8")
     task = task.replace("DATA_DIR/sst2/dev.tsv", str(tmp_path / "pairs.csv")).replace("negative, positive", "w1, w3")
     (tmp_path / "reviews.yaml").write_text(task)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

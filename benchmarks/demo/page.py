@@ -1,8 +1,8 @@
-"""The table of the demo over seeds, from the ``results.json`` of each ``curlora demo --seed``."""
+"""The tables of the demo: over seeds, from the ``results.json`` of each ``curlora demo --seed``, and its time."""
 
 from pathlib import Path
 
-from tables import table
+from tables import lines, table
 
 from curlora.continual.results import RunResults, Statistic
 from curlora.report.formatting import format_percent, format_statistic
@@ -11,7 +11,16 @@ HERE = Path(__file__).parent
 
 
 def tables():
-    return {"demo": over_seeds()}
+    return {"demo": over_seeds(), "demo_time": times()}
+
+
+def times():
+    """How long the command took where nothing else ran and everything was downloaded."""
+    rows = [
+        [run["processor"], run["threads"], f"{run['seconds'] // 60} min {run['seconds'] % 60} s"]
+        for run in lines(HERE / "seconds.jsonl")
+    ]
+    return table(["processor", "threads", "`curlora demo`"], rows)
 
 
 def over_seeds():
