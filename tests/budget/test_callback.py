@@ -26,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers import trainer as transformers_trainer
@@ -1287,6 +1288,29 @@ class TestBadInput:
             tracker.on_save(trainer.args, trainer.state, trainer.control)  # it is as before
             assert len(seen) == 2
             seen.clear()
+
+    def test_a_budget_that_was_interrupted_holds_back_for_another_trainer(self, tmp_path):
+        seen, callback = [], budget(learning_rate=0.1)
+
+        class Uploads(TrainerCallback):
+            def on_save(self, args, state, control, **kwargs):
+                seen.append(state.global_step)
+
+        Uploads.__module__ = "transformers.integrations.integration_utils"
+        with pytest.raises(KeyboardInterrupt):
+            train(fresh(), tmp_path / "one", callback, more=[first := Uploads(), Interrupt(at=5)])
+        train(fresh(), tmp_path / "two", callback, more=[Uploads()], save_strategy="steps", save_steps=4)
+        assert seen == [12]
+        first.on_save(None, TrainerState(global_step=0), None)
+        assert seen == [12, 0]
+
+    def test_deepspeed(self, tmp_path):
+        model, callback = fresh(), budget()
+        rows = [{"input_ids": row, "labels": row} for row in tokens(batch=8)]
+        trainer = Trainer(model, TrainingArguments(str(tmp_path), **QUIET), train_dataset=rows, callbacks=[callback])
+        trainer.args.deepspeed_plugin = object()
+        with pytest.raises(GuardError, match="Train with DDP or FSDP2"):
+            callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
 
     def test_pushes_are_as_before_if_nothing_begins(self, tmp_path, monkeypatch):
         monkeypatch.setattr(Trainer, "init_hf_repo", lambda *_, **__: None)

@@ -53,6 +53,20 @@ def test_one_label_among_many_examples_is_found(streamed):
         Examples(loader, 8, 100, seed=0).check()
 
 
+def test_a_stream_without_an_end_and_without_labels_is_refused():
+    class Endless(IterableDataset):
+        def __iter__(self):
+            while True:
+                yield {"input_ids": torch.arange(4)}
+
+    def masked(batch):
+        ids = torch.stack([row["input_ids"] for row in batch])
+        return {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+
+    with pytest.raises(GuardError, match="Every label of 8,192 examples is masked"):
+        Examples(SimpleNamespace(dataset=Endless(), collate_fn=masked), 64, 1000, seed=0).check()
+
+
 def test_a_stream_that_can_be_read_only_once_is_left_to_the_training():
     class Stream(IterableDataset):
         def __init__(self):

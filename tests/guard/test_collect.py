@@ -275,8 +275,13 @@ def test_refused_for_a_base_model_that_has_been_trained_since():
     calibration.check(model)
     weight = next(m for m in model.modules() if isinstance(m, CurloraLayer)).get_base_layer().weight
     weight.data += 0.01 * torch.randn_like(weight)
-    with pytest.raises(GuardError, match="the base model has been trained since: the weight of layer"):
-        Guard(model, calibration, budget=0.01)
+    for known in (calibration, calibrate(model, [batch(tokens())], progress=False)):  # which is no remedy
+        with pytest.raises(GuardError, match="has been trained since adapter 'default' .* Add a new adapter"):
+            Guard(model, known, budget=0.01)
+    model.delete_adapter("default")
+    model.add_adapter("new", CurloraConfig(r=4, target_modules=MAPS["llama"]))
+    model.set_adapter("new")
+    Guard(model, calibrate(model, [batch(tokens())], progress=False), budget=0.01)
 
 
 def test_damaged_files_are_refused(tmp_path):

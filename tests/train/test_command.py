@@ -1,8 +1,10 @@
 """``curlora train`` as a user meets it."""
 
+import dataclasses
 import glob
 import html
 import json
+import math
 import os
 import re
 import shutil
@@ -442,6 +444,11 @@ def test_the_lifetime_of_a_lora_adapter_on_the_hub(tmp_path, monkeypatch):
     record.write_text(json.dumps({"outcome": {"budget": budget.model_dump(mode="json")}}))
     monkeypatch.setattr(history, "hf_hub_download", lambda name, file: str(tmp_path / file))
     assert history.history_of(LoraConfig(), "me/lora", None) == history.History(0.03, 0.02, ("novel", "code"))
+    texts["code"] = dataclasses.replace(texts["code"], rise=math.nan)
+    unknown = budget.model_copy(update={"texts": texts})
+    record.write_text(json.dumps({"outcome": {"budget": json.loads(unknown.model_dump_json())}}))
+    with pytest.raises(TrainError, match="The lifetime's budget is used up"):
+        history.history_of(LoraConfig(), "me/lora", None)
     record.write_text('{"outcome": {}}')
     with pytest.raises(TrainError, match=r"training\.json is not the record of a finished training"):
         history.history_of(LoraConfig(), "me/lora", None)

@@ -181,7 +181,7 @@ class ForgettingBudget(TrainerCallback):
         try:
             self._set_up(args, state, control, kwargs)
         except BaseException:
-            self._pushes.release(args)
+            self._pushes.release()
             raise
 
     def on_step_begin(
@@ -204,7 +204,7 @@ class ForgettingBudget(TrainerCallback):
         except Exception as error:
             held.save_before_raising(error, control)
         else:  # the limits are held, and the last checkpoint comes next
-            self._pushes.release(args)
+            self._pushes.release()
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -242,14 +242,14 @@ class ForgettingBudget(TrainerCallback):
                 kept = 1.0 if self._held.kept is None else self._held.kept.scale
                 dataclasses.replace(self._start, kept=kept).write(folder, state)
         if self._held is not None and self._held.failed:
-            self._pushes.release(args)
+            self._pushes.release()
             self._held.on_save(args, state, control, **kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         held = self._holding
-        self._pushes.release(args)
+        self._pushes.release()
         held.restraint.on_train_end(args, state, control, **kwargs)
         kept = self._kept_before(held)
         held.finish()
@@ -280,6 +280,11 @@ class ForgettingBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
     ) -> None:
         """Prepare a training that begins or resumes."""
+        if args.deepspeed or args.deepspeed_plugin is not None:
+            raise GuardError(
+                "DeepSpeed trains copies of its own of the parameters, which a budget cannot reach. Train with DDP or "
+                "FSDP2."
+            )
         interrupted = False
         if self._held is not None:  # the last training did not come to its end
             self._held.restraint.on_train_end(args, state, control, **kwargs)

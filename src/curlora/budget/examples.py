@@ -18,12 +18,13 @@ from curlora.tuner.weight import running_device
 __all__ = ["Examples"]
 
 COUNT = 128
+_LOOKED_AT = 64 * COUNT  # in search of a label; a stream may have no end
 
 
 class Examples:
     """At most ``COUNT`` of the task's training examples, in batches as the Trainer collates them.
 
-    If every label of the first choice is masked, others are chosen.
+    If every label of the first choice is masked, others are chosen, from the first ``64 * COUNT``.
 
     Args:
         loader: the Trainer's data loader.
@@ -57,7 +58,7 @@ class Examples:
         while True:
             self._seen += len(chosen)
             self._batches, self.problem = self._read(chosen)
-            if self.problem is not None or self._any_label():
+            if self.problem is not None or self._any_label() or self._seen >= _LOOKED_AT:
                 return
             if not (chosen := list(itertools.islice(examples, COUNT))):
                 return

@@ -17,8 +17,7 @@ class Pushes:
     """Holds back what a Trainer pushes to the hub and what its trackers upload when a checkpoint is saved."""
 
     def __init__(self) -> None:
-        self._strategy: HubStrategy | None = None  # the one to restore
-        self._let_upload: Callable[[], None] | None = None
+        self._restore: list[Callable[[], None]] = []
 
     def hold(self, callback: TrainerCallback, args: TrainingArguments) -> None:
         """Let nothing leave this machine until :meth:`release`.
@@ -27,6 +26,7 @@ class Pushes:
             callback: the callback that is being called, by whose Trainer the trackers are found.
             args: the Trainer's arguments, whose ``hub_strategy`` changes for now.
         """
+        self.release()  # what an interrupted training has held back, perhaps of another Trainer
         strategy = HubStrategy(args.hub_strategy)
         if args.push_to_hub and strategy != HubStrategy.END:
             warnings.warn(
@@ -34,14 +34,11 @@ class Pushes:
                 "yet. Within a budget only the last checkpoint is pushed.",
                 stacklevel=4,
             )
-            self._strategy, args.hub_strategy = strategy, HubStrategy.END
-        if self._let_upload is None:
-            self._let_upload = hold_uploads(callback)
+            args.hub_strategy = HubStrategy.END
+            self._restore.append(lambda: setattr(args, "hub_strategy", strategy))
+        self._restore.append(hold_uploads(callback))
 
-    def release(self, args: TrainingArguments) -> None:
+    def release(self) -> None:
         """Restore what :meth:`hold` has changed."""
-        if self._strategy is not None:
-            args.hub_strategy, self._strategy = self._strategy, None
-        if self._let_upload is not None:
-            self._let_upload()
-            self._let_upload = None
+        while self._restore:
+            self._restore.pop()()

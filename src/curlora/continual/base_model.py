@@ -103,6 +103,10 @@ def _data_digest(encoded: Sequence[Encoded], texts: Sequence[HeldOut]) -> str:
             digest.update(json.dumps([part.generation.prompts.ids, part.generation.prompts.answers]).encode())
     for text in texts:
         digest.update(json.dumps([text.name, text.window, text.stride, text.tokens.tolist()]).encode())
+        # Where tokens that do not count stand among those that do, as a chat template's; files of earlier versions have
+        # no such rows.
+        if among := [mask.tolist() for mask in text.as_rows().counted if bool((~mask[1:] & mask[:-1]).any())]:
+            digest.update(json.dumps(among).encode())
     return digest.hexdigest()
 
 

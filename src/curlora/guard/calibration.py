@@ -184,10 +184,17 @@ class Calibration:
                     f"The calibration was made for other columns and rows than adapter {adapter!r} has in layer "
                     f"{name!r}: the seed, the rank or the draw differs. Calibrate this model."
                 )
-            if compare(moments.fingerprint, _fingerprint(layer, adapter)) == "other":
+            now = _fingerprint(layer, adapter)
+            if compare(layer.basis(adapter).fingerprint, now) == "other":
                 raise GuardError(
-                    f"The calibration was made on another base model, or the base model has been trained since: the "
-                    f"weight of layer {name!r} differs. Calibrate this model."
+                    f"The base model has been trained since adapter {adapter!r} was added to it: the weight of layer "
+                    f"{name!r} is not the one that its columns and rows are from. Add a new adapter to the trained "
+                    "model, and calibrate that."
+                )
+            if compare(moments.fingerprint, now) == "other":
+                raise GuardError(
+                    f"The calibration was made on another base model: the weight of layer {name!r} differs. Calibrate "
+                    "this model."
                 )
         return layers
 
@@ -195,7 +202,7 @@ class Calibration:
 def _fingerprint(layer: CurloraLayer, adapter: str) -> Tensor:
     """Return the fingerprint of the weight as it is now; where reading that takes long, as it was read last.
 
-    Weights that are quantized, sharded or offloaded are seldom trained.
+    It takes long, or was not tried, where weights are quantized, sharded, offloaded or those of experts.
     """
     known, base = layer.basis(adapter), layer.get_base_layer()
     if not is_plain(base) or isinstance(base.weight, DTensor) or device_of(base).type == "meta":

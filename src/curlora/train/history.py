@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from peft import PeftConfig
 
 from curlora.errors import GuardError
-from curlora.guard.ledger import OTHER_LEDGER, Ledger, belongs_to
+from curlora.guard.ledger import OTHER_LEDGER, Ledger, TextOutcome, belongs_to
 from curlora.train.errors import TrainError
 from curlora.train.folder import RECORD
 from curlora.train.outcome import Budget
@@ -27,7 +28,7 @@ class History:
 
     Args:
         lifetime: the largest allowed rise of perplexity over all trainings; ``None`` without such a limit.
-        risen: the largest rise of a text so far.
+        risen: the largest rise of a text so far; 0 if none has risen.
         texts: the names of the texts that were measured.
     """
 
@@ -37,8 +38,13 @@ class History:
 
     @property
     def left(self) -> float | None:
-        """The rest of the lifetime's budget; ``None`` if there is no such budget."""
-        return None if self.lifetime is None else self.lifetime - max(0.0, self.risen)
+        """The rest of the lifetime's budget; ``None`` if there is no such budget, NaN if a rise is not a number."""
+        return None if self.lifetime is None else self.lifetime - self.risen
+
+    @classmethod
+    def of(cls, lifetime: float | None, texts: Mapping[str, TextOutcome]) -> History:
+        """Return the history with these outcomes of texts."""
+        return cls(lifetime, float(numpy.max([0.0, *(text.rise for text in texts.values())])), tuple(texts))
 
 
 def history_of(adapter: PeftConfig, folder: str | None, lifetime: float | None) -> History:
@@ -59,7 +65,7 @@ def history_of(adapter: PeftConfig, folder: str | None, lifetime: float | None) 
         except GuardError as error:
             raise TrainError(f"--continue-from {folder}: {error}") from error
     found = replace(found, lifetime=found.lifetime if lifetime is None else lifetime)
-    if found.left is not None and found.left <= 0:
+    if found.left is not None and not found.left > 0:
         raise TrainError(
             f"The lifetime's budget is used up: perplexity has risen by {found.risen:.2%} since the adapter's first "
             f"training, and {found.lifetime:.2%} is allowed. Give a larger --lifetime to train further."
@@ -73,8 +79,7 @@ def _of_ledger(adapter: CurloraConfig) -> History:
         return History()
     if adapter.weights_file is not None and not belongs_to(ledger, adapter.weights_file):
         raise GuardError(OTHER_LEDGER)
-    texts = ledger.last_measured
-    return History(ledger.lifetime, max((text.rise for text in texts.values()), default=0.0), tuple(texts))
+    return History.of(ledger.lifetime, ledger.last_measured)
 
 
 def _of_record(folder: str) -> History:
@@ -104,6 +109,4 @@ def _of_record(folder: str) -> History:
             f"--continue-from {folder}: its {RECORD} is not the record of a finished training, so it is unknown what "
             "earlier trainings have cost. Restore the file. If you remove it, earlier trainings count as nothing."
         ) from error
-    return History(
-        budget.lifetime, float(numpy.max([text.rise for text in budget.texts.values()])), tuple(budget.texts)
-    )
+    return History.of(budget.lifetime, budget.texts)

@@ -23,7 +23,8 @@ class GuardPlugin(ScaleBackPlugin):
 
     The model is calibrated before an adapter's first task, which is usually the first of the stream. During training
     the predicted drift stays within the guard's budget. After each task the forgetting on the text is measured
-    relative to the base model, and the task's change is scaled back until the limit is met, as in :class:`ScaleBack`.
+    relative to the base model, and the task's change is scaled back until the limit is met, as in
+    :class:`ScaleBackPlugin`.
 
     Args:
         max_perplexity_increase: the largest rise of the guard text's perplexity over the whole stream, relative to the
