@@ -12,3 +12,10 @@ from hypothesis import settings
 
 settings.register_profile("curlora", deadline=None)
 settings.load_profile("curlora")
+
+LONG = {"test_accelerator.py", "test_cli.py", "test_resume.py", "test_study.py", "test_workers.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest tests first, so that at the end no process waits for another's."""
+    items.sort(key=lambda item: item.path.name not in LONG)
