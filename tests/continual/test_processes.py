@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from curlora.continual import processes
+from curlora.continual.errors import RunError
 from curlora.continual.launch import run_recipe
 from curlora.continual.recipe_file import load_recipe
 from curlora.continual.results import RunResults
@@ -57,9 +60,8 @@ def test_two_processes(recipe, recipe_path, tmp_path):
             assert after.drift == pytest.approx(before.drift, rel=1e-2, abs=1e-6)
 
 
-def test_a_batch_that_cannot_be_shared_out_is_one_message(recipe_path, tmp_path):
-    command = [*TORCHRUN, str(recipe_path), "--set", "training.batch_size=3", "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode != 0
-    assert "A batch_size of 3 cannot be divided evenly among 2 processes" in done.stderr
+def test_a_batch_that_cannot_be_shared_out_is_one_message(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "process_state", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(RunError, match="A batch_size of 3 cannot be divided evenly among 2 processes"):
+        run_recipe(load_recipe(recipe_path, ["training.batch_size=3"]), tmp_path / "run")
     assert not (tmp_path / "run" / "recipe.json").exists()

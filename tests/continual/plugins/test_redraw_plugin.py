@@ -126,8 +126,7 @@ def redrawn_path(recipe_path):
     return recipe_path
 
 
-@pytest.mark.parametrize("per_task", [False, True])
-@pytest.mark.parametrize("cut", ["learning 0", "scoring 0", "learning 1"])
+@pytest.mark.parametrize(("cut", "per_task"), [("learning 0", False), ("scoring 0", True), ("learning 1", True)])
 def test_cut_off_and_gone_on_with(redrawn_path, tmp_path, monkeypatch, cut, per_task):
     recipe = load_recipe(redrawn_path, [f"methods.0.adapter_per_task={per_task}"])
     whole = run_recipe(recipe, tmp_path / "whole")
