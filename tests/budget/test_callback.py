@@ -128,6 +128,31 @@ class Interrupt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+class Tracker(TrainerCallback):
+    """A tracker as transformers integrates them, which is told the step of each checkpoint that it is given."""
+
+    __module__ = "transformers.integrations.integration_utils"
+
+    def __init__(self, told):
+        self.told = told
+
+    def on_save(self, args, state, control, **kwargs):
+        self.told(state.global_step)
+
+
+def pushing_to(upload_folder, monkeypatch):
+    """Let Trainers push to a function that stands in for the hub's."""
+    monkeypatch.setattr(
+        transformers_trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload_folder), raising=False
+    )
+    monkeypatch.setattr(transformers_trainer, "upload_folder", upload_folder, raising=False)
+
+    def repository(trainer, *_, **__):
+        trainer.hub_model_id, trainer.push_in_progress = "me/adapter", None
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", repository)
+
+
 def interrupted(step, model, folder, callback, **arguments):
     """Interrupt a training at a step, and return its trainer and what has interrupted it."""
     given = dict(max_steps=12, **QUIET)
@@ -1199,23 +1224,15 @@ class TestBadInput:
         """What is pushed then is the adapter with its ledger."""
         pushed = []
 
-        class Hub:
-            @staticmethod
-            def upload_folder(folder_path, path_in_repo="", **_):
-                pushed.append(path_in_repo)
-                kept_back = shutil.ignore_patterns("checkpoint-*")
-                shutil.copytree(folder_path, tmp_path / "hub" / path_in_repo, ignore=kept_back, dirs_exist_ok=True)
-                done = Future()
-                done.set_result(None)
-                return done
+        def upload_folder(folder_path, path_in_repo="", **_):
+            pushed.append(path_in_repo)
+            kept_back = shutil.ignore_patterns("checkpoint-*")
+            shutil.copytree(folder_path, tmp_path / "hub" / path_in_repo, ignore=kept_back, dirs_exist_ok=True)
+            done = Future()
+            done.set_result(None)
+            return done
 
-        monkeypatch.setattr(transformers_trainer, "hf_api", Hub, raising=False)
-        monkeypatch.setattr(transformers_trainer, "upload_folder", Hub.upload_folder, raising=False)
-
-        def repository(trainer, *_, **__):
-            trainer.hub_model_id, trainer.push_in_progress = "me/adapter", None
-
-        monkeypatch.setattr(Trainer, "init_hf_repo", repository)
+        pushing_to(upload_folder, monkeypatch)
         callback, model = budget(learning_rate=3.0, lifetime=0.03), fresh()
         before = perplexity(model, TEXT, max_length=16)
         with warnings.catch_warnings(record=True) as told:
@@ -1241,15 +1258,7 @@ class TestBadInput:
         def upload(folder_path, **_):
             uploaded.append((Path(folder_path) / "README.md").read_text())
 
-        monkeypatch.setattr(
-            transformers_trainer, "hf_api", lambda: SimpleNamespace(upload_folder=upload), raising=False
-        )
-        monkeypatch.setattr(transformers_trainer, "upload_folder", upload, raising=False)
-
-        def repository(trainer, *_, **__):
-            trainer.hub_model_id, trainer.push_in_progress = "me/adapter", None
-
-        monkeypatch.setattr(Trainer, "init_hf_repo", repository)
+        pushing_to(upload, monkeypatch)
         arguments = SFTConfig(
             str(tmp_path), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, max_steps=2, max_length=16
         )
@@ -1266,23 +1275,19 @@ class TestBadInput:
             assert card.count("import curlora  # makes CURLoRA known to PEFT") == 1
 
     @pytest.mark.parametrize("kind", ["curlora", "lora"])
-    def test_trackers_are_given_no_checkpoint_before_the_limits_are_held(self, kind, tmp_path, monkeypatch):
+    def test_trackers_are_given_no_checkpoint_before_the_limits_are_held(self, kind, tmp_path):
         seen, holding = [], []
 
-        class Uploads(TrainerCallback):
-            """A tracker as transformers integrates them."""
+        def note(step):
+            seen.append((step, holding[0].outcome is not None))
 
-            def on_save(self, args, state, control, **kwargs):
-                seen.append((state.global_step, holding[0].outcome is not None))
-
-        Uploads.__module__ = "transformers.integrations.integration_utils"
         make = (
             fresh if kind == "curlora" else lambda: get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"]))
         )
         for _ in range(2):  # a second training holds back as the first
             holding[:] = [budget(learning_rate=0.1)]
             trainer = train(
-                make(), tmp_path, holding[0], more=[tracker := Uploads()], save_strategy="steps", save_steps=4
+                make(), tmp_path, holding[0], more=[tracker := Tracker(note)], save_strategy="steps", save_steps=4
             )
             assert seen == [(12, True)]
             tracker.on_save(trainer.args, trainer.state, trainer.control)  # it is as before
@@ -1292,14 +1297,9 @@ class TestBadInput:
     def test_a_budget_that_was_interrupted_holds_back_for_another_trainer(self, tmp_path):
         seen, callback = [], budget(learning_rate=0.1)
 
-        class Uploads(TrainerCallback):
-            def on_save(self, args, state, control, **kwargs):
-                seen.append(state.global_step)
-
-        Uploads.__module__ = "transformers.integrations.integration_utils"
         with pytest.raises(KeyboardInterrupt):
-            train(fresh(), tmp_path / "one", callback, more=[first := Uploads(), Interrupt(at=5)])
-        train(fresh(), tmp_path / "two", callback, more=[Uploads()], save_strategy="steps", save_steps=4)
+            train(fresh(), tmp_path / "one", callback, more=[first := Tracker(seen.append), Interrupt(at=5)])
+        train(fresh(), tmp_path / "two", callback, more=[Tracker(seen.append)], save_strategy="steps", save_steps=4)
         assert seen == [12]
         first.on_save(None, TrainerState(global_step=0), None)
         assert seen == [12, 0]

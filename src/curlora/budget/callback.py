@@ -25,6 +25,7 @@ from curlora.budget.penalty_restraint import PenaltyRestraint
 from curlora.budget.pushes import Pushes
 from curlora.budget.restraint import Restraint
 from curlora.budget.start import UNKNOWN, Start
+from curlora.callbacks.penalty import uses_deepspeed
 from curlora.errors import GuardError
 from curlora.guard.callback import act_first
 from curlora.guard.measured_limit import Kept, MeasuredLimit, log
@@ -236,7 +237,7 @@ class ForgettingBudget(TrainerCallback):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if self._start is not None and self._held is not None:
             # In all processes, also in one that does not see the folder: sharded parameters are gathered.
-            saved = [whole(parameter.detach()).clone() for parameter in self._held.restraint.parameters]
+            saved = self._held.values()
             if folder.is_dir():
                 self._last_saved = saved
                 kept = 1.0 if self._held.kept is None else self._held.kept.scale
@@ -280,7 +281,7 @@ class ForgettingBudget(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, kwargs: dict[str, Any]
     ) -> None:
         """Prepare a training that begins or resumes."""
-        if args.deepspeed or args.deepspeed_plugin is not None:
+        if uses_deepspeed(args):
             raise GuardError(
                 "DeepSpeed trains copies of its own of the parameters, which a budget cannot reach. Train with DDP or "
                 "FSDP2."
@@ -353,7 +354,7 @@ class ForgettingBudget(TrainerCallback):
         outcome = Outcome(held.restraint.predicted(), kept, self._rate, self._texts.outcomes(self._start))
         held.restraint.record(state.global_step, outcome)
         self.outcome = outcome
-        self._recorded = [whole(parameter.detach()).clone() for parameter in held.restraint.parameters]
+        self._recorded = held.values()
 
     @property
     def _holding(self) -> _Held:
@@ -403,7 +404,7 @@ class _Held(MeasuredLimit):
         self.restraint = restraint
         super().__init__(restraint.model, lambda: restraint.parameters, measure, max_rise=1.0, at_start=1.0)
         self.count_from(before)
-        self.begun_with = self._now()
+        self.begun_with = self.values()
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
         return self.restraint.why_nothing(kept) if finite else super().why_nothing(kept, finite)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from curlora.guard.callback import act_first
 
-__all__ = ["PenaltyCallback"]
+__all__ = ["PenaltyCallback", "uses_deepspeed"]
 
 
 class PenaltyCallback(TrainerCallback):
@@ -90,10 +90,15 @@ def check_strength(strength: float) -> None:
         raise ValueError(f"strength must be a positive number, got {strength!r}.")
 
 
+def uses_deepspeed(args: TrainingArguments) -> bool:
+    """Return whether a Trainer trains under DeepSpeed, by its arguments or by Accelerate's configuration."""
+    return bool(args.deepspeed) or args.deepspeed_plugin is not None
+
+
 def _check_whole(model: nn.Module, args: TrainingArguments) -> None:
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
     sharded |= any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    if sharded or args.deepspeed or args.deepspeed_plugin is not None:
+    if sharded or uses_deepspeed(args):
         raise ValueError(
             "A penalty needs whole parameters, and FSDP or DeepSpeed shards them. Train with DDP, or within a "
             "budget of a CURLoRA adapter, whose guard needs no penalty."

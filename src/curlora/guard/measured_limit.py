@@ -78,7 +78,7 @@ class MeasuredLimit(TrainerCallback):
         self._model, self._moved = model, parameters
         self._left: list[Tensor] = []
         self._failure: Exception | None = None  # after the last step
-        self.count_from(self._now())
+        self.count_from(self.values())
 
     def as_before(self) -> AbstractContextManager[None]:
         """Set the parameters to the values from which the rise is counted, for the duration of a ``with`` statement."""
@@ -155,12 +155,12 @@ class MeasuredLimit(TrainerCallback):
         self._report("The trained parameters are in the model, not scaled back: save them with save_model().")
         if not (self._left and self.unchanged(self._left)):
             self._hold()
-        self.count_from(self._now())
+        self.count_from(self.values())
         self._left = []
 
     def unchanged(self, since: Sequence[Tensor]) -> bool:
         """Return whether the parameters have these values, on whatever device."""
-        now = self._now()
+        now = self.values()
         return len(now) == len(since) and all(map(_same, now, since))
 
     def why_nothing(self, kept: Kept, finite: bool) -> str:
@@ -183,14 +183,15 @@ class MeasuredLimit(TrainerCallback):
     def _hold(self) -> None:
         if self.measure is None or self.max_rise is None:
             return
-        finite = all(bool(parameter.isfinite().all()) for parameter in self._now())
+        finite = all(bool(parameter.isfinite().all()) for parameter in self.values())
         rise = lambda: self._measured() / self.at_start - 1  # noqa: E731
         self.kept = Kept(*scale_to_limit(self.max_rise, rise, self._moved(), self._before))
-        self._left = self._now()
+        self._left = self.values()
         if not self.kept.scale:
             warnings.warn(self.why_nothing(self.kept, finite), NothingKeptWarning, stacklevel=2)
 
-    def _now(self) -> list[Tensor]:
+    def values(self) -> list[Tensor]:
+        """Return the parameters' values, whole, for :meth:`unchanged`; every process must call this."""
         return [] if self.measure is None else [whole(parameter.detach()).clone() for parameter in self._moved()]
 
     def _measured(self) -> float:
