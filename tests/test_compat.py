@@ -172,7 +172,7 @@ def test_configurations_that_cannot_be_read(there, monkeypatch, tmp_path):
             PeftModel.from_pretrained(nn.Linear(2, 2), tmp_path)
     else:
         monkeypatch.setattr(PeftConfig, "from_json_file", None)
-        _compat.explain_damaged_configurations(is_adapter)
+        _compat.read_configurations(is_adapter)
         assert PeftConfig.from_json_file is None
 
 

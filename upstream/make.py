@@ -26,7 +26,7 @@ BESIDE = ("functional", "sampling")
 # Names, by file: statements that mention them are left out.
 LEFT_OUT = {
     "functional": {"kernels", "chosen", "_kernel_backward"},
-    "config": {"LEDGER_NAME", "_HOW_TO_LOAD", "beside", "card"},
+    "config": {"LEDGER_NAME", "_HOW_TO_LOAD", "beside", "card", "_SAVED_TYPE", "written"},
 }
 # Where PEFT's own modules have what `from peft import` gives to others.
 HOMES = {"PeftConfig": "peft.config", "PeftType": "peft.utils"}

@@ -31,9 +31,9 @@ __all__ = [
     "convert_expert_names",
     "copy_into",
     "execution_device",
-    "explain_damaged_configurations",
     "in_out_features",
     "offloaded_bias",
+    "read_configurations",
     "refuse_what_reads_the_weight",
     "require_hooks",
     "scale_base_rate",
@@ -69,12 +69,13 @@ def add_peft_type(name: str) -> None:
     PeftType._value2member_map_[name] = member
 
 
-def explain_damaged_configurations(is_adapter: Callable[[Path], bool]) -> None:
-    """Make PEFT explain a CURLoRA adapter's ``adapter_config.json`` that does not say that it belongs to one.
+def read_configurations(is_adapter: Callable[[Path], bool]) -> None:
+    """Make PEFT read a CURLoRA adapter's ``adapter_config.json``, and explain one that names no such adapter.
 
-    PEFT reads the method's name from this file first, and if it cannot, it only raises Python's error. The adapter is
-    known by its weights, in the same folder; errors about adapters of other methods stay PEFT's. If
-    ``PeftConfig.from_json_file`` is no longer a classmethod, all of them do.
+    PEFT reads the method's name from this file first. A CURLoRA adapter is saved with a sentence behind the name, which
+    PEFT shows where curlora was not imported. If the file names no method, PEFT only raises Python's error. The adapter
+    is then known by its weights, in the same folder; errors about adapters of other methods stay PEFT's. If
+    ``PeftConfig.from_json_file`` is no longer a classmethod, CURLoRA adapters cannot be loaded.
 
     Args:
         is_adapter: whether a file holds the weights of a CURLoRA adapter.
@@ -101,7 +102,9 @@ def explain_damaged_configurations(is_adapter: Callable[[Path], bool]) -> None:
                 raise found from error
             raise
         kind = options.get("peft_type") if isinstance(options, dict) else None
-        if kind != "CURLORA" and (found := damaged(path_json_file, f"its peft_type is {kind!r}")):
+        if isinstance(kind, str) and kind.partition(":")[0] == "CURLORA":
+            return options | {"peft_type": "CURLORA"}
+        if found := damaged(path_json_file, f"its peft_type is {kind!r}"):
             raise found
         return options
 

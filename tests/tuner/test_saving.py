@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tests.models import BASES, curlora, layers, llama, tokens
 
+ROOT = Path(__file__).parent.parent.parent
 both = pytest.mark.parametrize("base", BASES)
 
 
@@ -67,6 +69,26 @@ def test_the_model_card_says_how_to_load_it_once(tmp_path):
     model.save_pretrained(tmp_path / "classifier")
     card = (tmp_path / "classifier" / "README.md").read_text()
     assert 'AutoModelForSequenceClassification.from_pretrained("maker/base")' in card
+
+
+def test_peft_without_curlora_says_how_to_load_it(tmp_path):
+    curlora(llama()).save_pretrained(tmp_path)
+    code = f"from peft import PeftConfig; PeftConfig.from_pretrained(r'{tmp_path}')"
+    error = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.splitlines()[-1]
+    assert error.startswith("KeyError: 'CURLORA: import curlora before")
+    pages = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("troubleshooting.md", "lm-eval.md")]
+    assert all(error in page.splitlines() for page in pages)
+
+
+@pytest.mark.parametrize("kind", ["CURLORA", "CURLORA: as another version says it"])
+def test_only_the_name_of_the_method_counts(kind, tmp_path):
+    model = curlora(llama())
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"peft_type": kind}))
+    assert PeftConfig.from_pretrained(tmp_path).peft_type is PeftType.CURLORA
+    loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
 def test_indices_come_from_the_file_not_from_the_seed(tmp_path):

@@ -13,7 +13,7 @@ from curlora.tuner.model import CurloraModel, swap_adapter  # noqa: E402
 
 register_peft_method(name="curlora", config_cls=CurloraConfig, model_cls=CurloraModel)
 _compat.tie_like_lora(CurloraModel)
-_compat.explain_damaged_configurations(is_adapter)
+_compat.read_configurations(is_adapter)
 _compat.check_digests_on_read(CurloraConfig, is_adapter)
 _compat.support_mixed_models(CurloraConfig, CurloraModel, CurloraLayer)
 _compat.support_hotswapping(CurloraConfig, swap_adapter)

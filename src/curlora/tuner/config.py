@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
 from dataclasses import dataclass, field, fields
@@ -12,7 +13,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from peft import PeftConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -39,11 +40,14 @@ AUTO_CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
 
-# Part of the model card. Without the import, PEFT's own error does not say what to do.
+# Saved as the configuration's ``peft_type``. Without the import, PEFT's whole error is a type that it does not know.
+_SAVED_TYPE = "CURLORA: import curlora before you load this adapter, or convert it: curlora convert ADAPTER --to lora"
+
+# Part of the model card.
 _HOW_TO_LOAD = """
 ## How to load the adapter
 
-Install curlora, and import it first. Without the import PEFT stops with `KeyError: 'CURLORA'`.
+Install curlora, and import it before you load the adapter. Without the import PEFT stops with a `KeyError`.
 
 ```python
 import curlora  # makes CURLoRA known to PEFT
@@ -249,6 +253,8 @@ class CurloraConfig(PeftConfig):
                 "safe_serialization=False. Nothing was saved."
             )
         super().save_pretrained(save_directory, **kwargs)
+        written = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"peft_type": _SAVED_TYPE}
+        (folder / CONFIG_NAME).write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
         for name, content in self.beside.items():
             (folder / name).write_bytes(content)
         if LEDGER_NAME not in self.beside:  # one that is there belongs to an adapter that was saved there before
